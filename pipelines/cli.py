@@ -1,0 +1,279 @@
+"""The `pipelines` command: flags and YAML to settings, a job, a result on stdout.
+
+Progress goes to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 done with rows in error.
+What needs torch or ray is imported by the command that needs it, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from pipelines import __version__
+from pipelines.errors import PipelinesError, SettingsError
+from pipelines.settings import (
+    ComputeSettings,
+    DataSettings,
+    DecisionSettings,
+    ScorePaths,
+    ScoreSettings,
+    ServePaths,
+    ServeSettings,
+    TrainPaths,
+    TrainSettings,
+    WindowSettings,
+    field_help,
+    parse,
+)
+
+DONE, FAILED, WRONG_USAGE, ROWS_IN_ERROR = 0, 1, 2, 3
+INTERRUPTED = 130
+TRAIN_GROUPS = (TrainPaths, DecisionSettings, DataSettings, WindowSettings, TrainSettings, ComputeSettings)
+SCORE_GROUPS = (ScorePaths, DataSettings, ScoreSettings, ComputeSettings)
+SERVE_GROUPS = (ServePaths, ServeSettings, ComputeSettings)
+EVALUATE_GROUPS = (DataSettings, ComputeSettings)
+SEPARATORS = {"keep": ",", "labels": ","}
+"""Flags whose value is a list."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        code: int = options.run(options)
+        return code
+    except PipelinesError as error:
+        print(f"pipelines {options.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"pipelines {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def report(line: str) -> None:
+    """A line of progress for people."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from pipelines.on_ray.train import TrainRequest, train
+
+    summary = train(TrainRequest.parse(_values(options)), address=options.address, report=report)
+    shown = {name: summary[name] for name in ("model", "documents", "windows", "steps", "seconds", "thresholds")}
+    _print(options, summary, {**shown, **{f"valid {name}": value for name, value in summary["valid"].items()}})
+    return DONE
+
+
+def _score(options: argparse.Namespace) -> int:
+    from pipelines.on_ray.score import ScoreJob, score
+
+    summary = score(ScoreJob.parse(_values(options)), address=options.address, report=report)
+    _print(options, summary, {name: value for name, value in summary.items() if name != "histograms"})
+    return ROWS_IN_ERROR if summary["rows_in_error"] else DONE
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from pipelines.on_ray.serve.app import ServeJob
+    from pipelines.on_ray.serve.run import run_server
+
+    run_server(ServeJob.parse(_values(options)), address=options.address, report=report)
+    return DONE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from pipelines.evaluation import evaluate
+    from pipelines.labels import decide
+    from pipelines.offline import score_labelled
+
+    data, compute = parse(_values(options), *EVALUATE_GROUPS)
+    folder, scored = score_labelled(options.model, options.data, data, compute, report=report)
+    decisions = decide(scored.scores_DL, folder.decision, scored.votes_DL)
+    metrics = evaluate(scored.targets, scored.scores_DL, decisions, folder.decision)
+    result = {"rows": scored.rows, "rows_in_error": scored.rows_in_error, **metrics}
+    _print(options, result, result)
+    return ROWS_IN_ERROR if scored.rows_in_error else DONE
+
+
+def _tune(options: argparse.Namespace) -> int:
+    from pipelines.evaluation import parse_objective
+    from pipelines.offline import tune_folder
+
+    parse_objective(options.objective)
+    data, compute = parse(_values(options), *EVALUATE_GROUPS)
+    result = tune_folder(options.model, options.data, data, compute, options.objective, report=report)
+    _print(options, result, result)
+    return DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from pipelines.model_folder import read_model_folder
+
+    content = read_model_folder(options.model).to_json()
+    flat = {**content["decision"], **content["windows"], **{k: v for k, v in content.items() if k.endswith("_hash")}}
+    _print(options, content, {**flat, **{f"valid {name}": value for name, value in content["metrics"].items()}})
+    return DONE
+
+
+def _values(options: argparse.Namespace) -> dict[str, object]:
+    """Settings from --config, then --set, then flags; the later win."""
+    values: dict[str, object] = {}
+    if options.config:
+        values.update(read_config(options.config))
+    for assignment in options.set or []:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {assignment!r} has no '='; write --set name=value")
+        values[name.strip()] = _yaml(text, f"--set {name}")
+    for name in options.flags:
+        value = getattr(options, name, None)
+        if value is not None:
+            values[name] = value.split(SEPARATORS[name]) if name in SEPARATORS else value
+    return values
+
+
+def read_config(path: str) -> dict[str, object]:
+    """A YAML file of settings by name. Raises SettingsError where it cannot be read or is no mapping."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = _yaml(file.read(), path)
+    except OSError as error:
+        raise SettingsError(f"--config {path} cannot be read: {error.strerror}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"--config {path} holds no mapping of settings, such as `epochs: 3`")
+    return content
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{where} is no valid YAML: {str(error).splitlines()[0]}") from error
+
+
+def _print(options: argparse.Namespace, result: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
+    """The result on stdout: all of it as JSON, or what people read first."""
+    if options.json:
+        print(json.dumps(result))
+        return
+    for name, value in shown.items():
+        print(f"{name}: {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_shown, value))
+    return str(value)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pipelines",
+        description="Train, score and serve text classifiers for long texts and large data, on Ray.",
+        epilog="pipelines COMMAND --help lists what a command takes.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_score(commands)
+    _add_serve(commands)
+    for name, run, about in (
+        ("evaluate", _evaluate, "metrics of a model folder on labelled Parquet"),
+        ("tune", _tune, "tune thresholds on labelled Parquet and write them into the model folder"),
+    ):
+        command = _command(commands, name, run, about, EVALUATE_GROUPS, f"pipelines {name} runs/spam --data test/")
+        command.add_argument("model", metavar="DIR", help="model folder")
+        command.add_argument("--data", required=True, metavar="PARQUET", help="file, folder or glob with labels")
+        if name == "tune":
+            command.add_argument("--objective", default="f1", help="f1 (default), fbeta=B, precision=P or recall=R")
+        _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "limit"))
+    command = _command(commands, "inspect", _inspect, "what a model folder is", (), "pipelines inspect runs/spam")
+    command.add_argument("model", metavar="DIR", help="model folder")
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    example = "pipelines train --train train/ --valid valid/ --model bert-base-uncased --kind binary --output runs/spam"
+    command = _command(commands, "train", _train, "fine-tune a classifier on labelled Parquet", TRAIN_GROUPS, example)
+    _flags(command, TrainPaths, ("train", "valid", "model", "output", "num_workers"))
+    _flags(command, DecisionSettings, ("kind", "labels"))
+    _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "limit"))
+
+
+def _add_score(commands: Any) -> None:
+    example = "pipelines score runs/spam --input s3://mail/2026/ --output s3://mail/scored/"
+    command = _command(commands, "score", _score, "score Parquet files into Parquet files", SCORE_GROUPS, example)
+    command.add_argument("model", metavar="DIR", nargs="?", help="model folder")
+    _flags(command, ScorePaths, ("input", "output"))
+    _flags(command, ScoreSettings, ("keep", "prefix", "replicas", "gpus_per_replica"))
+    _flags(command, DataSettings, ("text_column", "text_pair_column", "limit"))
+    command.set_defaults(flags=[*command.get_default("flags"), "model"])
+
+
+def _add_serve(commands: Any) -> None:
+    command = _command(commands, "serve", _serve, "answer HTTP requests", SERVE_GROUPS, "pipelines serve runs/spam")
+    command.add_argument("model", metavar="DIR", nargs="?", help="model folder")
+    _flags(command, ServeSettings, ("name", "host", "port"))
+    command.set_defaults(flags=[*command.get_default("flags"), "model"])
+
+
+def _command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    about: str,
+    groups: Sequence[type[Any]],
+    example: str,
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=f"example:\n  {example}\n{_settings_help(groups)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--json", action="store_true", help="print the whole result as JSON on stdout")
+    command.set_defaults(run=run, flags=[], config=None, set=None, address=None)
+    if groups:
+        command.add_argument("--config", metavar="FILE.yaml", help="settings by name; --set and flags win over it")
+        command.add_argument("--set", action="append", metavar="NAME=VALUE", help="any setting below, as YAML")
+        command.add_argument("--address", help="Ray cluster to use (default: RAY_ADDRESS, else a local Ray)")
+    return command
+
+
+def _flags(command: argparse.ArgumentParser, group: type[Any], names: Sequence[str]) -> None:
+    """Settings that have a flag of their own."""
+    types = {"int": int, "int | None": int, "float": float}
+    for field in dataclasses.fields(group):
+        if field.name in names:
+            kind = types.get(str(field.type), str)
+            metavar = "A,B,C" if field.name in SEPARATORS else {int: "N", float: "X"}.get(kind)
+            command.add_argument(
+                f"--{field.name.replace('_', '-')}", type=kind, metavar=metavar, help=field_help(group)[field.name]
+            )
+    command.set_defaults(flags=[*command.get_default("flags"), *names])
+
+
+def _settings_help(groups: Sequence[type[Any]]) -> str:
+    lines = []
+    for group in groups:
+        if not group.__name__.endswith("Paths"):
+            lines += ["", f"settings ({(group.__doc__ or '').rstrip('.')}):"]
+            for field in dataclasses.fields(group):
+                lines.append(f"  {field.name}={_shown_default(field.default)}  {field_help(group)[field.name]}")
+    return "\n".join(lines)
+
+
+def _shown_default(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,236 @@
+"""The label space: which labels there are, what a column says about them, and how scores become one decision.
+
+The only place that compares a score with a threshold, breaks a tied vote, or turns logits into probabilities.
+Knows no texts, no windows beyond their votes, no torch, no ray.
+
+Shapes: D documents, W windows, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipelines.errors import DataError, SettingsError
+from pipelines.settings import DecisionSettings, Kind
+
+DEFAULT_THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What was decided of D documents; exactly one of the first three says it, by kind."""
+
+    label_D: NDArray[np.int64] | None = None
+    """Single label: label id, -1 for none (the best score is below abstain_below)."""
+    positive_DL: NDArray[np.bool_] | None = None
+    """Multilabel: whether each label holds."""
+    value_D: NDArray[np.float32] | None = None
+    """Regression: the value."""
+    score_D: NDArray[np.float32] | None = None
+    """Single label: document score of the decided label, NaN where there is none."""
+
+
+def find_labels(columns: list[pa.ChunkedArray], kind: Kind) -> tuple[str, ...]:
+    """Label names that occur in the columns, sorted (numbers by value); a 0/1 list gives "0" ... "L-1".
+
+    Raises DataError for nulls, a column type that cannot be a label, and fewer than two labels.
+    """
+    if kind == "regression":
+        return ()
+    column = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
+    _reject_nulls(column)
+    if kind == "multilabel" and _is_indicator(column.type):
+        width = pc.max(pc.list_value_length(column)).as_py() or 0
+        return tuple(str(label) for label in range(width))
+    values = pc.list_flatten(column) if _is_list(column.type) else column
+    labels = tuple(str(value) for value in sorted(_check_label_type(values, kind).unique().to_pylist()))
+    if len(labels) < 2 and kind != "multilabel":
+        raise DataError(f"the labels are all {labels[0]!r}: a classifier needs at least two different labels")
+    return labels
+
+
+def encode_labels(column: pa.ChunkedArray, decision: DecisionSettings) -> NDArray[np.generic]:
+    """Targets of D documents: int64 (D,) label ids; float32 (D, L) of 0 and 1; or float32 (D,) values.
+
+    Raises DataError for nulls and NaN, for labels outside decision.labels (naming them), and for a column type
+    that the kind cannot use.
+    """
+    _reject_nulls(column)
+    if decision.kind == "regression":
+        return _regression_targets(column)
+    if decision.kind == "multilabel":
+        return _multilabel_targets(column, decision.labels)
+    values = _check_label_type(column, decision.kind)
+    return _label_ids(values, decision.labels)
+
+
+def activate(logits_WL: NDArray[np.floating], kind: Kind, temperature: float = 1.0) -> NDArray[np.float32]:
+    """Logits to probabilities: softmax for one label, sigmoid for many, identity for regression.
+
+    The temperature divides the logits first, except for regression.
+    """
+    if kind == "regression":
+        return np.asarray(logits_WL, dtype=np.float32)
+    logits = np.asarray(logits_WL, dtype=np.float64) / temperature
+    if kind == "multilabel":
+        halves = np.exp(-np.abs(logits))  # at most 1: no overflow for large negative logits
+        return np.asarray(np.where(logits >= 0, 1.0, halves) / (1.0 + halves), dtype=np.float32)
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+def resolve_thresholds(
+    thresholds: float | tuple[float, ...] | Mapping[str, float] | None, decision: DecisionSettings
+) -> DecisionSettings:
+    """The decision settings with other thresholds: a number, one per label, or by label name (others kept).
+
+    None leaves them as they are. Raises SettingsError where they do not fit the labels.
+    """
+    if thresholds is None:
+        return decision
+    if isinstance(thresholds, Mapping):
+        thresholds = _thresholds_by_name(thresholds, decision)
+    return replace(decision, thresholds=thresholds)
+
+
+def thresholds_array(decision: DecisionSettings) -> NDArray[np.float32]:
+    """Float32 thresholds: (L,) for multilabel (0.5 by default), (1,) for binary; empty where none apply."""
+    thresholds = decision.thresholds
+    if decision.kind == "multilabel":
+        given = DEFAULT_THRESHOLD if thresholds is None else thresholds
+        return np.broadcast_to(np.asarray(given, dtype=np.float32), (len(decision.labels),)).copy()
+    if decision.kind == "binary" and thresholds is not None:
+        return np.asarray(thresholds, dtype=np.float32).reshape(1)
+    return np.zeros(0, dtype=np.float32)
+
+
+def decide(
+    scores_DL: NDArray[np.float32], decision: DecisionSettings, votes_DL: NDArray[np.int64] | None = None
+) -> Decisions:
+    """Document scores (and votes, where merge is vote) to decisions.
+
+    Thresholds are compared as float32 with >=. A binary threshold replaces vote and argmax.
+    """
+    if decision.kind == "regression":
+        return Decisions(value_D=scores_DL.reshape(-1))
+    thresholds = thresholds_array(decision)
+    if decision.kind == "multilabel":
+        return Decisions(positive_DL=scores_DL >= thresholds)
+    if len(thresholds):
+        label_D = (scores_DL[:, 1] >= thresholds[0]).astype(np.int64)
+    elif decision.merge == "vote":
+        assert votes_DL is not None
+        label_D = _winners(votes_DL, decision.tie_value)
+    else:
+        label_D = scores_DL.argmax(axis=1)
+    score_D = np.take_along_axis(scores_DL, label_D[:, None], axis=1)[:, 0]
+    if decision.abstain_below is not None:
+        abstain_D = scores_DL.max(axis=1, initial=-np.inf) < np.float32(decision.abstain_below)
+        label_D = np.where(abstain_D, -1, label_D)
+        score_D = np.where(abstain_D, np.float32(np.nan), score_D)
+    return Decisions(label_D=label_D, score_D=score_D)
+
+
+def _winners(votes_DL: NDArray[np.int64], tie_value: int) -> NDArray[np.int64]:
+    """Most voted label of each document, tie_value where the top two counts are equal."""
+    ranked_DL = np.sort(votes_DL, axis=1)
+    tied_D = ranked_DL[:, -1] == ranked_DL[:, -2]
+    return np.where(tied_D, tie_value, votes_DL.argmax(axis=1))
+
+
+def _thresholds_by_name(thresholds: Mapping[str, float], decision: DecisionSettings) -> float | tuple[float, ...]:
+    named = decision.labels[-1:] if decision.kind == "binary" else decision.labels
+    unknown = sorted(set(thresholds) - set(named))
+    if unknown:
+        raise SettingsError(f"thresholds names {unknown[0]!r}; it can name: {', '.join(named) or 'nothing'}")
+    given = DEFAULT_THRESHOLD if decision.thresholds is None else decision.thresholds
+    current = given if isinstance(given, tuple) else (given,) * len(named)
+    return tuple(float(thresholds.get(name, old)) for name, old in zip(named, current, strict=True))
+
+
+def _reject_nulls(column: pa.ChunkedArray) -> None:
+    if column.null_count:
+        first = pc.index(column.is_null(), True).as_py()
+        raise DataError(f"{column.null_count} rows have no label (the first is row {first}); drop or label them")
+
+
+def _check_label_type(column: pa.ChunkedArray, kind: Kind) -> pa.ChunkedArray:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_floating(column.type):
+        return _floats_as_ints(column, kind)
+    if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type) or _is_string(column.type)):
+        raise DataError(
+            f"the label column has type {column.type}; kind {kind} takes "
+            f"{'list<string> or a 0/1 list' if kind == 'multilabel' else 'int or string'}"
+        )
+    return column.cast(pa.int64()) if pa.types.is_boolean(column.type) else column
+
+
+def _floats_as_ints(column: pa.ChunkedArray, kind: Kind) -> pa.ChunkedArray:
+    try:
+        return column.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"the label column holds numbers that are no whole label ids (NaN or fractions); "
+            f"kind {kind} takes int or string labels, and kind regression takes numbers"
+        ) from error
+
+
+def _label_ids(values: pa.ChunkedArray, labels: tuple[str, ...]) -> NDArray[np.int64]:
+    texts = values.cast(pa.string())
+    ids = pc.index_in(texts, value_set=pa.array(labels, pa.string()))
+    if ids.null_count:
+        unknown = texts.filter(ids.is_null()).unique().to_pylist()
+        shown = ", ".join(repr(label) for label in unknown[:5])
+        raise DataError(f"labels outside the label set: {shown}; the set is: {', '.join(labels)}")
+    return np.asarray(ids.to_numpy(), dtype=np.int64)
+
+
+def _multilabel_targets(column: pa.ChunkedArray, labels: tuple[str, ...]) -> NDArray[np.float32]:
+    if not _is_list(column.type):
+        raise DataError(f"the label column has type {column.type}; kind multilabel takes list<string> or a 0/1 list")
+    lengths = pc.list_value_length(column).to_numpy()
+    flat = pc.list_flatten(column)
+    _reject_nulls(flat)
+    targets = np.zeros((len(column), len(labels)), dtype=np.float32)
+    if _is_indicator(column.type):
+        if (lengths != len(labels)).any():
+            row = int(np.flatnonzero(lengths != len(labels))[0])
+            raise DataError(f"row {row} has {lengths[row]} label values; there are {len(labels)} labels")
+        values: NDArray[np.float32] = flat.to_numpy().astype(np.float32)
+        if not np.isin(values, (0, 1)).all():
+            raise DataError("a 0/1 label list holds other values than 0 and 1")
+        return values.reshape(targets.shape)
+    rows = np.repeat(np.arange(len(column)), lengths)
+    targets[rows, _label_ids(_check_label_type(flat, "multilabel"), labels)] = 1
+    return targets
+
+
+def _regression_targets(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        raise DataError(f"the label column has type {column.type}; kind regression takes numbers")
+    values: NDArray[np.float32] = column.to_numpy().astype(np.float32)
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise DataError(f"the label of row {row} is {values[row]}; kind regression needs finite numbers")
+    return values
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_indicator(kind: pa.DataType) -> bool:
+    """Whether a list type holds numbers (a fixed 0/1 list) rather than label names."""
+    return _is_list(kind) and not _is_string(kind.value_type)

@@ -1,0 +1,307 @@
+"""Weights to logits: a Hugging Face sequence classifier that takes ragged windows.
+
+Device, arithmetic, padding or packing are settled here when a model is loaded. Knows no texts, no labels' names,
+no ray.
+
+Shapes: W windows, T tokens of all windows together, S tokens of the longest window, L labels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from pipelines.batching import token_batches
+from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.model_folder import check_weights
+from pipelines.packing import NAME as PACKED
+from pipelines.packing import PackedRows, Packing
+from pipelines.settings import ComputeSettings, DecisionSettings, Dtype
+from pipelines.tokenization import CutDocuments, InputRows, Template, Tokenizer, assemble
+
+PROBLEM_TYPES = {
+    "binary": "single_label_classification",
+    "multiclass": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
+}
+PADDED_MULTIPLE = 8
+"""Padded rows are a multiple of this long: fewer shapes, aligned memory."""
+ROUNDING, SLACK = 1e-6, 1e-3
+"""Packed and padded float32 logits of the check at load may differ by rounding (relative to their size) and by a
+thousandth of what the windows differ among themselves: windows that see each other differ by far more."""
+
+
+class WindowModel:
+    """A sequence classifier on its device, and the way its windows are run."""
+
+    def __init__(
+        self, module: nn.Module, template: Template, compute: ComputeSettings, *, uses_type_ids: bool = False
+    ) -> None:
+        """Move a float32 module to its device and dtype, and decide whether its windows can be packed.
+
+        uses_type_ids says whether the model's own tokenizer hands it the template's type ids (`uses_type_ids`).
+        compute.num_threads, where given, sets the number of CPU threads of the whole process.
+        """
+        if compute.num_threads is not None:
+            torch.set_num_threads(compute.num_threads)
+        self.template = template
+        self.device = resolve_device(compute.device)
+        self.dtype = resolve_dtype(compute.dtype, self.device)
+        self.batch_tokens = compute.batch_tokens
+        self.module = module.to(self.device).eval()
+        self._takes_type_ids = "token_type_ids" in inspect.signature(module.forward).parameters
+        self._uses_type_ids = uses_type_ids and self._takes_type_ids
+        self._packed = _packed_if_it_agrees(self) if compute.packing == "auto" else None
+        self.module.to(self.dtype)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether windows run in one row without padding."""
+        return self._packed is not None
+
+    @property
+    def num_labels(self) -> int:
+        """Logits per window."""
+        return int(self.module.config.num_labels)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def model_type(self) -> str:
+        """The architecture as config.json names it."""
+        return str(self.module.config.model_type)  # type: ignore[union-attr]
+
+    def __call__(self, rows: InputRows) -> Tensor:
+        """Logits (W, L) of the windows, on the device, in their order; differentiable where grad is on."""
+        if self._packed is None:
+            return self.run_padded(rows)
+        return self.run_packed(self._packed, rows)
+
+    def logits(self, cut: CutDocuments) -> NDArray[np.float32]:
+        """Logits (W, L) of every window of the documents, in window order, computed batch by batch."""
+        logits_WL = np.empty((len(cut.length_W), self.num_labels), dtype=np.float32)
+        with torch.inference_mode():
+            for index_W in token_batches(cut.length_W, batch_tokens=self.batch_tokens, padded=not self.is_packed):
+                logits_WL[index_W] = self(assemble(cut, self.template, index_W)).float().cpu().numpy()
+        return logits_WL
+
+    def run_packed(self, packed: PackedRows, rows: InputRows) -> Tensor:
+        """Without padding: logits (W, L) of one row of all windows."""
+        types_T = None
+        if self._takes_type_ids:  # a model's own default is made for rows no longer than its positions
+            types_T = self._to_device(rows.type_ids if self._uses_type_ids else np.zeros_like(rows.type_ids))
+        return packed(self._to_device(rows.ids), types_T, Packing.of(rows.length_W.tolist(), self.device))
+
+    def run_padded(self, rows: InputRows) -> Tensor:
+        """The usual way: logits (W, L) of one padded batch with a mask."""
+        length_W = rows.length_W
+        longest = -(-int(length_W.max()) // PADDED_MULTIPLE) * PADDED_MULTIPLE
+        place_S = np.arange(longest)
+        mask_WS = place_S < length_W[:, None]
+        if self.template.pad_left:
+            mask_WS = mask_WS[:, ::-1]
+        ids_WS = np.full(mask_WS.shape, self.template.pad_id, dtype=np.int64)
+        ids_WS[mask_WS] = rows.ids
+        inputs = {"input_ids": self._to_device(ids_WS), "attention_mask": self._to_device(mask_WS.astype(np.int64))}
+        if self._uses_type_ids:
+            types_WS = np.zeros_like(ids_WS)
+            types_WS[mask_WS] = rows.type_ids
+            inputs["token_type_ids"] = self._to_device(types_WS)
+        logits: Tensor = self.module(**inputs).logits
+        return logits
+
+    def save(self, folder: Path) -> None:
+        """Write config.json and model.safetensors, weights in float32."""
+        module: Any = self.module
+        with quiet_transformers(), attention_of(module, "sdpa" if self.is_packed else None):
+            state = {name: value.float().cpu() for name, value in module.state_dict().items()}
+            module.save_pretrained(folder, state_dict=state)
+
+    def _to_device(self, values: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
+
+
+def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_labels: int) -> WindowModel:
+    """Load a finished classifier from safetensors, refusing remote code.
+
+    Raises ModelFolderError where weights of the head are missing or their number is not num_labels.
+    """
+    check_weights(path)
+    with quiet_transformers():
+        module, info = AutoModelForSequenceClassification.from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelFolderError(f"{path} lacks weights of the classifier ({', '.join(missing[:3])}); fine-tune it first")
+    if module.config.num_labels != num_labels:
+        raise ModelFolderError(
+            f"{path}: config.json has {module.config.num_labels} labels and pipeline.json {num_labels}"
+        )
+    return WindowModel(module, template, compute, uses_type_ids=uses_type_ids(path))
+
+
+def uses_type_ids(path: Path) -> bool:
+    """Whether a folder's tokenizer hands its model token type ids; that is settled by the tokenizer's class."""
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return "token_type_ids" in tokenizer.model_input_names
+
+
+def new_classifier(name: str, decision: DecisionSettings, *, seed: int) -> nn.Module:
+    """Pretrained weights under a new head for the decision's labels, seeded; name is a hub name or a folder.
+
+    A head of the right shape that the weights already have is kept.
+    """
+    if Path(name).is_dir():
+        check_weights(Path(name))
+    torch.manual_seed(seed)
+    names = list(decision.labels) or ["value"]
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(
+                name,
+                num_labels=decision.num_labels,
+                id2label=dict(enumerate(names)),
+                label2id={label: number for number, label in enumerate(names)},
+                problem_type=PROBLEM_TYPES[decision.kind],
+                trust_remote_code=False,
+            )
+            module: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+            )
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(
+            f"--model {name} cannot be loaded as a sequence classifier: {_first_line(error)}; "
+            f"give a folder or a hub name whose weights are safetensors"
+        ) from error
+    return module
+
+
+def save_tokenizer(name: str, folder: Path) -> Tokenizer:
+    """Copy the tokenizer of a hub name or folder into the model folder and open it there."""
+    try:
+        with quiet_transformers():
+            AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
+    return Tokenizer.load(folder)
+
+
+def position_limit(name: str) -> int | None:
+    """Longest input row of a model by its config, None where it names no limit.
+
+    RoBERTa's kin count positions from padding_idx + 1, which costs them as many.
+    """
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit or limit < 0:
+        return None
+    with torch.device("meta"):
+        module = AutoModelForSequenceClassification.from_config(config)
+    return int(limit) - first_position(module)
+
+
+def first_position(module: nn.Module) -> int:
+    """Position id of a row's first token: after the padding index of the position embeddings, where they have one."""
+    for name, child in module.named_modules():
+        if name.endswith("position_embeddings") and isinstance(child, nn.Embedding):
+            return 0 if child.padding_idx is None else child.padding_idx + 1
+    return 0
+
+
+def resolve_device(device: str) -> torch.device:
+    """Auto is CUDA where there is any, else the CPU. Raises SettingsError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise SettingsError(f"device={device!r} is no device; use auto, cpu, cuda or cuda:N") from error
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(
+            f"device={device!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """Auto is bfloat16 where the processor has instructions for it (looked up, not timed), else float32."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    fast = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own progress and load report; what matters is raised as an error."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def attention_of(module: Any, name: str | None) -> Iterator[None]:
+    """Another attention implementation for a while; None leaves it."""
+    before = module.config._attn_implementation
+    if name is not None:
+        module.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        if name is not None:
+            module.set_attn_implementation(before)
+
+
+def _packed_if_it_agrees(model: WindowModel) -> PackedRows | None:
+    """Run three short windows both ways in float32; the packed way, left switched on, where logits agree."""
+    module: Any = model.module
+    lengths = [7, 7, 4]
+    rng = np.random.default_rng(0)
+    ids = rng.integers(min(10, module.config.vocab_size - 1), module.config.vocab_size, sum(lengths))
+    rows = InputRows(ids, np.zeros_like(ids), np.concatenate([[0], np.cumsum(lengths)]))
+    before = module.config._attn_implementation
+    with torch.inference_mode(), quiet_transformers():
+        padded_WL = model.run_padded(rows)
+        try:
+            module.set_attn_implementation(PACKED)
+            packed = PackedRows(module, first_position=first_position(module))
+            packed_WL = model.run_packed(packed, rows)
+        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError):
+            packed_WL = None  # a model that cannot take a packed row says so in many ways
+        if packed_WL is not None and packed_WL.shape == padded_WL.shape:
+            spread = (padded_WL.amax(0) - padded_WL.amin(0)).max()
+            if bool((packed_WL - padded_WL).abs().max() <= ROUNDING * padded_WL.abs().max() + SLACK * spread):
+                return packed
+        module.set_attn_implementation(before)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,177 @@
+"""The model folder: the contract between train, score and serve.
+
+A Hugging Face folder (config.json, model.safetensors, tokenizer.json, ...) plus `pipeline.json`, which says how
+texts are cut and scores become labels. pipeline.json is written last and atomically: its presence means that
+the folder is complete. Weights are read from safetensors only. The weights themselves are `model`'s business.
+Knows no torch, no ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.settings import DecisionSettings, WindowSettings, parse
+
+PIPELINE_FILE = "pipeline.json"
+FORMAT_VERSION = 1
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What pipeline.json says; `path` is where the files lie on this machine."""
+
+    path: Path
+    windows: WindowSettings
+    decision: DecisionSettings
+    temperature: float = 1.0
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    weights_hash: str = ""
+
+    @property
+    def settings_hash(self) -> str:
+        """Identity of everything but the weights that changes a result."""
+        return _sha256(json.dumps(self._settings(), sort_keys=True).encode())
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "windows": dataclasses.asdict(self.windows),
+            "decision": dataclasses.asdict(self.decision),
+            "temperature": self.temperature,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of pipeline.json."""
+        return {
+            "format_version": FORMAT_VERSION,
+            **self._settings(),
+            "metrics": dict(self.metrics),
+            "weights_hash": self.weights_hash,
+            "settings_hash": self.settings_hash,
+        }
+
+
+def read_model_folder(location: str | Path) -> ModelFolder:
+    """Read and check a finished model folder at a path or any fsspec URL (fetched into a local cache).
+
+    Raises ModelFolderError where it is missing, unfinished, of a newer format, or holds no safetensors.
+    """
+    path = local_folder(str(location))
+    file = path / PIPELINE_FILE
+    if not file.is_file():
+        raise ModelFolderError(
+            f"{location} has no {PIPELINE_FILE}, so it is no finished model folder; make one with `pipelines train`"
+        )
+    check_weights(path)
+    try:
+        content = json.loads(file.read_text())
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise ModelFolderError(
+                f"{file} has format version {version}; this version of pipelines reads {FORMAT_VERSION}"
+            )
+        (windows,) = parse(content["windows"], WindowSettings)
+        (decision,) = parse(content["decision"], DecisionSettings)
+        temperature = float(content["temperature"])
+        return ModelFolder(path, windows, decision, temperature, content["metrics"], content["weights_hash"])
+    except (ValueError, KeyError, TypeError, SettingsError) as error:
+        raise ModelFolderError(f"{file} cannot be read: {error!r}; it may have been edited by hand") from error
+
+
+def seal(folder: ModelFolder) -> ModelFolder:
+    """Hash the weights and tokenizer that lie in folder.path, then write pipeline.json, last and atomically."""
+    sealed = replace(folder, weights_hash=hash_weights(folder.path))
+    write_pipeline_file(sealed)
+    return sealed
+
+
+def write_pipeline_file(folder: ModelFolder) -> None:
+    """Replace pipeline.json; a reader sees the old one or the new one, whenever the writer is killed."""
+    content = json.dumps(folder.to_json(), indent=2).encode() + b"\n"
+    with tempfile.NamedTemporaryFile(dir=folder.path, prefix=".pipeline-", delete=False) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, folder.path / PIPELINE_FILE)
+
+
+def check_weights(path: Path) -> None:
+    """Raise ModelFolderError unless the folder holds a config and safetensors weights."""
+    if not (path / "config.json").is_file():
+        raise ModelFolderError(f"{path} has no config.json, so it is no Hugging Face model folder")
+    if any(path.glob("*.safetensors")):
+        return
+    pickles = [file.name for pattern in PICKLES for file in sorted(path.glob(pattern))]
+    if pickles:
+        raise ModelFolderError(
+            f"{path} holds its weights as a pickle ({pickles[0]}), which can run code when it is opened; "
+            f"save it as safetensors: AutoModelForSequenceClassification.from_pretrained(OLD, "
+            f"weights_only=True).save_pretrained(NEW) where you trust it"
+        )
+    raise ModelFolderError(f"{path} has no *.safetensors weights")
+
+
+def hash_weights(path: Path) -> str:
+    """SHA-256 over names and contents of config, weights and tokenizer files."""
+    names = {file.name for file in path.glob("*.safetensors")} | {"config.json"}
+    names |= {name for name in TOKENIZER_FILES if (path / name).is_file()}
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name}\0{_file_sha256(path / name)}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def local_folder(location: str) -> Path:
+    """The folder itself, or a local copy of the one behind a URL, fetched once and renamed into place."""
+    if "://" not in location:
+        path = Path(location).expanduser()
+        if not path.is_dir():
+            raise ModelFolderError(f"{location} is no folder; give a model folder that `pipelines train` wrote")
+        return path.resolve()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-text-classification"
+    filesystem, remote = fsspec.core.url_to_fs(location)
+    try:
+        files = filesystem.find(remote, detail=True)
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{location} cannot be listed: {error}") from error
+    if not files:
+        raise ModelFolderError(f"{location} is empty or does not exist")
+    listing = sorted(
+        (name, info.get("size"), str(info.get("ETag") or info.get("mtime"))) for name, info in files.items()
+    )
+    target = cache / _sha256(json.dumps([location, listing]).encode())[7:23]
+    if not target.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=cache, prefix=".fetch-"))
+        filesystem.get(remote.rstrip("/") + "/", str(partial) + "/", recursive=True)
+        try:
+            partial.rename(target)
+        except OSError:  # another process was first; its copy is the same
+            if not target.is_dir():
+                raise
+    return target
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def _sha256(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"

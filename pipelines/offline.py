@@ -1,0 +1,90 @@
+"""Score labelled Parquet in this process, to evaluate a model folder or tune its thresholds.
+
+Knows files and `Scorer`; no ray.
+
+Shapes: D documents, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.errors import DataError, ModelFolderError, SettingsError
+from pipelines.evaluation import evaluate, tune_thresholds
+from pipelines.labels import decide, encode_labels, resolve_thresholds
+from pipelines.model_folder import ModelFolder, read_model_folder, write_pipeline_file
+from pipelines.scoring import Scorer
+from pipelines.settings import ComputeSettings, DataSettings
+from pipelines.shards import plan_units, read_footers, read_unit
+from pipelines.tables import check_label_column, check_text_column
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ScoredLabels:
+    """Scores beside targets, of the rows that could be scored."""
+
+    scores_DL: NDArray[np.float32]
+    votes_DL: NDArray[np.int64] | None
+    targets: NDArray[np.generic]
+    rows: int
+    rows_in_error: int
+
+
+def score_labelled(
+    model: str, location: str, data: DataSettings, compute: ComputeSettings, *, report: Report
+) -> tuple[ModelFolder, ScoredLabels]:
+    """Score every labelled row; all labels are checked before the first is scored."""
+    folder = read_model_folder(model)
+    files = read_footers(location, data.text_column)
+    texts = [name for name in (data.text_column, data.text_pair_column) if name is not None]
+    for file in files:
+        for name in texts:
+            check_text_column(file.schema, name, where=file.url)
+        check_label_column(file.schema, data.label_column, where=file.url)
+    units = plan_units(files, limit=data.limit)
+    columns = [data.label_column]
+    targets = [encode_labels(read_unit(location, unit, columns).column(columns[0]), folder.decision) for unit in units]
+    if not targets:
+        raise DataError(f"{location} has no rows")
+    scorer = Scorer.load(folder, compute=compute)
+    parts = []
+    for number, unit in enumerate(units):
+        table = read_unit(location, unit, texts)
+        parts.append(scorer.score_documents(scorer.tokenizer.documents(table, *texts)))
+        report(f"scored {number + 1}/{len(units)} units")
+    good_D = np.asarray([error is None for part in parts for error in part.errors])
+    if not good_D.any():
+        raise DataError(f"{location} has no row with a text that can be scored")
+    votes = None if parts[0].votes_DL is None else np.concatenate([part.votes_DL for part in parts])[good_D]
+    scores_DL = np.concatenate([part.scores_DL for part in parts])[good_D]
+    scored = ScoredLabels(scores_DL, votes, np.concatenate(targets)[good_D], len(good_D), int((~good_D).sum()))
+    return folder, scored
+
+
+def tune_folder(
+    model: str, location: str, data: DataSettings, compute: ComputeSettings, objective: str, *, report: Report
+) -> dict[str, Any]:
+    """Tune thresholds for the objective and replace the folder's pipeline.json; what changed."""
+    if "://" in model:
+        raise ModelFolderError(f"{model} is a URL; tune a local folder and upload it")
+    if read_model_folder(model).decision.kind not in ("binary", "multilabel"):
+        raise SettingsError("thresholds are for kinds binary and multilabel; this folder has neither")
+    folder, scored = score_labelled(model, location, data, compute, report=report)
+    tuned = tune_thresholds(scored.targets, scored.scores_DL, folder.decision, objective)
+    decision = resolve_thresholds(tuned.thresholds, folder.decision)
+    metrics = evaluate(scored.targets, scored.scores_DL, decide(scored.scores_DL, decision), decision)
+    write_pipeline_file(replace(folder, decision=decision, metrics=metrics))
+    return {
+        "objective": objective,
+        "thresholds": list(tuned.thresholds),
+        "thresholds_before": folder.decision.thresholds,
+        "untuned": list(tuned.untuned),
+        **metrics,
+    }

@@ -1,0 +1,35 @@
+"""Run a server until it is told to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+
+from ray import serve
+
+from pipelines.model_folder import read_model_folder
+from pipelines.on_ray.cluster import connected, has_gpus
+from pipelines.on_ray.serve.app import ServeJob, application
+
+APPLICATION = "pipelines"
+
+
+def run_server(job: ServeJob, *, address: str | None = None, report: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then let running requests finish.
+
+    Raises a UsageError before anything starts where the model folder or a setting does not fit.
+    """
+    read_model_folder(job.model)
+    stop = threading.Event()
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, lambda *_: stop.set())
+    with connected(address):
+        serve.start(http_options={"host": job.serve.host, "port": job.serve.port})
+        try:
+            serve.run(application(job, num_gpus=1 if has_gpus() else 0), name=APPLICATION, route_prefix="/")
+            report(f"ready on http://{job.serve.host}:{job.serve.port} (POST /v1/predict, docs at /docs)")
+            stop.wait()
+            report("stopping: running requests finish first")
+        finally:
+            serve.shutdown()

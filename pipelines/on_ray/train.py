@@ -1,0 +1,220 @@
+"""Fine-tuning: in this process, or the same loop in Ray Train's workers, fed by Ray Data.
+
+Ray Data reads and tokenizes the Parquet shards in parallel; every worker maps the resulting ids (4 bytes a token,
+shared within a node) and takes its slice of each step of the seeded plan, so that no row is dropped and the number
+of workers changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipelines.errors import DataError, JobError, SettingsError
+from pipelines.labels import encode_labels, find_labels
+from pipelines.losses import resolve_weight
+from pipelines.model import position_limit
+from pipelines.on_ray.cluster import connected, has_gpus
+from pipelines.on_ray.telemetry import Relay, relayed
+from pipelines.on_ray.tokenize import TokenizeStage, documents_of, tokenized, unit_number
+from pipelines.scoring import plan_of
+from pipelines.settings import (
+    ComputeSettings,
+    DataSettings,
+    DecisionSettings,
+    TrainPaths,
+    TrainSettings,
+    WindowSettings,
+    parse,
+)
+from pipelines.shards import InputFile, WorkUnit, plan_units, prepare_output, read_footers, read_unit
+from pipelines.tables import check_label_column, check_text_column
+from pipelines.tokenization import concat_documents
+from pipelines.training import LabelledDocuments, TrainJob, fit, prepare_folder
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """A fine-tuning job as a person asks for it."""
+
+    paths: TrainPaths
+    decision: DecisionSettings = field(default_factory=DecisionSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    windows: WindowSettings = field(default_factory=WindowSettings)
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, object]) -> TrainRequest:
+        """A job from a flat mapping of settings, as YAML and the command line give it."""
+        groups = (TrainPaths, DecisionSettings, DataSettings, WindowSettings, TrainSettings, ComputeSettings)
+        return cls(*parse(values, *groups))
+
+
+@dataclass(frozen=True)
+class Split:
+    """One labelled input: how to tokenize it, its work units, and its targets in the same row order."""
+
+    stage: TokenizeStage
+    units: list[WorkUnit]
+    targets: NDArray[np.generic]
+
+
+def train(request: TrainRequest, *, address: str | None = None, report: Report = lambda line: None) -> dict[str, Any]:
+    """Fine-tune on Parquet and write the model folder; the summary.
+
+    Raises a UsageError before any work where data, labels, weights, windows, model or output do not fit.
+    """
+    paths = request.paths
+    train_files, train_labels = _read_labels(paths.train, request.data)
+    valid_files, valid_labels = _read_labels(paths.valid, request.data) if paths.valid else ([], None)
+    decision = _with_labels(request.decision, train_labels)
+    targets = encode_labels(train_labels, decision)
+    valid_targets = None if valid_labels is None else encode_labels(valid_labels, decision)
+    _check_targets(targets, decision, request.settings)
+    _check_is_local(paths.output)
+    prepare_output(paths.output)
+    job = TrainJob(paths.model, paths.output, request.windows, decision, request.settings, request.compute)
+    try:
+        return _prepared(request, job, train_files, targets, valid_files, valid_targets, address, report)
+    except BaseException:
+        _remove_unfinished(Path(paths.output))
+        raise
+
+
+def _prepared(
+    request: TrainRequest,
+    job: TrainJob,
+    train_files: Sequence[InputFile],
+    targets: NDArray[np.generic],
+    valid_files: Sequence[InputFile],
+    valid_targets: NDArray[np.generic] | None,
+    address: str | None,
+    report: Report,
+) -> dict[str, Any]:
+    tokenizer = prepare_folder(job)
+    plan_of(job.windows, tokenizer, model_type="", model_limit=position_limit(job.model))
+    train_split = _split(request, request.paths.train, train_files, targets)
+    valid_split = None
+    if request.paths.valid is not None and valid_targets is not None:
+        valid_split = _split(request, request.paths.valid, valid_files, valid_targets)
+    names = ", ".join(job.decision.labels) or "regression"
+    report(f"{len(targets):,} training rows, {0 if valid_targets is None else len(valid_targets):,} valid; {names}")
+    if request.paths.num_workers == 0:
+        here = [None if split is None else _read_here(split) for split in (train_split, valid_split)]
+        assert here[0] is not None
+        return fit(job, here[0], here[1], report)
+    with connected(address):
+        return _fit_on_workers(job, request.paths.num_workers, train_split, valid_split, report)
+
+
+def _read_labels(location: str, data: DataSettings) -> tuple[list[InputFile], pa.ChunkedArray]:
+    """Footers and the label column of an input, checked: a small read before any work."""
+    files = read_footers(location, data.text_column)
+    for file in files:
+        for name in (data.text_column, data.text_pair_column):
+            if name is not None:
+                check_text_column(file.schema, name, where=file.url)
+        check_label_column(file.schema, data.label_column, where=file.url)
+    units = plan_units(files, limit=data.limit)
+    if not units:
+        raise DataError(f"{location} has no rows")
+    tables = [read_unit(location, unit, [data.label_column]) for unit in units]
+    labels = pa.concat_tables(tables, promote_options="permissive").column(data.label_column)
+    if not data.limit:
+        return files, labels
+    return files, labels.slice(0, data.limit)
+
+
+def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray) -> DecisionSettings:
+    """The decision with the labels that occur, where none were named."""
+    if decision.labels or decision.kind == "regression":
+        return decision
+    return replace(decision, labels=find_labels([labels], decision.kind))
+
+
+def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, settings: TrainSettings) -> None:
+    """Weights that do not fit, and training data with one class only."""
+    resolve_weight(settings, decision, targets)
+    if decision.kind in ("binary", "multiclass") and len(np.unique(targets)) < 2:
+        only = decision.labels[int(targets[0])]
+        raise DataError(f"every training row has the label {only!r}: a classifier needs at least two")
+
+
+def _check_is_local(output: str) -> None:
+    if "://" in output:
+        raise SettingsError(
+            f"--output {output} is a URL; train into a local or shared folder and copy it there when it is done"
+        )
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Take back what a failed run put into its folder, which was empty before."""
+    if not (folder / "pipeline.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _split(request: TrainRequest, location: str, files: Sequence[InputFile], targets: NDArray[np.generic]) -> Split:
+    stage = TokenizeStage(location, request.data, request.paths.output)
+    return Split(stage, plan_units(files, limit=request.data.limit), targets)
+
+
+def _read_here(split: Split) -> LabelledDocuments:
+    return _labelled([split.stage(unit) for unit in split.units], split.targets)
+
+
+def _labelled(blocks: Sequence[pa.Table], targets: NDArray[np.generic]) -> LabelledDocuments:
+    """Tokenized units, in any order, with the targets, which are in input order."""
+    parts = [documents_of(block) for block in sorted(blocks, key=unit_number)]
+    return LabelledDocuments(concat_documents(parts), targets)
+
+
+def _fit_on_workers(
+    job: TrainJob, num_workers: int, train_split: Split, valid_split: Split | None, report: Report
+) -> dict[str, Any]:
+    data = [
+        None if split is None else tokenized(split.stage, split.units).to_arrow_refs()
+        for split in (train_split, valid_split)
+    ]
+    targets = [None if split is None else split.targets for split in (train_split, valid_split)]
+    gpus = has_gpus()
+    relay = Relay.remote()  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory(prefix="pipelines-train-") as storage, relayed(relay, report):
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"job": job, "data": data, "targets": targets, "relay": relay},
+            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpus),
+            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+            run_config=RunConfig(name="train", storage_path=storage),
+        )
+        report(f"{num_workers} workers on {'GPUs' if gpus else 'CPUs'}")
+        try:
+            result = trainer.fit()
+        except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
+            raise JobError(f"training failed: {str(error).strip().splitlines()[-1]}") from error
+    summary: dict[str, Any] = (result.metrics or {})["summary"]
+    return summary
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Runs in every Ray Train worker, whose process group is up."""
+    splits = [
+        None if refs is None else _labelled(ray.get(refs), targets)
+        for refs, targets in zip(config["data"], config["targets"], strict=True)
+    ]
+    assert splits[0] is not None
+    summary = fit(config["job"], splits[0], splits[1], lambda line: config["relay"].say.remote(line))
+    ray.train.report({"summary": summary})

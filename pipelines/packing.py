@@ -1,0 +1,187 @@
+"""Many windows in one row without padding, for models that go through transformers' attention interface.
+
+The row is one sequence of T tokens; attention stays within a window, positions restart at every window, and what
+follows the last token-wise layer (a pooler, a classification head) is handed the windows' first tokens. Which
+models can do that is found out by running both ways when a model is loaded, never from a table of names.
+
+On CUDA in half precision attention is one variable-length flash kernel; elsewhere windows of equal length are
+one unmasked call, so that rows whose windows are sorted by length need few calls.
+
+Shapes: W windows, T tokens of all windows, N windows of one length, S their length, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME = "pipelines_packed"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the windows of a packed row lie."""
+
+    cu_seqlens: Tensor
+    """(W + 1,) int32 offsets of the windows, on the row's device."""
+    runs: tuple[tuple[int, int], ...]
+    """Neighbouring windows of equal length: (length, number of windows)."""
+    max_length: int
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> Packing:
+        """The packing of windows of these lengths, in this order."""
+        offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        runs = tuple((length, len(list(group))) for length, group in groupby(lengths))
+        return cls(offsets.to(device, non_blocking=True), runs, max(lengths))
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Packing,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each window of a packed row: (1, H, T, D) each to (1, T, H, D).
+
+    The signature is transformers' (`AttentionInterface`); it passes what else a model says, and `packing`
+    through from the model's own call. sliding_window w lets a token see the w - 1 to either side.
+    """
+    assert attention_mask is None, "a packed row has no mask"
+    reach = -1 if sliding_window is None else sliding_window - 1
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
+        query_THD, key_THD, value_THD = (states[0].transpose(0, 1) for states in (query, key, value))
+        offsets, longest = packing.cu_seqlens, packing.max_length
+        out = varlen_attn(
+            query_THD, key_THD, value_THD, offsets, offsets, longest, longest,
+            scale=scaling, window_size=(reach, reach), enable_gqa=query.shape[1] != key.shape[1],
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out.unsqueeze(0), None
+    return _attention_by_length(query, key, value, packing, dropout, scaling, reach), None
+
+
+def _attention_by_length(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None, reach: int
+) -> Tensor:
+    pieces, start = [], 0
+    for length, count in packing.runs:
+        stop = start + length * count
+        query_NHSD, key_NHSD, value_NHSD = (
+            states[0, :, start:stop].view(states.shape[1], count, length, -1).transpose(0, 1)
+            for states in (query, key, value)
+        )
+        out_NHSD = F.scaled_dot_product_attention(
+            query_NHSD,
+            key_NHSD,
+            value_NHSD,
+            attn_mask=_band(length, reach, query.device),
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        pieces.append(out_NHSD.transpose(1, 2).flatten(0, 1))
+        start = stop
+    return torch.cat(pieces).unsqueeze(0)
+
+
+def _band(length: int, reach: int, device: torch.device) -> Tensor | None:
+    """(S, S) true where two tokens are at most reach apart; None where every pair is."""
+    if reach < 0 or reach >= length - 1:
+        return None
+    place = torch.arange(length, device=device)
+    return (place[:, None] - place[None, :]).abs() <= reach
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Packed attention keeps windows apart by itself."""
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, _no_mask)
+
+
+class PackedRows:
+    """Runs packed rows through a module whose attention is set to NAME."""
+
+    def __init__(self, module: nn.Module, *, first_position: int) -> None:
+        """first_position is the position id of a window's first token (padding_idx + 1 in RoBERTa's kin)."""
+        self._module = module
+        self._first_position = first_position
+        self._last_tokenwise = _last_tokenwise_child(module, self)
+
+    def __call__(self, ids_T: Tensor, type_ids_T: Tensor | None, packing: Packing) -> Tensor:
+        """Logits (W, L) of the windows of one packed row."""
+        with self._first_tokens_after(self._last_tokenwise, packing):
+            logits: Tensor = self._forward(self._module, ids_T, type_ids_T, packing).logits
+        return logits
+
+    def _forward(self, module: nn.Module, ids_T: Tensor, type_ids_T: Tensor | None, packing: Packing) -> Any:
+        starts = packing.cu_seqlens[:-1].long()
+        lengths = packing.cu_seqlens.diff().long()
+        position_T = torch.arange(len(ids_T), device=ids_T.device)
+        position_T = position_T - torch.repeat_interleave(starts, lengths, output_size=len(ids_T))
+        inputs = {"input_ids": ids_T[None], "position_ids": (position_T + self._first_position)[None]}
+        if type_ids_T is not None:
+            inputs["token_type_ids"] = type_ids_T[None]
+        return module(**inputs, packing=packing)
+
+    @contextmanager
+    def _first_tokens_after(self, child: nn.Module, packing: Packing) -> Iterator[None]:
+        """Turn the child's output (1, T, H) into the windows' first tokens (W, 1, H) for what follows it."""
+        starts = packing.cu_seqlens[:-1].long()
+
+        def keep_first(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return output[0, starts, None]
+            if isinstance(output, tuple):
+                return (output[0][0, starts, None], *output[1:])
+            output["last_hidden_state"] = output["last_hidden_state"][0, starts, None]
+            return output
+
+        hook = child.register_forward_hook(keep_first)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def _last_tokenwise_child(module: nn.Module, rows: PackedRows) -> nn.Module:
+    """The last direct part of the model's body that still gives one vector per token."""
+    body = module.base_model
+    assert isinstance(body, nn.Module)
+    device = next(module.parameters()).device
+    packing = Packing.of([2, 3], device)
+    seen: list[nn.Module] = []
+
+    def note(child: nn.Module, _inputs: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == (1, 5):
+            seen.append(child)
+
+    hooks = [child.register_forward_hook(note) for child in body.children()]
+    try:
+        with torch.no_grad():
+            rows._forward(body, torch.ones(5, dtype=torch.long, device=device), None, packing)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not seen:
+        raise ValueError(f"{type(body).__name__} has no part that gives one vector per token")
+    return seen[-1]

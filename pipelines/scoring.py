@@ -1,0 +1,160 @@
+"""`Scorer`: texts -> windows -> logits -> merged scores -> labels. The one truth behind predict, score and serve.
+
+Knows no ray and no files beyond the model folder.
+
+Shapes: D documents, W windows of all documents, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.labels import Decisions, activate, decide, resolve_thresholds
+from pipelines.model import WindowModel, load_model
+from pipelines.model_folder import ModelFolder, read_model_folder
+from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
+from pipelines.tables import result_columns
+from pipelines.tokenization import CutDocuments, Documents, Tokenizer, cut_documents
+from pipelines.windows import WindowPlan, Windows, count_votes, merge_windows, resolve_plan
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """What the model says of D documents, before thresholds. All arrays are in document order."""
+
+    scores_DL: NDArray[np.float32]
+    """Merged probabilities (regression: values)."""
+    votes_DL: NDArray[np.int64] | None
+    """Windows whose largest logit is each label; single label only."""
+    windows: Windows
+    """Where the windows lie, in tokens of the text (of a pair's second text)."""
+    window_logits_WL: NDArray[np.float32]
+    window_scores_WL: NDArray[np.float32]
+    """Activated logits."""
+    num_tokens_D: NDArray[np.int64]
+    """Tokens of each document without special tokens."""
+    errors: list[str | None]
+    """Why a document has no score; its rows above are then without meaning."""
+
+    @property
+    def num_windows_D(self) -> NDArray[np.int64]:
+        """Windows of each document; 0 where there is an error."""
+        return np.where([error is None for error in self.errors], self.windows.num_windows_D, 0)
+
+    @property
+    def truncated_D(self) -> NDArray[np.bool_]:
+        """Whether tokens of the document are in no window."""
+        return self.windows.truncated_D
+
+    def part(self, start: int, stop: int) -> DocumentScores:
+        """Documents [start, stop)."""
+        first, last = self.windows.offsets[start], self.windows.offsets[stop]
+        return DocumentScores(
+            self.scores_DL[start:stop],
+            None if self.votes_DL is None else self.votes_DL[start:stop],
+            self.windows.part(start, stop),
+            self.window_logits_WL[first:last],
+            self.window_scores_WL[first:last],
+            self.num_tokens_D[start:stop],
+            self.errors[start:stop],
+        )
+
+
+class Scorer:
+    """A model with its tokenizer, windows and decision: everything between a text and its label."""
+
+    def __init__(
+        self,
+        model: WindowModel,
+        tokenizer: Tokenizer,
+        plan: WindowPlan,
+        decision: DecisionSettings,
+        *,
+        temperature: float = 1.0,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.plan = plan
+        self.decision = decision
+        self.temperature = temperature
+
+    @classmethod
+    def load(
+        cls,
+        location: str | ModelFolder,
+        *,
+        compute: ComputeSettings | None = None,
+        thresholds: float | tuple[float, ...] | Mapping[str, float] | None = None,
+    ) -> Scorer:
+        """Open a model folder (a path or URL, or one already read).
+
+        thresholds override the folder's. Raises ModelFolderError and SettingsError before any work.
+        """
+        folder = read_model_folder(location) if isinstance(location, str) else location
+        decision = resolve_thresholds(thresholds, folder.decision)
+        tokenizer = Tokenizer.load(folder.path)
+        model = load_model(
+            folder.path, tokenizer.template, compute or ComputeSettings(), num_labels=decision.num_labels
+        )
+        plan = plan_of(folder.windows, tokenizer, model_type=model.model_type)
+        return cls(model, tokenizer, plan, decision, temperature=folder.temperature)
+
+    def score_documents(self, documents: Documents) -> DocumentScores:
+        """Score tokenized documents. A document whose logits are not finite gets an error."""
+        cut = cut_documents(documents.tokens, self.plan, self.tokenizer.template, documents.pair_tokens)
+        logits_WL = self.model.logits(cut)
+        return self.merge(documents, cut, logits_WL)
+
+    def merge(self, documents: Documents, cut: CutDocuments, logits_WL: NDArray[np.float32]) -> DocumentScores:
+        """Window logits to document scores and votes."""
+        offsets = cut.windows.offsets
+        finite_W = np.asarray(np.isfinite(logits_WL).all(axis=1))
+        errors = list(documents.errors)
+        for row in cut.windows.document_W[np.flatnonzero(~finite_W)]:
+            errors[row] = errors[row] or "the model's output is not finite"
+        logits_WL = np.where(finite_W[:, None], logits_WL, np.float32(0))
+        window_scores_WL = activate(logits_WL, self.decision.kind, self.temperature)
+        scores_DL = merge_windows(window_scores_WL, offsets, "max" if self.decision.merge == "max" else "mean")
+        single = self.decision.kind in ("binary", "multiclass")
+        votes_DL = count_votes(logits_WL, offsets) if single else None
+        return DocumentScores(
+            scores_DL, votes_DL, cut.windows, logits_WL, window_scores_WL, documents.num_tokens_D, errors
+        )
+
+    def decide(self, scores: DocumentScores, decision: DecisionSettings | None = None) -> Decisions:
+        """Labels for scores, under this scorer's thresholds or another decision's."""
+        return decide(scores.scores_DL, decision or self.decision, scores.votes_DL)
+
+    def results(self, scores: DocumentScores, *, prefix: str = "") -> pa.Table:
+        """The output columns of scored documents, one row each: predicted_label(s) or _value, score, scores, ..."""
+        return result_columns(
+            self.decide(scores),
+            scores.scores_DL,
+            decision=self.decision,
+            num_tokens_D=scores.num_tokens_D,
+            num_windows_D=scores.num_windows_D,
+            truncated_D=scores.truncated_D,
+            errors=scores.errors,
+            prefix=prefix,
+        )
+
+    def score_table(self, table: pa.Table, text_column: str = "text", text_pair_column: str | None = None) -> pa.Table:
+        """Score the texts of an Arrow table: one row of output columns per row."""
+        return self.results(self.score_documents(self.tokenizer.documents(table, text_column, text_pair_column)))
+
+    def predict(self, texts: Sequence[str | None]) -> pa.Table:
+        """Score a list of texts: one row of output columns per text; None gives a row with an error."""
+        return self.score_table(pa.table({"text": pa.array(texts, pa.string())}))
+
+
+def plan_of(
+    windows: WindowSettings, tokenizer: Tokenizer, *, model_type: str, model_limit: int | None = None
+) -> WindowPlan:
+    """Window settings met with a tokenizer and a model. Raises SettingsError where they do not fit."""
+    special = tokenizer.template.num_special_tokens(pair=False)
+    return resolve_plan(windows, num_special_tokens=special, model_limit=model_limit, model_type=model_type)

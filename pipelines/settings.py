@@ -1,0 +1,422 @@
+"""Every setting of the house: its name, type, default, limits and meaning, in one place.
+
+The same frozen dataclasses are filled from Python, from a YAML file, from `--set key=value` and from a model
+folder. Field names are unique over all groups, so that a flat mapping says everything: `parse` deals a mapping
+out to groups, and refuses what it does not know with the nearest name. The sentence below a field is its help.
+
+Knows no files, no models, no torch and no ray.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pipelines.errors import SettingsError
+
+Kind = Literal["binary", "multiclass", "multilabel", "regression"]
+Merge = Literal["mean", "vote", "max"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+G = TypeVar("G")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSettings:
+    """How a text longer than the model is cut."""
+
+    max_length: int | None = None
+    """Tokens per window, special tokens included. Default: 512, or the model's limit where that is lower."""
+    sliding_window: bool = True
+    """Cut long texts into windows; false truncates them to max_length, and the output says so."""
+    stride: float | int = 0.8
+    """From one window's start to the next: a fraction of max_length (float) or a number of tokens (int)."""
+    window_plan: Literal["exact", "simpletransformers"] = "exact"
+    """exact ends at the window that reaches the end; simpletransformers also adds its tails inside the last."""
+    dense_windows: bool = False
+    """Allow a step below 1/16 of a window's budget, which multiplies the cost."""
+    max_windows: int | None = None
+    """At most this many windows of one document are scored; what is cut is reported as truncated."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_range(self, "max_length", self.max_length, low=3)
+        _check_range(self, "max_windows", self.max_windows, low=1)
+        _check_range(self, "stride", self.stride, above=0)
+        if isinstance(self.stride, float) and self.stride > 1:
+            raise SettingsError(
+                f"stride={self.stride} is a float above 1.0: a float is a fraction of max_length; "
+                f"write {int(self.stride)} for that many tokens"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecisionSettings:
+    """What the model predicts, and how window scores become one label."""
+
+    kind: Kind = "binary"
+    """binary, multiclass, multilabel or regression."""
+    labels: tuple[str, ...] = ()
+    """Label names in the order of the logits. In binary the last is the positive one."""
+    merge: Merge = "mean"
+    """Windows to document: mean or max of their probabilities, or vote (single label only)."""
+    tie_value: int = 1
+    """Label id that wins a vote whose top two counts are equal."""
+    thresholds: float | tuple[float, ...] | None = None
+    """Score from which a label holds: one number, or one per label (binary: one, for the positive label)."""
+    abstain_below: float | None = None
+    """multiclass: no label when the best score is lower."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        check_decision(self)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of logits: one per label, and one for regression."""
+        return 1 if self.kind == "regression" else len(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeSettings:
+    """How the forward pass runs. None of it changes a float32 score by more than rounding."""
+
+    dtype: Dtype = "auto"
+    """auto takes bfloat16 where the processor multiplies it faster than float32, else float32."""
+    device: str = "auto"
+    """auto takes a GPU when there is one; or cpu, cuda, cuda:1."""
+    batch_tokens: int = 16384
+    """Tokens in one forward pass."""
+    packing: Literal["auto", "off"] = "auto"
+    """auto runs windows in one row without padding where a check at load agrees with the padded way."""
+    num_threads: int | None = None
+    """CPU threads of one model. Default: every core of the machine, shared evenly between replicas."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_range(self, "batch_tokens", self.batch_tokens, low=1)
+        _check_range(self, "num_threads", self.num_threads, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Which columns are read."""
+
+    text_column: str = "text"
+    """Column that holds the text."""
+    text_pair_column: str | None = None
+    """Column that holds the second text of a pair."""
+    label_column: str = "label"
+    """Column that holds the label: int, string, float, list of strings, or a fixed list of 0 and 1."""
+    limit: int | None = None
+    """Use only this many rows of each input."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_range(self, "limit", self.limit, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPaths:
+    """What a fine-tuning run reads and writes."""
+
+    train: str
+    """Parquet file, folder or glob with the training rows."""
+    model: str
+    """Pretrained weights: a folder or a Hugging Face hub name."""
+    output: str
+    """New folder for the finished model."""
+    valid: str | None = None
+    """Parquet for choosing the best epoch and tuning thresholds."""
+    num_workers: int = 0
+    """Ray Train workers; 0 trains in this process."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_range(self, "num_workers", self.num_workers, low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorePaths:
+    """What a scoring job reads and writes."""
+
+    model: str
+    """Model folder that `pipelines train` wrote, or its URL."""
+    input: str
+    """Parquet file, folder or glob."""
+    output: str
+    """New folder for the scored Parquet files."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServePaths:
+    """What a server reads."""
+
+    model: str
+    """Model folder that `pipelines train` wrote, or its URL."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """One fine-tuning run."""
+
+    epochs: int = 3
+    """Passes over the training windows."""
+    batch_size: int = 16
+    """Windows in one forward and backward pass, over all workers together."""
+    gradient_accumulation_steps: int = 1
+    """Passes per optimizer step: a step sees batch_size times this many windows."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; biases and normalisation weights are spared."""
+    warmup_ratio: float = 0.06
+    """Share of the steps in which the learning rate rises linearly; it then falls linearly to 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    weight: tuple[float, ...] | Literal["balanced"] | None = None
+    """binary and multiclass: one loss weight per label, or balanced (from the training labels)."""
+    pos_weight: tuple[float, ...] | Literal["balanced"] | None = None
+    """multilabel: one loss weight per label for its positives, or balanced."""
+    window_weight: Literal["window", "document"] = "window"
+    """window counts each window once; document gives each 1 / number of windows of its text."""
+    train_max_windows: int | None = None
+    """At most this many windows of one training document; what is cut is reported."""
+    train_dtype: Dtype = "auto"
+    """Arithmetic of the training forward and backward pass; weights are always kept in float32."""
+    train_batch_tokens: int = 16384
+    """Tokens in one forward and backward pass of one worker: a memory limit, without effect on the result."""
+    seed: int = 42
+    """Seed of the new head, the order of the windows and dropout."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "train_batch_tokens"):
+            _check_range(self, name, getattr(self, name), low=1)
+        _check_range(self, "train_max_windows", self.train_max_windows, low=1)
+        _check_range(self, "learning_rate", self.learning_rate, above=0)
+        _check_range(self, "weight_decay", self.weight_decay, low=0)
+        _check_range(self, "warmup_ratio", self.warmup_ratio, low=0, high=1)
+        _check_range(self, "max_grad_norm", self.max_grad_norm, low=0)
+        _check_range(self, "seed", self.seed, low=0)
+        for name in ("weight", "pos_weight"):
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                for number in value:
+                    _check_range(self, name, number, low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """One bulk scoring job."""
+
+    thresholds: float | tuple[float, ...] | dict[str, float] | None = None
+    """Instead of the model folder's: one number, one per label, or {label: number}."""
+    keep: tuple[str, ...] | None = None
+    """Input columns to carry into the output. Default: all but the text."""
+    prefix: str = ""
+    """Put before the name of every output column, where an input column bears the same name."""
+    replicas: int | None = None
+    """Model replicas. Default: one per GPU, or one that uses every core of a machine without."""
+    gpus_per_replica: float = 1.0
+    """GPUs that one replica takes, where the cluster has any."""
+    unit_bytes: int | None = None
+    """Text bytes of one work unit. Default: grows with the input from 256 KiB to 64 MiB."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_range(self, "replicas", self.replicas, low=1)
+        _check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
+        _check_range(self, "unit_bytes", self.unit_bytes, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """One online server."""
+
+    name: str | None = None
+    """Name that answers carry as `model`. Default: the folder's name."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    """Port to listen on."""
+    num_replicas: int = 1
+    """Replicas of the model."""
+    max_body_bytes: int = 4 * 2**20
+    """A larger request body is answered 413."""
+    max_documents: int = 256
+    """More documents in one request are answered 422."""
+    max_document_tokens: int = 200_000
+    """A longer document is answered 422."""
+    max_queued_tokens: int = 1_000_000
+    """Tokens that may wait in one replica; beyond them the answer is 429."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_range(self, "port", self.port, low=0, high=65535)
+        for name in ("num_replicas", "max_body_bytes", "max_documents", "max_document_tokens"):
+            _check_range(self, name, getattr(self, name), low=1)
+        _check_range(self, "max_queued_tokens", self.max_queued_tokens, low=1)
+
+
+def parse(values: Mapping[str, object], *groups: type[Any]) -> list[Any]:
+    """Deal a flat mapping out to settings groups, one instance per group in the order given.
+
+    Values may be of the YAML kinds: a list stands for a tuple, "4e-5" for a float.
+    Raises SettingsError for a name in none of the groups (naming the nearest) and for a value out of bounds.
+    """
+    owners = {field.name: group for group in groups for field in dataclasses.fields(group)}
+    for name in values:
+        if name not in owners:
+            nearest = difflib.get_close_matches(str(name), owners, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(sorted(owners))}"
+            raise SettingsError(f"unknown setting {str(name)!r}; {hint}")
+    required = [field for group in groups for field in dataclasses.fields(group) if field.default is MISSING]
+    missing = [field.name for field in required if field.name not in values]
+    if missing:
+        raise SettingsError(f"nothing says what {missing[0]!r} is: {field_help(owners[missing[0]])[missing[0]]}")
+    return [group(**{n: v for n, v in values.items() if owners[n] is group}) for group in groups]
+
+
+def field_help(group: type[Any]) -> dict[str, str]:
+    """The sentence written below each field of a settings group, by field name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    help_by_name = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            assert isinstance(statement.target, ast.Name)
+            assert isinstance(following.value, ast.Constant)
+            help_by_name[statement.target.id] = str(following.value.value)
+    return help_by_name
+
+
+def check_decision(decision: DecisionSettings) -> None:
+    """Raise SettingsError where kind, labels, merge, tie_value and thresholds do not fit together."""
+    kind, num_labels = decision.kind, len(decision.labels)
+    if len(set(decision.labels)) != num_labels:
+        raise SettingsError(f"labels repeat: {', '.join(decision.labels)}")
+    if kind == "binary" and num_labels not in (0, 2):
+        raise SettingsError(f"kind binary needs 2 labels, got {num_labels}; use multiclass or multilabel")
+    if kind == "multiclass" and num_labels == 1:
+        raise SettingsError("kind multiclass needs at least 2 labels, got 1")
+    if decision.merge == "vote" and kind in ("multilabel", "regression"):
+        raise SettingsError(f"merge=vote needs one label per text; kind {kind} takes mean")
+    if decision.merge == "max" and kind == "regression":
+        raise SettingsError("merge=max has no meaning for kind regression; use mean")
+    if num_labels and kind in ("binary", "multiclass") and not 0 <= decision.tie_value < num_labels:
+        raise SettingsError(f"tie_value={decision.tie_value} is no label id: it must be 0 to {num_labels - 1}")
+    _check_thresholds(decision)
+
+
+def _check_thresholds(decision: DecisionSettings) -> None:
+    kind, thresholds = decision.kind, decision.thresholds
+    if decision.abstain_below is not None:
+        _check_range(decision, "abstain_below", decision.abstain_below, low=0, high=1)
+        if kind != "multiclass":
+            raise SettingsError(f"abstain_below is for kind multiclass; this is {kind}")
+    if thresholds is None:
+        return
+    if kind in ("multiclass", "regression"):
+        raise SettingsError(f"kind {kind} takes no thresholds; they are for binary and multilabel")
+    for value in thresholds if isinstance(thresholds, tuple) else (thresholds,):
+        _check_range(decision, "thresholds", value, low=0, high=1)
+    expected = 1 if kind == "binary" else len(decision.labels)
+    if isinstance(thresholds, tuple) and decision.labels and len(thresholds) != expected:
+        raise SettingsError(f"thresholds has {len(thresholds)} values, and kind {kind} here needs {expected}")
+
+
+def _check_range(
+    group: object,
+    name: str,
+    value: float | None,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+) -> None:
+    if value is None or (math.isfinite(value) and low <= value <= high and value > above):
+        return
+    limits = [f"at least {low:g}"] * math.isfinite(low) + [f"at most {high:g}"] * math.isfinite(high)
+    limits += [f"above {above:g}"] * math.isfinite(above)
+    raise SettingsError(f"{name}={value} must be {' and '.join(limits) or 'finite'}")
+
+
+def _check_types(group: Any) -> None:
+    """Coerce YAML's kinds to the annotated type, and raise SettingsError for what does not fit."""
+    hints = typing.get_type_hints(type(group))
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        options = _options(hints[field.name])
+        for option in options:
+            fits, coerced = _coerce(value, option)
+            if fits:
+                object.__setattr__(group, field.name, coerced)
+                break
+        else:
+            wanted = " or ".join(_type_name(option) for option in options)
+            raise SettingsError(f"{field.name}={value!r} must be {wanted}")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """Alternatives of a union, exact kinds before coercions (an int must not become a float)."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return tuple(sorted(options, key=lambda option: (option is float, option is str)))
+
+
+def _coerce(value: Any, option: Any) -> tuple[bool, Any]:
+    """(whether value fits the option, value as that option's kind)."""
+    if get_origin(option) is Literal:
+        return value in get_args(option), value
+    if get_origin(option) is tuple:
+        return _coerce_tuple(value, get_args(option)[0])
+    if get_origin(option) is dict:
+        return _coerce_dict(value, get_args(option)[1])
+    if option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return True, float(value)
+        except ValueError:
+            return False, value
+    if option is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    return isinstance(value, option), value
+
+
+def _coerce_tuple(value: Any, item: Any) -> tuple[bool, Any]:
+    if not isinstance(value, (list, tuple)):
+        return False, value
+    if item is str:  # YAML reads the labels 0 and 1 as numbers
+        value = [str(element) if isinstance(element, int) else element for element in value]
+    pairs = [_coerce(element, item) for element in value]
+    return all(fits for fits, _ in pairs), tuple(coerced for _, coerced in pairs)
+
+
+def _coerce_dict(value: Any, item: Any) -> tuple[bool, Any]:
+    if not isinstance(value, dict):
+        return False, value
+    pairs = {str(key): _coerce(element, item) for key, element in value.items()}
+    return all(fits for fits, _ in pairs.values()), {key: coerced for key, (_, coerced) in pairs.items()}
+
+
+def _type_name(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return " or ".join(repr(value) for value in get_args(option))
+    if get_origin(option) is tuple:
+        return f"a list of {get_args(option)[0].__name__}"
+    if get_origin(option) is dict:
+        return "a mapping of labels to numbers"
+    return "null" if option is type(None) else str(option.__name__)

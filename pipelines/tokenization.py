@@ -1,0 +1,372 @@
+"""Texts to token ids, and token ids to the model's input rows.
+
+Texts are tokenized once, whole, by the Rust tokenizer: never truncated, never padded, without special tokens.
+What the tokenizer adds around a text (prefix, separator, suffix, type ids, side of the padding) is asked of the
+tokenizer itself and kept in a `Template`. Knows no model, no torch, no transformers, no ray.
+
+A text goes: `Tokenizer.documents` -> `Documents` -> `cut_documents` -> `CutDocuments` -> `assemble` ->
+`InputRows`, which `model` runs.
+
+Shapes: D documents, W windows, T tokens of all of them together (ragged: flat values plus offsets).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as RustTokenizer
+
+from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.tables import read_texts
+from pipelines.windows import WindowPlan, Windows, plan_windows
+
+Ids = NDArray[np.int32]
+EncodeTexts = Callable[[Sequence[str]], Sequence[Sequence[int]]]
+CHARACTERS_PER_CALL = 4 * 2**20
+"""Texts go to the Rust tokenizer in calls of about this size: its encodings cost some 100 bytes a token."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of D texts, without special tokens: text d is ids[offsets[d]:offsets[d + 1]]."""
+
+    ids: Ids
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens_D(self) -> NDArray[np.int64]:
+        """Tokens of each text."""
+        return np.diff(self.offsets)
+
+    def take(self, index_D: NDArray[np.integer]) -> Tokens:
+        """The texts of the given numbers, in that order."""
+        lengths = self.num_tokens_D[index_D]
+        return Tokens(self.ids[ragged_index(self.offsets[index_D], lengths)], offsets_of(lengths))
+
+    def to_arrow(self) -> pa.ListArray:
+        """As list<int32>, or large_list where 2**31 tokens are reached; no copy of the ids."""
+        if self.offsets[-1] < 2**31:
+            return pa.ListArray.from_arrays(pa.array(self.offsets, pa.int32()), pa.array(self.ids))
+        return pa.LargeListArray.from_arrays(pa.array(self.offsets), pa.array(self.ids))
+
+    @classmethod
+    def from_arrow(cls, column: pa.Array | pa.ChunkedArray) -> Tokens:
+        """Back from `to_arrow`; the ids are not copied where the column is one chunk."""
+        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        if isinstance(array, pa.ChunkedArray):  # combine_chunks keeps several where offsets would overflow
+            return concat_tokens([cls.from_arrow(chunk) for chunk in array.chunks])
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        ids = array.values.to_numpy()[offsets[0] : offsets[-1]]
+        return cls(ids.astype(np.int32, copy=False), offsets - offsets[0])
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a tokenizer puts around a text or a pair, and how its rows are padded.
+
+    One text is `prefix text suffix`; a pair is `pair_prefix text pair_middle text_pair pair_suffix`. Type ids
+    follow the same parts: (prefix, text, suffix) and (prefix, text, middle, text_pair, suffix).
+    """
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    type_ids: tuple[int, int, int] = (0, 0, 0)
+    pair_prefix: tuple[int, ...] = ()
+    pair_middle: tuple[int, ...] = ()
+    pair_suffix: tuple[int, ...] = ()
+    pair_type_ids: tuple[int, int, int, int, int] = (0, 0, 0, 1, 1)
+    pad_id: int = 0
+    pad_left: bool = False
+
+    def num_special_tokens(self, *, pair: bool) -> int:
+        """Tokens added around one text, or around a pair."""
+        parts = (self.pair_prefix, self.pair_middle, self.pair_suffix) if pair else (self.prefix, self.suffix)
+        return sum(len(part) for part in parts)
+
+
+@dataclass(frozen=True)
+class InputRows:
+    """Model input of W windows, special tokens included: window w is ids[offsets[w]:offsets[w + 1]]."""
+
+    ids: NDArray[np.int64]
+    type_ids: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+    @property
+    def length_W(self) -> NDArray[np.int64]:
+        """Tokens of each window, special tokens included."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class CutDocuments:
+    """Documents cut into windows: what `assemble` needs to write any of them as input rows.
+
+    windows are over the text, or over the second text of a pair; first_kept_D is how many tokens of a pair's
+    first text go into each of its windows.
+    """
+
+    tokens: Tokens
+    pair_tokens: Tokens | None
+    first_kept_D: NDArray[np.int64] | None
+    windows: Windows
+    num_special_tokens: int
+
+    @property
+    def length_W(self) -> NDArray[np.int64]:
+        """Tokens of each window's input row, special tokens included."""
+        length_W = self.windows.stop_W - self.windows.start_W + self.num_special_tokens
+        return length_W if self.first_kept_D is None else length_W + self.first_kept_D[self.windows.document_W]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """D tokenized texts or pairs, and why some of them cannot be scored (they then have no tokens)."""
+
+    tokens: Tokens
+    pair_tokens: Tokens | None
+    errors: list[str | None]
+
+    def __len__(self) -> int:
+        return len(self.errors)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether these are pairs of texts."""
+        return self.pair_tokens is not None
+
+    @property
+    def num_tokens_D(self) -> NDArray[np.int64]:
+        """Tokens of each document, both texts of a pair together, without special tokens."""
+        own = self.tokens.num_tokens_D
+        return own if self.pair_tokens is None else own + self.pair_tokens.num_tokens_D
+
+    def take(self, index_D: NDArray[np.integer]) -> Documents:
+        """The documents of the given numbers, in that order."""
+        pair = None if self.pair_tokens is None else self.pair_tokens.take(index_D)
+        return Documents(self.tokens.take(index_D), pair, [self.errors[int(row)] for row in index_D])
+
+
+def concat_documents(parts: Sequence[Documents]) -> Documents:
+    """All documents of the parts, in order; all single texts, or all pairs."""
+    pairs = [part.pair_tokens for part in parts if part.pair_tokens is not None]
+    assert len(pairs) in (0, len(parts)), "single texts and pairs do not mix"
+    return Documents(
+        concat_tokens([part.tokens for part in parts]),
+        concat_tokens(pairs) if pairs else None,
+        [error for part in parts for error in part.errors],
+    )
+
+
+class Tokenizer:
+    """A tokenizer that keeps everything: whole texts, no padding, special tokens apart."""
+
+    def __init__(self, encode_texts: EncodeTexts, template: Template, rust: RustTokenizer | None = None) -> None:
+        self._encode_texts = encode_texts
+        self._rust = rust
+        self.template = template
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json (and the padding side from tokenizer_config.json).
+
+        Raises ModelFolderError where there is none; a Python-only tokenizer is handed to the constructor.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelFolderError(f"{folder} has no tokenizer.json; save a fast tokenizer there first")
+        rust = RustTokenizer.from_file(str(path))
+        padding = rust.padding
+        rust.no_truncation()  # both can be stored in the file, and would silently cut or fill texts
+        rust.no_padding()
+        config = _read_json(folder / "tokenizer_config.json")
+        pad_id = rust.token_to_id(_content(config.get("pad_token"))) if config.get("pad_token") else None
+        if pad_id is None:
+            pad_id = padding["pad_id"] if padding else 0
+        template = template_of(rust, pad_id=pad_id, pad_left=config.get("padding_side") == "left")
+        return cls(lambda texts: _rust_ids(rust, texts), template, rust)
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        """Ids of whole texts. Texts must be valid Unicode (no lone surrogates)."""
+        pieces: list[Ids] = []
+        lengths: list[int] = []
+        for batch in _batches_of_characters(texts):
+            encoded = self._encode_texts(batch)
+            lengths += map(len, encoded)
+            pieces.append(np.fromiter(itertools.chain.from_iterable(encoded), np.int32, sum(map(len, encoded))))
+        ids = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+        return Tokens(ids, offsets_of(np.asarray(lengths, np.int64)))
+
+    def documents(self, table: pa.Table, text_column: str, text_pair_column: str | None = None) -> Documents:
+        """Tokenize a table's text column, or its two. A row with a bad text gets an error and no tokens."""
+        texts = read_texts(table.column(text_column))
+        if text_pair_column is None:
+            return Documents(self.encode(texts.texts), None, texts.errors)
+        pairs = read_texts(table.column(text_pair_column))
+        errors = [first or second for first, second in zip(texts.errors, pairs.errors, strict=True)]
+        kept = [[text if error is None else "" for text, error in zip(side, errors, strict=True)]
+                for side in (texts.texts, pairs.texts)]  # fmt: skip
+        return Documents(self.encode(kept[0]), self.encode(kept[1]), errors)
+
+    def character_spans(self, text: str) -> NDArray[np.int64]:
+        """(T, 2): first and one-past-last code point of each token of the text, in order.
+
+        Raises ModelFolderError for a Python-only tokenizer, which does not tell.
+        """
+        if self._rust is None:
+            raise ModelFolderError("this model's tokenizer is Python-only and tells no character positions")
+        encoding = self._rust.encode(text, add_special_tokens=False)
+        return np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+
+def template_of(rust: RustTokenizer, *, pad_id: int = 0, pad_left: bool = False) -> Template:
+    """Ask a Rust tokenizer what it puts around one text and around a pair."""
+    single, pair = rust.encode("a"), rust.encode("a", "a")
+    prefix, _, suffix = _special_parts(single.ids, single.sequence_ids)
+    pair_parts = _special_parts(pair.ids, pair.sequence_ids)
+    types, pair_types = single.type_ids, pair.type_ids
+    first, second = pair.sequence_ids.index(0), pair.sequence_ids.index(1)
+    return Template(
+        prefix,
+        suffix,
+        (types[0], types[len(prefix)], types[-1]),
+        *pair_parts,
+        (pair_types[0], pair_types[first], pair_types[second - 1], pair_types[second], pair_types[-1]),
+        pad_id,
+        pad_left,
+    )
+
+
+def cut_documents(
+    tokens: Tokens, plan: WindowPlan, template: Template, pair_tokens: Tokens | None = None
+) -> CutDocuments:
+    """Plan the windows of documents or pairs.
+
+    A plan's budget is that of one text. A pair has less room by the separators that it adds. With windows its
+    first text is kept whole up to half of that (or to what the second text leaves) and the second is cut;
+    without, both are truncated longest first.
+    """
+    special = template.num_special_tokens(pair=pair_tokens is not None)
+    if pair_tokens is None:
+        windows = plan_windows(tokens.num_tokens_D, plan)
+        return CutDocuments(tokens, None, None, windows, special)
+    room = min(plan.max_length - special, plan.budget)
+    if room < 2:
+        raise SettingsError(f"max_length={plan.max_length} leaves no room for a pair; use at least {special + 2}")
+    first_D, second_D = tokens.num_tokens_D, pair_tokens.num_tokens_D
+    if plan.sliding:
+        kept_D = np.minimum(first_D, np.maximum(room // 2, room - second_D))
+    else:
+        kept_D = _longest_first(first_D, second_D, room)
+    windows = plan_windows(second_D, plan, budget_D=np.maximum(room - kept_D, 1))
+    cut_D = windows.truncated_D | (kept_D < first_D)
+    windows = Windows(windows.document_W, windows.start_W, windows.stop_W, windows.offsets, cut_D)
+    return CutDocuments(tokens, pair_tokens, kept_D, windows, special)
+
+
+def assemble(cut: CutDocuments, template: Template, index_W: NDArray[np.integer]) -> InputRows:
+    """Write the windows of the given numbers as input rows, in that order."""
+    document_W = cut.windows.document_W[index_W]
+    start_W = cut.windows.start_W[index_W]
+    length_W = cut.windows.stop_W[index_W] - start_W
+    if cut.pair_tokens is None:
+        window = (cut.tokens.ids, cut.tokens.offsets[document_W] + start_W, length_W)
+        parts = [_repeated(template.prefix, index_W), window, _repeated(template.suffix, index_W)]
+        return _join(parts, template.type_ids)
+    assert cut.first_kept_D is not None
+    first = (cut.tokens.ids, cut.tokens.offsets[document_W], cut.first_kept_D[document_W])
+    window = (cut.pair_tokens.ids, cut.pair_tokens.offsets[document_W] + start_W, length_W)
+    specials = (template.pair_prefix, template.pair_middle, template.pair_suffix)
+    prefix, middle, suffix = (_repeated(part, index_W) for part in specials)
+    return _join([prefix, first, middle, window, suffix], template.pair_type_ids)
+
+
+def offsets_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Lengths (N,) to offsets (N + 1,)."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def ragged_index(start: NDArray[np.integer], length: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Positions start[i], start[i] + 1, ... of length[i] each, one after another."""
+    ends = np.cumsum(length, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(np.asarray(start, np.int64) - (ends - length), length)
+
+
+def concat_tokens(parts: Sequence[Tokens]) -> Tokens:
+    """All texts of the parts, in order."""
+    ids = np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)])
+    lengths = np.concatenate([np.zeros(0, np.int64), *(part.num_tokens_D for part in parts)])
+    return Tokens(ids, offsets_of(lengths))
+
+
+_Part = tuple[NDArray[np.integer], NDArray[np.int64], NDArray[np.int64]]
+"""One stretch of every window: values, where each window's stretch starts in them, and its length."""
+
+
+def _repeated(special: tuple[int, ...], index_W: NDArray[np.integer]) -> _Part:
+    """The same special tokens for every window."""
+    zero_W = np.zeros(len(index_W), np.int64)
+    return np.asarray(special, np.int64), zero_W, zero_W + len(special)
+
+
+def _join(parts: Sequence[_Part], type_ids: Sequence[int]) -> InputRows:
+    """Part after part of each window, window after window, in one flat row."""
+    offsets = offsets_of(np.sum([length_W for _, _, length_W in parts], axis=0, dtype=np.int64))
+    ids = np.empty(int(offsets[-1]), np.int64)
+    types = np.empty_like(ids)
+    place_W = offsets[:-1]
+    for (values, start_W, length_W), type_id in zip(parts, type_ids, strict=True):
+        target = ragged_index(place_W, length_W)
+        ids[target] = values[ragged_index(start_W, length_W)]
+        types[target] = type_id
+        place_W = place_W + length_W
+    return InputRows(ids, types, offsets)
+
+
+def _longest_first(first_D: NDArray[np.int64], second_D: NDArray[np.int64], room: int) -> NDArray[np.int64]:
+    """Tokens kept of the first text where tokens are taken from the longer text until both fit the room."""
+    shorter_D, longer_D = np.minimum(first_D, second_D), np.maximum(first_D, second_D)
+    kept_shorter_D = np.where(shorter_D + longer_D <= room, shorter_D, np.minimum(shorter_D, room // 2))
+    kept_longer_D = np.minimum(longer_D, room - kept_shorter_D)
+    return np.where(first_D <= second_D, kept_shorter_D, kept_longer_D)
+
+
+def _special_parts(
+    ids: Sequence[int], sequence_ids: Sequence[int | None]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Special tokens before, between and after the texts of one encoding (they belong to no sequence)."""
+    own = [place for place, sequence in enumerate(sequence_ids) if sequence is not None]
+    first, last = (own[0], own[-1]) if own else (len(ids), len(ids))
+    middle = [ids[place] for place in range(first, last) if sequence_ids[place] is None]
+    return tuple(ids[:first]), tuple(middle), tuple(ids[last + 1 :])
+
+
+def _rust_ids(rust: RustTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in rust.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _batches_of_characters(texts: Sequence[str]) -> list[Sequence[str]]:
+    """Consecutive texts of about CHARACTERS_PER_CALL together; at least one text each."""
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64) // CHARACTERS_PER_CALL
+    starts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(texts)] if len(texts) else []
+    return [texts[start:stop] for start, stop in itertools.pairwise(starts)]
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _content(token: object) -> str:
+    """A special token of tokenizer_config.json is a string, or a mapping with its content."""
+    return str(token["content"]) if isinstance(token, dict) else str(token)

@@ -1,0 +1,18 @@
+"""Fixtures for every room. Nothing here reaches a network; HF hubs are switched off before anything is imported."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pyarrow.parquet as pq
+import pytest
+
+EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails"
+
+
+@pytest.fixture(scope="session")
+def emails():
+    """The demo's test emails: id, text, label."""
+    return pq.read_table(EMAILS / "test")

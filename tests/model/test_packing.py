@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+
+from pipelines.model import WindowModel, resolve_dtype
+from pipelines.packing import Packing, attention
+from pipelines.settings import ComputeSettings
+from pipelines.tokenization import Template, Tokens, cut_documents, offsets_of
+from pipelines.windows import WindowPlan
+from tests import tiny
+
+PACKED = ["bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "modernbert"]
+PADDED = ["mpnet", "deberta-v2"]
+TEMPLATE = Template((2,), (3,))
+
+
+def ragged(lengths=(0, 1, 5, 30, 200, 31, 64)):
+    lengths = np.array(lengths)
+    ids = np.random.default_rng(1).integers(10, 600, lengths.sum()).astype(np.int32)
+    return cut_documents(Tokens(ids, offsets_of(lengths)), WindowPlan(32, 30, 20), TEMPLATE)
+
+
+def load(family, packing="auto", dtype="float32"):
+    compute = ComputeSettings(dtype=dtype, device="cpu", packing=packing, batch_tokens=100)
+    return WindowModel(tiny.classifier(family, num_labels=3), TEMPLATE, compute)
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_packed_equals_padded(family):
+    packed, padded = load(family), load(family, packing="off")
+    assert packed.is_packed
+    assert not padded.is_packed
+    logits_WL = packed.logits(ragged())
+    np.testing.assert_allclose(logits_WL, padded.logits(ragged()), atol=1e-5)
+    assert np.ptp(logits_WL, axis=0).min() > 0.01, "the windows' logits differ, so agreement means something"
+
+
+@pytest.mark.parametrize("family", PADDED)
+def test_a_family_that_cannot_be_packed_is_found_out(family):
+    model = load(family)
+    assert not model.is_packed
+    np.testing.assert_array_equal(model.logits(ragged()), load(family, packing="off").logits(ragged()))
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_a_windows_logits_do_not_depend_on_its_batch(family):
+    model = load(family)
+    together = model.logits(ragged())
+    model.batch_tokens = 1
+    np.testing.assert_allclose(together, model.logits(ragged()), atol=1e-5)
+
+
+def test_attention_stays_within_windows_and_within_reach():
+    torch.manual_seed(0)
+    lengths = [5, 5, 3, 1]
+    query, key, value = (torch.randn(1, 2, sum(lengths), 8, dtype=torch.float64) for _ in range(3))
+    found, _ = attention(
+        torch.nn.Identity(), query, key, value, None,
+        packing=Packing.of(lengths, torch.device("cpu")), scaling=0.3, sliding_window=3,
+    )  # fmt: skip
+    window = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    place = torch.arange(sum(lengths))
+    allowed = (window[:, None] == window) & ((place[:, None] - place).abs() <= 2)
+    scores = (query @ key.transpose(-1, -2) * 0.3).masked_fill(~allowed, -torch.inf)
+    torch.testing.assert_close(found, (scores.softmax(-1) @ value).transpose(1, 2))
+
+
+def test_grouped_key_heads_are_shared():
+    query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
+    packing = Packing.of([6], torch.device("cpu"))
+    grouped, _ = attention(torch.nn.Identity(), query, key, value, None, packing=packing)
+    repeated = [states.repeat_interleave(2, dim=1) for states in (key, value)]
+    whole, _ = attention(torch.nn.Identity(), query, *repeated, None, packing=packing)
+    torch.testing.assert_close(grouped, whole)
+
+
+def test_bfloat16_is_close_and_chosen_by_the_processor():
+    difference = np.abs(load("bert", dtype="bfloat16").logits(ragged()) - load("bert").logits(ragged())).max()
+    assert 0 < difference < 0.1
+    capabilities = torch.cpu.get_capabilities()
+    fast = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    assert resolve_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)

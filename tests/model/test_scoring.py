@@ -1,0 +1,134 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.model_folder import read_model_folder, write_pipeline_file
+from pipelines.scoring import Scorer
+from pipelines.settings import ComputeSettings
+from tests.model.conftest import DECISIONS
+
+FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
+
+
+def reference(folder, text):
+    """Document scores straight from transformers: one window at a time, cut and merged by hand."""
+    tokenizer = AutoTokenizer.from_pretrained(folder.path)
+    module = AutoModelForSequenceClassification.from_pretrained(folder.path).eval()
+    ids = tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
+    budget, step = 30, int(32 * 0.8)
+    starts = [0]
+    while starts[-1] + budget < len(ids):
+        starts.append(starts[-1] + step)
+    rows = []
+    for start in starts:
+        row = [tokenizer.cls_token_id, *ids[start : start + budget], tokenizer.sep_token_id]
+        with torch.no_grad():
+            rows.append(module(torch.tensor([row])).logits[0].double())
+    logits = torch.stack(rows)
+    if folder.decision.kind == "regression":
+        return logits.mean(0).numpy(), len(starts)
+    scores = logits.sigmoid() if folder.decision.kind == "multilabel" else logits.softmax(-1)
+    return (scores.amax(0) if folder.decision.merge == "max" else scores.mean(0)).numpy(), len(starts)
+
+
+@pytest.mark.parametrize("kind", DECISIONS)
+def test_scores_are_those_of_transformers_window_by_window(folders, kind, emails):
+    scorer = Scorer.load(folders[kind], compute=FLOAT32)
+    texts = [*emails["text"].to_pylist()[:4], "", "short", "émigré 💰 \x00 text"]
+    table = scorer.predict(texts)
+    for text, row in zip(texts, table.to_pylist(), strict=True):
+        scores, num_windows = reference(folders[kind], text)
+        np.testing.assert_allclose(row["scores"], scores, atol=1e-5)
+        assert row["num_windows"] == num_windows
+        assert not row["truncated"]
+
+
+def test_a_text_scores_the_same_whatever_it_is_batched_with(folders, emails):
+    scorer = Scorer.load(folders["multilabel"], compute=FLOAT32)
+    texts = emails["text"].to_pylist()[:30]
+    alone = np.concatenate([scorer.predict([text]).column("scores").combine_chunks().flatten() for text in texts])
+
+    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.permutations(range(30)), st.integers(1, 3000))
+    def together(order, batch_tokens):
+        scorer.model.batch_tokens = batch_tokens
+        table = scorer.predict([texts[row] for row in order])
+        scores = np.asarray(table.column("scores").combine_chunks().flatten()).reshape(-1, 3)
+        np.testing.assert_allclose(scores, alone.reshape(-1, 3)[list(order)], atol=1e-5)
+
+    together()
+
+
+def test_bad_rows_come_out_with_their_error_and_good_ones_scored(folders):
+    scorer = Scorer.load(folders["binary"], compute=FLOAT32)
+    rows = scorer.predict(["fine", None, "also fine"]).to_pylist()
+    assert [row["error"] for row in rows] == [None, "the text is null", None]
+    assert rows[1]["predicted_label"] is None
+    assert rows[1]["num_windows"] == 0
+    np.testing.assert_allclose(rows[0]["scores"], scorer.predict(["fine"]).to_pylist()[0]["scores"], atol=1e-5)
+    assert len(scorer.predict([])) == 0
+
+
+def test_a_model_that_answers_nan_is_an_error_of_the_row(folders):
+    scorer = Scorer.load(folders["binary"], compute=FLOAT32)
+    with torch.no_grad():
+        scorer.model.module.classifier.bias[0] = torch.nan
+    rows = scorer.predict(["fine"]).to_pylist()
+    assert rows[0]["error"] == "the model's output is not finite"
+    assert rows[0]["scores"] is None
+
+
+def test_pairs_are_read_together(folders):
+    scorer = Scorer.load(folders["binary"], compute=FLOAT32)
+    tokenizer = AutoTokenizer.from_pretrained(folders["binary"].path)
+    module = AutoModelForSequenceClassification.from_pretrained(folders["binary"].path).eval()
+    table = scorer.score_table(pa.table({"a": ["free money"], "b": ["meeting at noon"]}), "a", "b")
+    with torch.no_grad():
+        inputs = tokenizer("free money", "meeting at noon", return_tensors="pt")
+        expected = module(**inputs).logits.softmax(-1)[0].numpy()
+    np.testing.assert_allclose(table.to_pylist()[0]["scores"], expected, atol=1e-5)
+    long = scorer.score_table(pa.table({"a": ["free money"], "b": ["meeting at noon " * 30]}), "a", "b")
+    assert long.to_pylist()[0]["num_windows"] > 3
+    assert not long.to_pylist()[0]["truncated"]
+
+
+def test_thresholds_can_be_overridden_and_must_fit(folders):
+    assert Scorer.load(folders["multilabel"], thresholds={"b": 0.9}).decision.thresholds == (0.4, 0.9, 0.6)
+    with pytest.raises(SettingsError, match="needs 3"):
+        Scorer.load(folders["multilabel"], thresholds=(0.1,))
+
+
+def test_a_temperature_divides_the_logits_before_activation(folders):
+    folder = folders["binary"]
+    hot = Scorer.load(replace(folder, temperature=4.0), compute=FLOAT32)
+    cold = Scorer.load(folder, compute=FLOAT32)
+    log_odds = [np.diff(np.log(s.predict(["text"]).to_pylist()[0]["scores"]))[0] for s in (hot, cold)]
+    assert log_odds[1] == pytest.approx(4 * log_odds[0], rel=1e-3)
+
+
+def test_folders_whose_weights_and_labels_disagree_are_refused(folders, tmp_path):
+    import shutil
+
+    shutil.copytree(folders["binary"].path, tmp_path / "model")
+    folder = read_model_folder(tmp_path / "model")
+    write_pipeline_file(replace(folder, decision=DECISIONS["multiclass"]))
+    with pytest.raises(ModelFolderError, match=r"config\.json has 2 labels and pipeline\.json 3"):
+        Scorer.load(str(tmp_path / "model"))
+    write_pipeline_file(folder)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["architectures"] = ["BertModel"]
+    import safetensors.torch
+
+    weights = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if not name.startswith("classifier")}
+    safetensors.torch.save_file(kept, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelFolderError, match=r"lacks weights of the classifier \(classifier\.bias"):
+        Scorer.load(str(tmp_path / "model"))

@@ -1,0 +1,85 @@
+"""Tiny models and tokenizers, made in a moment and random from a seed."""
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def rust_tokenizer(texts, *, vocab_size=600, roberta=False):
+    """A WordPiece tokenizer trained on texts; roberta wraps pairs in <s> a </s></s> b </s> as RoBERTa does."""
+    tokenizer = RustTokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=SPECIALS, show_progress=False)
+    )
+    pair = "[CLS] $A [SEP] [SEP] $B [SEP]" if roberta else "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer
+
+
+def save_tokenizer(folder: Path, texts, **options):
+    """tokenizer.json and tokenizer_config.json of BERT's tokenizer, as transformers writes them."""
+    rust_tokenizer(texts, **options).save(str(folder / "tokenizer.json"))
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **names}))
+
+
+def config(family, **changes):
+    """A config of a family with two layers of 32, and 600 tokens."""
+    from transformers import AutoConfig
+
+    values = {
+        "vocab_size": 600,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 130,
+        "pad_token_id": 0,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "initializer_range": 0.3,
+    }
+    if family == "distilbert":
+        values.update(dim=32, hidden_dim=64, n_layers=2, n_heads=4)
+    if family in ("electra", "albert"):
+        values.update(embedding_size=16)
+    if family == "modernbert":
+        values.update(cls_token_id=2, sep_token_id=3, local_attention=16, global_attn_every_n_layers=2)
+    if family == "deberta-v2":
+        values.update(relative_attention=True, pos_att_type=["c2p", "p2c"])
+    return AutoConfig.for_model(family, **{**values, **changes})
+
+
+def classifier(family="bert", *, seed=0, **changes):
+    """A random classifier, drawn wide so that its logits differ between texts."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(seed)
+    return AutoModelForSequenceClassification.from_config(config(family, **changes)).eval()
+
+
+def model_folder(folder: Path, texts, decision, *, family="bert", max_length=32, seed=0, **windows):
+    """A finished model folder with random weights."""
+    from pipelines.model_folder import ModelFolder, seal
+    from pipelines.settings import WindowSettings
+
+    labels = list(decision.labels) or ["value"]
+    module = classifier(
+        family,
+        seed=seed,
+        num_labels=decision.num_labels,
+        id2label=dict(enumerate(labels)),
+        label2id={label: number for number, label in enumerate(labels)},
+    )
+    module.save_pretrained(folder)
+    save_tokenizer(folder, texts)
+    return seal(ModelFolder(folder, WindowSettings(max_length=max_length, **windows), decision))

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn import metrics as reference
+
+from pipelines.errors import SettingsError
+from pipelines.evaluation import confusion_matrix, evaluate, f1_per_label, matthews, tune_thresholds
+from pipelines.labels import activate, decide, resolve_thresholds
+from pipelines.settings import DecisionSettings
+
+BINARY = DecisionSettings(kind="binary", labels=("ham", "spam"))
+
+
+def test_metric_vectors_of_the_specification():
+    scores_DL = activate(np.array([[2, -1], [0, 1], [1, 0.5], [0.2, 0.3]]), "binary")
+    found = evaluate(np.array([0, 1, 1, 1]), scores_DL, decide(scores_DL, BINARY), BINARY)
+    assert found["mcc"] == pytest.approx(0.57735, abs=1e-5)
+    assert found["f1_score"] == pytest.approx(0.73333, abs=1e-5)
+    assert found["accuracy"] == 0.75
+    assert (found["tp"], found["tn"], found["fp"], found["fn"]) == (2, 1, 0, 1)
+    assert (found["auroc"], found["auprc"]) == (1, 1)
+    decision = DecisionSettings(kind="multilabel", labels=("a", "b"))
+    scores_DL = np.array([[0.9, 0.2], [0.5, 0.6]], dtype=np.float32)
+    found = evaluate(np.array([[1, 0], [0, 1]]), scores_DL, decide(scores_DL, decision), decision)
+    assert found["lrap"] == 1.0
+
+
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60))
+def test_counts_give_what_scikit_learn_gives(pairs):
+    target, label = np.array(pairs).T
+    matrix = confusion_matrix(target, label, 4)
+    assert matthews(matrix) == pytest.approx(reference.matthews_corrcoef(target, label), abs=1e-9)
+    f1 = reference.f1_score(target, label, labels=range(4), average=None, zero_division=0)
+    np.testing.assert_allclose(f1_per_label(matrix), f1)
+    half = len(target) // 2
+    parts = [confusion_matrix(target[part], label[part], 4) for part in (slice(half), slice(half, None))]
+    np.testing.assert_array_equal(parts[0] + parts[1], matrix)
+
+
+def test_regression_and_multilabel_against_scikit_learn():
+    rng = np.random.default_rng(0)
+    target, value = rng.normal(size=50).astype(np.float32), rng.normal(size=(50, 1)).astype(np.float32)
+    decision = DecisionSettings(kind="regression")
+    found = evaluate(target, value, decide(value, decision), decision)
+    assert found["r2"] == pytest.approx(reference.r2_score(target, value[:, 0]), abs=1e-6)
+    assert found["rmse"] == pytest.approx(reference.root_mean_squared_error(target, value[:, 0]), abs=1e-6)
+    assert found["pearson"] == pytest.approx(np.corrcoef(target, value[:, 0])[0, 1], abs=1e-6)
+    decision = DecisionSettings(kind="multilabel", labels=("a", "b", "c"))
+    target, scores = rng.integers(0, 2, (50, 3)), rng.random((50, 3), dtype=np.float32)
+    found = evaluate(target, scores, decide(scores, decision), decision)
+    assert found["f1_micro"] == pytest.approx(reference.f1_score(target, scores >= 0.5, average="micro"))
+    assert found["f1_macro"] == pytest.approx(reference.f1_score(target, scores >= 0.5, average="macro"))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 10)), min_size=2, max_size=40), st.floats(0.1, 1.0))
+def test_tuned_thresholds_are_the_best_there_are(rows, goal):
+    positive = np.array([held for held, _ in rows])
+    scores = np.array([[1 - tenths / 10, tenths / 10] for _, tenths in rows], dtype=np.float32)
+    if positive.all() or not positive.any():
+        tuned = tune_thresholds(positive.astype(int), scores, BINARY)
+        assert tuned.untuned == ("spam",)
+        assert tuned.thresholds == (0.5,)
+        return
+
+    def outcome(threshold):
+        label = decide(scores, resolve_thresholds(threshold, BINARY)).label_D == 1
+        precision = (label & positive).sum() / max(label.sum(), 1)
+        recall = (label & positive).sum() / positive.sum()
+        return precision, recall, 2 * precision * recall / max(precision + recall, 1e-12)
+
+    every = [outcome(threshold) for threshold in sorted({0.0, *scores[:, 1].tolist()})]
+    found = {name: outcome(tune_thresholds(positive.astype(int), scores, BINARY, name).thresholds[0]) for name in
+             ("f1", f"precision={goal}", f"recall={goal}")}  # fmt: skip
+    assert found["f1"][2] == pytest.approx(max(f1 for _, _, f1 in every))
+    reachable = [recall for precision, recall, _ in every if precision >= goal]
+    if reachable:
+        assert found[f"precision={goal}"][0] >= goal
+        assert found[f"precision={goal}"][1] == pytest.approx(max(reachable))
+    assert found[f"recall={goal}"][1] >= goal
+    assert found[f"recall={goal}"][0] == pytest.approx(max(p for p, recall, _ in every if recall >= goal))
+
+
+@pytest.mark.parametrize("objective", ["f2", "fbeta", "fbeta=0", "precision=2", "recall=x"])
+def test_unknown_objectives_are_refused(objective):
+    with pytest.raises(SettingsError, match="is none of: f1, fbeta=B"):
+        tune_thresholds(np.array([0, 1]), np.ones((2, 2), np.float32), BINARY, objective)

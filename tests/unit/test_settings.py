@@ -1,0 +1,83 @@
+import pytest
+
+from pipelines.errors import SettingsError
+from pipelines.settings import (
+    ComputeSettings,
+    DataSettings,
+    DecisionSettings,
+    ScorePaths,
+    ScoreSettings,
+    ServePaths,
+    ServeSettings,
+    TrainPaths,
+    TrainSettings,
+    WindowSettings,
+    field_help,
+    parse,
+)
+
+GROUPS = [
+    ComputeSettings,
+    DataSettings,
+    DecisionSettings,
+    ScorePaths,
+    ScoreSettings,
+    ServePaths,
+    ServeSettings,
+    TrainPaths,
+    TrainSettings,
+    WindowSettings,
+]
+
+
+def test_a_flat_mapping_is_dealt_out_and_yaml_kinds_are_coerced():
+    windows, train = parse({"stride": 4, "learning_rate": "4e-5", "weight": [1, 2]}, WindowSettings, TrainSettings)
+    assert windows.stride == 4
+    assert isinstance(windows.stride, int)
+    assert train.learning_rate == 4e-5
+    assert train.weight == (1.0, 2.0)
+    (decision,) = parse({"kind": "binary", "labels": [0, 1]}, DecisionSettings)
+    assert decision.labels == ("0", "1")
+    (score,) = parse({"thresholds": {"spam": 1}}, ScoreSettings)
+    assert score.thresholds == {"spam": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rat": 1}, "unknown setting 'learning_rat'; did you mean 'learning_rate'"),
+        ({"zzz": 1}, "unknown setting 'zzz'; known: "),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"epochs": 1.5}, "epochs=1.5 must be int"),
+        ({"epochs": True}, "epochs=True must be int"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' must be float"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be above 0"),
+        ({"weight": [1, -2]}, "weight=-2.0 must be at least 0"),
+        ({"weight": [1, float("inf")]}, "weight=inf must be at least 0"),
+        ({"train_dtype": "float8"}, "train_dtype='float8' must be 'auto' or 'float32'"),
+        ({"stride": 1.5}, "stride=1.5 is a float above 1.0"),
+        ({"stride": 0}, "stride=0 must be above 0"),
+        ({"kind": "ternary"}, "kind='ternary' must be 'binary' or"),
+        ({"kind": "binary", "labels": ["a", "b", "c"]}, "kind binary needs 2 labels, got 3"),
+        ({"kind": "multilabel", "merge": "vote"}, "merge=vote needs one label per text"),
+        ({"kind": "binary", "labels": ["a", "b"], "tie_value": 2}, "tie_value=2 is no label id: it must be 0 to 1"),
+        ({"kind": "multiclass", "thresholds": 0.5}, "kind multiclass takes no thresholds"),
+        ({"kind": "binary", "abstain_below": 0.5}, "abstain_below is for kind multiclass"),
+        ({"labels": ["a", "a"]}, "labels repeat"),
+    ],
+)
+def test_errors_name_the_value_the_limit_and_the_remedy(values, message):
+    with pytest.raises(SettingsError) as caught:
+        parse(values, TrainSettings, WindowSettings, DecisionSettings)
+    assert message in str(caught.value)
+
+
+def test_what_is_missing_is_explained():
+    with pytest.raises(SettingsError, match="nothing says what 'output' is: New folder for the finished model"):
+        parse({"train": "a", "model": "b", "valid": None}, TrainPaths)
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
+def test_every_setting_is_documented(group):
+    assert set(field_help(group)) == set(group.__dataclass_fields__)
+    assert all(text.endswith(".") for text in field_help(group).values())

@@ -1,0 +1,121 @@
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines import shards
+from pipelines.errors import DataError, OutputError
+
+
+def write(path, rows, *, group=10, start=0):
+    table = pa.table({"id": range(start, start + rows), "text": [f"text {i}" * 5 for i in range(start, start + rows)]})
+    pq.write_table(table, path, row_group_size=group)
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "year=2026").mkdir(parents=True)
+    write(folder / "b.parquet", 25)
+    write(folder / "a.parquet", 7, start=100)
+    write(folder / "year=2026" / "c.parquet", 1, start=200)
+    pq.write_table(pa.table({"id": pa.array([], pa.int64()), "text": pa.array([], pa.string())}), folder / "d.parquet")
+    (folder / "_SUCCESS").write_text("")
+    write(folder / "_hidden.parquet", 5)
+    return folder
+
+
+@settings(max_examples=30, deadline=None)
+@given(unit_bytes=st.integers(1, 5000), limit=st.none() | st.integers(1, 40))
+def test_every_row_is_in_exactly_one_unit_in_order(tmp_path_factory, unit_bytes, limit):
+    folder = tmp_path_factory.getbasetemp() / "units"
+    if not folder.exists():
+        folder.mkdir()
+        write(folder / "a.parquet", 7, start=100)
+        write(folder / "b.parquet", 25)
+    files = shards.read_footers(str(folder), "text")
+    units = shards.plan_units(files, unit_bytes=unit_bytes, limit=limit)
+    rows = [shards.read_unit(str(folder), unit, ["id"]) for unit in units]
+    ids = [value for table in rows for value in table.column("id").to_pylist()]
+    assert ids == [*range(100, 107), *range(25)][:limit]
+    assert [unit.number for unit in units] == list(range(len(units)))
+    assert len({unit.output_name for unit in units}) == len(units)
+    assert all(len(table) == unit.num_rows > 0 for table, unit in zip(rows, units, strict=True))
+    for table in rows:
+        for row in table.to_pylist():
+            assert row["source_row"] == (row["id"] - 100 if row["source_file"].endswith("a.parquet") else row["id"])
+
+
+def test_folders_globs_and_files_are_inputs(data):
+    names = [file.rsplit("/", 1)[1] for file in shards.list_files(str(data))]
+    assert names == ["a.parquet", "b.parquet", "d.parquet", "c.parquet"]
+    assert len(shards.list_files(f"{data}/*.parquet")) == 3
+    assert len(shards.list_files(f"{data}/a.parquet")) == 1
+
+
+def test_any_fsspec_filesystem_is_an_input_and_output(data):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(data), "/in", recursive=True)
+    files = shards.read_footers("memory://in", "text")
+    assert sum(file.num_rows for file in files) == 33
+    assert files[0].url == "memory:///in/a.parquet"
+    shards.prepare_output("memory://out")
+    shards.commit_table("memory://out", "x.parquet", pa.table({"a": [1]}))
+    with memory.open("/out/x.parquet") as file:
+        assert pq.read_table(file).to_pydict() == {"a": [1]}
+    with pytest.raises(OutputError, match="is not empty"):
+        shards.prepare_output("memory://out")
+
+
+def test_names_follow_the_rows_not_the_run(data):
+    files = shards.read_footers(str(data), "text")
+    again = shards.read_footers(str(data), "text")
+    assert [u.output_name for u in shards.plan_units(files)] == [u.output_name for u in shards.plan_units(again)]
+
+
+def test_units_grow_with_the_input_but_stay_bounded():
+    assert shards._unit_bytes(10) == 256 * 2**10
+    assert shards._unit_bytes(50 * 2**40) == 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "does not exist; give a Parquet file"),
+        ("empty", r"holds no \*\.parquet files \(0 other files\)"),
+        ("text", r"holds no \*\.parquet files \(1 other files\)"),
+        ("broken", r"broken\.parquet is no readable Parquet file"),
+    ],
+)
+def test_bad_inputs_are_named(tmp_path, name, message):
+    for folder in ("empty", "text", "broken"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "text" / "a.csv").write_text("a,b")
+    (tmp_path / "broken" / "broken.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match=message):
+        shards.read_footers(str(tmp_path / name), "text")
+
+
+def test_a_commit_is_whole_or_absent(tmp_path, monkeypatch):
+    shards.commit_bytes(str(tmp_path), "x.json", b"old")
+
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        shards.commit_bytes(str(tmp_path), "x.json", b"new and longer")
+    assert (tmp_path / "x.json").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_used_output_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        shards.prepare_output(str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="is not empty; give a new folder"):
+        shards.prepare_output(str(tmp_path))
+    shards.prepare_output(str(tmp_path / "new" / "deep"))
+    assert (tmp_path / "new" / "deep").is_dir()
