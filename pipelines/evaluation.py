@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import SettingsError
-from pipelines.labels import DEFAULT_THRESHOLD, Decisions, thresholds_array
+from pipelines.labels import DEFAULT_THRESHOLD, Decisions, thresholds_by_label
 from pipelines.settings import DecisionSettings
 
 HEADLINE = {"binary": "mcc", "multiclass": "mcc", "multilabel": "f1_macro", "regression": "rmse"}
@@ -142,12 +142,12 @@ def tune_thresholds(
         labels, targets, scores_DL = decision.labels[1:], targets[:, None], scores_DL[:, 1:]
     else:
         labels = decision.labels
-    current = thresholds_array(decision).tolist() or [DEFAULT_THRESHOLD] * len(labels)
+    current = thresholds_by_label(decision)
     thresholds, untuned = [], []
     for column, label in enumerate(labels):
         positive_D = targets[:, column] == 1
         if positive_D.all() or not positive_D.any():
-            thresholds.append(current[column])
+            thresholds.append(current.get(label, DEFAULT_THRESHOLD))
             untuned.append(label)
         else:
             thresholds.append(_best_threshold(positive_D, scores_DL[:, column], goal))

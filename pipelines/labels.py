@@ -99,15 +99,14 @@ def resolve_thresholds(
     return replace(decision, thresholds=thresholds)
 
 
-def thresholds_array(decision: DecisionSettings) -> NDArray[np.float32]:
-    """Float32 thresholds: (L,) for multilabel (0.5 by default), (1,) for binary; empty where none apply."""
-    thresholds = decision.thresholds
-    if decision.kind == "multilabel":
-        given = DEFAULT_THRESHOLD if thresholds is None else thresholds
-        return np.broadcast_to(np.asarray(given, dtype=np.float32), (len(decision.labels),)).copy()
-    if decision.kind == "binary" and thresholds is not None:
-        return np.asarray(thresholds, dtype=np.float32).reshape(1)
-    return np.zeros(0, dtype=np.float32)
+def thresholds_by_label(decision: DecisionSettings) -> dict[str, float]:
+    """Thresholds that apply, as they were given, by the label that each decides; empty where none do."""
+    named = {"binary": decision.labels[-1:], "multilabel": decision.labels}.get(decision.kind, ())
+    default = DEFAULT_THRESHOLD if decision.kind == "multilabel" else None
+    given = default if decision.thresholds is None else decision.thresholds
+    if given is None:
+        return {}
+    return dict(zip(named, given if isinstance(given, tuple) else (given,) * len(named), strict=True))
 
 
 def decide(
@@ -119,7 +118,7 @@ def decide(
     """
     if decision.kind == "regression":
         return Decisions(value_D=scores_DL.reshape(-1))
-    thresholds = thresholds_array(decision)
+    thresholds = np.asarray(list(thresholds_by_label(decision).values()), dtype=np.float32)
     if decision.kind == "multilabel":
         return Decisions(positive_DL=scores_DL >= thresholds)
     if len(thresholds):
@@ -149,9 +148,8 @@ def _thresholds_by_name(thresholds: Mapping[str, float], decision: DecisionSetti
     unknown = sorted(set(thresholds) - set(named))
     if unknown:
         raise SettingsError(f"thresholds names {unknown[0]!r}; it can name: {', '.join(named) or 'nothing'}")
-    given = DEFAULT_THRESHOLD if decision.thresholds is None else decision.thresholds
-    current = given if isinstance(given, tuple) else (given,) * len(named)
-    return tuple(float(thresholds.get(name, old)) for name, old in zip(named, current, strict=True))
+    merged = {**dict.fromkeys(named, DEFAULT_THRESHOLD), **thresholds_by_label(decision), **thresholds}
+    return tuple(float(value) for value in merged.values())
 
 
 def _reject_nulls(column: pa.ChunkedArray) -> None:

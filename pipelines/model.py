@@ -162,8 +162,6 @@ def new_classifier(name: str, decision: DecisionSettings, *, seed: int) -> nn.Mo
 
     A head of the right shape that the weights already have is kept.
     """
-    if Path(name).is_dir():
-        check_weights(Path(name))
     torch.manual_seed(seed)
     names = list(decision.labels) or ["value"]
     try:
@@ -203,12 +201,18 @@ def save_tokenizer(name: str, folder: Path) -> Tokenizer:
 
 
 def position_limit(name: str) -> int | None:
-    """Longest input row of a model by its config, None where it names no limit.
+    """Longest input row of pretrained weights (a hub name or a folder), None where their config names no limit.
 
-    RoBERTa's kin count positions from padding_idx + 1, which costs them as many.
+    RoBERTa's kin count positions from padding_idx + 1, which costs them as many. Reads the config alone; raises
+    ModelFolderError where there is none, or where a folder's weights are no safetensors.
     """
-    with quiet_transformers():
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    if Path(name).is_dir():
+        check_weights(Path(name))
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"--model {name} is no folder and no hub name: {_first_line(error)}") from error
     limit = getattr(config, "max_position_embeddings", None)
     if not limit or limit < 0:
         return None

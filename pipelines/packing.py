@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "pipelines_packed"
@@ -66,6 +65,8 @@ def attention(
     assert attention_mask is None, "a packed row has no mask"
     reach = -1 if sliding_window is None else sliding_window - 1
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
+        from torch.nn.attention.varlen import varlen_attn  # it loads torch's compiler, which a CPU can do without
+
         query_THD, key_THD, value_THD = (states[0].transpose(0, 1) for states in (query, key, value))
         offsets, longest = packing.cu_seqlens, packing.max_length
         out = varlen_attn(

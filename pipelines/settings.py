@@ -235,7 +235,7 @@ class ScoreSettings:
     gpus_per_replica: float = 1.0
     """GPUs that one replica takes, where the cluster has any."""
     unit_bytes: int | None = None
-    """Text bytes of one work unit. Default: grows with the input from 256 KiB to 64 MiB."""
+    """Text bytes of one work unit. Default: grows with the input from 64 KiB to 64 MiB."""
 
     def __post_init__(self) -> None:
         _check_types(self)

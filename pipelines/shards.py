@@ -28,9 +28,9 @@ from pipelines.errors import DataError, OutputError
 
 MANIFEST = "_manifest.json"
 SUMMARY = "_summary.json"
-SMALLEST_UNIT_BYTES = 256 * 2**10
+SMALLEST_UNIT_BYTES = 64 * 2**10
 LARGEST_UNIT_BYTES = 64 * 2**20
-TARGET_NUM_UNITS = 10_000
+TARGET_NUM_UNITS = 2_000
 FOOTER_THREADS = 16
 
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.errors import DataError
-from pipelines.labels import Decisions, thresholds_array
+from pipelines.labels import Decisions, thresholds_by_label
 from pipelines.settings import DecisionSettings
 
 SOURCE_COLUMNS = ("source_file", "source_row")
@@ -139,7 +139,7 @@ def schema_metadata(decision: DecisionSettings, *, weights_hash: str, settings_h
         "pipelines.settings_hash": settings_hash,
         "pipelines.kind": decision.kind,
         "pipelines.labels": json.dumps(decision.labels),
-        "pipelines.thresholds": json.dumps(thresholds_array(decision).tolist()),
+        "pipelines.thresholds": json.dumps(thresholds_by_label(decision)),
         "pipelines.merge": decision.merge,
     }
 

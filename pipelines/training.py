@@ -35,7 +35,7 @@ from pipelines.scoring import Scorer, plan_of
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
 from pipelines.tokenization import CutDocuments, Documents, InputRows, Tokenizer, assemble, cut_documents
 
-PROGRESS_SECONDS = 2.0
+PROGRESS_SECONDS = 5.0
 Report = Callable[[str], None]
 
 
@@ -90,6 +90,8 @@ def fit(job: TrainJob, train: LabelledDocuments, valid: LabelledDocuments | None
     calls this with the same arguments; the summary is the same on each.
     """
     started = time.perf_counter()
+    if _rank() > 0:
+        report = _silent
     folder = Path(job.output)
     tokenizer = Tokenizer.load(folder)
     module = new_classifier(job.model, job.decision, seed=job.train.seed)
@@ -289,7 +291,7 @@ def _tune(
 ) -> tuple[DecisionSettings, dict[str, Any]]:
     """Thresholds for the best epoch's scores, and the metrics of valid under them."""
     tuned = tune_thresholds(valid.targets, scores_DL, decision)
-    if tuned.untuned and _rank() == 0:
+    if tuned.untuned:
         report(f"thresholds of {', '.join(tuned.untuned)} stay as they are: valid says the same of every row")
     decision = resolve_thresholds(tuned.thresholds, decision)
     return decision, evaluate(valid.targets, scores_DL, decide(scores_DL, decision), decision)
@@ -358,10 +360,10 @@ def _global_losses(losses: list[Tensor], epoch: int) -> list[float]:
 
 
 class _Progress:
-    """A line every few seconds from rank 0: step, rate, time to go, loss, learning rate."""
+    """A line every few seconds: step, rate, time to go, loss, learning rate."""
 
     def __init__(self, report: Report, settings: TrainSettings, steps_per_epoch: int) -> None:
-        self._report = report if _rank() == 0 else None
+        self._report = report
         self._epochs = settings.epochs
         self._steps_per_epoch = steps_per_epoch
         self._started = self._shown = time.monotonic()
@@ -371,7 +373,7 @@ class _Progress:
         """Count a step; its tokens are this rank's, so the rate is scaled to all ranks."""
         self._tokens += int(num_tokens) * _world_size()
         now = time.monotonic()
-        if self._report is None or now - self._shown < PROGRESS_SECONDS:
+        if now - self._shown < PROGRESS_SECONDS:
             return
         self._shown = now
         done = epoch * self._steps_per_epoch + len(losses)
@@ -382,6 +384,10 @@ class _Progress:
             f"epoch {epoch + 1}/{self._epochs} step {done}/{total} loss {loss:.3f} lr {learning_rate:.1e} "
             f"{self._tokens / (now - self._started):,.0f} tokens/s, {seconds_left:.0f} s to go (without evaluation)"
         )
+
+
+def _silent(line: str) -> None:
+    """What ranks other than 0 report to."""
 
 
 def _shown(value: float | None) -> str:

@@ -1,6 +1,7 @@
 """Tiny models and tokenizers, made in a moment and random from a seed."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer as RustTokenizer
@@ -11,17 +12,24 @@ SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 def rust_tokenizer(texts, *, vocab_size=600, roberta=False):
     """A WordPiece tokenizer trained on texts; roberta wraps pairs in <s> a </s></s> b </s> as RoBERTa does."""
+    tokenizer = RustTokenizer.from_str(_trained(tuple(texts), vocab_size))
+    pair = "[CLS] $A [SEP] [SEP] $B [SEP]" if roberta else "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer
+
+
+@cache
+def _trained(texts, vocab_size):
+    """The trainer breaks ties differently every time, so that what must agree is trained once."""
     tokenizer = RustTokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.train_from_iterator(
         texts, trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=SPECIALS, show_progress=False)
     )
-    pair = "[CLS] $A [SEP] [SEP] $B [SEP]" if roberta else "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair=pair, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return tokenizer
+    return tokenizer.to_str()
 
 
 def save_tokenizer(folder: Path, texts, **options):

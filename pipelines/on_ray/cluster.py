@@ -26,7 +26,7 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or None
-    _quiet_environment()
+    _quiet(is_local=address is None)
     try:
         if address is None:
             ray.init(
@@ -53,8 +53,20 @@ def has_gpus() -> bool:
     return bool(ray.cluster_resources().get("GPU", 0) > 0)
 
 
-def _quiet_environment() -> None:
-    """Settings of Ray that must be in the environment before it starts."""
+def root_cause(error: BaseException) -> str:
+    """The line that says what went wrong on a worker: Ray puts the worker's whole traceback into its message."""
+    while error.__cause__ is not None and str(error.__cause__).strip():
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _quiet(*, is_local: bool) -> None:
+    """What must be set before Ray starts; its own logs go on into files, and people see ours."""
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own future default, told every start
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if is_local:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for name in ("ray.data", "ray.train", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

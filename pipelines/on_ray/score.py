@@ -22,7 +22,7 @@ from ray.data.datasource import WriteResult
 from pipelines.errors import JobError
 from pipelines.labels import resolve_thresholds
 from pipelines.model_folder import ModelFolder, read_model_folder
-from pipelines.on_ray.cluster import connected, has_gpus
+from pipelines.on_ray.cluster import connected, has_gpus, root_cause
 from pipelines.on_ray.telemetry import Counter, progress
 from pipelines.on_ray.tokenize import (
     ERROR,
@@ -34,7 +34,6 @@ from pipelines.on_ray.tokenize import (
     tokenized,
     unit_number,
 )
-from pipelines.scoring import Scorer
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, ScorePaths, ScoreSettings, parse
 from pipelines.shards import (
     MANIFEST,
@@ -77,8 +76,14 @@ class ScoreJob:
 class ScoreUnit:
     """The actor: one model, scoring one unit at a time."""
 
-    def __init__(self, job: ScoreJob, compute: ComputeSettings) -> None:
+    def __init__(self, job: ScoreJob, replicas_per_node: int) -> None:
+        threads = job.compute.num_threads or max(1, (os.cpu_count() or 1) // replicas_per_node)
+        compute = replace(job.compute, num_threads=threads)
         self._prefix = job.score.prefix
+        from pipelines.scoring import (
+            Scorer,  # torch is loaded where the model is, not in every task that reads or writes
+        )
+
         self._scorer = Scorer.load(job.model, compute=compute, thresholds=job.score.thresholds)
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -196,21 +201,19 @@ def _run(
         try:
             _score_stage(tokenized(stage, units), job).write_datasink(sink)
         except ray.exceptions.RayError as error:
-            raise JobError(f"scoring failed: {_cause(error)}") from error
+            raise JobError(f"scoring failed: {root_cause(error)}") from error
     return sink.parts
 
 
 def _score_stage(dataset: Dataset, job: ScoreJob) -> Dataset:
     """The actor pool: a GPU or a share of the machine's cores for each replica."""
     gpus = job.score.gpus_per_replica if has_gpus() else 0.0
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    default = int(ray.cluster_resources().get("GPU", 0) / gpus) if gpus else len(nodes)
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    default = int(ray.cluster_resources().get("GPU", 0) / gpus) if gpus else num_nodes
     replicas = job.score.replicas or max(1, default)
-    threads = job.compute.num_threads or max(1, (os.cpu_count() or 1) * len(nodes) // replicas)
-    compute = replace(job.compute, num_threads=threads)
     return dataset.map_batches(
         ScoreUnit,
-        fn_constructor_args=(job, compute),
+        fn_constructor_args=(job, -(-replicas // num_nodes)),
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
@@ -218,9 +221,3 @@ def _score_stage(dataset: Dataset, job: ScoreJob) -> Dataset:
         num_cpus=ACTOR_CPUS,
         num_gpus=gpus or None,
     )
-
-
-def _cause(error: BaseException) -> str:
-    """The first line of what went wrong on a worker."""
-    cause = getattr(error, "cause", None) or error.__cause__ or error
-    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"

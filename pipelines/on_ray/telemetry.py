@@ -47,7 +47,7 @@ class Relay:
 
 @contextmanager
 def progress(
-    counter: Any, num_rows: int, report: Callable[[str], None], *, every_seconds: float = 2.0
+    counter: Any, num_rows: int, report: Callable[[str], None], *, every_seconds: float = 5.0
 ) -> Iterator[None]:
     """Report rows done, rate, tokens, errors and time to go while the body runs."""
     started = time.monotonic()
@@ -99,7 +99,7 @@ def progress_line(totals: dict[str, int], num_rows: int, seconds: float) -> str:
     rows, tokens = totals.get("rows", 0), totals.get("tokens", 0)
     line = f"{rows:,}/{num_rows:,} rows ({rows / max(num_rows, 1):.0%}), {totals.get('units', 0)} units"
     if not rows:
-        return f"{line}, {seconds:.0f} s: loading the model"
+        return f"{line}, {seconds:.0f} s: loading the model and scoring the first unit"
     line += f", {rows / seconds:,.1f} rows/s, {tokens / seconds:,.0f} tokens/s"
     if totals.get("errors"):
         line += f", {totals['errors']:,} rows in error"

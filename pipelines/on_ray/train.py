@@ -25,7 +25,7 @@ from pipelines.errors import DataError, JobError, SettingsError
 from pipelines.labels import encode_labels, find_labels
 from pipelines.losses import resolve_weight
 from pipelines.model import position_limit
-from pipelines.on_ray.cluster import connected, has_gpus
+from pipelines.on_ray.cluster import connected, has_gpus, root_cause
 from pipelines.on_ray.telemetry import Relay, relayed
 from pipelines.on_ray.tokenize import TokenizeStage, documents_of, tokenized, unit_number
 from pipelines.scoring import plan_of
@@ -85,11 +85,12 @@ def train(request: TrainRequest, *, address: str | None = None, report: Report =
     targets = encode_labels(train_labels, decision)
     valid_targets = None if valid_labels is None else encode_labels(valid_labels, decision)
     _check_targets(targets, decision, request.settings)
+    model_limit = position_limit(paths.model)
     _check_is_local(paths.output)
     prepare_output(paths.output)
     job = TrainJob(paths.model, paths.output, request.windows, decision, request.settings, request.compute)
     try:
-        return _prepared(request, job, train_files, targets, valid_files, valid_targets, address, report)
+        return _prepared(request, job, model_limit, train_files, targets, valid_files, valid_targets, address, report)
     except BaseException:
         _remove_unfinished(Path(paths.output))
         raise
@@ -98,6 +99,7 @@ def train(request: TrainRequest, *, address: str | None = None, report: Report =
 def _prepared(
     request: TrainRequest,
     job: TrainJob,
+    model_limit: int | None,
     train_files: Sequence[InputFile],
     targets: NDArray[np.generic],
     valid_files: Sequence[InputFile],
@@ -106,7 +108,7 @@ def _prepared(
     report: Report,
 ) -> dict[str, Any]:
     tokenizer = prepare_folder(job)
-    plan_of(job.windows, tokenizer, model_type="", model_limit=position_limit(job.model))
+    plan_of(job.windows, tokenizer, model_type="", model_limit=model_limit)
     train_split = _split(request, request.paths.train, train_files, targets)
     valid_split = None
     if request.paths.valid is not None and valid_targets is not None:
@@ -204,17 +206,16 @@ def _fit_on_workers(
         try:
             result = trainer.fit()
         except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
-            raise JobError(f"training failed: {str(error).strip().splitlines()[-1]}") from error
-    summary: dict[str, Any] = (result.metrics or {})["summary"]
+            raise JobError(f"training failed: {root_cause(error)}") from error
+    summary: dict[str, Any] = result.return_value
     return summary
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """Runs in every Ray Train worker, whose process group is up."""
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Runs in every Ray Train worker, whose process group is up; Ray Train keeps what rank 0 returns."""
     splits = [
         None if refs is None else _labelled(ray.get(refs), targets)
         for refs, targets in zip(config["data"], config["targets"], strict=True)
     ]
     assert splits[0] is not None
-    summary = fit(config["job"], splits[0], splits[1], lambda line: config["relay"].say.remote(line))
-    ray.train.report({"summary": summary})
+    return fit(config["job"], splits[0], splits[1], lambda line: config["relay"].say.remote(line))

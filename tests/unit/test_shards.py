@@ -76,7 +76,7 @@ def test_names_follow_the_rows_not_the_run(data):
 
 
 def test_units_grow_with_the_input_but_stay_bounded():
-    assert shards._unit_bytes(10) == 256 * 2**10
+    assert shards._unit_bytes(10) == 64 * 2**10
     assert shards._unit_bytes(50 * 2**40) == 64 * 2**20
 
 

@@ -78,7 +78,7 @@ def test_column_errors_name_what_there_is():
     with pytest.raises(DataError, match=r"column 'id' of f\.parquet has type int64, not string"):
         check_text_column(schema, "id", where="f.parquet")
     with pytest.raises(
-        DataError, match="input column 'score' bears the name of an output column.*--keep 'id'.*--prefix"
+        DataError, match=r"input column 'score' bears the name of an output column.*--keep 'id'.*--prefix"
     ):
         check_output_columns(schema, ["id", "score"], ["score", "error"], prefix="")
     with pytest.raises(DataError, match="--keep names 'nope'"):

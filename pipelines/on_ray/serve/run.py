@@ -22,14 +22,14 @@ def run_server(job: ServeJob, *, address: str | None = None, report: Callable[[s
     """
     read_model_folder(job.model)
     stop = threading.Event()
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, lambda *_: stop.set())
     with connected(address):
         serve.start(http_options={"host": job.serve.host, "port": job.serve.port})
         try:
             serve.run(application(job, num_gpus=1 if has_gpus() else 0), name=APPLICATION, route_prefix="/")
+            for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which has handlers of its own
+                signal.signal(number, lambda *_: stop.set())
             report(f"ready on http://{job.serve.host}:{job.serve.port} (POST /v1/predict, docs at /docs)")
             stop.wait()
             report("stopping: running requests finish first")
         finally:
-            serve.shutdown()
+            serve.delete(APPLICATION)

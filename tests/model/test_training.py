@@ -1,0 +1,196 @@
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipelines.errors import DataError, JobError, SettingsError
+from pipelines.labels import encode_labels
+from pipelines.losses import normalizers, resolve_weight, window_losses
+from pipelines.model_folder import read_model_folder
+from pipelines.scoring import Scorer
+from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
+from pipelines.tokenization import Tokens, cut_documents, offsets_of
+from pipelines.training import LabelledDocuments, TrainJob, fit, plan_steps, prepare_folder
+from pipelines.windows import WindowPlan
+from tests import tiny
+
+BINARY = DecisionSettings(kind="binary", labels=("ham", "spam"))
+MULTICLASS = DecisionSettings(kind="multiclass", labels=("a", "b", "c"))
+MULTILABEL = DecisionSettings(kind="multilabel", labels=("a", "b", "c"))
+FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses_against_float64_references(weighted):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 3)) * 3
+    weight = np.array([1, 0.5, 2], np.float32) if weighted else None
+    weight_L = None if weight is None else torch.from_numpy(weight)
+    full = np.ones(3) if weight is None else weight.astype(np.float64)
+    labels = rng.integers(0, 3, 6)
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    found = window_losses(torch.tensor(logits), torch.from_numpy(labels), "multiclass", weight_L)
+    np.testing.assert_allclose(found, -full[labels] * log_p[np.arange(6), labels], rtol=1e-5)
+    np.testing.assert_allclose(normalizers(labels, "multiclass", weight), full[labels])
+    mean = found.sum().item() / normalizers(labels, "multiclass", weight).sum()
+    assert mean == pytest.approx(F.cross_entropy(torch.tensor(logits), torch.from_numpy(labels),
+                                                 torch.tensor(full)).item(), rel=1e-5)  # fmt: skip
+    held = rng.integers(0, 2, (6, 3)).astype(np.float32)
+    p = 1 / (1 + np.exp(-logits))
+    expected = -(full * held * np.log(p) + (1 - held) * np.log(1 - p)).mean(axis=1)
+    found = window_losses(torch.tensor(logits), torch.from_numpy(held), "multilabel", weight_L)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    values = rng.normal(size=6).astype(np.float32)
+    found = window_losses(torch.tensor(logits[:, :1]), torch.from_numpy(values), "regression")
+    np.testing.assert_allclose(found, (logits[:, 0] - values) ** 2, rtol=1e-5)
+
+
+def test_weights_are_checked_and_balanced():
+    targets = np.array([0, 0, 0, 1, 2, 2])
+    balanced = resolve_weight(TrainSettings(weight="balanced"), MULTICLASS, targets)
+    np.testing.assert_allclose(balanced, [6 / 9, 6 / 3, 6 / 6])
+    held = np.array([[1, 0, 1], [0, 0, 1], [0, 1, 0]], np.float32)
+    np.testing.assert_allclose(resolve_weight(TrainSettings(pos_weight="balanced"), MULTILABEL, held), [2, 2, 0.5])
+    with pytest.raises(DataError, match="label 'b' never occurs"):
+        resolve_weight(TrainSettings(weight="balanced"), MULTICLASS, np.array([0, 2]))
+    with pytest.raises(SettingsError, match="weight has 2 values; there are 3 labels"):
+        resolve_weight(TrainSettings(weight=(1, 2)), MULTICLASS, targets)
+    with pytest.raises(SettingsError, match="pos_weight is not for kind multiclass; use weight"):
+        resolve_weight(TrainSettings(pos_weight=(1, 2, 3)), MULTICLASS, targets)
+
+
+@pytest.mark.parametrize("window_weight", ["window", "document"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_window_is_seen_once_an_epoch_whatever_the_workers(world_size, window_weight):
+    lengths = np.array([5, 100, 0, 40, 9])
+    tokens = Tokens(np.zeros(lengths.sum(), np.int32), offsets_of(lengths))
+    cut = cut_documents(tokens, WindowPlan(22, 20, 10), tiny_template())
+    settings = TrainSettings(batch_size=3, window_weight=window_weight)
+    targets = np.array([0, 1, 0, 1, 1])
+    ranks = [
+        list(plan_steps(cut, targets, settings, None, BINARY, epoch=1, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(steps) for steps in ranks}) == 1, "every rank takes every step"
+    counted = np.zeros(len(cut.length_W))
+    for together in zip(*ranks, strict=True):
+        shares = np.concatenate([step.share_W for step in together])
+        assert [step.normalizer for step in together] == pytest.approx([shares.sum()] * world_size)
+        for step in together:
+            counted[step.index_W] += step.share_W
+    expected = np.ones_like(counted)
+    if window_weight == "document":
+        expected = 1 / cut.windows.num_windows_D[cut.windows.document_W]
+    np.testing.assert_allclose(counted, expected)
+    other = plan_steps(cut, targets, settings, None, BINARY, epoch=2, rank=0, world_size=1)
+    first = plan_steps(cut, targets, settings, None, BINARY, epoch=1, rank=0, world_size=1)
+    assert next(other).index_W.tolist() != next(first).index_W.tolist()
+
+
+def tiny_template():
+    from pipelines.tokenization import Template
+
+    return Template((2,), (3,))
+
+
+def make_job(tmp_path, emails, decision=BINARY, *, epochs=2, family="bert", compute=FLOAT32, **settings):
+    """A random model folder to start from, and labelled documents whose label is in the text."""
+    base = tmp_path / "base"
+    if not base.exists():
+        tiny.classifier(family, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                        initializer_range=0.1).save_pretrained(base)  # fmt: skip
+        tiny.save_tokenizer(base, emails["text"].to_pylist()[:40])
+    train = TrainSettings(**{"epochs": epochs, "batch_size": 8, "learning_rate": 3e-3, "train_dtype": "float32",
+                             **settings})  # fmt: skip
+    job = TrainJob(str(base), str(tmp_path / "out"), WindowSettings(max_length=32), decision, train, compute)
+    tokenizer = prepare_folder(job)
+
+    def documents(start, stop):
+        texts = [text[:400] for text in emails["text"].slice(start, stop - start).to_pylist()]
+        table = pa.table({"text": texts, "label": emails["label"].slice(start, stop - start)})
+        target = encode_labels(table.column("label"), BINARY)
+        if decision.kind == "multilabel":
+            target = np.stack([target, 1 - target, np.ones_like(target)], axis=1).astype(np.float32)
+        elif decision.kind == "multiclass":
+            target = target + 1
+        elif decision.kind == "regression":
+            target = target.astype(np.float32) * 3
+        return LabelledDocuments(tokenizer.documents(table, "text"), target)
+
+    return job, documents(0, 60), documents(60, 100)
+
+
+KINDS = {
+    "binary": BINARY,
+    "multiclass": MULTICLASS,
+    "multilabel": MULTILABEL,
+    "regression": DecisionSettings(kind="regression"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finished_folder_scores_as_the_model_did_in_training(tmp_path, emails, kind):
+    job, train, valid = make_job(tmp_path, emails, KINDS[kind])
+    summary = fit(job, train, valid, lambda line: None)
+    assert summary["losses"][-1] < summary["losses"][0]
+    folder = read_model_folder(job.output)
+    assert folder.windows.max_length == 32
+    assert folder.metrics == summary["valid"]
+    scorer = Scorer.load(folder, compute=FLOAT32)
+    scored = scorer.score_documents(valid.documents)
+    from pipelines.evaluation import evaluate
+
+    again = evaluate(valid.targets, scored.scores_DL, scorer.decide(scored), scorer.decision)
+    flat, expected = ({k: v for k, v in m.items() if not isinstance(v, dict)} for m in (again, summary["valid"]))
+    assert flat == pytest.approx(expected, abs=1e-6)
+    if kind == "multilabel":
+        assert folder.decision.thresholds[2] == 0.5, "a label that is always true keeps its threshold"
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path, emails):
+    losses = []
+    for run in range(2):
+        job, train, valid = make_job(tmp_path / str(run), emails, epochs=1)
+        losses.append(fit(job, train, valid, lambda line: None)["losses"])
+    assert losses[0] == losses[1]
+    job, train, valid = make_job(tmp_path / "other", emails, epochs=1, seed=7)
+    assert fit(job, train, valid, lambda line: None)["losses"] != losses[0]
+
+
+def test_accumulation_and_micro_batches_change_nothing_but_rounding(tmp_path, emails):
+    runs = {"plain": {}, "accumulated": {"batch_size": 4, "gradient_accumulation_steps": 2},
+            "small": {"train_batch_tokens": 40}}  # fmt: skip
+    losses = {}
+    for name, settings in runs.items():
+        job, train, _ = make_job(tmp_path / name, emails, epochs=1, weight=(1.0, 3.0), **settings)
+        losses[name] = fit(job, train, None, lambda line: None)["losses"]
+    np.testing.assert_allclose(losses["plain"][:20], losses["accumulated"][:20], rtol=1e-4)
+    np.testing.assert_allclose(losses["plain"][:20], losses["small"][:20], rtol=1e-4)
+
+
+def test_packed_and_padded_training_agree(tmp_path, emails):
+    losses = []
+    for packing in ("auto", "off"):
+        job, train, _ = make_job(tmp_path / packing, emails, epochs=1, compute=replace(FLOAT32, packing=packing))
+        summary = fit(job, train, None, lambda line: None)
+        assert summary["packed"] == (packing == "auto")
+        losses.append(summary["losses"])
+    np.testing.assert_allclose(losses[0][:20], losses[1][:20], rtol=1e-3)
+
+
+def test_a_cap_on_training_windows_is_reported_and_not_kept(tmp_path, emails):
+    job, train, valid = make_job(tmp_path, emails, epochs=1, train_max_windows=1)
+    summary = fit(job, train, valid, lambda line: None)
+    assert summary["windows"] == summary["documents"] == 60
+    assert summary["documents_truncated"] > 30
+    assert read_model_folder(job.output).windows.max_windows is None
+
+
+def test_a_diverged_loss_stops_the_run_and_leaves_no_finished_folder(tmp_path, emails):
+    job, train, valid = make_job(tmp_path, emails, epochs=1, learning_rate=1e30, max_grad_norm=0.0)
+    with pytest.raises(JobError, match="the loss is nan at step .* of epoch 1: lower learning_rate"):
+        fit(job, train, valid, lambda line: None)
+    assert not (tmp_path / "out" / "pipeline.json").exists()

@@ -1,0 +1,102 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.errors import DataError, ModelFolderError, OutputError, SettingsError
+from pipelines.model_folder import read_model_folder
+from pipelines.on_ray.train import TrainRequest, train
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, emails):
+    """Pretrained weights without dropout, and a training folder of two shards."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny.classifier(num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                    initializer_range=0.1).save_pretrained(folder / "base")  # fmt: skip
+    tiny.save_tokenizer(folder / "base", emails["text"].to_pylist()[:40])
+    (folder / "data").mkdir()
+    texts = [text[:300] for text in emails["text"].to_pylist()[:60]]
+    texts[5] = None
+    for shard in range(2):
+        rows = slice(shard * 30, shard * 30 + 30)
+        table = pa.table({"text": texts[rows], "label": emails["label"].to_pylist()[rows]})
+        pq.write_table(table, folder / "data" / f"{shard}.parquet", row_group_size=8)
+    return folder
+
+
+def request(base, output, **settings):
+    values = {
+        "train": str(base / "data"),
+        "valid": str(base / "data" / "1.parquet"),
+        "model": str(base / "base"),
+        "output": str(output),
+        "kind": "binary",
+        "epochs": 1,
+        "batch_size": 5,
+        "max_length": 32,
+        "learning_rate": 1e-3,
+        "train_dtype": "float32",
+        "dtype": "float32",
+        "device": "cpu",
+        "weight": [1, 4],
+    }
+    return TrainRequest.parse({**values, **settings})
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_one_and_two_workers_take_the_same_steps_as_none(base, tmp_path):
+    lines, summaries = [], []
+    for num_workers in (0, 1, 2):
+        settings = request(base, tmp_path / str(num_workers), num_workers=num_workers)
+        summaries.append(train(settings, report=lines.append))
+    assert [summary["workers"] for summary in summaries] == [1, 1, 2]
+    assert [summary["documents_in_error"] for summary in summaries] == [1, 1, 1]
+    for summary in summaries[1:]:
+        np.testing.assert_allclose(summary["losses"][:15], summaries[0]["losses"][:15], rtol=2e-4)
+        assert len(summary["losses"]) == len(summaries[0]["losses"])
+    assert any("2 workers on CPUs" in line for line in lines)
+    assert sum("valid mcc" in line for line in lines) == 3, "one line a run, relayed from the workers"
+    assert read_model_folder(tmp_path / "2").metrics == summaries[2]["valid"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"train": "{base}/none"}, DataError, "does not exist"),
+        ({"text_column": "body"}, DataError, "has no column 'body'; it has: text, label"),
+        ({"label_column": "class"}, DataError, "has no column 'class'; name the label column"),
+        ({"labels": ["ham", "eggs"]}, DataError, "labels outside the label set: 'spam'"),
+        ({"kind": "regression"}, DataError, "kind regression takes numbers"),
+        ({"weight": [1, 2, 3]}, SettingsError, "weight has 3 values; there are 2 labels"),
+        ({"pos_weight": [1, 2]}, SettingsError, "pos_weight is not for kind binary"),
+        ({"thresholds": [0.1, 0.2]}, SettingsError, "thresholds has 2 values"),
+        ({"stride": 0.99}, SettingsError, "steps 31 tokens .* would skip tokens"),
+        ({"max_length": 4096}, SettingsError, "above the model's 130 positions"),
+        ({"model": "{base}/data"}, ModelFolderError, r"has no config\.json"),
+        ({"model": "no/such-model"}, ModelFolderError, "no/such-model"),
+        ({"output": "{base}/data"}, OutputError, "is not empty"),
+        ({"output": "s3://bucket/model"}, SettingsError, "is a URL"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(base, tmp_path, settings, error, message):
+    filled = {k: v.format(base=base) if isinstance(v, str) else v for k, v in settings.items()}
+    with pytest.raises(error, match=message):
+        train(request(base, tmp_path / "out", **filled))
+    assert not (tmp_path / "out").exists(), "nothing is left behind"
+
+
+def test_one_class_only_and_pickles_are_refused(base, tmp_path):
+    table = pq.read_table(base / "data")
+    pq.write_table(table.filter(pa.compute.equal(table["label"], "ham")), tmp_path / "ham.parquet")
+    with pytest.raises(DataError, match="the labels are all 'ham'"):
+        train(request(base, tmp_path / "out", train=str(tmp_path / "ham.parquet"), weight=None))
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (pickled / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(ModelFolderError, match=r"as a pickle \(pytorch_model\.bin\)"):
+        train(request(base, tmp_path / "out", model=str(pickled)))

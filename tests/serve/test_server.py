@@ -1,0 +1,157 @@
+"""A real server over a real socket, and SPEC section 9: predict, the job and the endpoint say the same."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.on_ray.score import ScoreJob, score
+from pipelines.scoring import Scorer
+from pipelines.settings import ComputeSettings
+from pipelines.shards import list_files
+
+FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(spam_folder):
+    """`pipelines serve` as people start it; its own process and its own local Ray."""
+    port = free_port()
+    command = [sys.executable, "-m", "pipelines", "serve", str(spam_folder.path), "--port", str(port)]
+    limits = ["--set", "dtype=float32", "--set", "max_documents=40", "--set", "max_document_tokens=5000"]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    process = subprocess.Popen(command + limits, stderr=subprocess.PIPE, text=True, env=environment)
+    lines = []
+    reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
+    reader.start()
+    deadline = time.monotonic() + 120
+    while not any("ready on" in line for line in lines):
+        assert process.poll() is None, "".join(lines)
+        assert time.monotonic() < deadline, "".join(lines)
+        time.sleep(0.2)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        yield client
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    reader.join(timeout=10)
+    assert any("running requests finish first" in line for line in lines)
+    assert not any("Traceback" in line for line in lines)
+
+
+def predict(server, **body):
+    return server.post("/v1/predict", json=body)
+
+
+def test_predict_job_and_endpoint_say_the_same(server, spam_folder, emails, tmp_path, local_ray):
+    texts = [*emails["text"].to_pylist()[:25], "", "short", "émigré 💰 naïve"]
+    here = Scorer.load(spam_folder, compute=FLOAT32).predict(texts).to_pylist()
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet", row_group_size=4)
+    values = {"model": str(spam_folder.path), "input": str(tmp_path / "in.parquet"), "output": str(tmp_path / "out"),
+              "dtype": "float32", "device": "cpu", "unit_bytes": 5000}  # fmt: skip
+    score(ScoreJob.parse(values))
+    job = pa.concat_tables([pq.read_table(path) for path in list_files(str(tmp_path / "out"))]).to_pylist()
+    order = random.Random(0).sample(range(len(texts)), len(texts))
+    groups = [order[start : start + size] for start, size in zip(range(0, 28, 3), [3] * 10, strict=False)]
+    with ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(lambda rows: predict(server, inputs=[texts[row] for row in rows]).json(), groups))
+    online = {}
+    for rows, answer in zip(groups, answers, strict=True):
+        online.update(zip(rows, answer["predictions"], strict=True))
+    for row in range(len(texts)):
+        scores = list(online[row]["scores"].values())
+        np.testing.assert_allclose(here[row]["scores"], scores, atol=1e-5)
+        np.testing.assert_allclose(here[row]["scores"], job[row]["scores"], atol=1e-5)
+        if abs(scores[1] - 0.4) > 1e-5:
+            assert here[row]["predicted_label"] == job[row]["predicted_label"] == online[row]["label"]
+        for name in ("num_tokens", "num_windows", "truncated"):
+            assert here[row][name] == job[row][name] == online[row][name]
+
+
+def test_an_answer_says_what_it_is_made_of(server, spam_folder, emails):
+    text = max(emails["text"].to_pylist()[:40], key=len)
+    answer = predict(server, inputs=[text], windows=True).json()
+    assert answer["model"] == "spam"
+    assert answer["model_hash"] == spam_folder.weights_hash
+    assert answer["labels"] == ["ham", "spam"]
+    (prediction,) = answer["predictions"]
+    assert prediction["thresholds"] == {"spam": 0.4}
+    assert prediction["score"] == prediction["scores"][prediction["label"]]
+    windows = prediction["windows"]
+    assert len(windows) == prediction["num_windows"] == answer["usage"]["num_windows"] > 5
+    assert windows[0]["start"] == 0
+    assert windows[-1]["end"] == len(text.rstrip())
+    assert all(later["start"] <= earlier["end"] for earlier, later in zip(windows, windows[1:], strict=False))
+    mean = np.mean([window["scores"]["spam"] for window in windows])
+    assert mean == pytest.approx(prediction["scores"]["spam"], abs=1e-5)
+
+
+def test_thresholds_of_a_request_replace_the_folders(server):
+    for thresholds in (0.0, [0.0], {"spam": 0.0}):
+        (prediction,) = predict(server, inputs=["hello"], thresholds=thresholds).json()["predictions"]
+        assert prediction["label"] == "spam"
+        assert prediction["thresholds"] == {"spam": 0.0}
+    (prediction,) = predict(server, inputs=["hello"], thresholds=1.0).json()["predictions"]
+    assert prediction["label"] == "ham"
+    (pair,) = predict(server, inputs=[{"text": "hello", "text_pair": "you"}]).json()["predictions"]
+    assert pair["num_tokens"] > prediction["num_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [
+        (b"{", 422, "JSON"),
+        (b"[]", 422, "body"),
+        (b'{"inputs":[]}', 422, "at least 1 item"),
+        (b'{"inputs":"hello"}', 422, "inputs"),
+        (b'{"inputs":[1]}', 422, "inputs"),
+        (b'{"inputs":["a"],"treshold":1}', 422, "Extra inputs"),
+        (b'{"inputs":["a"],"thresholds":[0.1,0.2]}', 422, "needs 1"),
+        (b'{"inputs":["a"],"thresholds":{"eggs":0.1}}', 422, "it can name: spam"),
+        (b'{"inputs":["a"],"thresholds":2}', 422, "thresholds"),
+        (b'{"inputs":["\\ud800"]}', 422, "lone surrogate"),
+        (b'{"inputs":["a",{"text":"a","text_pair":"b"}]}', 422, "send them apart"),
+        (b'{"inputs":[' + b",".join([b'"a"'] * 41) + b"]}", 422, "41 inputs; at most 40"),
+        (b'{"inputs":["' + b"word " * 6000 + b'"]}', 422, "tokens; at most 5000"),
+        (b'{"inputs":["' + b"a" * 5_000_000 + b'"]}', 413, "at most 4194304"),
+    ],
+)
+def test_bad_requests_are_told_what_is_wrong(server, content, status, message):
+    answer = server.post("/v1/predict", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["error"]
+    assert answer.json()["error_type"]
+
+
+def test_health_readiness_info_and_docs(server, spam_folder):
+    assert server.get("/health").json() == {"status": "ok"}
+    assert server.get("/readyz").status_code == 200
+    info = server.get("/info").json()
+    assert info["model_hash"] == spam_folder.weights_hash
+    assert info["dtype"] == "float32"
+    assert info["packed"] is True
+    assert info["limits"]["max_documents"] == 40
+    assert "/v1/predict" in server.get("/openapi.json").json()["paths"]
+
+
+def test_it_listens_on_loopback_only(server):
+    port = server.base_url.port
+    with open("/proc/net/tcp") as file:
+        listening = [line.split()[1] for line in file if line.split()[3] == "0A"]
+    assert {address.split(":")[0] for address in listening if int(address.split(":")[1], 16) == port} == {"0100007F"}
