@@ -85,7 +85,7 @@ def test_one_and_two_workers_take_the_same_steps_as_none(base, tmp_path):
 def test_bad_requests_are_refused_before_any_work(base, tmp_path, settings, error, message):
     filled = {k: v.format(base=base) if isinstance(v, str) else v for k, v in settings.items()}
     with pytest.raises(error, match=message):
-        train(request(base, tmp_path / "out", **filled))
+        train(request(base, filled.pop("output", tmp_path / "out"), **filled))
     assert not (tmp_path / "out").exists(), "nothing is left behind"
 
 
