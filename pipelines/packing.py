@@ -67,11 +67,14 @@ def attention(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
         from torch.nn.attention.varlen import varlen_attn  # it loads torch's compiler, which a CPU can do without
 
+        shared = query.shape[1] // key.shape[1]  # heads of the query that share one of the key
+        if shared > 1:
+            key, value = (states.repeat_interleave(shared, dim=1) for states in (key, value))
         query_THD, key_THD, value_THD = (states[0].transpose(0, 1) for states in (query, key, value))
         offsets, longest = packing.cu_seqlens, packing.max_length
         out = varlen_attn(
             query_THD, key_THD, value_THD, offsets, offsets, longest, longest,
-            scale=scaling, window_size=(reach, reach), enable_gqa=query.shape[1] != key.shape[1],
+            scale=scaling, window_size=(reach, reach),
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out.unsqueeze(0), None

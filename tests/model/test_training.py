@@ -191,6 +191,6 @@ def test_a_cap_on_training_windows_is_reported_and_not_kept(tmp_path, emails):
 
 def test_a_diverged_loss_stops_the_run_and_leaves_no_finished_folder(tmp_path, emails):
     job, train, valid = make_job(tmp_path, emails, epochs=1, learning_rate=1e30, max_grad_norm=0.0)
-    with pytest.raises(JobError, match="the loss is nan at step .* of epoch 1: lower learning_rate"):
+    with pytest.raises(JobError, match=r"the loss is nan at step .* of epoch 1: lower learning_rate"):
         fit(job, train, valid, lambda line: None)
     assert not (tmp_path / "out" / "pipeline.json").exists()

@@ -86,7 +86,10 @@ def test_settings_come_from_yaml_then_set_then_flags(folder, input_folder, tmp_p
         (["score", "{folder}", "--output", "x"], "nothing says what 'input' is: Parquet file, folder or glob."),
         (["score", "{folder}", "--input", "{empty}", "--output", "{empty}/x"], "holds no *.parquet files"),
         (["score", "{empty}", "--input", "{data}", "--output", "{empty}/x"], "has no pipeline.json"),
-        (["score", "{folder}", "--input", "{data}", "--output", "{empty}/x", "--set", "keeep=a"], "did you mean 'keep'"),
+        (
+            ["score", "{folder}", "--input", "{data}", "--output", "{empty}/x", "--set", "keeep=a"],
+            "did you mean 'keep'",
+        ),
         (["score", "{folder}", "--set", "limit"], "has no '='"),
         (["score", "{folder}", "--set", "keep=[a"], "is no valid YAML"),
         (["score", "{folder}", "--config", "{empty}/none.yaml"], "cannot be read: No such file"),

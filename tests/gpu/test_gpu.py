@@ -1,0 +1,46 @@
+"""What only a GPU can show: the flash kernel over packed rows, float32 and half precision against the CPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.model import WindowModel
+from pipelines.packing import Packing, attention
+from pipelines.settings import ComputeSettings
+from tests import tiny
+from tests.model.test_packing import PACKED, TEMPLATE, ragged
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+@pytest.mark.parametrize("reach", [None, 9])
+@pytest.mark.parametrize("heads", [8, 2])
+def test_the_flash_kernel_gives_what_grouped_calls_give(reach, heads):
+    torch.manual_seed(0)
+    lengths = [300, 300, 64, 5, 1]
+    device = torch.device("cuda")
+    query = torch.randn(1, 8, sum(lengths), 64, device=device)
+    key, value = (torch.randn(1, heads, sum(lengths), 64, device=device) for _ in range(2))
+    packing = Packing.of(lengths, device)
+    exact, _ = attention(torch.nn.Identity(), query, key, value, None, packing=packing, sliding_window=reach)
+    half = [states.bfloat16() for states in (query, key, value)]
+    flash, _ = attention(torch.nn.Identity(), *half, None, packing=packing, sliding_window=reach)
+    assert ((flash.float() - exact).norm() / exact.norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize("family", [*PACKED, "mpnet"])
+def test_a_gpu_gives_the_cpus_logits(family):
+    def logits(device, dtype):
+        module = tiny.classifier(family, num_labels=3, hidden_size=128, num_attention_heads=2, dim=128, n_heads=2)
+        compute = ComputeSettings(device=device, dtype=dtype, batch_tokens=100)
+        model = WindowModel(module, TEMPLATE, compute)
+        assert model.is_packed == (family in PACKED)
+        return model.logits(ragged())
+
+    cpu = logits("cpu", "float32")
+    spread = np.ptp(cpu)
+    assert np.abs(logits("cuda", "float32") - cpu).max() < 3e-5 * spread
+    assert np.abs(logits("cuda", "auto") - cpu).max() < 0.1 * spread
