@@ -17,9 +17,7 @@ with urllib.request.urlopen(request, timeout=60) as response:
     (online,) = json.load(response)["predictions"]
 strongest = max(online["windows"], key=lambda window: window["scores"]["spam"])
 print(f"{offline['id']}: {online['label']} at {online['score']:.4f} ({online['num_windows']} windows)")
-print(
-    f"most like spam: characters {strongest['start']}-{strongest['end']}: {strongest['scores']['spam']:.4f}"
-)
+print(f"most like spam: characters {strongest['start']}-{strongest['end']}: {strongest['scores']['spam']:.4f}")
 print(f"the scored Parquet says {offline['predicted_label']} at {offline['score']:.4f}")
 if online["label"] != offline["predicted_label"]:
     sys.exit("server and Parquet disagree")

@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy, Dataset, Datasink
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import WriteResult
 
-from pipelines.errors import JobError
+from pipelines.errors import DataError, JobError
 from pipelines.labels import resolve_thresholds
 from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.on_ray.cluster import connected, has_gpus, root_cause
@@ -143,6 +143,8 @@ def score(job: ScoreJob, *, address: str | None = None, report: Report = lambda 
     files = read_footers(job.input, job.data.text_column)
     keep = check_input(job, files, folder.decision)
     units = plan_units(files, unit_bytes=job.score.unit_bytes, limit=job.data.limit)
+    if not units:
+        raise DataError(f"{job.input} has no rows: its {len(files)} Parquet files are empty")
     num_rows = sum(unit.num_rows for unit in units)
     prepare_output(job.output)
     commit_json(job.output, MANIFEST, manifest(job, folder, files, units))
