@@ -2,8 +2,9 @@
 
     python benchmarks/score_vs_simpletransformers.py runs/demo/model st/bin/python
 
-The second argument is the Python of a virtual environment with Simple Transformers (benchmarks/simpletransformers_run.py
-says how to make it). Wall time counts everything from the command to its exit; the steady phase leaves out starting
+The second argument is the Python of a virtual environment with Simple Transformers
+(benchmarks/simpletransformers_run.py says how to make it). Wall
+time counts everything from the command to its exit; the steady phase leaves out starting
 (for us the time from the first finished unit to the last, for Simple Transformers its predict call). Memory is the
 peak over the whole process tree, shared pages counted once (PSS).
 """

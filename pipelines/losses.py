@@ -1,14 +1,22 @@
 """Training losses, per window and not yet averaged, so that means can be taken over the global batch.
 
 The loss of a step is sum(loss_W * share_W) / sum(normalizer_W * share_W) over the windows of all workers:
-share_W is 1, or 1 / number of windows of the text; the normalizer is the class weight (cross-entropy) or 1.
+share_W is 1, or 1 / number of windows of the text; the normalizer is the class weight (cross-entropy, and focal with
+one alpha per label) or 1.
 
 Shapes: W windows, L labels, D documents.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
+import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -17,37 +25,186 @@ from pipelines.errors import DataError, SettingsError
 from pipelines.settings import DecisionSettings, Kind, TrainSettings
 
 
-def window_losses(logits_WL: Tensor, targets: Tensor, kind: Kind, weight_L: Tensor | None = None) -> Tensor:
-    """Loss (W,) of each window in float32.
+def cross_entropy(
+    logits_WL: Tensor, target_W: Tensor, weight_L: Tensor | None = None, smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy (W,) times the weight of the true label; the target may be smoothed over all labels."""
+    return F.cross_entropy(logits_WL, target_W, weight=weight_L, label_smoothing=smoothing, reduction="none")
 
-    binary, multiclass: cross-entropy times the weight of the true label, targets (W,) int64.
-    multilabel: mean over labels of binary cross-entropy with logits, weight_L being pos_weight, targets (W, L).
-    regression: squared error, targets (W,). Formulas as in torch.nn.functional, reduction="none".
+
+def focal(
+    logits_WL: Tensor, target_W: Tensor, *, gamma: float = 2.0, alpha: float | Sequence[float] | None = None
+) -> Tensor:
+    """-alpha_y (1 - p_y)^gamma log p_y, (W,) (Lin et al. 2017); a single alpha is label 0's, 1 - alpha the others'."""
+    log_p_W = F.log_softmax(logits_WL, dim=1).gather(1, target_W[:, None])[:, 0]
+    losses_W = -((1 - log_p_W.exp()) ** gamma) * log_p_W
+    alpha_L = focal_alpha(alpha, logits_WL.shape[1])
+    return losses_W if alpha_L is None else losses_W * torch.from_numpy(alpha_L).to(logits_WL.device)[target_W]
+
+
+def dice(
+    logits_WL: Tensor,
+    target_W: Tensor,
+    *,
+    gamma: float = 0.0,
+    scale: float = 1.0,
+    smooth: float = 0.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """1 - (2 q_y + smooth) / (sum q + 1 + eps + smooth) per window, q = scale (1 - p)^gamma p (Li et al. 2020)."""
+    q_WL, q_true_W = _shaped(logits_WL, target_W, gamma, scale)
+    return 1 - (2 * q_true_W + smooth) / (q_WL.sum(dim=1) + 1 + eps + smooth)
+
+
+def tversky(
+    logits_WL: Tensor,
+    target_W: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    gamma: float = 0.0,
+    scale: float = 1.0,
+    smooth: float = 0.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """1 - (q_y + smooth) / (q_y + alpha * others + beta (1 - q_y) + eps + smooth), (W,), with dice's q."""
+    q_WL, q_true_W = _shaped(logits_WL, target_W, gamma, scale)
+    others_W = q_WL.sum(dim=1) - q_true_W
+    return 1 - (q_true_W + smooth) / (q_true_W + alpha * others_W + beta * (1 - q_true_W) + eps + smooth)
+
+
+def binary_focal(logits_WL: Tensor, target_WL: Tensor, *, gamma: float = 2.0, alpha: float | None = None) -> Tensor:
+    """Focal loss of each label's yes or no, mean over labels (W,); alpha weighs yes, 1 - alpha no."""
+    log_p_WL = F.logsigmoid(torch.where(target_WL == 1, logits_WL, -logits_WL))
+    losses_WL = -((1 - log_p_WL.exp()) ** gamma) * log_p_WL
+    if alpha is not None:
+        losses_WL = losses_WL * torch.where(target_WL == 1, alpha, 1 - alpha)
+    return losses_WL.mean(dim=1)
+
+
+def asymmetric(
+    logits_WL: Tensor, target_WL: Tensor, *, gamma_pos: float = 1.0, gamma_neg: float = 4.0, clip: float = 0.05
+) -> Tensor:
+    """Asymmetric loss (Ridnik et al. 2021), mean over labels (W,): easy negatives weigh less, the easiest nothing."""
+    p_WL = logits_WL.sigmoid()
+    shifted_WL = (p_WL - clip).clamp(min=0)
+    yes_WL = (1 - p_WL) ** gamma_pos * F.logsigmoid(logits_WL)
+    no_WL = shifted_WL**gamma_neg * torch.log1p(-shifted_WL.clamp(max=1 - 1e-7))
+    return -torch.where(target_WL == 1, yes_WL, no_WL).mean(dim=1)
+
+
+def mae(logits_WL: Tensor, target_W: Tensor) -> Tensor:
+    """Absolute error (W,)."""
+    return F.l1_loss(logits_WL[:, 0], target_W, reduction="none")
+
+
+def huber(logits_WL: Tensor, target_W: Tensor, *, delta: float = 1.0) -> Tensor:
+    """Squared error up to delta and linear beyond (W,)."""
+    return F.huber_loss(logits_WL[:, 0], target_W, delta=delta, reduction="none")
+
+
+LOSSES: dict[Kind, dict[str, Callable[..., Tensor]]] = {
+    "binary": {"focal": focal, "dice": dice, "tversky": tversky},
+    "multiclass": {"focal": focal, "dice": dice, "tversky": tversky},
+    "multilabel": {"focal": binary_focal, "asymmetric": asymmetric},
+    "regression": {"mae": mae, "huber": huber},
+}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of one run: settings that have met labels and targets."""
+
+    kind: Kind
+    weight_L: NDArray[np.float32] | None = None
+    """Class weights, or pos_weight of multilabel."""
+    loss_type: str | None = None
+    loss_args: dict[str, Any] | None = None
+    label_smoothing: float = 0.0
+
+    def __call__(self, logits_WL: Tensor, targets: Tensor) -> Tensor:
+        """Loss (W,) of each window in float32; targets as `labels.encode_labels` gives them, per window."""
+        logits_WL = logits_WL.float()
+        if self.loss_type is not None:
+            return LOSSES[self.kind][self.loss_type](logits_WL, targets, **(self.loss_args or {}))
+        weight_L = None if self.weight_L is None else torch.from_numpy(self.weight_L).to(logits_WL.device)
+        if self.kind == "regression":
+            return F.mse_loss(logits_WL[:, 0], targets, reduction="none")
+        if self.kind == "multilabel":
+            losses_WL = F.binary_cross_entropy_with_logits(logits_WL, targets, pos_weight=weight_L, reduction="none")
+            return losses_WL.mean(dim=1)
+        return cross_entropy(logits_WL, targets, weight_L, self.label_smoothing)
+
+    def normalizers(self, targets: NDArray[np.generic]) -> NDArray[np.float64]:
+        """What each target adds to the denominator of the weighted mean."""
+        by_label = self.weight_L if self.kind in ("binary", "multiclass") else None
+        if self.loss_type == "focal" and isinstance((self.loss_args or {}).get("alpha"), (list, tuple)):
+            by_label = np.asarray((self.loss_args or {})["alpha"], np.float32)
+        if by_label is None:
+            return np.ones(len(targets))
+        return np.asarray(by_label[targets.astype(np.int64)], dtype=np.float64)
+
+
+def resolve_loss(settings: TrainSettings, decision: DecisionSettings, targets: NDArray[np.generic]) -> Loss:
+    """The loss that settings ask for, "balanced" weights counted from the targets.
+
+    Raises SettingsError for a loss, an argument or a weight that the kind does not have, and DataError where a label
+    that should be balanced never occurs.
     """
-    logits_WL = logits_WL.float()
-    if kind == "regression":
-        return F.mse_loss(logits_WL[:, 0], targets, reduction="none")
-    if kind == "multilabel":
-        losses_WL = F.binary_cross_entropy_with_logits(logits_WL, targets, pos_weight=weight_L, reduction="none")
-        return losses_WL.mean(dim=1)
-    return F.cross_entropy(logits_WL, targets, weight=weight_L, reduction="none")
+    weight_L = _resolve_weight(settings, decision, targets)
+    if settings.label_smoothing and (decision.kind not in ("binary", "multiclass") or settings.loss_type):
+        raise SettingsError("label_smoothing is for cross-entropy: kind binary or multiclass without a loss_type")
+    if settings.loss_type is None:
+        if settings.loss_args:
+            raise SettingsError("loss_args without loss_type; name the loss that they are for")
+        return Loss(decision.kind, weight_L, label_smoothing=settings.label_smoothing)
+    known = LOSSES[decision.kind]
+    if settings.loss_type not in known:
+        raise SettingsError(
+            f"loss_type={settings.loss_type} is not for kind {decision.kind}; it has: {', '.join(known)}"
+        )
+    if weight_L is not None:
+        raise SettingsError(f"loss_type={settings.loss_type} takes no class weights; see its loss_args")
+    _check_arguments(settings.loss_type, known[settings.loss_type], settings.loss_args or {}, len(decision.labels))
+    return Loss(decision.kind, None, settings.loss_type, settings.loss_args)
 
 
-def normalizers(targets: NDArray[np.generic], kind: Kind, weight_L: NDArray[np.float32] | None) -> NDArray[np.float64]:
-    """What each target adds to the denominator of a weighted mean: its class weight, or 1."""
-    if kind in ("binary", "multiclass") and weight_L is not None:
-        return np.asarray(weight_L[targets.astype(np.int64)], dtype=np.float64)
-    return np.ones(len(targets))
+def focal_alpha(alpha: float | Sequence[float] | None, num_labels: int) -> NDArray[np.float32] | None:
+    """Alpha per label (L,)."""
+    if alpha is None:
+        return None
+    if isinstance(alpha, (list, tuple)):
+        return np.asarray(alpha, np.float32)
+    assert isinstance(alpha, (int, float))
+    return np.asarray([alpha] + [1 - alpha] * (num_labels - 1), np.float32)
 
 
-def resolve_weight(
+def _shaped(logits_WL: Tensor, target_W: Tensor, gamma: float, scale: float) -> tuple[Tensor, Tensor]:
+    p_WL = logits_WL.softmax(dim=1)
+    q_WL = scale * (1 - p_WL) ** gamma * p_WL
+    return q_WL, q_WL.gather(1, target_W[:, None])[:, 0]
+
+
+def _check_arguments(name: str, loss: Callable[..., Tensor], arguments: dict[str, Any], num_labels: int) -> None:
+    known = {n: p for n, p in inspect.signature(loss).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    for argument, value in arguments.items():
+        if argument not in known:
+            raise SettingsError(f"loss {name} has no argument {argument!r}; it has: {', '.join(known)}")
+        values = value if isinstance(value, (list, tuple)) and argument == "alpha" else [value]
+        if isinstance(value, (list, tuple)) and len(values) != num_labels:
+            raise SettingsError(f"loss_args {argument} has {len(values)} values; there are {num_labels} labels")
+        if not all(
+            isinstance(number, (int, float)) and math.isfinite(number) for number in values if number is not None
+        ):
+            raise SettingsError(f"loss_args {argument}={value!r} must be a finite number")
+    missing = [n for n, parameter in known.items() if parameter.default is parameter.empty and n not in arguments]
+    if missing:
+        raise SettingsError(f"loss {name} needs loss_args {', '.join(missing)}")
+
+
+def _resolve_weight(
     settings: TrainSettings, decision: DecisionSettings, targets: NDArray[np.generic]
 ) -> NDArray[np.float32] | None:
-    """The loss weights (L,) that settings ask for, "balanced" counted from the targets.
-
-    Raises SettingsError for the other kind's weights or a wrong number of them, and DataError where a label that
-    should be balanced never occurs.
-    """
     multilabel = decision.kind == "multilabel"
     name, other = ("pos_weight", "weight") if multilabel else ("weight", "pos_weight")
     if getattr(settings, other) is not None:

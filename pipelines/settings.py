@@ -180,18 +180,38 @@ class TrainSettings:
     """Windows in one forward and backward pass, over all workers together."""
     gradient_accumulation_steps: int = 1
     """Passes per optimizer step: a step sees batch_size times this many windows."""
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    """AdamW, or Adafactor at the learning rate given (without its relative steps)."""
     learning_rate: float = 5e-5
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
     weight_decay: float = 0.01
     """Decoupled weight decay; biases and normalisation weights are spared."""
+    adam_betas: tuple[float, ...] = (0.9, 0.999)
+    """Decay of AdamW's two running means."""
+    adam_epsilon: float = 1e-8
+    """Added to the denominator of AdamW."""
+    scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = (
+        "linear"
+    )
+    """How the learning rate goes after its warmup, by the names of transformers' schedules."""
+    scheduler_args: dict[str, Any] | None = None
+    """Arguments of the schedule: num_cycles for the cosines, power and lr_end for polynomial."""
     warmup_ratio: float = 0.06
-    """Share of the steps in which the learning rate rises linearly; it then falls linearly to 0."""
+    """Share of the steps in which the learning rate rises linearly."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises, instead of warmup_ratio."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
     weight: tuple[float, ...] | Literal["balanced"] | None = None
     """binary and multiclass: one loss weight per label, or balanced (from the training labels)."""
     pos_weight: tuple[float, ...] | Literal["balanced"] | None = None
     """multilabel: one loss weight per label for its positives, or balanced."""
+    loss_type: Literal["focal", "dice", "tversky", "asymmetric", "mae", "huber"] | None = None
+    """Instead of cross-entropy: focal, dice, tversky; of multilabel BCE: focal, asymmetric; of MSE: mae, huber."""
+    loss_args: dict[str, Any] | None = None
+    """Arguments of the loss, such as gamma and alpha of focal."""
+    label_smoothing: float = 0.0
+    """Share of the target that cross-entropy spreads evenly over all labels."""
     window_weight: Literal["window", "document"] = "window"
     """window counts each window once; document gives each 1 / number of windows of its text."""
     train_max_windows: int | None = None
@@ -211,6 +231,13 @@ class TrainSettings:
         _check_range(self, "learning_rate", self.learning_rate, above=0)
         _check_range(self, "weight_decay", self.weight_decay, low=0)
         _check_range(self, "warmup_ratio", self.warmup_ratio, low=0, high=1)
+        _check_range(self, "warmup_steps", self.warmup_steps, low=0)
+        _check_range(self, "adam_epsilon", self.adam_epsilon, low=0)
+        _check_range(self, "label_smoothing", self.label_smoothing, low=0, high=1)
+        if len(self.adam_betas) != 2:
+            raise SettingsError(f"adam_betas has {len(self.adam_betas)} values and needs 2")
+        for beta in self.adam_betas:
+            _check_range(self, "adam_betas", beta, low=0, high=1)
         _check_range(self, "max_grad_norm", self.max_grad_norm, low=0)
         _check_range(self, "seed", self.seed, low=0)
         for name in ("weight", "pos_weight"):
@@ -380,6 +407,8 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _coerce(value: Any, option: Any) -> tuple[bool, Any]:
     """(whether value fits the option, value as that option's kind)."""
+    if option is Any:
+        return True, value
     if get_origin(option) is Literal:
         return value in get_args(option), value
     if get_origin(option) is tuple:

@@ -28,9 +28,10 @@ from pipelines.batching import token_batches
 from pipelines.errors import DataError, JobError
 from pipelines.evaluation import HEADLINE, evaluate, is_better, tune_thresholds
 from pipelines.labels import decide, resolve_thresholds
-from pipelines.losses import normalizers, resolve_weight, window_losses
+from pipelines.losses import Loss, resolve_loss
 from pipelines.model import WindowModel, first_position, new_classifier, resolve_dtype, save_tokenizer, uses_type_ids
 from pipelines.model_folder import ModelFolder, seal
+from pipelines.optimization import make_optimizer, make_schedule
 from pipelines.scoring import Scorer, plan_of
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
 from pipelines.tokenization import CutDocuments, Documents, InputRows, Tokenizer, assemble, cut_documents
@@ -144,9 +145,15 @@ def prepare_folder(job: TrainJob) -> Tokenizer:
 
 
 def plan_steps(
-    cut: CutDocuments, targets: NDArray[np.generic], settings: TrainSettings, weight_L: NDArray[np.float32] | None,
-    decision: DecisionSettings, *, epoch: int, rank: int, world_size: int,
-) -> Iterator[Step]:  # fmt: skip
+    cut: CutDocuments,
+    targets: NDArray[np.generic],
+    settings: TrainSettings,
+    loss: Loss,
+    *,
+    epoch: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[Step]:
     """The optimizer steps of one epoch, as rank sees them; every window is in exactly one step of one rank."""
     num_windows = len(cut.length_W)
     order = np.random.default_rng([settings.seed, epoch]).permutation(num_windows)
@@ -154,7 +161,7 @@ def plan_steps(
     share_W = np.ones(num_windows, np.float32)
     if settings.window_weight == "document":
         share_W = (1.0 / cut.windows.num_windows_D[document_W]).astype(np.float32)
-    normalizer_W = share_W * normalizers(targets[document_W], decision.kind, weight_L)
+    normalizer_W = share_W * loss.normalizers(targets[document_W])
     size = settings.batch_size * settings.gradient_accumulation_steps
     for start in range(0, num_windows, size):
         together = order[start : start + size]
@@ -176,24 +183,24 @@ def _run_epochs(
     """Train; leaves the best epoch's weights in the model. Without valid the last epoch is the best."""
     settings, model = job.train, scorer.model
     forward = _distributed(model, cut)
-    weight_L = resolve_weight(settings, job.decision, targets)
+    loss = resolve_loss(settings, job.decision, targets)
     size = settings.batch_size * settings.gradient_accumulation_steps
     steps_per_epoch = -(-len(cut.length_W) // size)
-    optimizer = _optimizer(model.module, settings)
-    schedule = _linear_warmup(optimizer, settings, steps_per_epoch * settings.epochs)
+    optimizer = make_optimizer(model.module, settings)
+    schedule = make_schedule(optimizer, settings, steps_per_epoch * settings.epochs)
     torch.manual_seed(settings.seed + _rank())  # dropout differs between ranks
     progress = _Progress(report, settings, steps_per_epoch)
     result: dict[str, Any] = {"losses": [], "epochs": [], "best_epoch": 0, "best_scores": None}
     best_metrics, best_state = None, None
     for epoch in range(settings.epochs):
         steps = plan_steps(
-            cut, targets, settings, weight_L, job.decision,
+            cut, targets, settings, loss,
             epoch=epoch, rank=_rank(), world_size=_world_size(),
         )  # fmt: skip
         model.module.train()
         losses = []
         for step in steps:
-            losses.append(_step(forward, model, cut, targets, step, settings, weight_L, job.decision))
+            losses.append(_step(forward, model, cut, targets, step, settings, loss))
             _update(model.module, optimizer, schedule, settings)
             progress.step(epoch, losses, cut.length_W[step.index_W].sum(), float(schedule.get_last_lr()[0]))
         result["losses"] += _global_losses(losses, epoch)
@@ -220,12 +227,10 @@ def _step(
     targets: NDArray[np.generic],
     step: Step,
     settings: TrainSettings,
-    weight_L: NDArray[np.float32] | None,
-    decision: DecisionSettings,
+    loss: Loss,
 ) -> Tensor:
     """Forward and backward over this rank's windows of one step; this rank's part of the global mean loss."""
     dtype = resolve_dtype(settings.train_dtype, model.device)
-    weight = None if weight_L is None else torch.from_numpy(weight_L).to(model.device)
     total = torch.zeros((), device=model.device)
     lengths = cut.length_W[step.index_W]
     parts = token_batches(lengths, batch_tokens=settings.train_batch_tokens, padded=not model.is_packed)
@@ -238,16 +243,16 @@ def _step(
         with nullcontext() if is_last or not isinstance(forward, DistributedDataParallel) else forward.no_sync():
             with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
                 logits_WL = forward(rows)
-            loss = (window_losses(logits_WL, target, decision.kind, weight) * share).sum() / step.normalizer
-            (loss * _world_size()).backward()  # ranks' gradients are averaged
-        total += loss.detach()
+            mean = (loss(logits_WL, target) * share).sum() / step.normalizer
+            (mean * _world_size()).backward()  # ranks' gradients are averaged
+        total += mean.detach()
     return total
 
 
 def _update(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
     settings: TrainSettings,
 ) -> None:
     if settings.max_grad_norm:
@@ -320,28 +325,6 @@ def _distributed(model: WindowModel, cut: CutDocuments) -> nn.Module:
         return forward
     devices = [model.device] if model.device.type == "cuda" else None
     return DistributedDataParallel(forward, device_ids=devices)
-
-
-def _optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW; vectors (biases and normalisation weights) are not decayed."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
-
-
-def _linear_warmup(
-    optimizer: torch.optim.Optimizer, settings: TrainSettings, num_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Up from 0 in the first warmup_ratio of the steps, then down to 0 at the last."""
-    warmup = int(np.ceil(settings.warmup_ratio * num_steps))
-
-    def factor(step: int) -> float:
-        return step / warmup if step < warmup else max(0.0, (num_steps - step) / max(1, num_steps - warmup))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _global_losses(losses: list[Tensor], epoch: int) -> list[float]:

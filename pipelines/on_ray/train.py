@@ -23,7 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.errors import DataError, JobError, SettingsError
 from pipelines.labels import encode_labels, find_labels
-from pipelines.losses import resolve_weight
+from pipelines.losses import resolve_loss
 from pipelines.model import position_limit
 from pipelines.on_ray.cluster import connected, has_gpus, root_cause
 from pipelines.on_ray.telemetry import Relay, relayed
@@ -149,8 +149,8 @@ def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray) -> Decisio
 
 
 def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, settings: TrainSettings) -> None:
-    """Weights that do not fit, and training data with one class only."""
-    resolve_weight(settings, decision, targets)
+    """A loss and weights that do not fit, and training data with one class only."""
+    resolve_loss(settings, decision, targets)
     if decision.kind in ("binary", "multiclass") and len(np.unique(targets)) < 2:
         only = decision.labels[int(targets[0])]
         raise DataError(f"every training row has the label {only!r}: a classifier needs at least two")
@@ -196,7 +196,7 @@ def _fit_on_workers(
     relay = Relay.remote()  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(prefix="pipelines-train-") as storage, relayed(relay, report):
         trainer = TorchTrainer(
-            _worker,
+            _worker,  # type: ignore[arg-type]  # Ray keeps what it returns, and its annotation does not say so
             train_loop_config={"job": job, "data": data, "targets": targets, "relay": relay},
             scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpus),
             torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
@@ -207,7 +207,7 @@ def _fit_on_workers(
             result = trainer.fit()
         except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
             raise JobError(f"training failed: {root_cause(error)}") from error
-    summary: dict[str, Any] = result.return_value
+    summary: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
     return summary
 
 

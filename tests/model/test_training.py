@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from pipelines.errors import DataError, JobError, SettingsError
 from pipelines.labels import encode_labels
-from pipelines.losses import normalizers, resolve_weight, window_losses
+from pipelines.losses import Loss, resolve_loss
 from pipelines.model_folder import read_model_folder
+from pipelines.optimization import make_optimizer, make_schedule
 from pipelines.scoring import Scorer
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
 from pipelines.tokenization import Tokens, cut_documents, offsets_of
@@ -28,38 +29,130 @@ def test_losses_against_float64_references(weighted):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(6, 3)) * 3
     weight = np.array([1, 0.5, 2], np.float32) if weighted else None
-    weight_L = None if weight is None else torch.from_numpy(weight)
+    loss = Loss("multiclass", weight)
     full = np.ones(3) if weight is None else weight.astype(np.float64)
     labels = rng.integers(0, 3, 6)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-    found = window_losses(torch.tensor(logits), torch.from_numpy(labels), "multiclass", weight_L)
+    found = loss(torch.tensor(logits), torch.from_numpy(labels))
     np.testing.assert_allclose(found, -full[labels] * log_p[np.arange(6), labels], rtol=1e-5)
-    np.testing.assert_allclose(normalizers(labels, "multiclass", weight), full[labels])
-    mean = found.sum().item() / normalizers(labels, "multiclass", weight).sum()
+    np.testing.assert_allclose(loss.normalizers(labels), full[labels])
+    mean = found.sum().item() / loss.normalizers(labels).sum()
     assert mean == pytest.approx(F.cross_entropy(torch.tensor(logits), torch.from_numpy(labels),
                                                  torch.tensor(full)).item(), rel=1e-5)  # fmt: skip
     held = rng.integers(0, 2, (6, 3)).astype(np.float32)
     p = 1 / (1 + np.exp(-logits))
     expected = -(full * held * np.log(p) + (1 - held) * np.log(1 - p)).mean(axis=1)
-    found = window_losses(torch.tensor(logits), torch.from_numpy(held), "multilabel", weight_L)
+    found = Loss("multilabel", weight)(torch.tensor(logits), torch.from_numpy(held))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     values = rng.normal(size=6).astype(np.float32)
-    found = window_losses(torch.tensor(logits[:, :1]), torch.from_numpy(values), "regression")
+    found = Loss("regression")(torch.tensor(logits[:, :1]), torch.from_numpy(values))
     np.testing.assert_allclose(found, (logits[:, 0] - values) ** 2, rtol=1e-5)
 
 
 def test_weights_are_checked_and_balanced():
     targets = np.array([0, 0, 0, 1, 2, 2])
-    balanced = resolve_weight(TrainSettings(weight="balanced"), MULTICLASS, targets)
+    balanced = resolve_loss(TrainSettings(weight="balanced"), MULTICLASS, targets).weight_L
     np.testing.assert_allclose(balanced, [6 / 9, 6 / 3, 6 / 6])
     held = np.array([[1, 0, 1], [0, 0, 1], [0, 1, 0]], np.float32)
-    np.testing.assert_allclose(resolve_weight(TrainSettings(pos_weight="balanced"), MULTILABEL, held), [2, 2, 0.5])
+    np.testing.assert_allclose(
+        resolve_loss(TrainSettings(pos_weight="balanced"), MULTILABEL, held).weight_L, [2, 2, 0.5]
+    )
     with pytest.raises(DataError, match="label 'b' never occurs"):
-        resolve_weight(TrainSettings(weight="balanced"), MULTICLASS, np.array([0, 2]))
+        resolve_loss(TrainSettings(weight="balanced"), MULTICLASS, np.array([0, 2]))
     with pytest.raises(SettingsError, match="weight has 2 values; there are 3 labels"):
-        resolve_weight(TrainSettings(weight=(1, 2)), MULTICLASS, targets)
+        resolve_loss(TrainSettings(weight=(1, 2)), MULTICLASS, targets)
     with pytest.raises(SettingsError, match="pos_weight is not for kind multiclass; use weight"):
-        resolve_weight(TrainSettings(pos_weight=(1, 2, 3)), MULTICLASS, targets)
+        resolve_loss(TrainSettings(pos_weight=(1, 2, 3)), MULTICLASS, targets)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "loss_args", "expected"),
+    [
+        ("focal", {}, 0.0675492),
+        ("focal", {"alpha": 0.25}, 0.0495448),
+        ("focal", {"alpha": [0.25, 0.75]}, 0.0849339),
+        ("dice", {}, 0.3171227),
+        ("dice", {"gamma": 2, "smooth": 1}, 0.4834778),
+        ("tversky", {"alpha": 0.3, "beta": 0.7}, 0.3171230),
+        ("tversky", {"alpha": 0.3, "beta": 0.7, "gamma": 1, "scale": 2, "smooth": 1}, 0.2797928),
+    ],
+)
+def test_losses_are_those_of_simpletransformers(loss_type, loss_args, expected):
+    """The numbers were printed by Simple Transformers 0.70.8's own loss classes."""
+    targets = np.array([1, 0, 1])
+    loss = resolve_loss(TrainSettings(loss_type=loss_type, loss_args=loss_args), BINARY, targets)
+    logits = torch.tensor([[1.0, 2.0], [0.5, -1.0], [0.0, 0.0]])
+    mean = loss(logits, torch.from_numpy(targets)).sum() / loss.normalizers(targets).sum()
+    assert mean.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_losses_of_many_labels_and_of_values_against_their_formulas():
+    logits, held = np.array([[2.0, -1.0], [0.3, 4.0]]), np.array([[1, 0], [0, 1]], np.float32)
+    p = 1 / (1 + np.exp(-logits))
+    p_true = np.where(held == 1, p, 1 - p)
+    loss = Loss("multilabel", loss_type="focal", loss_args={"gamma": 1.5, "alpha": 0.3})
+    expected = (-np.where(held == 1, 0.3, 0.7) * (1 - p_true) ** 1.5 * np.log(p_true)).mean(axis=1)
+    np.testing.assert_allclose(loss(torch.tensor(logits), torch.from_numpy(held)), expected, rtol=1e-5)
+    loss = Loss("multilabel", loss_type="asymmetric")
+    shifted = np.maximum(p - 0.05, 0)
+    expected = -np.where(held == 1, (1 - p) * np.log(p), shifted**4 * np.log(1 - shifted)).mean(axis=1)
+    np.testing.assert_allclose(loss(torch.tensor(logits), torch.from_numpy(held)), expected, rtol=1e-5)
+    values, target = torch.tensor([[3.0], [0.5]]), torch.tensor([0.0, 0.0])
+    assert Loss("regression", loss_type="mae")(values, target).tolist() == [3.0, 0.5]
+    assert Loss("regression", loss_type="huber")(values, target).tolist() == [2.5, 0.125]
+    smoothed = Loss("multiclass", label_smoothing=0.3)(torch.tensor(logits), torch.tensor([0, 1]))
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    np.testing.assert_allclose(smoothed, -0.7 * log_p[[0, 1], [0, 1]] - 0.3 * log_p.mean(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "decision", "message"),
+    [
+        ({"loss_type": "asymmetric"}, BINARY, "is not for kind binary; it has: focal, dice, tversky"),
+        ({"loss_type": "focal", "loss_args": {"gama": 1}}, BINARY, "no argument 'gama'; it has: gamma, alpha"),
+        ({"loss_type": "focal", "loss_args": {"alpha": [1]}}, BINARY, "alpha has 1 values; there are 2 labels"),
+        ({"loss_type": "focal", "loss_args": {"gamma": "x"}}, BINARY, "gamma='x' must be a finite number"),
+        ({"loss_type": "tversky"}, BINARY, "needs loss_args alpha, beta"),
+        ({"loss_args": {"gamma": 1}}, BINARY, "loss_args without loss_type"),
+        ({"loss_type": "focal", "weight": (1, 2)}, BINARY, "takes no class weights"),
+        ({"label_smoothing": 0.1}, MULTILABEL, "label_smoothing is for cross-entropy"),
+    ],
+)
+def test_losses_that_do_not_fit_are_refused(settings, decision, message):
+    with pytest.raises(SettingsError, match=message):
+        resolve_loss(TrainSettings(**settings), decision, np.array([0, 1]))
+
+
+def learning_rates(num_steps=20, **settings):
+    optimizer = make_optimizer(torch.nn.Linear(2, 2), TrainSettings(learning_rate=1.0, **settings))
+    schedule = make_schedule(optimizer, TrainSettings(learning_rate=1.0, **settings), num_steps)
+    rates = []
+    for _ in range(num_steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return np.array(rates)
+
+
+def test_schedules_follow_their_formulas():
+    step, warmup, total = np.arange(20), 4, 20
+    up = step / warmup
+    share = (step - warmup) / (total - warmup)
+    after = {
+        "linear": 1 - share,
+        "cosine": 0.5 * (1 + np.cos(np.pi * share)),
+        "constant_with_warmup": np.ones(20),
+        "polynomial": (1 - 1e-7) * (1 - share) + 1e-7,
+        "cosine_with_restarts": 0.5 * (1 + np.cos(np.pi * (share % 1))),
+    }
+    for name, expected in after.items():
+        rates = learning_rates(scheduler=name, warmup_steps=4)
+        np.testing.assert_allclose(rates, np.where(step < warmup, up, expected), atol=1e-6)
+    assert (learning_rates(scheduler="constant") == 1).all()
+    np.testing.assert_array_equal(learning_rates(warmup_ratio=0.2), learning_rates(warmup_steps=4))
+    assert (learning_rates(optimizer="adafactor", scheduler="constant") == 1).all()
+    with pytest.raises(SettingsError, match="scheduler=cosine with scheduler_args"):
+        learning_rates(scheduler="cosine", scheduler_args={"power": 2})
 
 
 @pytest.mark.parametrize("window_weight", ["window", "document"])
@@ -71,7 +164,7 @@ def test_every_window_is_seen_once_an_epoch_whatever_the_workers(world_size, win
     settings = TrainSettings(batch_size=3, window_weight=window_weight)
     targets = np.array([0, 1, 0, 1, 1])
     ranks = [
-        list(plan_steps(cut, targets, settings, None, BINARY, epoch=1, rank=rank, world_size=world_size))
+        list(plan_steps(cut, targets, settings, Loss("binary"), epoch=1, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     assert len({len(steps) for steps in ranks}) == 1, "every rank takes every step"
@@ -85,8 +178,8 @@ def test_every_window_is_seen_once_an_epoch_whatever_the_workers(world_size, win
     if window_weight == "document":
         expected = 1 / cut.windows.num_windows_D[cut.windows.document_W]
     np.testing.assert_allclose(counted, expected)
-    other = plan_steps(cut, targets, settings, None, BINARY, epoch=2, rank=0, world_size=1)
-    first = plan_steps(cut, targets, settings, None, BINARY, epoch=1, rank=0, world_size=1)
+    other = plan_steps(cut, targets, settings, Loss("binary"), epoch=2, rank=0, world_size=1)
+    first = plan_steps(cut, targets, settings, Loss("binary"), epoch=1, rank=0, world_size=1)
     assert next(other).index_W.tolist() != next(first).index_W.tolist()
 
 
