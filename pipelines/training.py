@@ -109,7 +109,8 @@ def fit(job: TrainJob, train: LabelledDocuments, valid: LabelledDocuments | None
     capped = plan if job.train.train_max_windows is None else plan.with_max_windows(job.train.train_max_windows)
     usable = _usable(train)
     cut = cut_documents(usable.documents.tokens, capped, tokenizer.template, usable.documents.pair_tokens)
-    history = _run_epochs(job, scorer, cut, usable.targets, valid, report)
+    valid = None if valid is None else _usable(valid)
+    history = run_epochs(scorer, cut, usable.targets, valid, job.train, job.compute, report)
     decision, metrics = job.decision, history["epochs"][history["best_epoch"]] if history["epochs"] else {}
     if valid is not None and _has_tunable_thresholds(decision):
         decision, metrics = _tune(decision, valid, history["best_scores"], report)
@@ -172,23 +173,31 @@ def plan_steps(
         yield Step(mine, shares, float(normalizer_W[together].sum()))
 
 
-def _run_epochs(
-    job: TrainJob,
+def run_epochs(
     scorer: Scorer,
     cut: CutDocuments,
     targets: NDArray[np.generic],
     valid: LabelledDocuments | None,
+    settings: TrainSettings,
+    compute: ComputeSettings,
     report: Report,
 ) -> dict[str, Any]:
-    """Train; leaves the best epoch's weights in the model. Without valid the last epoch is the best."""
-    settings, model = job.train, scorer.model
+    """Train the scorer's model, whose weights are float32, on cut documents and their targets (one per document).
+
+    Leaves the best epoch's weights in the model; without valid, the last epoch's. Returns losses (one per optimizer
+    step), epochs (metrics of valid after each), best_epoch, and best_scores (D, L) of valid.
+    """
+    model, decision = scorer.model, scorer.decision
     forward = _distributed(model, cut)
-    loss = resolve_loss(settings, job.decision, targets)
+    loss = resolve_loss(settings, decision, targets)
     size = settings.batch_size * settings.gradient_accumulation_steps
     steps_per_epoch = -(-len(cut.length_W) // size)
     optimizer = make_optimizer(model.module, settings)
     schedule = make_schedule(optimizer, settings, steps_per_epoch * settings.epochs)
     torch.manual_seed(settings.seed + _rank())  # dropout differs between ranks
+    scaler = torch.amp.GradScaler(
+        model.device.type, enabled=resolve_dtype(settings.train_dtype, model.device) == torch.float16
+    )
     progress = _Progress(report, settings, steps_per_epoch)
     result: dict[str, Any] = {"losses": [], "epochs": [], "best_epoch": 0, "best_scores": None}
     best_metrics, best_state = None, None
@@ -200,19 +209,19 @@ def _run_epochs(
         model.module.train()
         losses = []
         for step in steps:
-            losses.append(_step(forward, model, cut, targets, step, settings, loss))
-            _update(model.module, optimizer, schedule, settings)
+            losses.append(_step(forward, scaler, model, cut, targets, step, settings, loss))
+            _update(model.module, scaler, optimizer, schedule, settings)
             progress.step(epoch, losses, cut.length_W[step.index_W].sum(), float(schedule.get_last_lr()[0]))
         result["losses"] += _global_losses(losses, epoch)
         model.module.eval()
         if valid is None:
             result["best_epoch"] = epoch
             continue
-        metrics, scores_DL = _evaluate(scorer, valid, job.compute)
+        metrics, scores_DL = _evaluate(scorer, valid, compute)
         result["epochs"].append(metrics)
-        headline = HEADLINE[job.decision.kind]
+        headline = HEADLINE[decision.kind]
         report(f"epoch {epoch + 1}/{settings.epochs}: valid {headline} {_shown(metrics[headline])}")
-        if is_better(metrics, best_metrics, job.decision):
+        if is_better(metrics, best_metrics, decision):
             best_metrics, result["best_epoch"], result["best_scores"] = metrics, epoch, scores_DL
             best_state = {name: value.detach().clone() for name, value in model.module.state_dict().items()}
     if best_state is not None:
@@ -222,6 +231,7 @@ def _run_epochs(
 
 def _step(
     forward: nn.Module,
+    scaler: torch.amp.GradScaler,
     model: WindowModel,
     cut: CutDocuments,
     targets: NDArray[np.generic],
@@ -244,20 +254,23 @@ def _step(
             with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
                 logits_WL = forward(rows)
             mean = (loss(logits_WL, target) * share).sum() / step.normalizer
-            (mean * _world_size()).backward()  # ranks' gradients are averaged
+            scaler.scale(mean * _world_size()).backward()  # ranks' gradients are averaged
         total += mean.detach()
     return total
 
 
 def _update(
     module: nn.Module,
+    scaler: torch.amp.GradScaler,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     settings: TrainSettings,
 ) -> None:
+    scaler.unscale_(optimizer)
     if settings.max_grad_norm:
         torch.nn.utils.clip_grad_norm_(module.parameters(), settings.max_grad_norm)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     schedule.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -306,7 +319,7 @@ def _usable(train: LabelledDocuments) -> LabelledDocuments:
     """Without the documents whose text is null or invalid; they are counted in the summary."""
     good = np.flatnonzero([error is None for error in train.documents.errors])
     if not len(good):
-        raise DataError("no training row has a text")
+        raise DataError("no row of the training or validation data has a text")
     return LabelledDocuments(train.documents.take(good), train.targets[good])
 
 
