@@ -67,9 +67,12 @@ def _train(options: argparse.Namespace) -> int:
     from pipelines.on_ray.train import TrainRequest, train
 
     summary = train(TrainRequest.parse(_values(options)), address=options.address, report=report)
-    shown = {name: summary[name] for name in ("model", "documents", "windows", "steps", "seconds", "thresholds")}
+    shown = {
+        name: summary[name]
+        for name in ("model", "documents", "rows_in_error", "windows", "steps", "seconds", "thresholds")
+    }
     _print(options, summary, {**shown, **{f"valid {name}": value for name, value in summary["valid"].items()}})
-    return DONE
+    return ROWS_IN_ERROR if summary["rows_in_error"] else DONE
 
 
 def _score(options: argparse.Namespace) -> int:
@@ -110,7 +113,7 @@ def _tune(options: argparse.Namespace) -> int:
     data, compute = parse(_values(options), *EVALUATE_GROUPS)
     result = tune_folder(options.model, options.data, data, compute, options.objective, report=report)
     _print(options, result, result)
-    return DONE
+    return ROWS_IN_ERROR if result["rows_in_error"] else DONE
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -151,9 +154,19 @@ def read_config(path: str) -> dict[str, object]:
     return content
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's booleans: true and false alone, so that off, no and yes stay words."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool" or first in "tTfF"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_Loader)  # which is a safe one
     except yaml.YAMLError as error:
         raise SettingsError(f"{where} is no valid YAML: {str(error).splitlines()[0]}") from error
 
@@ -248,6 +261,7 @@ def _command(
     if groups:
         command.add_argument("--config", metavar="FILE.yaml", help="settings by name; --set and flags win over it")
         command.add_argument("--set", action="append", metavar="NAME=VALUE", help="any setting below, as YAML")
+    if any(group.__name__.endswith("Paths") for group in groups):
         command.add_argument("--address", help="Ray cluster to use (default: RAY_ADDRESS, else a local Ray)")
     return command
 

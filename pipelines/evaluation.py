@@ -120,10 +120,12 @@ def parse_objective(text: str) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Thresholds per label, and the labels that kept theirs because the data says the same of every row."""
+    """Thresholds per label, and the labels that keep theirs because the data says the same of every row."""
 
     thresholds: tuple[float, ...]
     untuned: tuple[str, ...]
+    missed: tuple[str, ...] = ()
+    """Labels for which no threshold reaches the precision or recall that was asked for."""
 
 
 def tune_thresholds(
@@ -143,27 +145,36 @@ def tune_thresholds(
     else:
         labels = decision.labels
     current = thresholds_by_label(decision)
-    thresholds, untuned = [], []
+    thresholds: list[float] = []
+    untuned: list[str] = []
+    missed: list[str] = []
     for column, label in enumerate(labels):
         positive_D = targets[:, column] == 1
         if positive_D.all() or not positive_D.any():
             thresholds.append(current.get(label, DEFAULT_THRESHOLD))
             untuned.append(label)
         else:
-            thresholds.append(_best_threshold(positive_D, scores_DL[:, column], goal))
-    return Tuned(tuple(thresholds), tuple(untuned))
+            threshold, is_reached = _best_threshold(positive_D, scores_DL[:, column], goal)
+            thresholds.append(threshold)
+            missed += [] if is_reached else [label]
+    return Tuned(tuple(thresholds), tuple(untuned), tuple(missed))
 
 
-def _best_threshold(positive_D: NDArray[np.bool_], score_D: NDArray[np.float32], goal: tuple[str, float]) -> float:
+def _best_threshold(
+    positive_D: NDArray[np.bool_], score_D: NDArray[np.float32], goal: tuple[str, float]
+) -> tuple[float, bool]:
+    """The best threshold, and whether it reaches the goal's side condition."""
     order = np.argsort(-score_D, kind="stable")
     ranked = score_D[order]
     last_of_score = np.append(ranked[1:] != ranked[:-1], True)  # a threshold takes all equal scores or none
     true_positives = np.cumsum(positive_D[order])[last_of_score].astype(np.float64)
     chosen = (np.flatnonzero(last_of_score) + 1).astype(np.float64)
     precision, recall = true_positives / chosen, true_positives / positive_D.sum()
-    best = int(np.argmax(_worth(precision, recall, goal)))
+    worth = _worth(precision, recall, goal)
+    best = int(np.argmax(worth))
     scores = ranked[last_of_score]
-    return _midway(scores[best], scores[best + 1] if best + 1 < len(scores) else np.float32(0))
+    threshold = _midway(scores[best], scores[best + 1] if best + 1 < len(scores) else np.float32(0))
+    return threshold, goal[0] not in ("precision", "recall") or bool(worth[best] >= 1)
 
 
 def _worth(precision: NDArray[np.float64], recall: NDArray[np.float64], goal: tuple[str, float]) -> NDArray[np.float64]:

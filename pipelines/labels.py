@@ -43,13 +43,16 @@ def find_labels(columns: list[pa.ChunkedArray], kind: Kind) -> tuple[str, ...]:
     """
     if kind == "regression":
         return ()
-    column = pa.chunked_array([chunk for column in columns for chunk in column.chunks])
+    column = _plain(pa.chunked_array([chunk for column in columns for chunk in column.chunks]))
     _reject_nulls(column)
     if kind == "multilabel" and _is_indicator(column.type):
         width = pc.max(pc.list_value_length(column)).as_py() or 0
         return tuple(str(label) for label in range(width))
     values = pc.list_flatten(column) if _is_list(column.type) else column
+    _reject_nulls(values)
     labels = tuple(str(value) for value in sorted(_check_label_type(values, kind).unique().to_pylist()))
+    if not labels:
+        raise DataError("no row has a label; name the labels with --labels where that is right")
     if len(labels) < 2 and kind != "multilabel":
         raise DataError(f"the labels are all {labels[0]!r}: a classifier needs at least two different labels")
     return labels
@@ -61,6 +64,7 @@ def encode_labels(column: pa.ChunkedArray, decision: DecisionSettings) -> NDArra
     Raises DataError for nulls and NaN, for labels outside decision.labels (naming them), and for a column type
     that the kind cannot use.
     """
+    column = _plain(column)
     _reject_nulls(column)
     if decision.kind == "regression":
         return _regression_targets(column)
@@ -158,9 +162,18 @@ def _reject_nulls(column: pa.ChunkedArray) -> None:
         raise DataError(f"{column.null_count} rows have no label (the first is row {first}); drop or label them")
 
 
-def _check_label_type(column: pa.ChunkedArray, kind: Kind) -> pa.ChunkedArray:
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Dictionaries decoded, and lists without a type (all of them empty) as lists of names."""
     if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
+        return column.cast(column.type.value_type)
+    if _is_list(column.type) and pa.types.is_dictionary(column.type.value_type):
+        return column.cast(pa.list_(column.type.value_type.value_type))
+    if _is_list(column.type) and pa.types.is_null(column.type.value_type):
+        return column.cast(pa.list_(pa.string()))
+    return column
+
+
+def _check_label_type(column: pa.ChunkedArray, kind: Kind) -> pa.ChunkedArray:
     if pa.types.is_floating(column.type):
         return _floats_as_ints(column, kind)
     if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type) or _is_string(column.type)):

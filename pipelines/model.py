@@ -9,6 +9,7 @@ Shapes: W windows, T tokens of all windows together, S tokens of the longest win
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -76,6 +78,11 @@ class WindowModel:
         return int(self.module.config.num_labels)  # type: ignore[union-attr, arg-type]
 
     @property
+    def row_limit(self) -> int | None:
+        """Longest input row that the model's positions allow, None for no limit."""
+        return row_limit(self.module)
+
+    @property
     def model_type(self) -> str:
         """The architecture as config.json names it."""
         return str(self.module.config.model_type)  # type: ignore[union-attr]
@@ -104,7 +111,9 @@ class WindowModel:
     def run_padded(self, rows: InputRows) -> Tensor:
         """The usual way: logits (W, L) of one padded batch with a mask."""
         length_W = rows.length_W
-        longest = -(-int(length_W.max()) // PADDED_MULTIPLE) * PADDED_MULTIPLE
+        longest = int(length_W.max())
+        rounded = -(-longest // PADDED_MULTIPLE) * PADDED_MULTIPLE
+        longest = rounded if self.row_limit is None else max(longest, min(rounded, self.row_limit))
         place_S = np.arange(longest)
         mask_WS = place_S < length_W[:, None]
         if self.template.pad_left:
@@ -136,10 +145,15 @@ def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_
     Raises ModelFolderError where weights of the head are missing or their number is not num_labels.
     """
     check_weights(path)
-    with quiet_transformers():
-        module, info = AutoModelForSequenceClassification.from_pretrained(
-            path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-        )
+    try:
+        with quiet_transformers():
+            module, info = AutoModelForSequenceClassification.from_pretrained(
+                path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelFolderError(
+            f"the weights in {path} cannot be read: {_first_line(error)}; copy them again"
+        ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelFolderError(f"{path} lacks weights of the classifier ({', '.join(missing[:3])}); fine-tune it first")
@@ -194,9 +208,12 @@ def save_tokenizer(name: str, folder: Path) -> Tokenizer:
     """Copy the tokenizer of a hub name or folder into the model folder and open it there."""
     try:
         with quiet_transformers():
-            AutoTokenizer.from_pretrained(name, trust_remote_code=False).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer.save_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
+    file = folder / "tokenizer_config.json"  # which leaves the padding side out where the class knows it (XLNet)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": tokenizer.padding_side}, indent=2))
     return Tokenizer.load(folder)
 
 
@@ -213,12 +230,14 @@ def position_limit(name: str) -> int | None:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"--model {name} is no folder and no hub name: {_first_line(error)}") from error
-    limit = getattr(config, "max_position_embeddings", None)
-    if not limit or limit < 0:
-        return None
     with torch.device("meta"):
-        module = AutoModelForSequenceClassification.from_config(config)
-    return int(limit) - first_position(module)
+        return row_limit(AutoModelForSequenceClassification.from_config(config))
+
+
+def row_limit(module: Any) -> int | None:
+    """Longest input row of a model by its config: its positions, less those that it leaves unused at the start."""
+    limit = getattr(module.config, "max_position_embeddings", None)
+    return int(limit) - first_position(module) if limit and limit > 0 else None
 
 
 def first_position(module: nn.Module) -> int:

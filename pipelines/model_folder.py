@@ -18,10 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.settings import DecisionSettings, WindowSettings, parse
+from pipelines.shards import filesystem_of, sync_folder
 
 PIPELINE_FILE = "pipeline.json"
 FORMAT_VERSION = 1
@@ -93,6 +92,7 @@ def read_model_folder(location: str | Path) -> ModelFolder:
 def seal(folder: ModelFolder) -> ModelFolder:
     """Hash the weights and tokenizer that lie in folder.path, then write pipeline.json, last and atomically."""
     sealed = replace(folder, weights_hash=hash_weights(folder.path))
+    sync_folder(folder.path)
     write_pipeline_file(sealed)
     return sealed
 
@@ -106,6 +106,7 @@ def write_pipeline_file(folder: ModelFolder) -> None:
         os.fsync(file.fileno())
     os.chmod(file.name, 0o644)
     os.replace(file.name, folder.path / PIPELINE_FILE)
+    sync_folder(folder.path)
 
 
 def check_weights(path: Path) -> None:
@@ -142,17 +143,15 @@ def local_folder(location: str) -> Path:
             raise ModelFolderError(f"{location} is no folder; give a model folder that `pipelines train` wrote")
         return path.resolve()
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-text-classification"
-    filesystem, remote = fsspec.core.url_to_fs(location)
+    filesystem, remote = filesystem_of(location)
     try:
         files = filesystem.find(remote, detail=True)
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"{location} cannot be listed: {error}") from error
     if not files:
         raise ModelFolderError(f"{location} is empty or does not exist")
-    listing = sorted(
-        (name, info.get("size"), str(info.get("ETag") or info.get("mtime"))) for name, info in files.items()
-    )
-    target = cache / _sha256(json.dumps([location, listing]).encode())[7:23]
+    identity = json.dumps([location, files], sort_keys=True, default=str)  # sizes, times, tags: whatever there is
+    target = cache / _sha256(identity.encode())[7:23]
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=cache, prefix=".fetch-"))

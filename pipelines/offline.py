@@ -78,13 +78,19 @@ def tune_folder(
         raise SettingsError("thresholds are for kinds binary and multilabel; this folder has neither")
     folder, scored = score_labelled(model, location, data, compute, report=report)
     tuned = tune_thresholds(scored.targets, scored.scores_DL, folder.decision, objective)
-    decision = resolve_thresholds(tuned.thresholds, folder.decision)
+    decision = folder.decision
+    if len(tuned.untuned) < len(tuned.thresholds):
+        decision = resolve_thresholds(tuned.thresholds, decision)
     metrics = evaluate(scored.targets, scored.scores_DL, decide(scored.scores_DL, decision), decision)
     write_pipeline_file(replace(folder, decision=decision, metrics=metrics))
+    if tuned.missed:
+        report(f"no threshold reaches {objective} for {', '.join(tuned.missed)}: what comes nearest was taken")
     return {
+        "rows_in_error": scored.rows_in_error,
         "objective": objective,
         "thresholds": list(tuned.thresholds),
         "thresholds_before": folder.decision.thresholds,
         "untuned": list(tuned.untuned),
+        "missed": list(tuned.missed),
         **metrics,
     }

@@ -64,7 +64,7 @@ def attention(
     """
     assert attention_mask is None, "a packed row has no mask"
     reach = -1 if sliding_window is None else sliding_window - 1
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and dropout == 0.0:
+    if _has_flash(query) and dropout == 0.0:
         from torch.nn.attention.varlen import varlen_attn  # it loads torch's compiler, which a CPU can do without
 
         shared = query.shape[1] // key.shape[1]  # heads of the query that share one of the key
@@ -79,6 +79,13 @@ def attention(
         assert isinstance(out, Tensor)
         return out.unsqueeze(0), None
     return _attention_by_length(query, key, value, packing, dropout, scaling, reach), None
+
+
+def _has_flash(query: Tensor) -> bool:
+    """Whether the variable-length kernel takes these: half precision, on NVIDIA's Ampere or later."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _attention_by_length(

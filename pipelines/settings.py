@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import textwrap
 import types
 import typing
@@ -177,9 +178,9 @@ class TrainSettings:
     epochs: int = 3
     """Passes over the training windows."""
     batch_size: int = 16
-    """Windows in one forward and backward pass, over all workers together."""
+    """Windows of one optimizer step over all workers together (times gradient_accumulation_steps)."""
     gradient_accumulation_steps: int = 1
-    """Passes per optimizer step: a step sees batch_size times this many windows."""
+    """An optimizer step sees batch_size times this many windows, whose mean loss it follows."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """AdamW, or Adafactor at the learning rate given (without its relative steps)."""
     learning_rate: float = 5e-5
@@ -219,7 +220,7 @@ class TrainSettings:
     train_dtype: Dtype = "auto"
     """Arithmetic of the training forward and backward pass; weights are always kept in float32."""
     train_batch_tokens: int = 16384
-    """Tokens in one forward and backward pass of one worker: a memory limit, without effect on the result."""
+    """Tokens in one forward and backward pass of one worker: a memory limit; changes only rounding and dropout."""
     seed: int = 42
     """Seed of the new head, the order of the windows and dropout."""
 
@@ -257,18 +258,29 @@ class ScoreSettings:
     """Input columns to carry into the output. Default: all but the text."""
     prefix: str = ""
     """Put before the name of every output column, where an input column bears the same name."""
-    replicas: int | None = None
-    """Model replicas. Default: one per GPU, or one that uses every core of a machine without."""
-    gpus_per_replica: float = 1.0
-    """GPUs that one replica takes, where the cluster has any."""
+    replicas: int | str | None = None
+    """Model replicas: N, or MIN:MAX. Default: one per GPU that is there, or one per machine without GPUs."""
+    gpus_per_replica: float | None = None
+    """GPUs that one replica takes. Default: 1 where the cluster has any now, else 0."""
     unit_bytes: int | None = None
     """Text bytes of one work unit. Default: grows with the input from 64 KiB to 64 MiB."""
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _check_range(self, "replicas", self.replicas, low=1)
+        low, high = self.replica_range or (1, 1)
+        _check_range(self, "replicas", low, low=1, high=high)
         _check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
         _check_range(self, "unit_bytes", self.unit_bytes, low=1)
+
+    @property
+    def replica_range(self) -> tuple[int, int] | None:
+        """Fewest and most replicas, None where nothing was said."""
+        if self.replicas is None:
+            return None
+        low, _, high = str(self.replicas).partition(":")
+        if not re.fullmatch(r"\d+(:\d+)?", str(self.replicas)):
+            raise SettingsError(f"replicas={self.replicas!r} is neither a number nor MIN:MAX, such as 1:8")
+        return int(low), int(high or low)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +295,8 @@ class ServeSettings:
     """Port to listen on."""
     num_replicas: int = 1
     """Replicas of the model."""
+    gpus_per_replica: float | None = None
+    """GPUs that one replica takes. Default: 1 where the cluster has any now, else 0."""
     max_body_bytes: int = 4 * 2**20
     """A larger request body is answered 413."""
     max_documents: int = 256
@@ -295,6 +309,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         _check_types(self)
         _check_range(self, "port", self.port, low=0, high=65535)
+        _check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
         for name in ("num_replicas", "max_body_bytes", "max_documents", "max_document_tokens"):
             _check_range(self, name, getattr(self, name), low=1)
         _check_range(self, "max_queued_tokens", self.max_queued_tokens, low=1)
@@ -337,6 +352,8 @@ def check_decision(decision: DecisionSettings) -> None:
     kind, num_labels = decision.kind, len(decision.labels)
     if len(set(decision.labels)) != num_labels:
         raise SettingsError(f"labels repeat: {', '.join(decision.labels)}")
+    if kind == "regression" and num_labels:
+        raise SettingsError(f"kind regression has no labels, got {', '.join(decision.labels)}")
     if kind == "binary" and num_labels not in (0, 2):
         raise SettingsError(f"kind binary needs 2 labels, got {num_labels}; use multiclass or multilabel")
     if kind == "multiclass" and num_labels == 1:

@@ -32,6 +32,8 @@ SMALLEST_UNIT_BYTES = 64 * 2**10
 LARGEST_UNIT_BYTES = 64 * 2**20
 TARGET_NUM_UNITS = 2_000
 FOOTER_THREADS = 16
+MOST_PIECES = 16
+"""A row group is read whole by each unit that has a piece of it: it is cut into no more than these."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class WorkUnit:
         return f"part-{self.number:06d}-{digest}.parquet"
 
 
+def absolute(location: str) -> str:
+    """A local path as every process sees it, whatever its working folder; URLs as they are."""
+    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
+
+
 def filesystem_of(location: str) -> tuple[AbstractFileSystem, str]:
     """The fsspec filesystem of a path or URL, and the path within it. Raises DataError for an unknown protocol."""
     try:
@@ -103,10 +110,11 @@ def list_files(location: str) -> list[str]:
     no data.
     """
     filesystem, path = filesystem_of(location)
-    if any(character in path for character in "*?["):
-        found = filesystem.glob(path)
-    elif filesystem.isfile(path):
+    if filesystem.isfile(path):
         return [path]
+    if any(character in path for character in "*?["):
+        matches = filesystem.glob(path)
+        found = [name for match in matches for name in (filesystem.find(match) or [match])]
     elif filesystem.isdir(path):
         found = filesystem.find(path)
     else:
@@ -148,19 +156,24 @@ def plan_units(
     return units
 
 
-def read_unit(location: str, unit: WorkUnit, columns: Sequence[str]) -> pa.Table:
-    """The unit's rows in order: the columns asked for, then source_file and source_row (int64)."""
+def read_unit(location: str, unit: WorkUnit, columns: Sequence[str], *, prefix: str = "") -> pa.Table:
+    """The unit's rows in order: the columns asked for, then source_file and source_row (int64), with the prefix.
+
+    A column that a file lacks is null in its rows. Raises DataError where a row group cannot be read.
+    """
     filesystem, _ = filesystem_of(location)
     tables = []
     for span in unit.spans:
-        with filesystem.open(span.path, "rb") as file:
-            group = pq.ParquetFile(file).read_row_group(span.row_group, columns=list(columns))
-        rows = group.select(list(columns)).slice(span.start, span.stop - span.start)
+        rows = _read_span(filesystem, span, columns)
         first = span.first_row + span.start
-        rows = rows.append_column("source_file", pa.array([span.url] * len(rows), pa.string()))
-        rows = rows.append_column("source_row", pa.array(range(first, first + len(rows)), pa.int64()))
+        rows = rows.append_column(prefix + "source_file", pa.array([span.url] * len(rows), pa.string()))
+        rows = rows.append_column(prefix + "source_row", pa.array(range(first, first + len(rows)), pa.int64()))
         tables.append(rows)
-    return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    for name in columns:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table)))
+    return table.select([*columns, prefix + "source_file", prefix + "source_row"])
 
 
 def prepare_output(location: str) -> None:
@@ -210,6 +223,27 @@ def commit_bytes(location: str, name: str, content: bytes | memoryview) -> None:
         raise
 
 
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make a local folder's files and names survive a power loss."""
+    for name in [*(entry.path for entry in os.scandir(folder) if entry.is_file()), folder]:
+        descriptor = os.open(name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _read_span(filesystem: AbstractFileSystem, span: Span, columns: Sequence[str]) -> pa.Table:
+    try:
+        with filesystem.open(span.path, "rb") as file:
+            parquet = pq.ParquetFile(file)
+            present = [name for name in columns if name in parquet.schema_arrow.names]
+            group = parquet.read_row_group(span.row_group, columns=present)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"row group {span.row_group} of {span.url} cannot be read: {error}") from error
+    return group.select(present).slice(span.start, span.stop - span.start)
+
+
 def _read_footer(filesystem: AbstractFileSystem, path: str, text_column: str) -> InputFile:
     url = path if isinstance(filesystem, LocalFileSystem) else str(filesystem.unstrip_protocol(path))
     try:
@@ -238,7 +272,7 @@ def _split_row_groups(files: Sequence[InputFile], size: int) -> Iterator[tuple[S
     for file in files:
         first_row = 0
         for number, (rows, group_bytes) in enumerate(zip(file.row_group_rows, file.row_group_bytes, strict=True)):
-            pieces = max(1, min(rows, -(-group_bytes // size)))
+            pieces = max(1, min(rows, -(-group_bytes // size), MOST_PIECES))
             bounds = [rows * piece // pieces for piece in range(pieces + 1)]
             for start, stop in itertools.pairwise(bounds):
                 if stop > start:

@@ -185,7 +185,10 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ModelFolderError(f"{folder} has no tokenizer.json; save a fast tokenizer there first")
-        rust = RustTokenizer.from_file(str(path))
+        try:
+            rust = RustTokenizer.from_file(str(path))
+        except Exception as error:  # the Rust library raises nothing more precise
+            raise ModelFolderError(f"{path} cannot be read: {error}") from error
         padding = rust.padding
         rust.no_truncation()  # both can be stored in the file, and would silently cut or fill texts
         rust.no_padding()

@@ -2,7 +2,8 @@
 
 The same loop runs in one process and in every worker of a process group: a seeded plan fixes the windows of each
 optimizer step, rank r takes every world-size-th of them, and the loss is averaged over the step's windows of all
-ranks, so that the number of workers changes nothing but rounding. Evaluation is `Scorer`'s, on documents.
+ranks, so that the number of workers changes nothing but rounding and the draws of dropout. Evaluation is `Scorer`'s,
+on documents.
 Knows no files but the folder it writes, no ray.
 
 Shapes: D documents, W windows, L labels.
@@ -29,7 +30,7 @@ from pipelines.errors import DataError, JobError
 from pipelines.evaluation import HEADLINE, evaluate, is_better, tune_thresholds
 from pipelines.labels import decide, resolve_thresholds
 from pipelines.losses import Loss, resolve_loss
-from pipelines.model import WindowModel, first_position, new_classifier, resolve_dtype, save_tokenizer, uses_type_ids
+from pipelines.model import WindowModel, new_classifier, resolve_dtype, save_tokenizer, uses_type_ids
 from pipelines.model_folder import ModelFolder, seal
 from pipelines.optimization import make_optimizer, make_schedule
 from pipelines.scoring import Scorer, plan_of
@@ -98,18 +99,16 @@ def fit(job: TrainJob, train: LabelledDocuments, valid: LabelledDocuments | None
     module = new_classifier(job.model, job.decision, seed=job.train.seed)
     compute = replace(job.compute, dtype="float32", device=_rank_device(job.compute.device))
     model = WindowModel(module, tokenizer.template, compute, uses_type_ids=uses_type_ids(folder))
-    limit = getattr(model.module.config, "max_position_embeddings", None)
-    plan = plan_of(
-        job.windows,
-        tokenizer,
-        model_type=model.model_type,
-        model_limit=limit - first_position(model.module) if limit and limit > 0 else None,
-    )
+    plan = plan_of(job.windows, tokenizer, model_type=model.model_type, model_limit=model.row_limit)
     scorer = Scorer(model, tokenizer, plan, job.decision)
     capped = plan if job.train.train_max_windows is None else plan.with_max_windows(job.train.train_max_windows)
     usable = _usable(train)
     cut = cut_documents(usable.documents.tokens, capped, tokenizer.template, usable.documents.pair_tokens)
-    valid = None if valid is None else _usable(valid)
+    rows_in_error = len(train.documents) - len(usable.documents)
+    if valid is not None:
+        rows_in_error += len(valid.documents)
+        valid = _usable(valid)
+        rows_in_error -= len(valid.documents)
     history = run_epochs(scorer, cut, usable.targets, valid, job.train, job.compute, report)
     decision, metrics = job.decision, history["epochs"][history["best_epoch"]] if history["epochs"] else {}
     if valid is not None and _has_tunable_thresholds(decision):
@@ -122,7 +121,7 @@ def fit(job: TrainJob, train: LabelledDocuments, valid: LabelledDocuments | None
     return {
         "model": job.output,
         "documents": len(usable.documents),
-        "documents_in_error": len(train.documents) - len(usable.documents),
+        "rows_in_error": rows_in_error,
         "documents_truncated": int(cut.windows.truncated_D.sum()),
         "windows": len(cut.length_W),
         "tokens_per_epoch": int(cut.length_W.sum()),
@@ -170,7 +169,7 @@ def plan_steps(
         shares = share_W[mine]
         if not len(mine):
             mine, shares = together[:1], np.zeros(1, np.float32)
-        yield Step(mine, shares, float(normalizer_W[together].sum()))
+        yield Step(mine, shares, float(normalizer_W[together].sum()) or 1.0)  # 0: every weight is, and so the loss
 
 
 def run_epochs(
@@ -280,7 +279,7 @@ def _evaluate(
 ) -> tuple[dict[str, Any], NDArray[np.float32]]:
     """Metrics and document scores (D, L) of valid, each rank scoring its share; the same result on every rank.
 
-    In the arithmetic in which the finished folder will be scored on this machine.
+    In the arithmetic in which the finished folder will be scored on this machine, by autocast.
     """
     rows = np.arange(_rank(), len(valid.documents), _world_size())
     dtype = resolve_dtype(compute.dtype, scorer.model.device)
@@ -311,7 +310,8 @@ def _tune(
     tuned = tune_thresholds(valid.targets, scores_DL, decision)
     if tuned.untuned:
         report(f"thresholds of {', '.join(tuned.untuned)} stay as they are: valid says the same of every row")
-    decision = resolve_thresholds(tuned.thresholds, decision)
+    if len(tuned.untuned) < len(tuned.thresholds):
+        decision = resolve_thresholds(tuned.thresholds, decision)
     return decision, evaluate(valid.targets, scores_DL, decide(scores_DL, decision), decision)
 
 

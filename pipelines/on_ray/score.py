@@ -22,7 +22,7 @@ from ray.data.datasource import WriteResult
 from pipelines.errors import DataError, JobError
 from pipelines.labels import resolve_thresholds
 from pipelines.model_folder import ModelFolder, read_model_folder
-from pipelines.on_ray.cluster import connected, has_gpus, root_cause
+from pipelines.on_ray.cluster import connected, root_cause
 from pipelines.on_ray.telemetry import Counter, progress
 from pipelines.on_ray.tokenize import (
     ERROR,
@@ -40,6 +40,7 @@ from pipelines.shards import (
     SUMMARY,
     InputFile,
     WorkUnit,
+    absolute,
     commit_json,
     commit_table,
     plan_units,
@@ -70,7 +71,7 @@ class ScoreJob:
     def parse(cls, values: Mapping[str, object]) -> ScoreJob:
         """A job from a flat mapping of settings, as YAML and the command line give it."""
         paths, data, score, compute = parse(values, ScorePaths, DataSettings, ScoreSettings, ComputeSettings)
-        return cls(paths.model, paths.input, paths.output, data, score, compute)
+        return cls(absolute(paths.model), absolute(paths.input), absolute(paths.output), data, score, compute)
 
 
 class ScoreUnit:
@@ -166,15 +167,25 @@ def check_input(job: ScoreJob, files: Sequence[InputFile], decision: DecisionSet
     for file in files:
         for name in texts:
             check_text_column(file.schema, name, where=file.url)
-    keep = (
-        [name for name in files[0].schema.names if name not in texts]
-        if job.score.keep is None
-        else list(job.score.keep)
-    )
+    schema = _together(files)
+    keep = [name for name in schema.names if name not in texts] if job.score.keep is None else list(job.score.keep)
     outputs = [field.name for field in output_fields(decision, prefix=job.score.prefix)]
-    for file in files:
-        check_output_columns(file.schema, keep, outputs, prefix=job.score.prefix)
+    check_output_columns(schema, keep, outputs, prefix=job.score.prefix)
     return keep
+
+
+def _together(files: Sequence[InputFile]) -> pa.Schema:
+    """One schema of all files. Raises DataError where a column's types do not go together."""
+    schema = files[0].schema
+    for file in files[1:]:
+        try:
+            schema = pa.unify_schemas([schema, file.schema], promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(
+                f"the columns of {file.url} do not fit those of the files before it: {error}; "
+                f"make them alike, or leave that column out with --keep"
+            ) from error
+    return schema
 
 
 def manifest(
@@ -196,7 +207,7 @@ def manifest(
 def _run(
     job: ScoreJob, folder: ModelFolder, units: Sequence[WorkUnit], keep: Sequence[str], num_rows: int, report: Report
 ) -> list[dict[str, Any]]:
-    stage = TokenizeStage(job.input, job.data, str(folder.path), tuple(keep), job.score.prefix)
+    stage = TokenizeStage(job.input, job.data, job.model, tuple(keep), job.score.prefix)
     counter = Counter.remote()  # type: ignore[attr-defined]
     sink = CommitUnit(job, units, folder, counter)
     with progress(counter, num_rows, report):
@@ -209,17 +220,20 @@ def _run(
 
 def _score_stage(dataset: Dataset, job: ScoreJob) -> Dataset:
     """The actor pool: a GPU or a share of the machine's cores for each replica."""
-    gpus = job.score.gpus_per_replica if has_gpus() else 0.0
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
-    default = int(ray.cluster_resources().get("GPU", 0) / gpus) if gpus else num_nodes
-    replicas = job.score.replicas or max(1, default)
+    there = ray.cluster_resources().get("GPU", 0)
+    gpus = job.score.gpus_per_replica
+    if gpus is None:
+        gpus = 1.0 if there else 0.0
+    num_nodes = max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()))
+    default = max(1, int(there / gpus) if gpus else num_nodes)
+    fewest, most = job.score.replica_range or (default, default)
     return dataset.map_batches(
         ScoreUnit,
-        fn_constructor_args=(job, -(-replicas // num_nodes)),
+        fn_constructor_args=(job, -(-most // num_nodes)),
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
-        compute=ActorPoolStrategy(size=replicas, max_tasks_in_flight_per_actor=2),
+        compute=ActorPoolStrategy(min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=2),
         num_cpus=ACTOR_CPUS,
         num_gpus=gpus or None,
     )

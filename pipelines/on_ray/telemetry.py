@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -70,7 +70,8 @@ def relayed(relay: Any, report: Callable[[str], None]) -> Iterator[None]:
 
     with _repeated(show, 1.0):
         yield
-    show()
+    with suppress(ray.exceptions.RayError):  # only lines are lost
+        show()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import ray
 from ray.data import DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import Block, BlockMetadata
 
+from pipelines.model_folder import local_folder
 from pipelines.settings import DataSettings
 from pipelines.shards import WorkUnit, read_unit
 from pipelines.tables import SOURCE_COLUMNS
@@ -47,10 +48,10 @@ class TokenizeStage:
 
     def __call__(self, unit: WorkUnit) -> pa.Table:
         """The unit's rows in order: kept and source columns, then UNIT, IDS, PAIR_IDS (pairs only), ERROR."""
-        table = read_unit(self.location, unit, list(dict.fromkeys([*self.keep, *self.text_columns])))
+        columns = list(dict.fromkeys([*self.keep, *self.text_columns]))
+        table = read_unit(self.location, unit, columns, prefix=self.prefix)
         documents = _tokenizer(self.tokenizer_folder).documents(table, *self.text_columns)
-        block = table.select([*self.keep, *SOURCE_COLUMNS])
-        block = block.rename_columns([*self.keep, *(self.prefix + name for name in SOURCE_COLUMNS)])
+        block = table.select([*self.keep, *(self.prefix + name for name in SOURCE_COLUMNS)])
         block = block.append_column(UNIT, pa.array(np.full(len(block), unit.number, np.int32)))
         block = block.append_column(IDS, documents.tokens.to_arrow())
         if documents.pair_tokens is not None:
@@ -98,13 +99,18 @@ def unit_number(block: pa.Table) -> int:
 
 def _read_task(stage: TokenizeStage, unit: WorkUnit) -> ReadTask:
     def read() -> Iterable[Block]:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there are as many of these processes as cores
         return [stage(unit)]
 
     return ReadTask(read, BlockMetadata(num_rows=unit.num_rows, size_bytes=None, exec_stats=None, input_files=None))
 
 
+def _tokenizer(location: str) -> Tokenizer:
+    """Of a model folder at a path or URL, loaded once per worker process and again when it changes."""
+    folder = local_folder(location)
+    return _loaded(folder, (folder / "tokenizer.json").stat().st_mtime_ns)
+
+
 @cache
-def _tokenizer(folder: str) -> Tokenizer:
-    """Loaded once per worker process; one thread, since Ray runs as many of them as there are cores."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return Tokenizer.load(Path(folder))
+def _loaded(folder: Path, _changed: int) -> Tokenizer:
+    return Tokenizer.load(folder)

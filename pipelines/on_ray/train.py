@@ -1,12 +1,13 @@
 """Fine-tuning: in this process, or the same loop in Ray Train's workers, fed by Ray Data.
 
-Ray Data reads and tokenizes the Parquet shards in parallel; every worker maps the resulting ids (4 bytes a token,
-shared within a node) and takes its slice of each step of the seeded plan, so that no row is dropped and the number
-of workers changes nothing but rounding.
+Ray Data reads and tokenizes the Parquet shards in parallel; every worker holds the resulting ids and takes its slice
+of each step of the seeded plan, so that no row is dropped and the number of workers changes nothing but rounding and
+the draws of dropout.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +39,7 @@ from pipelines.settings import (
     WindowSettings,
     parse,
 )
-from pipelines.shards import InputFile, WorkUnit, plan_units, prepare_output, read_footers, read_unit
+from pipelines.shards import InputFile, WorkUnit, absolute, plan_units, prepare_output, read_footers, read_unit
 from pipelines.tables import check_label_column, check_text_column
 from pipelines.tokenization import concat_documents
 from pipelines.training import LabelledDocuments, TrainJob, fit, prepare_folder
@@ -61,7 +62,11 @@ class TrainRequest:
     def parse(cls, values: Mapping[str, object]) -> TrainRequest:
         """A job from a flat mapping of settings, as YAML and the command line give it."""
         groups = (TrainPaths, DecisionSettings, DataSettings, WindowSettings, TrainSettings, ComputeSettings)
-        return cls(*parse(values, *groups))
+        paths, *rest = parse(values, *groups)
+        model = absolute(paths.model) if Path(paths.model).expanduser().is_dir() else paths.model
+        valid = None if paths.valid is None else absolute(paths.valid)
+        paths = replace(paths, train=absolute(paths.train), valid=valid, output=absolute(paths.output), model=model)
+        return cls(paths, *rest)
 
 
 @dataclass(frozen=True)
@@ -135,10 +140,10 @@ def _read_labels(location: str, data: DataSettings) -> tuple[list[InputFile], pa
     if not units:
         raise DataError(f"{location} has no rows")
     tables = [read_unit(location, unit, [data.label_column]) for unit in units]
-    labels = pa.concat_tables(tables, promote_options="permissive").column(data.label_column)
-    if not data.limit:
-        return files, labels
-    return files, labels.slice(0, data.limit)
+    try:
+        return files, pa.concat_tables(tables, promote_options="permissive").column(data.label_column)
+    except pa.ArrowTypeError as error:
+        raise DataError(f"the label columns of {location}'s files are of different types: {error}") from error
 
 
 def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray) -> DecisionSettings:
@@ -187,23 +192,25 @@ def _labelled(blocks: Sequence[pa.Table], targets: NDArray[np.generic]) -> Label
 def _fit_on_workers(
     job: TrainJob, num_workers: int, train_split: Split, valid_split: Split | None, report: Report
 ) -> dict[str, Any]:
-    data = [
-        None if split is None else tokenized(split.stage, split.units).to_arrow_refs()
-        for split in (train_split, valid_split)
-    ]
-    targets = [None if split is None else split.targets for split in (train_split, valid_split)]
+    splits = (train_split, valid_split)
     gpus = has_gpus()
     relay = Relay.remote()  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(prefix="pipelines-train-") as storage, relayed(relay, report):
-        trainer = TorchTrainer(
-            _worker,  # type: ignore[arg-type]  # Ray keeps what it returns, and its annotation does not say so
-            train_loop_config={"job": job, "data": data, "targets": targets, "relay": relay},
-            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpus),
-            torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-            run_config=RunConfig(name="train", storage_path=storage),
-        )
         report(f"{num_workers} workers on {'GPUs' if gpus else 'CPUs'}")
         try:
+            config = {
+                "job": job,
+                "data": [None if s is None else tokenized(s.stage, s.units).to_arrow_refs() for s in splits],
+                "targets": [None if s is None else s.targets for s in splits],
+                "relay": relay,
+            }
+            trainer = TorchTrainer(
+                _worker,  # type: ignore[arg-type]  # Ray keeps what it returns, and its annotation does not say so
+                train_loop_config=config,
+                scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpus),
+                torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+                run_config=RunConfig(name="train", storage_path=storage),
+            )
             result = trainer.fit()
         except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
             raise JobError(f"training failed: {root_cause(error)}") from error
@@ -218,4 +225,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         for refs, targets in zip(config["data"], config["targets"], strict=True)
     ]
     assert splits[0] is not None
-    return fit(config["job"], splits[0], splits[1], lambda line: config["relay"].say.remote(line))
+    job = config["job"]
+    if job.compute.num_threads is None:  # Ray gives a worker one thread
+        threads = max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size())
+        job = replace(job, compute=replace(job.compute, num_threads=threads))
+    return fit(job, splits[0], splits[1], lambda line: config["relay"].say.remote(line))

@@ -274,6 +274,22 @@ def test_packed_and_padded_training_agree(tmp_path, emails):
     np.testing.assert_allclose(losses[0][:20], losses[1][:20], rtol=1e-3)
 
 
+def test_rows_without_a_text_are_left_out_and_counted(tmp_path, emails):
+    job, train, valid = make_job(tmp_path, emails, epochs=1)
+    for part in (train, valid):
+        part.documents.errors[3] = "the text is null"
+    summary = fit(job, train, valid, lambda line: None)
+    assert summary["rows_in_error"] == 2
+    assert sum(summary["valid"][name] for name in ("tp", "tn", "fp", "fn")) == 39
+
+
+def test_windows_whose_weights_are_all_zero_do_not_spoil_the_run(tmp_path, emails):
+    job, train, _ = make_job(tmp_path, emails, epochs=1, weight=(0.0, 1.0), batch_size=1)
+    losses = fit(job, train, None, lambda line: None)["losses"]
+    assert 0.0 in losses
+    assert max(losses) > 0
+
+
 def test_a_cap_on_training_windows_is_reported_and_not_kept(tmp_path, emails):
     job, train, valid = make_job(tmp_path, emails, epochs=1, train_max_windows=1)
     summary = fit(job, train, valid, lambda line: None)

@@ -101,6 +101,22 @@ def test_bad_jobs_say_why(spam_folder, input_folder, tmp_path, settings, error, 
         score(ScoreJob.parse(values))
 
 
+def test_a_scored_folder_can_be_scored_again_under_a_prefix(scored, spam_folder, tmp_path):
+    output = tmp_path / "again"
+    score(job(spam_folder, scored[0], output, prefix="m_", text_column="predicted_label", limit=8))
+    table = read(output)
+    assert {"source_file", "m_source_file", "m_predicted_label"} <= set(table.column_names)
+
+
+def test_columns_that_do_not_go_together_are_named_before_work(spam_folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, ids in (("a", [1]), ("b", ["x"])):
+        pq.write_table(pa.table({"id": ids, "text": ["t"]}), tmp_path / "in" / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"columns of .*b\.parquet do not fit"):
+        score(job(spam_folder, tmp_path / "in", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_used_output_and_a_clashing_column_are_refused(scored, spam_folder, input_folder, tmp_path):
     with pytest.raises(OutputError, match="is not empty"):
         score(job(spam_folder, input_folder, scored[0]))

@@ -54,13 +54,21 @@ def test_one_and_two_workers_take_the_same_steps_as_none(base, tmp_path):
         settings = request(base, tmp_path / str(num_workers), num_workers=num_workers)
         summaries.append(train(settings, report=lines.append))
     assert [summary["workers"] for summary in summaries] == [1, 1, 2]
-    assert [summary["documents_in_error"] for summary in summaries] == [1, 1, 1]
+    assert [summary["rows_in_error"] for summary in summaries] == [1, 1, 1]
     for summary in summaries[1:]:
         np.testing.assert_allclose(summary["losses"][:15], summaries[0]["losses"][:15], rtol=2e-4)
         assert len(summary["losses"]) == len(summaries[0]["losses"])
     assert any("2 workers on CPUs" in line for line in lines)
     assert sum("valid mcc" in line for line in lines) == 3, "one line a run, relayed from the workers"
     assert read_model_folder(tmp_path / "2").metrics == summaries[2]["valid"]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_relative_paths_mean_the_same_to_workers(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base)
+    settings = {"train": "data", "valid": "data/1.parquet", "model": "base", "num_workers": 1, "limit": 20}
+    summary = train(request(base, f"../{base.name}-relative", **settings))
+    assert read_model_folder(base.parent / f"{base.name}-relative").metrics == summary["valid"]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,13 @@ def test_tuned_thresholds_are_the_best_there_are(rows, goal):
     assert found[f"recall={goal}"][0] == pytest.approx(max(p for p, recall, _ in every if recall >= goal))
 
 
+def test_an_objective_out_of_reach_is_told():
+    target, scores = np.array([0, 1, 0, 1]), np.array([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6]], np.float32)
+    assert tune_thresholds(target, scores, BINARY, "precision=0.9").missed == ("spam",)
+    assert tune_thresholds(target, scores, BINARY, "precision=0.5").missed == ()
+    assert tune_thresholds(target, scores, BINARY, "recall=1").missed == ()
+
+
 @pytest.mark.parametrize("objective", ["f2", "fbeta", "fbeta=0", "precision=2", "recall=x"])
 def test_unknown_objectives_are_refused(objective):
     with pytest.raises(SettingsError, match="is none of: f1, fbeta=B"):

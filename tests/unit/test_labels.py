@@ -137,3 +137,16 @@ def test_bad_labels_are_named(values, decision, message):
 def test_one_class_only_is_no_classification():
     with pytest.raises(DataError, match="the labels are all 'ham'"):
         find_labels([column(["ham", "ham"])], "binary")
+
+
+def test_multilabel_columns_of_unusual_types():
+    empty = pa.chunked_array([pa.array([[], []], pa.list_(pa.null()))])
+    assert encode_labels(empty, MULTILABEL).tolist() == [[0, 0, 0], [0, 0, 0]]
+    with pytest.raises(DataError, match="no row has a label"):
+        find_labels([empty], "multilabel")
+    inner = pa.array(["a", "c"]).dictionary_encode()
+    coded = pa.chunked_array([pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), inner)])
+    assert find_labels([coded], "multilabel") == ("a", "c")
+    assert encode_labels(coded, MULTILABEL).tolist() == [[1, 0, 0], [0, 0, 1]]
+    with pytest.raises(DataError, match="have no label"):
+        find_labels([column([["a", None]])], "multilabel")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import fsspec
 import pytest
@@ -33,6 +34,9 @@ def test_a_url_is_fetched(folder, tmp_path, monkeypatch):
     read = read_model_folder("memory://models/spam")
     assert read.weights_hash == folder.weights_hash
     assert hash_weights(read.path) == folder.weights_hash
+    write_pipeline_file(replace(folder, temperature=2.5))
+    fsspec.filesystem("memory").put_file(str(folder.path / "pipeline.json"), "/models/spam/pipeline.json")
+    assert read_model_folder("memory://models/spam").temperature == 2.5, "of the same size, and not the old one"
     with pytest.raises(ModelFolderError, match="is empty or does not exist"):
         read_model_folder("memory://models/none")
 

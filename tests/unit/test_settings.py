@@ -64,6 +64,7 @@ def test_a_flat_mapping_is_dealt_out_and_yaml_kinds_are_coerced():
         ({"kind": "multiclass", "thresholds": 0.5}, "kind multiclass takes no thresholds"),
         ({"kind": "binary", "abstain_below": 0.5}, "abstain_below is for kind multiclass"),
         ({"labels": ["a", "a"]}, "labels repeat"),
+        ({"kind": "regression", "labels": ["a", "b"]}, "kind regression has no labels, got a, b"),
     ],
 )
 def test_errors_name_the_value_the_limit_and_the_remedy(values, message):
@@ -81,3 +82,14 @@ def test_what_is_missing_is_explained():
 def test_every_setting_is_documented(group):
     assert set(field_help(group)) == set(group.__dataclass_fields__)
     assert all(text.endswith(".") for text in field_help(group).values())
+
+
+@pytest.mark.parametrize(("text", "expected"), [("1:8", (1, 8)), (4, (4, 4)), ("4", (4, 4)), (None, None)])
+def test_replicas_are_a_number_or_a_range(text, expected):
+    assert ScoreSettings(replicas=text).replica_range == expected
+
+
+@pytest.mark.parametrize("text", ["8:1", "x", "1:", "0:2", -1])
+def test_replicas_that_are_no_range_are_refused(text):
+    with pytest.raises(SettingsError, match="replicas="):
+        assert ScoreSettings(replicas=text).replica_range == (1, 1)

@@ -69,6 +69,28 @@ def test_any_fsspec_filesystem_is_an_input_and_output(data):
         shards.prepare_output("memory://out")
 
 
+def test_existing_names_with_brackets_and_folders_in_globs(data):
+    (data / "b.parquet").rename(data / "r[1].parquet")
+    assert len(shards.list_files(f"{data}/r[1].parquet")) == 1
+    assert [file.rsplit("/", 1)[1] for file in shards.list_files(f"{data}/year=*")] == ["c.parquet"]
+
+
+def test_a_column_that_a_file_lacks_is_null(data):
+    pq.write_table(pa.table({"id": [7], "text": ["x"], "more": [1.5]}), data / "e.parquet")
+    files = shards.read_footers(str(data), "text")
+    (unit,) = shards.plan_units(files, unit_bytes=10**9)
+    table = shards.read_unit(str(data), unit, ["id", "more", "none"], prefix="m_")
+    assert table.column_names == ["id", "more", "none", "m_source_file", "m_source_row"]
+    assert table["more"].drop_null().to_pylist() == [1.5]
+    assert table["none"].null_count == len(table) == 34
+
+
+def test_one_large_row_group_is_not_read_a_thousand_times(tmp_path):
+    write(tmp_path / "a.parquet", 5000, group=5000)
+    units = shards.plan_units(shards.read_footers(str(tmp_path), "text"), unit_bytes=10)
+    assert len(units) == shards.MOST_PIECES
+
+
 def test_names_follow_the_rows_not_the_run(data):
     files = shards.read_footers(str(data), "text")
     again = shards.read_footers(str(data), "text")

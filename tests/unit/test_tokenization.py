@@ -148,10 +148,9 @@ def test_bad_texts_become_errors_of_their_rows(folder):
 
 
 def test_character_spans_count_code_points(folder):
-    text = "free 💰💰 money"
+    text = "💰💰 a b"
     spans = Tokenizer.load(folder).character_spans(text)
-    assert text[spans[0, 0] : spans[0, 1]].strip() in text
-    assert spans[-1, 1] == len(text)
+    assert spans.tolist()[-2:] == [[3, 4], [5, 6]]
 
 
 def test_a_folder_without_a_fast_tokenizer_is_named(tmp_path):

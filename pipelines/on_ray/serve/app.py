@@ -6,9 +6,10 @@ be no strings.
 """
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipelines import __version__
 from pipelines.errors import DataError, SettingsError
 from pipelines.labels import resolve_thresholds
 from pipelines.model_folder import read_model_folder
+from pipelines.on_ray.cluster import has_gpus
 from pipelines.on_ray.serve.answers import as_table, predictions_of
 from pipelines.on_ray.serve.batcher import Batcher, QueueFullError
 from pipelines.on_ray.serve.schema import (
@@ -33,6 +35,7 @@ from pipelines.on_ray.serve.schema import (
 )
 from pipelines.scoring import DocumentScores, Scorer
 from pipelines.settings import ComputeSettings, DecisionSettings, ServePaths, ServeSettings, parse
+from pipelines.shards import absolute
 from pipelines.tokenization import Documents
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -56,7 +59,7 @@ class ServeJob:
     def parse(cls, values: Mapping[str, object]) -> "ServeJob":
         """A job from a flat mapping of settings, as YAML, Serve's configuration and the command line give it."""
         paths, serve_settings, compute = parse(values, ServePaths, ServeSettings, ComputeSettings)
-        return cls(paths.model, serve_settings, compute)
+        return cls(absolute(paths.model), serve_settings, compute)
 
 
 class RequestError(Exception):
@@ -89,8 +92,14 @@ async def limit_body(request: Request, call_next: Callable[[Request], Awaitable[
     limit: int = request.app.state.max_body_bytes
     announced = request.headers.get("content-length", "0")
     size = int(announced) if announced.isdigit() else 0
-    if size <= limit:
-        size = len(await request.body())
+    if size <= limit:  # as announced; what really comes is counted, and read no further than the limit
+        size, chunks = 0, []
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                break
+            chunks.append(chunk)
+        request._body = b"".join(chunks)
     if size > limit:
         content = ErrorResponse(error=f"the body has {size} bytes; at most {limit}", error_type="too_large")
         return JSONResponse(content.model_dump(), status_code=413)
@@ -107,7 +116,8 @@ class Predictor:
         api.state.max_body_bytes = job.serve.max_body_bytes
         self._folder = read_model_folder(job.model)
         self._name = job.serve.name or Path(job.model.rstrip("/")).name
-        self._scorer = Scorer.load(self._folder, compute=job.compute)
+        threads = job.compute.num_threads or max(1, (os.cpu_count() or 1) // job.serve.num_replicas)
+        self._scorer = Scorer.load(self._folder, compute=replace(job.compute, num_threads=threads))
         self._scorer.predict(["warm up"])
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._batcher = Batcher(
@@ -206,9 +216,12 @@ def build(args: dict[str, Any]) -> Application:
     return application(ServeJob.parse(args))
 
 
-def application(job: ServeJob, *, num_gpus: float = 0) -> Application:
+def application(job: ServeJob) -> Application:
     """The Serve application of a job; the model folder is read first, so that a bad one fails here."""
     read_model_folder(job.model)
+    num_gpus = job.serve.gpus_per_replica
+    if num_gpus is None:
+        num_gpus = 1.0 if has_gpus() else 0.0
     app: Application = Predictor.options(  # type: ignore[attr-defined]
         num_replicas=job.serve.num_replicas,
         max_ongoing_requests=1000,

@@ -23,7 +23,7 @@ class QueueFullError(Exception):
         super().__init__(f"{queued:,} tokens are waiting and at most {limit:,} may; try again later")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiting:
     documents: Documents
     num_tokens: int
@@ -40,6 +40,7 @@ class Batcher:
         self._batch_tokens, self._max_queued_tokens = batch_tokens, max_queued_tokens
         self._queue: deque[_Waiting] = deque()
         self._queued_tokens = 0
+        self._is_closing = False
         self._arrived = asyncio.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="forward")
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -66,18 +67,33 @@ class Batcher:
         self._queue.append(waiting)
         self._queued_tokens += num_tokens
         self._arrived.set()
-        return await waiting.answer
+        try:
+            return await waiting.answer
+        except asyncio.CancelledError:
+            self._forget(waiting)
+            raise
 
     async def close(self) -> None:
-        """Stop after the pass that is running."""
-        self._task.cancel()
+        """Finish the pass that is running; requests that still wait are cancelled."""
+        self._is_closing = True
+        self._arrived.set()
         await asyncio.gather(self._task, return_exceptions=True)
+        for waiting in list(self._queue):
+            waiting.answer.cancel()
         self._executor.shutdown(wait=True)
+
+    def _forget(self, waiting: _Waiting) -> None:
+        """Make room at once where a caller went away before its turn."""
+        if waiting in self._queue:
+            self._queue.remove(waiting)
+            self._queued_tokens -= waiting.num_tokens
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
+            if self._is_closing:
+                return
             batch = self._gather()
             if not batch:
                 self._arrived.clear()

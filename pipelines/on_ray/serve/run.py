@@ -5,11 +5,15 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
+import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
+from pipelines.errors import JobError
 from pipelines.model_folder import read_model_folder
-from pipelines.on_ray.cluster import connected, has_gpus
+from pipelines.on_ray.cluster import connected, root_cause
 from pipelines.on_ray.serve.app import ServeJob, application
 
 APPLICATION = "pipelines"
@@ -23,13 +27,18 @@ def run_server(job: ServeJob, *, address: str | None = None, report: Callable[[s
     read_model_folder(job.model)
     stop = threading.Event()
     with connected(address):
-        serve.start(http_options={"host": job.serve.host, "port": job.serve.port})
         try:
-            serve.run(application(job, num_gpus=1 if has_gpus() else 0), name=APPLICATION, route_prefix="/")
+            serve.start(http_options={"host": job.serve.host, "port": job.serve.port})
+            serve.run(application(job), name=APPLICATION, route_prefix="/")
             for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which has handlers of its own
                 signal.signal(number, lambda *_: stop.set())
             report(f"ready on http://{job.serve.host}:{job.serve.port} (POST /v1/predict, docs at /docs)")
             stop.wait()
             report("stopping: running requests finish first")
+        except (ray.exceptions.RayError, RuntimeError) as error:
+            raise JobError(
+                f"the server cannot run on {job.serve.host}:{job.serve.port}: {root_cause(error)}"
+            ) from error
         finally:
-            serve.delete(APPLICATION)
+            with suppress(RayServeException):  # where it never started
+                serve.delete(APPLICATION)
