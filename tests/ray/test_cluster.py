@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,12 +29,30 @@ def cluster(tmp_path_factory):
     environment.update(HOME=str(home), RAY_AUTH_MODE="token", RAY_USAGE_STATS_ENABLED="0",
                        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # fmt: skip
     run([RAY, "get-auth-token", "--generate"], environment)
-    start = [RAY, "start", "--head", f"--port={PORT}", f"--dashboard-port={DASHBOARD}", "--num-cpus=3",
+    start = [RAY, "start", "--head", "--block", f"--port={PORT}", f"--dashboard-port={DASHBOARD}", "--num-cpus=3",
              "--dashboard-agent-listen-port=0", "--object-store-memory=300000000",
              f"--temp-dir={tmp_path_factory.mktemp('ray')}"]  # fmt: skip
-    run(start, environment)
-    yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{DASHBOARD}"}
-    subprocess.run([RAY, "stop", "--force"], env=environment, capture_output=True, check=False)
+    head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{DASHBOARD}"
+    try:
+        wait_for(address, head)
+        yield {**environment, "RAY_API_SERVER_ADDRESS": address}
+    finally:  # not `ray stop`, which would end every other Ray of this machine too
+        head.terminate()
+        head.wait(timeout=60)
+
+
+def wait_for(address, head):
+    """Until the Jobs API answers, if only that it wants a token."""
+    deadline = time.monotonic() + 90
+    while True:
+        assert head.poll() is None
+        assert time.monotonic() < deadline
+        try:
+            assert httpx.get(f"{address}/api/jobs/", timeout=5).status_code == 401
+            return
+        except httpx.TransportError:
+            time.sleep(0.5)
 
 
 def run(command, environment, *, code=0, timeout=240):
@@ -84,6 +104,4 @@ def test_a_stranger_cannot_submit(cluster, tmp_path):
     done = subprocess.run([RAY, "job", "submit", "--", "true"], env=stranger, capture_output=True, text=True,
                           timeout=60, check=False)  # fmt: skip
     assert done.returncode != 0
-    import httpx
-
     assert httpx.get(f"{cluster['RAY_API_SERVER_ADDRESS']}/api/jobs/").status_code == 401
