@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -27,6 +26,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from pipelines.arguments import SCHEDULERS, ClassificationArgs, MultiLabelClassificationArgs
 from pipelines.errors import DataError, ModelFolderError, OutputError, SettingsError
 from pipelines.evaluation import evaluate
+from pipelines.frames import LabelledTexts, label_array, read_rows, split_pairs
 from pipelines.labels import activate, decide, encode_labels
 from pipelines.losses import resolve_loss
 from pipelines.model import (
@@ -72,13 +72,6 @@ class InputExample:
     text_a: str
     text_b: str | None
     label: Any
-
-
-@dataclass(frozen=True)
-class _Data:
-    texts: list[str]
-    pairs: list[str] | None
-    labels: list[Any] | None
 
 
 class ClassificationModel:
@@ -151,9 +144,9 @@ class ClassificationModel:
         if self.args.evaluate_during_training and eval_data is None:
             raise DataError("evaluate_during_training needs eval_df (or eval_data) in train_model")
         scorer = self._scorer()
-        train = self._labelled(_read(train_df))
+        train = self._labelled(read_rows(train_df))
         evaluated = self.args.evaluate_during_training
-        valid = self._labelled(_read(eval_data)) if evaluated else None
+        valid = self._labelled(read_rows(eval_data)) if evaluated else None
         settings = self._train_settings()
         plan = scorer.plan.with_max_windows(self.args.train_max_windows)
         template = scorer.tokenizer.template
@@ -183,7 +176,7 @@ class ClassificationModel:
 
         Further keywords are metrics of one's own, called with (true labels, predictions); their results win.
         """
-        data = _read(eval_df)
+        data = read_rows(eval_df)
         labelled = self._labelled(data)
         scorer = self._scorer()
         scores = scorer.score_documents(labelled.documents)
@@ -212,7 +205,7 @@ class ClassificationModel:
         """
         if isinstance(to_predict, str):
             raise DataError("predict takes a list of texts; put the text into a list")
-        scores = self._scorer().score_documents(self._documents(*_split_pairs(list(to_predict))))
+        scores = self._scorer().score_documents(self._documents(*split_pairs(list(to_predict))))
         predicted = self._predicted_ids(scores)
         names = list(self.args.labels_map)
         if names and not self._is_multilabel and self._decision.kind != "regression":
@@ -342,12 +335,12 @@ class ClassificationModel:
             raise DataError(f"text {bad[0]}: {bad[1]}")
         return documents
 
-    def _labelled(self, data: _Data) -> LabelledDocuments:
+    def _labelled(self, data: LabelledTexts) -> LabelledDocuments:
         if data.labels is None:
             raise DataError("the data has no labels: it needs a column `labels`, or labels as its second column")
         if not data.texts:
             raise DataError("the data has no rows")
-        targets = encode_labels(pa.chunked_array([_label_array(data.labels, self._decision)]), self._decision)
+        targets = encode_labels(pa.chunked_array([label_array(data.labels, self._decision)]), self._decision)
         return LabelledDocuments(self._documents(data.texts, data.pairs), targets)
 
     def _predicted_ids(self, scores: DocumentScores) -> Any:
@@ -479,54 +472,7 @@ def _scheduler_args(scheduler: str, args: ClassificationArgs) -> dict[str, Any] 
     return None
 
 
-def _read(data: Any) -> _Data:
-    """Texts, second texts and labels of a frame, a Parquet path, or a list of rows."""
-    if isinstance(data, (str, Path)):
-        data = pq.read_table(data)
-    if isinstance(data, (list, tuple)):
-        width = {len(row) for row in data}
-        if len(width) > 1 or not width <= {2, 3}:
-            raise DataError("a list of data holds rows of [text, label] or [text_a, text_b, label], all alike")
-        columns: list[list[Any]] = [list(column) for column in zip(*data, strict=True)]
-        return (
-            _Data(columns[0], columns[1] if len(columns) == 3 else None, columns[-1])
-            if columns
-            else _Data([], None, [])
-        )
-    names = list(data.column_names if isinstance(data, pa.Table) else data.columns)
-
-    def column(name: Any) -> list[Any]:
-        values = data[name]
-        return list(values.to_pylist() if isinstance(data, pa.Table) else values.tolist())
-
-    labels = column("labels") if "labels" in names else None
-    if "text" in names:
-        return _Data(column("text"), None, labels)
-    if "text_a" in names and "text_b" in names:
-        return _Data(column("text_a"), column("text_b"), labels)
-    if len(names) < 2:
-        raise DataError(f"the data has the columns {names}; it needs text and labels, or text_a, text_b and labels")
-    return _Data(column(names[0]), None, column(names[1]))
-
-
-def _split_pairs(rows: list[Any]) -> tuple[list[str], list[str] | None]:
-    if rows and isinstance(rows[0], (list, tuple)):
-        if any(len(row) != 2 for row in rows):
-            raise DataError("pairs are given as [text_a, text_b], every one of them")
-        return [row[0] for row in rows], [row[1] for row in rows]
-    return rows, None
-
-
-def _label_array(labels: list[Any], decision: DecisionSettings) -> pa.Array:
-    try:
-        if decision.kind == "multilabel":
-            return pa.array([list(row) for row in labels])
-        return pa.array(labels)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError) as error:
-        raise DataError(f"the labels are of mixed or unusable types: {str(error).splitlines()[0]}") from error
-
-
-def _wrong(data: _Data, targets: NDArray[np.generic], predicted: Any) -> list[InputExample]:
+def _wrong(data: LabelledTexts, targets: NDArray[np.generic], predicted: Any) -> list[InputExample]:
     labels = data.labels or []
     wrong = np.asarray(targets) != np.asarray(predicted)
     rows = np.flatnonzero(wrong if wrong.ndim == 1 else wrong.any(axis=1))

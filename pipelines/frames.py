@@ -1,0 +1,74 @@
+"""The data that scripts hand to the facades: frames, Parquet paths and lists, as texts, second texts and labels.
+
+Knows no models, no torch, no ray; pandas only as something with columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.errors import DataError
+from pipelines.settings import DecisionSettings
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts, their second texts where they are pairs, and their labels where there are any, row by row."""
+
+    texts: list[str]
+    pairs: list[str] | None
+    labels: list[Any] | None
+
+
+def read_rows(data: Any) -> LabelledTexts:
+    """Texts, second texts and labels of a frame, a Parquet path, or a list of rows."""
+    if isinstance(data, (str, Path)):
+        data = pq.read_table(data)
+    if isinstance(data, (list, tuple)):
+        width = {len(row) for row in data}
+        if len(width) > 1 or not width <= {2, 3}:
+            raise DataError("a list of data holds rows of [text, label] or [text_a, text_b, label], all alike")
+        columns: list[list[Any]] = [list(column) for column in zip(*data, strict=True)]
+        return (
+            LabelledTexts(columns[0], columns[1] if len(columns) == 3 else None, columns[-1])
+            if columns
+            else LabelledTexts([], None, [])
+        )
+    names = list(data.column_names if isinstance(data, pa.Table) else data.columns)
+
+    def column(name: Any) -> list[Any]:
+        values = data[name]
+        return list(values.to_pylist() if isinstance(data, pa.Table) else values.tolist())
+
+    labels = column("labels") if "labels" in names else None
+    if "text" in names:
+        return LabelledTexts(column("text"), None, labels)
+    if "text_a" in names and "text_b" in names:
+        return LabelledTexts(column("text_a"), column("text_b"), labels)
+    if len(names) < 2:
+        raise DataError(f"the data has the columns {names}; it needs text and labels, or text_a, text_b and labels")
+    return LabelledTexts(column(names[0]), None, column(names[1]))
+
+
+def split_pairs(rows: list[Any]) -> tuple[list[str], list[str] | None]:
+    """What `predict` takes: texts, or [text_a, text_b] pairs as two lists."""
+    if rows and isinstance(rows[0], (list, tuple)):
+        if any(len(row) != 2 for row in rows):
+            raise DataError("pairs are given as [text_a, text_b], every one of them")
+        return [row[0] for row in rows], [row[1] for row in rows]
+    return rows, None
+
+
+def label_array(labels: list[Any], decision: DecisionSettings) -> pa.Array:
+    """Labels as an Arrow array; several labels as lists. Raises DataError for mixed types."""
+    try:
+        if decision.kind == "multilabel":
+            return pa.array([list(row) for row in labels])
+        return pa.array(labels)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError) as error:
+        raise DataError(f"the labels are of mixed or unusable types: {str(error).splitlines()[0]}") from error
