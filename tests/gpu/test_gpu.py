@@ -6,9 +6,12 @@ import torch
 
 from pipelines.model import WindowModel
 from pipelines.packing import Packing, attention
+from pipelines.scoring import Scorer
 from pipelines.settings import ComputeSettings
+from pipelines.training import fit
 from tests import tiny
 from tests.model.test_packing import PACKED, TEMPLATE, ragged
+from tests.model.test_training import make_job
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,3 +47,16 @@ def test_a_gpu_gives_the_cpus_logits(family):
     spread = np.ptp(cpu)
     assert np.abs(logits("cuda", "float32") - cpu).max() < 3e-5 * spread
     assert np.abs(logits("cuda", "auto") - cpu).max() < 0.1 * spread
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_training_runs_and_learns_in_every_arithmetic(tmp_path, emails, dtype):
+    compute = ComputeSettings(device="cuda", dtype="auto")
+    job, train, valid = make_job(tmp_path, emails, compute=compute, train_dtype=dtype, learning_rate=1e-3)
+    summary = fit(job, train, valid, lambda line: None)
+    assert summary["packed"]
+    first, last = np.mean(summary["losses"][:10]), np.mean(summary["losses"][-10:])
+    assert last < first
+    found = Scorer.load(job.output, compute=compute).score_documents(valid.documents)
+    exact = Scorer.load(job.output, compute=ComputeSettings(device="cpu", dtype="float32"))
+    np.testing.assert_allclose(found.scores_DL, exact.score_documents(valid.documents).scores_DL, atol=0.05)
