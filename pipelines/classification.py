@@ -153,7 +153,7 @@ class ClassificationModel:
         cut = cut_documents(train.documents.tokens, plan, template, train.documents.pair_tokens)
         for name in self.model.parameters():
             name.requires_grad_(True)
-        report = _silent if self.args.silent or not verbose else _report
+        report = _report if verbose and not self.args.silent else lambda line: None
         history = run_epochs(scorer, cut, train.targets, valid, settings, self._compute(), report)
         if not self.args.no_save:
             self.save_model(output)
@@ -497,7 +497,3 @@ def _progress_lists(history: dict[str, Any], epochs: int) -> dict[str, list[Any]
 
 def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _silent(line: str) -> None:
-    """Where progress goes under silent=True."""
