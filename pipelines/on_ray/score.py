@@ -167,25 +167,26 @@ def check_input(job: ScoreJob, files: Sequence[InputFile], decision: DecisionSet
     for file in files:
         for name in texts:
             check_text_column(file.schema, name, where=file.url)
-    schema = _together(files)
+    schema = pa.schema(list({field.name: field for file in files for field in file.schema}.values()))
     keep = [name for name in schema.names if name not in texts] if job.score.keep is None else list(job.score.keep)
     outputs = [field.name for field in output_fields(decision, prefix=job.score.prefix)]
     check_output_columns(schema, keep, outputs, prefix=job.score.prefix)
+    _check_together(files, keep)
     return keep
 
 
-def _together(files: Sequence[InputFile]) -> pa.Schema:
-    """One schema of all files. Raises DataError where a column's types do not go together."""
-    schema = files[0].schema
-    for file in files[1:]:
+def _check_together(files: Sequence[InputFile], keep: Sequence[str]) -> None:
+    """Raise DataError where the types of a column to carry along do not go together over the files."""
+    together = pa.schema([])
+    for file in files:
+        carried = pa.schema([field for field in file.schema if field.name in keep])
         try:
-            schema = pa.unify_schemas([schema, file.schema], promote_options="permissive")
+            together = pa.unify_schemas([together, carried], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(
                 f"the columns of {file.url} do not fit those of the files before it: {error}; "
                 f"make them alike, or leave that column out with --keep"
             ) from error
-    return schema
 
 
 def manifest(

@@ -115,6 +115,7 @@ def test_columns_that_do_not_go_together_are_named_before_work(spam_folder, tmp_
     with pytest.raises(DataError, match=r"columns of .*b\.parquet do not fit"):
         score(job(spam_folder, tmp_path / "in", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+    assert score(job(spam_folder, tmp_path / "in", tmp_path / "out", keep=[]))["rows_out"] == 2, "as the error advises"
 
 
 def test_a_used_output_and_a_clashing_column_are_refused(scored, spam_folder, input_folder, tmp_path):
