@@ -40,7 +40,6 @@ SCHEDULERS = {
 }
 """Their names for schedules, and transformers'."""
 
-_LATER = "not there yet: "
 ARGUMENTS: tuple[Argument, ...] = (
     *_many("honoured", "window length", max_seq_length=128),
     *_many("honoured", "windows, also for pairs and several labels", sliding_window=False),
@@ -71,7 +70,47 @@ ARGUMENTS: tuple[Argument, ...] = (
     *_many("honoured", "focal, dice, tversky", loss_type=None, loss_args={}),
     *_many("honoured", "0 counts too; None takes 42", manual_seed=None),
     *_many("honoured", "16-bit arithmetic, on CUDA only as there", fp16=True),
-    *_many("honoured", "valid after each epoch; the best epoch is kept", evaluate_during_training=False),
+    *_many("honoured", "the best weights of all evaluations are kept and saved", evaluate_during_training=False),
+    *_many("honoured", "0 and -1 say never", evaluate_during_training_steps=2000, save_steps=2000),
+    *_many("honoured", "an evaluation at the end of each epoch", evaluate_each_epoch=True),
+    *_many(
+        "honoured",
+        "chooses the best weights, and ends the run where use_early_stopping",
+        early_stopping_metric="eval_loss",
+        early_stopping_metric_minimize=True,
+        early_stopping_delta=0,
+    ),
+    *_many(
+        "honoured",
+        "the first evaluation does not use up patience, and the best weights are what is left",
+        use_early_stopping=False,
+        early_stopping_consider_epochs=False,
+        early_stopping_patience=3,
+    ),
+    *_many("honoured", "checkpoint-STEP-epoch-N folders", save_model_every_epoch=True),
+    *_many("honoured", "a checkpoint at each evaluation every so many steps", save_eval_checkpoints=True),
+    *_many("honoured", "without it no run goes on from a checkpoint", save_optimizer_and_scheduler=True),
+    *_many("honoured", "by default best_model in the output_dir", best_model_dir="outputs/best_model"),
+    *_many("honoured", "there it is always saved", save_best_model=True),
+    *_many("honoured", "left out of model_args.json", not_saved_args=[]),
+    *_many(
+        "honoured",
+        "a group without weight_decay takes the argument's",
+        custom_layer_parameters=[],
+        custom_parameter_groups=[],
+        train_custom_parameters_only=False,
+    ),
+    *_many(
+        "honoured",
+        "of Adafactor",
+        adafactor_beta1=None,
+        adafactor_clip_threshold=1.0,
+        adafactor_decay_rate=-0.8,
+        adafactor_eps=(1e-30, 1e-3),
+        adafactor_scale_parameter=True,
+    ),
+    *_many("honoured", "added to the tokenizer, and never split", special_tokens_list=[]),
+    *_many("honoured", "nothing is written where it is None", tensorboard_dir=None),
     *_many("honoured", "where train_model saves", output_dir="outputs/"),
     *_many("honoured", "without it a used output_dir is refused", overwrite_output_dir=False),
     *_many("honoured", "train_model writes nothing", no_save=False),
@@ -110,59 +149,22 @@ ARGUMENTS: tuple[Argument, ...] = (
         encoding=None,
         local_rank=-1,
         skip_special_tokens=True,
-        save_best_model=True,
     ),
-    *_many("inert", "progress says it every few seconds", logging_steps=50),
+    *_many("honoured", "TensorBoard gets loss and learning rate every so many steps", logging_steps=50),
     *_many(
         "inert",
-        "evaluation happens after each epoch",
-        evaluate_during_training_steps=2000,
-        evaluate_each_epoch=True,
+        "evaluations report one line each",
         evaluate_during_training_silent=True,
         evaluate_during_training_verbose=False,
     ),
     *_many(
         "inert",
-        "one finished folder is written, no checkpoints",
-        save_steps=2000,
-        save_model_every_epoch=True,
-        save_eval_checkpoints=True,
-        save_optimizer_and_scheduler=True,
-        best_model_dir="outputs/best_model",
-        not_saved_args=[],
+        "Adafactor runs at learning_rate, beside which transformers refuses both",
+        adafactor_relative_step=True,
+        adafactor_warmup_init=True,
     ),
     *_many("inert", "columns are read by name and position as they are", use_hf_datasets=False),
     *_many("inert", "of ranking, which is not here", pairwise_reranking_format="repeat_query"),
-    *_many(
-        "refused",
-        _LATER + "early stopping; the best epoch is kept without it",
-        use_early_stopping=False,
-        early_stopping_consider_epochs=False,
-        early_stopping_delta=0,
-        early_stopping_metric="eval_loss",
-        early_stopping_metric_minimize=True,
-        early_stopping_patience=3,
-    ),
-    *_many(
-        "refused",
-        _LATER + "parameter groups of one's own",
-        custom_layer_parameters=[],
-        custom_parameter_groups=[],
-        train_custom_parameters_only=False,
-    ),
-    *_many(
-        "refused",
-        "Adafactor runs at learning_rate with its usual settings",
-        adafactor_beta1=None,
-        adafactor_clip_threshold=1.0,
-        adafactor_decay_rate=-0.8,
-        adafactor_eps=(1e-30, 1e-3),
-        adafactor_relative_step=True,
-        adafactor_scale_parameter=True,
-        adafactor_warmup_init=True,
-    ),
-    *_many("refused", _LATER + "tokens of one's own", special_tokens_list=[]),
-    *_many("refused", _LATER + "TensorBoard", tensorboard_dir=None),
     *_many("refused", "use num_workers for several GPUs", n_gpu=1),
     *_many("refused", "weights are read from safetensors as they are", dynamic_quantize=False, quantized_model=False),
     *_many("refused", "remote code never runs", trust_remote_code=False),
@@ -181,6 +183,7 @@ ARGUMENTS: tuple[Argument, ...] = (
         lazy_text_b_column=None,
         lazy_text_column=0,
     ),
+    *_many("ours", "Ray Train workers, each with a GPU where there are any; 0 trains in this process", num_workers=0),
     *_many("ours", "auto, float32, bfloat16 or float16", dtype="float32"),
     *_many("ours", "vote, mean or max of a text's windows", merge=None),
     *_many("ours", "exact, or simpletransformers with its tails", window_plan="exact"),
@@ -218,8 +221,9 @@ class ClassificationArgs:
             setattr(self, name, value)
 
     def get_args_for_saving(self) -> dict[str, Any]:
-        """All arguments by name, as JSON keeps them."""
-        return {argument.name: getattr(self, argument.name) for argument in ARGUMENTS}
+        """Arguments by name, as JSON keeps them, without those that not_saved_args names."""
+        names = [argument.name for argument in ARGUMENTS if argument.name not in self.not_saved_args]
+        return {name: getattr(self, name) for name in names}
 
     def save(self, output_dir: str) -> None:
         """Write model_args.json."""

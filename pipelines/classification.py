@@ -9,11 +9,12 @@ Shapes: n texts, W windows of one text, L labels.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,41 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from pipelines.arguments import SCHEDULERS, ClassificationArgs, MultiLabelClassificationArgs
+from pipelines.arguments import BY_NAME, ClassificationArgs, MultiLabelClassificationArgs
 from pipelines.errors import DataError, ModelFolderError, OutputError, SettingsError
 from pipelines.evaluation import evaluate
 from pipelines.frames import LabelledTexts, label_array, read_rows, split_pairs
-from pipelines.labels import activate, decide, encode_labels
+from pipelines.labels import Decisions, decide, encode_labels
+from pipelines.loop import STATE_FILE, TENSORS_FILE, Evaluation, Report, TrainLoop, TrainState
 from pipelines.losses import resolve_loss
-from pipelines.model import (
-    PROBLEM_TYPES,
-    WindowModel,
-    first_position,
-    quiet_transformers,
-    resolve_device,
-    save_tokenizer,
-    uses_type_ids,
-)
+from pipelines.model import PROBLEM_TYPES, WindowModel, first_position, resolve_device
 from pipelines.model_folder import ModelFolder, check_weights, seal
+from pipelines.pretrained import quiet_transformers, save_tokenizer, uses_type_ids, vocabulary_size
+from pipelines.returns import (
+    InputExample,
+    predicted,
+    progress_lists,
+    raw_outputs,
+    write_progress,
+    write_results,
+    wrong_predictions,
+)
 from pipelines.scoring import DocumentScores, Scorer, plan_of
-from pipelines.settings import ComputeSettings, DecisionSettings, Kind, TrainSettings, WindowSettings
-from pipelines.tokenization import Documents, cut_documents
-from pipelines.training import LabelledDocuments, run_epochs
+from pipelines.settings import TrainSettings
+from pipelines.steps import rank
+from pipelines.tokenization import Documents
+from pipelines.training import LabelledDocuments, cut_windows, mean_loss, measure, watch_of
+from pipelines.translation import (
+    compute_settings,
+    count_labels,
+    decision_settings,
+    resolve_args,
+    seed_of,
+    theirs,
+    train_settings,
+    window_settings,
+)
+from pipelines.windows import leads_with_space
 
 __all__ = [
     "ClassificationArgs",
@@ -60,18 +76,7 @@ MODEL_TYPES = {
     "xlmroberta": "xlm-roberta",
 }
 """Their names of architectures that are not Hugging Face's."""
-RESULT_NAMES = {"lrap": "LRAP"}
 Metric = Callable[[Any, Any], Any]
-
-
-@dataclass(frozen=True)
-class InputExample:
-    """One text of an evaluation, as `wrong_predictions` lists them."""
-
-    guid: int
-    text_a: str
-    text_b: str | None
-    label: Any
 
 
 class ClassificationModel:
@@ -98,7 +103,7 @@ class ClassificationModel:
         use_cuda None takes a GPU when there is one. Further keywords go to Hugging Face's from_pretrained.
         Raises SettingsError and ModelFolderError for what cannot be had, before any weights are read.
         """
-        self.args = _resolve_args(self._args_class, model_name, args)
+        self.args = resolve_args(self._args_class, model_name, args)
         self.args.model_name, self.args.model_type = model_name, model_type
         self.args.tokenizer_name, self.args.tokenizer_type = tokenizer_name or model_name, tokenizer_type or model_type
         _warn_of_inert(self.args)
@@ -106,14 +111,17 @@ class ClassificationModel:
             torch.set_num_threads(self.args.thread_count)
         self.weight = None if weight is None else tuple(float(value) for value in weight)
         self.device = _device(use_cuda, cuda_device)
-        self.config = _config(model_type, model_name, self._count_labels(num_labels), self.args)
+        counted = count_labels(self.args, num_labels, is_multilabel=self._is_multilabel)
+        self.config = _config(model_type, model_name, counted, self.args)
         self.num_labels: int = self.config.num_labels
         self.results: dict[str, Any] = {}
-        self._decision = self._resolve_decision()
+        self._decision = decision_settings(self.args, self.num_labels, is_multilabel=self._is_multilabel)
         self._set_config_labels()
         self._folder = tempfile.TemporaryDirectory(prefix="pipelines-model-")
-        self.tokenizer = save_tokenizer(tokenizer_name or model_name, Path(self._folder.name))
+        more_tokens = self.args.special_tokens_list
+        self.tokenizer = save_tokenizer(tokenizer_name or model_name, Path(self._folder.name), more_tokens)
         self._window_model = self._load(model_name, kwargs)
+        self._checkpoint = Path(model_name) if (Path(model_name) / STATE_FILE).is_file() else None
         self._scorer()
 
     @property
@@ -133,9 +141,10 @@ class ClassificationModel:
         eval_data: Any = None,
         **metrics: Metric,
     ) -> tuple[int, float | dict[str, list[Any]]]:
-        """Fine-tune, keep the best epoch where evaluate_during_training, save to output_dir.
+        """Fine-tune, keep the best weights where evaluate_during_training, save to output_dir.
 
         Returns (optimizer steps, mean loss), or (steps, progress lists by name) under evaluate_during_training.
+        Opened on a checkpoint of an unfinished run, the first call goes on with that run.
         """
         self.args.update_from_dict(args or {})
         output = output_dir or self.args.output_dir
@@ -143,24 +152,59 @@ class ClassificationModel:
         eval_data = eval_data if eval_data is not None else eval_df
         if self.args.evaluate_during_training and eval_data is None:
             raise DataError("evaluate_during_training needs eval_df (or eval_data) in train_model")
-        scorer = self._scorer()
+        _check_metrics(metrics)
+        watch_of(self._train_settings(), self._decision, tuple(metrics))
         train = self._labelled(read_rows(train_df))
-        evaluated = self.args.evaluate_during_training
-        valid = self._labelled(read_rows(eval_data)) if evaluated else None
-        settings = self._train_settings()
-        plan = scorer.plan.with_max_windows(self.args.train_max_windows)
-        template = scorer.tokenizer.template
-        cut = cut_documents(train.documents.tokens, plan, template, train.documents.pair_tokens)
-        for name in self.model.parameters():
-            name.requires_grad_(True)
-        report = _report if verbose and not self.args.silent else lambda line: None
-        history = run_epochs(scorer, cut, train.targets, valid, settings, self._compute(), report)
-        if not self.args.no_save:
-            self.save_model(output)
-        losses = history["losses"]
+        valid = self._labelled(read_rows(eval_data)) if self.args.evaluate_during_training else None
+        fit = self._fit_on_workers if self.args.num_workers else self.fit_documents
+        state = fit(train, valid, output, metrics, _report if verbose and not self.args.silent else _silent)
         if valid is None:
-            return len(losses), float(np.mean(losses))
-        return len(losses), _progress_lists(history, settings.epochs)
+            return state.step, float(np.mean(state.losses))
+        return state.step, progress_lists(state)
+
+    def fit_documents(
+        self,
+        train: LabelledDocuments,
+        valid: LabelledDocuments | None,
+        output: str,
+        metrics: Mapping[str, Metric],
+        report: Report,
+    ) -> TrainState:
+        """The core of train_model, in this process or as one rank of a group; rank 0 writes the files."""
+        scorer, settings = self._scorer(), self._train_settings()
+        data = cut_windows(scorer, train, settings)
+        loss = resolve_loss(settings, self._decision, data.targets)
+        compute = compute_settings(self.args, self.device)
+
+        def more(targets: NDArray[np.generic], decisions: Decisions, scores: DocumentScores) -> dict[str, Any]:
+            return self._own_metrics(metrics, targets, decisions, scores)
+
+        def evaluation() -> Evaluation:
+            assert valid is not None
+            return measure(scorer, valid, loss, compute, more)
+
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(True)
+        self.model.float()
+        loop = TrainLoop(
+            self._window_model,
+            data,
+            settings,
+            loss,
+            watch=watch_of(settings, self._decision, tuple(metrics)),
+            evaluate=None if valid is None else evaluation,
+            on_best=lambda loop: self._save_best(loop, output),
+            on_checkpoint=lambda loop: self._save_checkpoint(loop, output),
+            report=report,
+        )
+        self._go_on(loop)
+        state = loop.run()
+        self.model.to(self._window_model.dtype)
+        if not self.args.no_save and rank() == 0:
+            self.save_model(output)
+            if valid is not None:
+                write_progress(Path(output), state)
+        return state
 
     def eval_model(
         self,
@@ -174,27 +218,23 @@ class ClassificationModel:
     ) -> tuple[dict[str, Any], Any, list[InputExample]]:
         """Metrics, raw outputs as `predict` gives them, and the texts that were predicted wrong.
 
-        Further keywords are metrics of one's own, called with (true labels, predictions); their results win.
+        Further keywords are metrics of one's own, called with (true labels, predictions), or, where the name starts
+        with prob_, with (true labels, raw outputs); their results win.
         """
+        _check_metrics(metrics)
         data = read_rows(eval_df)
         labelled = self._labelled(data)
-        scorer = self._scorer()
-        scores = scorer.score_documents(labelled.documents)
-        decided = decide(scores.scores_DL, self._decision, scores.votes_DL)
-        found = evaluate(labelled.targets, scores.scores_DL, decided, self._decision)
-        result = {RESULT_NAMES.get(name, name): value for name, value in found.items()}
-        result["eval_loss"] = self._eval_loss(scores, labelled.targets)
-        predicted = self._predicted_ids(scores)
-        for name, metric in metrics.items():
-            if not callable(metric):
-                raise SettingsError(f"{name}={metric!r} is no metric: pass a function of (true labels, predictions)")
-            result[name] = metric(labelled.targets, predicted)
+        scores = self._scorer().score_documents(labelled.documents)
+        decisions = decide(scores.scores_DL, self._decision, scores.votes_DL)
+        loss = resolve_loss(self._train_settings(), self._decision, labelled.targets)
+        result = theirs(evaluate(labelled.targets, scores.scores_DL, decisions, self._decision))
+        result["eval_loss"] = mean_loss(scores, labelled.targets, loss)
+        result |= self._own_metrics(metrics, labelled.targets, decisions, scores)
         self.results.update(result)
         if output_dir is not None:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            lines = [f"{name} = {result[name]}" for name in sorted(result)]
-            (Path(output_dir) / "eval_results.txt").write_text("\n".join(lines) + "\n")
-        return result, self._raw_outputs(scores), _wrong(data, labelled.targets, predicted)
+            write_results(Path(output_dir), result)
+        outputs = raw_outputs(scores, self._decision, by_window=self.args.sliding_window)
+        return result, outputs, wrong_predictions(data, labelled.targets, predicted(decisions))
 
     def predict(self, to_predict: Sequence[Any], multi_label: bool = False) -> tuple[Any, Any]:
         """Predictions and raw outputs of texts, or of pairs given as [text_a, text_b].
@@ -206,11 +246,12 @@ class ClassificationModel:
         if isinstance(to_predict, str):
             raise DataError("predict takes a list of texts; put the text into a list")
         scores = self._scorer().score_documents(self._documents(*split_pairs(list(to_predict))))
-        predicted = self._predicted_ids(scores)
+        found = predicted(decide(scores.scores_DL, self._decision, scores.votes_DL))
+        outputs = raw_outputs(scores, self._decision, by_window=self.args.sliding_window)
         names = list(self.args.labels_map)
         if names and not self._is_multilabel and self._decision.kind != "regression":
-            return [names[label] for label in predicted], self._raw_outputs(scores)
-        return predicted, self._raw_outputs(scores)
+            return [names[label] for label in found], outputs
+        return found, outputs
 
     def save_model(self, output_dir: str | None = None) -> None:
         """Write a finished model folder, which `pipelines score` and `pipelines serve` take, with model_args.json."""
@@ -220,38 +261,8 @@ class ClassificationModel:
             (folder / file.name).write_bytes(file.read_bytes())
         self._window_model.save(folder)
         self.args.save(str(folder))
-        windows = replace(self._windows(), max_length=self._scorer().plan.max_length)
+        windows = replace(window_settings(self.args), max_length=self._scorer().plan.max_length)
         seal(ModelFolder(folder, windows, self._decision))
-
-    def _count_labels(self, num_labels: int | None) -> int | None:
-        """Settle labels_list and labels_map; the number of labels, None where the weights are to say."""
-        args = self.args
-        if args.regression:
-            if num_labels not in (None, 1):
-                raise SettingsError(f"regression=True needs num_labels=1, not {num_labels}")
-            return 1
-        if args.labels_map:
-            args.labels_list = sorted(args.labels_map, key=lambda name: int(args.labels_map[name]))
-        names = list(args.labels_list)
-        if names and num_labels not in (None, len(names)):
-            raise SettingsError(f"num_labels={num_labels} but labels_list names {len(names)}: {names}")
-        if names and not self._is_multilabel and names != list(range(len(names))):
-            args.labels_map = {name: number for number, name in enumerate(names)}
-        return len(names) or num_labels
-
-    def _resolve_decision(self) -> DecisionSettings:
-        args, single = self.args, not self._is_multilabel and not self.args.regression
-        kind: Kind = "regression" if args.regression else "multilabel"
-        if single:
-            kind = "binary" if self.num_labels == 2 else "multiclass"
-        names = tuple(map(str, args.labels_list)) or tuple(map(str, range(self.num_labels)))
-        return DecisionSettings(
-            kind=kind,
-            labels=() if args.regression else names,
-            merge=args.merge or ("vote" if single else "mean"),
-            tie_value=args.tie_value,
-            thresholds=_threshold(args.threshold) if self._is_multilabel else None,
-        )
 
     def _set_config_labels(self) -> None:
         names = list(self._decision.labels) or ["value"]
@@ -260,67 +271,100 @@ class ClassificationModel:
         self.config.problem_type = PROBLEM_TYPES[self._decision.kind]
 
     def _load(self, model_name: str, kwargs: Mapping[str, Any]) -> WindowModel:
-        torch.manual_seed(_seed(self.args))
+        torch.manual_seed(seed_of(self.args))
         with quiet_transformers():
             module = AutoModelForSequenceClassification.from_pretrained(
                 model_name, config=self.config, use_safetensors=True, dtype=torch.float32, **kwargs
             )
+            if self.args.special_tokens_list:
+                module.resize_token_embeddings(max(vocabulary_size(Path(self._folder.name)), self.config.vocab_size))
         type_ids = uses_type_ids(Path(self._folder.name))
-        return WindowModel(module, self.tokenizer.template, self._compute(), uses_type_ids=type_ids)
+        compute = compute_settings(self.args, self.device)
+        return WindowModel(module, self.tokenizer.template, compute, uses_type_ids=type_ids)
 
     def _scorer(self) -> Scorer:
         """The core's scorer under the arguments as they are now; they may be changed between calls."""
-        self._decision = self._resolve_decision()
+        self._decision = decision_settings(self.args, self.num_labels, is_multilabel=self._is_multilabel)
         limit = getattr(self.config, "max_position_embeddings", None)
         if limit and limit > 0:
             limit -= first_position(self.model)
         model_type = str(self.args.model_type if self.args.model_type != "auto" else self.config.model_type)
-        plan = plan_of(self._windows(), self.tokenizer, model_type=model_type, model_limit=limit)
+        windows = window_settings(self.args)
+        plan = plan_of(windows, self.tokenizer, model_type=model_type, model_limit=limit)
+        self.tokenizer = self.tokenizer.with_lead_space(leads_with_space(windows, model_type))
         return Scorer(self._window_model, self.tokenizer, plan, self._decision)
 
-    def _windows(self) -> WindowSettings:
-        args = self.args
-        return WindowSettings(
-            max_length=args.max_seq_length,
-            sliding_window=args.sliding_window,
-            stride=args.stride,
-            window_plan=args.window_plan,
-            dense_windows=args.dense_windows,
-            max_windows=args.max_windows,
-        )
-
-    def _compute(self) -> ComputeSettings:
-        return ComputeSettings(dtype=self.args.dtype, device=self.device, batch_tokens=self.args.batch_tokens)
-
     def _train_settings(self) -> TrainSettings:
-        args = self.args
-        if args.optimizer not in ("AdamW", "Adafactor"):
-            raise SettingsError(f"optimizer={args.optimizer!r} is neither 'AdamW' nor 'Adafactor'")
-        if args.scheduler not in SCHEDULERS:
-            raise SettingsError(f"scheduler={args.scheduler!r} is none of: {', '.join(SCHEDULERS)}")
-        scheduler = SCHEDULERS[args.scheduler]
-        half_on_gpu = args.fp16 and self.device.startswith("cuda")
-        return TrainSettings(
-            epochs=args.num_train_epochs,
-            batch_size=args.train_batch_size,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            optimizer=args.optimizer.lower(),
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            adam_betas=tuple(args.adam_betas),
-            adam_epsilon=args.adam_epsilon,
-            scheduler=scheduler,  # type: ignore[arg-type]
-            scheduler_args=_scheduler_args(scheduler, args),
-            warmup_ratio=args.warmup_ratio,
-            warmup_steps=args.warmup_steps or None,
-            max_grad_norm=args.max_grad_norm,
-            loss_type=args.loss_type,
-            loss_args=args.loss_args or None,
-            window_weight=args.window_weight,
-            train_dtype="auto" if half_on_gpu else "float32",
-            seed=_seed(args),
-            **self._loss_weights(),
-        )
+        return train_settings(self.args, self.device, **self._loss_weights())
+
+    def _fit_on_workers(
+        self,
+        train: LabelledDocuments,
+        valid: LabelledDocuments | None,
+        output: str,
+        metrics: Mapping[str, Metric],
+        report: Report,
+    ) -> TrainState:
+        """fit_documents in Ray Train workers, each of which opens this model from a folder that all of them reach."""
+        from pipelines.on_ray.train import run_workers  # a second of imports, and only here
+
+        Path(output).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output, prefix=".workers-") as shared:
+            self.save_model(f"{shared}/start")
+            if self._checkpoint is not None:
+                for name in (STATE_FILE, TENSORS_FILE):
+                    shutil.copy(self._checkpoint / name, f"{shared}/start")
+            config = {
+                "facade": type(self),
+                "args": self.args.get_args_for_saving(),
+                "weights": self._loss_weights(),
+                "folder": os.path.abspath(shared),
+                "output": os.path.abspath(output),
+                "metrics": dict(metrics),
+            }
+            state: TrainState = run_workers(
+                _fit_in_worker, config, [train, valid], num_workers=self.args.num_workers, report=report
+            )
+            with quiet_transformers():
+                trained = AutoModelForSequenceClassification.from_pretrained(
+                    f"{shared}/trained", use_safetensors=True, dtype=self._window_model.dtype
+                )
+            self.model.load_state_dict(trained.state_dict())
+        if not self.args.no_save:
+            self.save_model(output)
+        return state
+
+    def _go_on(self, loop: TrainLoop) -> None:
+        """Where this model was opened on a checkpoint of the same run, take its place in it; once."""
+        folder, self._checkpoint = self._checkpoint, None
+        if folder is not None:
+            try:
+                loop.restore(folder)
+            except ModelFolderError as error:
+                warnings.warn(f"{error}; training starts anew from its weights", UserWarning, stacklevel=4)
+
+    def _save_best(self, loop: TrainLoop, output: str) -> None:
+        if self.args.save_best_model and not self.args.no_save and rank() == 0:
+            default = self.args.best_model_dir == BY_NAME["best_model_dir"].default
+            folder = Path(output) / "best_model" if default else Path(self.args.best_model_dir)
+            self.save_model(str(folder))
+            write_results(folder, theirs(loop.state.best_metrics))
+
+    def _save_checkpoint(self, loop: TrainLoop, output: str) -> None:
+        """A model folder that train_model can go on from; written under another name first."""
+        if self.args.no_save or rank() > 0:
+            return
+        epoch = f"-epoch-{loop.state.epoch}" if loop.is_epoch_end else ""
+        folder = Path(output) / f"checkpoint-{loop.state.step}{epoch}"
+        partial = Path(output) / f".{folder.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.save_model(str(partial))
+        if self.args.save_optimizer_and_scheduler:
+            loop.save(partial)
+        if loop.state.evaluations:
+            write_results(partial, theirs(loop.state.evaluations[-1]))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
 
     def _loss_weights(self) -> dict[str, Any]:
         return {"weight": self.weight}
@@ -343,27 +387,17 @@ class ClassificationModel:
         targets = encode_labels(pa.chunked_array([label_array(data.labels, self._decision)]), self._decision)
         return LabelledDocuments(self._documents(data.texts, data.pairs), targets)
 
-    def _predicted_ids(self, scores: DocumentScores) -> Any:
-        decided = decide(scores.scores_DL, self._decision, scores.votes_DL)
-        if decided.positive_DL is not None:
-            return decided.positive_DL.astype(int).tolist()
-        return decided.label_D if decided.value_D is None else decided.value_D.astype(np.float64)
-
-    def _raw_outputs(self, scores: DocumentScores) -> Any:
-        raw_WL = scores.window_logits_WL
-        if self._is_multilabel:
-            raw_WL = activate(raw_WL, "multilabel")
-        raw_WL = raw_WL.astype(np.float64)
-        if self.args.sliding_window:
-            return np.split(raw_WL, scores.windows.offsets[1:-1])
-        return raw_WL[:, 0] if self._decision.kind == "regression" else raw_WL
-
-    def _eval_loss(self, scores: DocumentScores, targets: NDArray[np.generic]) -> float:
-        """Mean loss over windows, weighted as in training."""
-        loss = resolve_loss(self._train_settings(), self._decision, targets)
-        targets_W = targets[scores.windows.document_W]
-        losses_W = loss(torch.from_numpy(scores.window_logits_WL), torch.from_numpy(targets_W))
-        return float(losses_W.sum() / loss.normalizers(targets_W).sum())
+    def _own_metrics(
+        self,
+        metrics: Mapping[str, Metric],
+        targets: NDArray[np.generic],
+        decisions: Decisions,
+        scores: DocumentScores,
+    ) -> dict[str, Any]:
+        found, outputs = predicted(decisions), raw_outputs(scores, self._decision, by_window=self.args.sliding_window)
+        return {
+            name: metric(targets, outputs if name.startswith("prob_") else found) for name, metric in metrics.items()
+        }
 
 
 class MultiLabelClassificationModel(ClassificationModel):
@@ -397,23 +431,6 @@ class MultiLabelClassificationModel(ClassificationModel):
 
     def _loss_weights(self) -> dict[str, Any]:
         return {"pos_weight": self.pos_weight}
-
-
-def _resolve_args(
-    kind: type[ClassificationArgs], model_name: str, args: Mapping[str, Any] | ClassificationArgs | None
-) -> ClassificationArgs:
-    """Arguments saved beside the weights, then the caller's; an Args object replaces all, as there."""
-    if isinstance(args, ClassificationArgs):
-        return args
-    resolved = kind()
-    resolved.load(model_name)
-    saved_elsewhere = (Path(model_name) / "model_args.json").is_file() and not (
-        Path(model_name) / "pipeline.json"
-    ).is_file()
-    if saved_elsewhere:
-        resolved.window_plan = "simpletransformers"
-    resolved.update_from_dict(args or {})
-    return resolved
 
 
 def _warn_of_inert(args: ClassificationArgs) -> None:
@@ -454,46 +471,33 @@ def _check_output(output: str, args: ClassificationArgs) -> None:
     raise OutputError(f"output_dir {output} is not empty; set overwrite_output_dir=True, or another output_dir")
 
 
-def _seed(args: ClassificationArgs) -> int:
-    return 42 if args.manual_seed is None else int(args.manual_seed)
+def _fit_in_worker(config: Mapping[str, Any], train: LabelledDocuments, valid: LabelledDocuments | None) -> TrainState:
+    """Runs in every Ray Train worker; rank 0 leaves the trained model beside the one that all opened."""
+    args = config["facade"]._args_class(**{**config["args"], "overwrite_output_dir": True})
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.current_device() if cuda else -1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of inert arguments, which the driver has said
+        model = config["facade"](
+            "auto", f"{config['folder']}/start", args=args, use_cuda=cuda, cuda_device=device, **config["weights"]
+        )
+    state: TrainState = model.fit_documents(
+        train, valid, config["output"], config["metrics"], lambda line: config["relay"].say.remote(line)
+    )
+    if rank() == 0:
+        model.save_model(f"{config['folder']}/trained")
+    return state
 
 
-def _threshold(value: Any) -> float | tuple[float, ...]:
-    return tuple(float(number) for number in value) if isinstance(value, (list, tuple)) else float(value)
-
-
-def _scheduler_args(scheduler: str, args: ClassificationArgs) -> dict[str, Any] | None:
-    if scheduler == "cosine":
-        return {"num_cycles": args.cosine_schedule_num_cycles}
-    if scheduler == "cosine_with_restarts":  # transformers counts whole cycles
-        return {"num_cycles": max(1, round(args.cosine_schedule_num_cycles))}
-    if scheduler == "polynomial":
-        return {"power": args.polynomial_decay_schedule_power, "lr_end": args.polynomial_decay_schedule_lr_end}
-    return None
-
-
-def _wrong(data: LabelledTexts, targets: NDArray[np.generic], predicted: Any) -> list[InputExample]:
-    labels = data.labels or []
-    wrong = np.asarray(targets) != np.asarray(predicted)
-    rows = np.flatnonzero(wrong if wrong.ndim == 1 else wrong.any(axis=1))
-    return [
-        InputExample(int(row), data.texts[row], None if data.pairs is None else data.pairs[row], labels[row])
-        for row in rows
-    ]
-
-
-def _progress_lists(history: dict[str, Any], epochs: int) -> dict[str, list[Any]]:
-    """global_step, train_loss and every metric, one entry per evaluation."""
-    per_epoch = len(history["losses"]) // epochs
-    lists: dict[str, list[Any]] = {
-        "global_step": [per_epoch * (epoch + 1) for epoch in range(epochs)],
-        "train_loss": [history["losses"][per_epoch * (epoch + 1) - 1] for epoch in range(epochs)],
-    }
-    for metrics in history["epochs"]:
-        for name, value in metrics.items():
-            lists.setdefault(RESULT_NAMES.get(name, name), []).append(value)
-    return lists
+def _check_metrics(metrics: Mapping[str, Any]) -> None:
+    for name, metric in metrics.items():
+        if not callable(metric):
+            raise SettingsError(f"{name}={metric!r} is no metric: pass a function of (true labels, predictions)")
 
 
 def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _silent(line: str) -> None:
+    """Where nothing is to be said."""

@@ -18,6 +18,7 @@ import yaml
 
 from pipelines import __version__
 from pipelines.errors import PipelinesError, SettingsError
+from pipelines.fields import field_help, parse
 from pipelines.settings import (
     ComputeSettings,
     DataSettings,
@@ -29,8 +30,6 @@ from pipelines.settings import (
     TrainPaths,
     TrainSettings,
     WindowSettings,
-    field_help,
-    parse,
 )
 
 DONE, FAILED, WRONG_USAGE, ROWS_IN_ERROR = 0, 1, 2, 3

@@ -21,7 +21,15 @@ from pipelines.labels import DEFAULT_THRESHOLD, Decisions, thresholds_by_label
 from pipelines.settings import DecisionSettings
 
 HEADLINE = {"binary": "mcc", "multiclass": "mcc", "multilabel": "f1_macro", "regression": "rmse"}
-"""The metric by which epochs are compared; rmse is the one where less is better."""
+"""The metric by which evaluations are compared, unless another is asked for."""
+METRICS = {
+    "binary": ("mcc", "accuracy", "f1_score", "tp", "tn", "fp", "fn", "auroc", "auprc"),
+    "multiclass": ("mcc", "accuracy", "f1_macro", "f1_weighted"),
+    "multilabel": ("lrap", "f1_micro", "f1_macro", "per_label"),
+    "regression": ("mae", "rmse", "pearson", "r2"),
+}
+"""What `evaluate` returns for each kind."""
+LESS_IS_BETTER = frozenset({"loss", "eval_loss", "mae", "rmse", "fp", "fn"})
 
 
 def evaluate(
@@ -48,15 +56,6 @@ def evaluate(
         "f1_macro": float(f1_L.mean()),
         "f1_weighted": float(f1_L @ support_L / max(support_L.sum(), 1)),
     }
-
-
-def is_better(metrics: dict[str, Any], best: dict[str, Any] | None, decision: DecisionSettings) -> bool:
-    """Whether metrics beat the best so far on the kind's headline metric; an undefined one beats nothing."""
-    name = HEADLINE[decision.kind]
-    sign = -1 if name == "rmse" else 1
-    if best is None or best[name] is None:
-        return True
-    return metrics[name] is not None and sign * metrics[name] > sign * best[name]
 
 
 def confusion_matrix(target_D: NDArray[np.int64], label_D: NDArray[np.int64], num_labels: int) -> NDArray[np.int64]:

@@ -9,7 +9,6 @@ Shapes: W windows, T tokens of all windows together, S tokens of the longest win
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +19,16 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pipelines.batching import token_batches
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.model_folder import check_weights
 from pipelines.packing import NAME as PACKED
 from pipelines.packing import PackedRows, Packing
+from pipelines.pretrained import quiet_transformers, uses_type_ids
 from pipelines.settings import ComputeSettings, DecisionSettings, Dtype
-from pipelines.tokenization import CutDocuments, InputRows, Template, Tokenizer, assemble
+from pipelines.tokenization import CutDocuments, InputRows, Template, assemble
 
 PROBLEM_TYPES = {
     "binary": "single_label_classification",
@@ -64,6 +63,7 @@ class WindowModel:
         self.module = module.to(self.device).eval()
         self._takes_type_ids = "token_type_ids" in inspect.signature(module.forward).parameters
         self._uses_type_ids = uses_type_ids and self._takes_type_ids
+        self._row_length: int | None = None
         self._packed = _packed_if_it_agrees(self) if compute.packing == "auto" else None
         self.module.to(self.dtype)
 
@@ -86,6 +86,25 @@ class WindowModel:
     def model_type(self) -> str:
         """The architecture as config.json names it."""
         return str(self.module.config.model_type)  # type: ignore[union-attr]
+
+    def settle_rows(self, max_length: int) -> None:
+        """Fix how long padded rows are where the model's answer depends on it, given the longest window.
+
+        BigBird attends sparsely in long rows and fully in short ones, and Nystromformer's landmarks are cut from
+        rows of one length: both would otherwise answer by what a window was batched with.
+        """
+        config: Any = self.module.config
+        if config.model_type == "big_bird":
+            sparse = max_length > (5 + 2 * config.num_random_blocks) * config.block_size
+            self.module.bert.set_attention_type("block_sparse" if sparse else "original_full")  # type: ignore[union-attr, operator]
+            self._row_length = max_length if sparse else None
+        if config.model_type == "nystromformer" and config.segment_means_seq_len != config.num_landmarks:
+            if max_length > config.segment_means_seq_len:
+                raise SettingsError(
+                    f"max_length={max_length} is above this model's segment_means_seq_len of "
+                    f"{config.segment_means_seq_len}; use at most that"
+                )
+            self._row_length = int(config.segment_means_seq_len)
 
     def __call__(self, rows: InputRows) -> Tensor:
         """Logits (W, L) of the windows, on the device, in their order; differentiable where grad is on."""
@@ -114,6 +133,7 @@ class WindowModel:
         longest = int(length_W.max())
         rounded = -(-longest // PADDED_MULTIPLE) * PADDED_MULTIPLE
         longest = rounded if self.row_limit is None else max(longest, min(rounded, self.row_limit))
+        longest = max(longest, self._row_length or 0)
         place_S = np.arange(longest)
         mask_WS = place_S < length_W[:, None]
         if self.template.pad_left:
@@ -164,13 +184,6 @@ def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_
     return WindowModel(module, template, compute, uses_type_ids=uses_type_ids(path))
 
 
-def uses_type_ids(path: Path) -> bool:
-    """Whether a folder's tokenizer hands its model token type ids; that is settled by the tokenizer's class."""
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    return "token_type_ids" in tokenizer.model_input_names
-
-
 def new_classifier(name: str, decision: DecisionSettings, *, seed: int) -> nn.Module:
     """Pretrained weights under a new head for the decision's labels, seeded; name is a hub name or a folder.
 
@@ -204,21 +217,8 @@ def new_classifier(name: str, decision: DecisionSettings, *, seed: int) -> nn.Mo
     return module
 
 
-def save_tokenizer(name: str, folder: Path) -> Tokenizer:
-    """Copy the tokenizer of a hub name or folder into the model folder and open it there."""
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            tokenizer.save_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"the tokenizer of {name} cannot be loaded: {_first_line(error)}") from error
-    file = folder / "tokenizer_config.json"  # which leaves the padding side out where the class knows it (XLNet)
-    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": tokenizer.padding_side}, indent=2))
-    return Tokenizer.load(folder)
-
-
-def position_limit(name: str) -> int | None:
-    """Longest input row of pretrained weights (a hub name or a folder), None where their config names no limit.
+def describe(name: str) -> tuple[int | None, str]:
+    """Longest input row (None for no limit) and model type of pretrained weights: a hub name or a folder.
 
     RoBERTa's kin count positions from padding_idx + 1, which costs them as many. Reads the config alone; raises
     ModelFolderError where there is none, or where a folder's weights are no safetensors.
@@ -231,7 +231,7 @@ def position_limit(name: str) -> int | None:
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"--model {name} is no folder and no hub name: {_first_line(error)}") from error
     with torch.device("meta"):
-        return row_limit(AutoModelForSequenceClassification.from_config(config))
+        return row_limit(AutoModelForSequenceClassification.from_config(config)), str(config.model_type)
 
 
 def row_limit(module: Any) -> int | None:
@@ -272,21 +272,6 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     fast = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     return torch.bfloat16 if fast else torch.float32
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' own progress and load report; what matters is raised as an error."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

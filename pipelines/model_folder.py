@@ -19,13 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import ModelFolderError, SettingsError
-from pipelines.settings import DecisionSettings, WindowSettings, parse
+from pipelines.fields import parse
+from pipelines.settings import DecisionSettings, WindowSettings
 from pipelines.shards import filesystem_of, sync_folder
 
 PIPELINE_FILE = "pipeline.json"
 FORMAT_VERSION = 1
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "bpe.codes",
+    "spiece.model",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,11 @@ class ModelFolder:
     temperature: float = 1.0
     metrics: Mapping[str, Any] = field(default_factory=dict)
     weights_hash: str = ""
+
+    @property
+    def model_type(self) -> str:
+        """The architecture as config.json names it."""
+        return str(json.loads((self.path / "config.json").read_text()).get("model_type", ""))
 
     @property
     def settings_hash(self) -> str:

@@ -17,10 +17,19 @@ from numpy.typing import NDArray
 from pipelines.labels import Decisions, activate, decide, resolve_thresholds
 from pipelines.model import WindowModel, load_model
 from pipelines.model_folder import ModelFolder, read_model_folder
+from pipelines.pretrained import load_tokenizer
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
 from pipelines.tables import result_columns
 from pipelines.tokenization import CutDocuments, Documents, Tokenizer, cut_documents
-from pipelines.windows import WindowPlan, Windows, count_votes, merge_windows, resolve_plan
+from pipelines.windows import (
+    WindowPlan,
+    Windows,
+    concat_windows,
+    count_votes,
+    leads_with_space,
+    merge_windows,
+    resolve_plan,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,20 @@ class DocumentScores:
         )
 
 
+def concat_scores(parts: Sequence[DocumentScores]) -> DocumentScores:
+    """The documents of all parts, in order."""
+    votes = [part.votes_DL for part in parts if part.votes_DL is not None]
+    return DocumentScores(
+        np.concatenate([part.scores_DL for part in parts]),
+        np.concatenate(votes) if votes else None,
+        concat_windows([part.windows for part in parts]),
+        np.concatenate([part.window_logits_WL for part in parts]),
+        np.concatenate([part.window_scores_WL for part in parts]),
+        np.concatenate([part.num_tokens_D for part in parts]),
+        [error for part in parts for error in part.errors],
+    )
+
+
 class Scorer:
     """A model with its tokenizer, windows and decision: everything between a text and its label."""
 
@@ -77,6 +100,7 @@ class Scorer:
         *,
         temperature: float = 1.0,
     ) -> None:
+        model.settle_rows(plan.max_length)
         self.model = model
         self.tokenizer = tokenizer
         self.plan = plan
@@ -97,11 +121,11 @@ class Scorer:
         """
         folder = read_model_folder(location) if isinstance(location, str) else location
         decision = resolve_thresholds(thresholds, folder.decision)
-        tokenizer = Tokenizer.load(folder.path)
+        tokenizer = load_tokenizer(folder.path, lead_space=leads_with_space(folder.windows, folder.model_type))
         model = load_model(
             folder.path, tokenizer.template, compute or ComputeSettings(), num_labels=decision.num_labels
         )
-        plan = plan_of(folder.windows, tokenizer, model_type=model.model_type)
+        plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type)
         return cls(model, tokenizer, plan, decision, temperature=folder.temperature)
 
     def score_documents(self, documents: Documents) -> DocumentScores:

@@ -9,25 +9,16 @@ Knows no files, no models, no torch and no ray.
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import difflib
-import inspect
-import math
 import re
-import textwrap
-import types
-import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from pipelines.errors import SettingsError
+from pipelines.fields import check_range, check_types
 
 Kind = Literal["binary", "multiclass", "multilabel", "regression"]
 Merge = Literal["mean", "vote", "max"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-G = TypeVar("G")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +39,10 @@ class WindowSettings:
     """At most this many windows of one document are scored; what is cut is reported as truncated."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_range(self, "max_length", self.max_length, low=3)
-        _check_range(self, "max_windows", self.max_windows, low=1)
-        _check_range(self, "stride", self.stride, above=0)
+        check_types(self)
+        check_range(self, "max_length", self.max_length, low=3)
+        check_range(self, "max_windows", self.max_windows, low=1)
+        check_range(self, "stride", self.stride, above=0)
         if isinstance(self.stride, float) and self.stride > 1:
             raise SettingsError(
                 f"stride={self.stride} is a float above 1.0: a float is a fraction of max_length; "
@@ -77,7 +68,7 @@ class DecisionSettings:
     """multiclass: no label when the best score is lower."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         check_decision(self)
 
     @property
@@ -102,9 +93,9 @@ class ComputeSettings:
     """CPU threads of one model. Default: every core of the machine, shared evenly between replicas."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_range(self, "batch_tokens", self.batch_tokens, low=1)
-        _check_range(self, "num_threads", self.num_threads, low=1)
+        check_types(self)
+        check_range(self, "batch_tokens", self.batch_tokens, low=1)
+        check_range(self, "num_threads", self.num_threads, low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +112,8 @@ class DataSettings:
     """Use only this many rows of each input."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_range(self, "limit", self.limit, low=1)
+        check_types(self)
+        check_range(self, "limit", self.limit, low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +132,8 @@ class TrainPaths:
     """Ray Train workers; 0 trains in this process."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_range(self, "num_workers", self.num_workers, low=0)
+        check_types(self)
+        check_range(self, "num_workers", self.num_workers, low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +148,7 @@ class ScorePaths:
     """New folder for the scored Parquet files."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +159,7 @@ class ServePaths:
     """Model folder that `pipelines train` wrote, or its URL."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +182,14 @@ class TrainSettings:
     """Decay of AdamW's two running means."""
     adam_epsilon: float = 1e-8
     """Added to the denominator of AdamW."""
+    optimizer_args: dict[str, Any] | None = None
+    """Further arguments of Adafactor: beta1, clip_threshold, decay_rate, eps, scale_parameter."""
+    parameter_groups: tuple[dict[str, Any], ...] = ()
+    """Parameters with options of their own: {params: [full names], lr: 1e-3, weight_decay: 0}, any number of these."""
+    layer_parameters: tuple[dict[str, Any], ...] = ()
+    """Encoder layers with options of their own: {layer: 10, lr: 1e-4}, any number of these."""
+    train_custom_parameters_only: bool = False
+    """Train nothing but parameter_groups and layer_parameters."""
     scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = (
         "linear"
     )
@@ -223,29 +222,55 @@ class TrainSettings:
     """Tokens in one forward and backward pass of one worker: a memory limit; changes only rounding and dropout."""
     seed: int = 42
     """Seed of the new head, the order of the windows and dropout."""
+    metric: str | None = None
+    """Metric of valid that chooses the best weights. Default: mcc, f1_macro (multilabel) or rmse (regression)."""
+    metric_minimize: bool | None = None
+    """Whether less is better. Default: for loss, eval_loss, mae and rmse, and no other."""
+    evaluate_each_epoch: bool = True
+    """Evaluate valid at the end of each epoch."""
+    evaluate_steps: int | None = None
+    """Evaluate valid every so many optimizer steps too."""
+    early_stopping_patience: int | None = None
+    """Evaluations in a row that may be no better than the best; one more ends the run. Default: no early stopping."""
+    early_stopping_delta: float = 0.0
+    """By how much an evaluation must be better to count."""
+    early_stopping_consider_epochs: bool = True
+    """Whether the evaluations at the end of epochs use up patience."""
+    save_each_epoch: bool = False
+    """Write a checkpoint at the end of each epoch."""
+    save_steps: int | None = None
+    """Write a checkpoint every so many optimizer steps."""
+    save_evaluations: bool = False
+    """Write a checkpoint at each evaluation between the ends of epochs."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard's scalars: loss, learning rate and the metrics of valid."""
+    logging_steps: int = 50
+    """TensorBoard gets loss and learning rate every so many optimizer steps."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "train_batch_tokens"):
-            _check_range(self, name, getattr(self, name), low=1)
-        _check_range(self, "train_max_windows", self.train_max_windows, low=1)
-        _check_range(self, "learning_rate", self.learning_rate, above=0)
-        _check_range(self, "weight_decay", self.weight_decay, low=0)
-        _check_range(self, "warmup_ratio", self.warmup_ratio, low=0, high=1)
-        _check_range(self, "warmup_steps", self.warmup_steps, low=0)
-        _check_range(self, "adam_epsilon", self.adam_epsilon, low=0)
-        _check_range(self, "label_smoothing", self.label_smoothing, low=0, high=1)
+        check_types(self)
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "train_batch_tokens", "train_max_windows",
+                     "evaluate_steps", "save_steps", "logging_steps"):  # fmt: skip
+            check_range(self, name, getattr(self, name), low=1)
+        check_range(self, "early_stopping_patience", self.early_stopping_patience, low=0)
+        check_range(self, "early_stopping_delta", self.early_stopping_delta, low=0)
+        check_range(self, "learning_rate", self.learning_rate, above=0)
+        check_range(self, "weight_decay", self.weight_decay, low=0)
+        check_range(self, "warmup_ratio", self.warmup_ratio, low=0, high=1)
+        check_range(self, "warmup_steps", self.warmup_steps, low=0)
+        check_range(self, "adam_epsilon", self.adam_epsilon, low=0)
+        check_range(self, "label_smoothing", self.label_smoothing, low=0, high=1)
         if len(self.adam_betas) != 2:
             raise SettingsError(f"adam_betas has {len(self.adam_betas)} values and needs 2")
         for beta in self.adam_betas:
-            _check_range(self, "adam_betas", beta, low=0, high=1)
-        _check_range(self, "max_grad_norm", self.max_grad_norm, low=0)
-        _check_range(self, "seed", self.seed, low=0)
+            check_range(self, "adam_betas", beta, low=0, high=1)
+        check_range(self, "max_grad_norm", self.max_grad_norm, low=0)
+        check_range(self, "seed", self.seed, low=0)
         for name in ("weight", "pos_weight"):
             value = getattr(self, name)
             if isinstance(value, tuple):
                 for number in value:
-                    _check_range(self, name, number, low=0)
+                    check_range(self, name, number, low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,11 +291,11 @@ class ScoreSettings:
     """Text bytes of one work unit. Default: grows with the input from 64 KiB to 64 MiB."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         low, high = self.replica_range or (1, 1)
-        _check_range(self, "replicas", low, low=1, high=high)
-        _check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
-        _check_range(self, "unit_bytes", self.unit_bytes, low=1)
+        check_range(self, "replicas", low, low=1, high=high)
+        check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
+        check_range(self, "unit_bytes", self.unit_bytes, low=1)
 
     @property
     def replica_range(self) -> tuple[int, int] | None:
@@ -307,44 +332,12 @@ class ServeSettings:
     """Tokens that may wait in one replica; beyond them the answer is 429."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_range(self, "port", self.port, low=0, high=65535)
-        _check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
+        check_types(self)
+        check_range(self, "port", self.port, low=0, high=65535)
+        check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
         for name in ("num_replicas", "max_body_bytes", "max_documents", "max_document_tokens"):
-            _check_range(self, name, getattr(self, name), low=1)
-        _check_range(self, "max_queued_tokens", self.max_queued_tokens, low=1)
-
-
-def parse(values: Mapping[str, object], *groups: type[Any]) -> list[Any]:
-    """Deal a flat mapping out to settings groups, one instance per group in the order given.
-
-    Values may be of the YAML kinds: a list stands for a tuple, "4e-5" for a float.
-    Raises SettingsError for a name in none of the groups (naming the nearest) and for a value out of bounds.
-    """
-    owners = {field.name: group for group in groups for field in dataclasses.fields(group)}
-    for name in values:
-        if name not in owners:
-            nearest = difflib.get_close_matches(str(name), owners, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(sorted(owners))}"
-            raise SettingsError(f"unknown setting {str(name)!r}; {hint}")
-    required = [field for group in groups for field in dataclasses.fields(group) if field.default is MISSING]
-    missing = [field.name for field in required if field.name not in values]
-    if missing:
-        raise SettingsError(f"nothing says what {missing[0]!r} is: {field_help(owners[missing[0]])[missing[0]]}")
-    return [group(**{n: v for n, v in values.items() if owners[n] is group}) for group in groups]
-
-
-def field_help(group: type[Any]) -> dict[str, str]:
-    """The sentence written below each field of a settings group, by field name."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    help_by_name = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            assert isinstance(statement.target, ast.Name)
-            assert isinstance(following.value, ast.Constant)
-            help_by_name[statement.target.id] = str(following.value.value)
-    return help_by_name
+            check_range(self, name, getattr(self, name), low=1)
+        check_range(self, "max_queued_tokens", self.max_queued_tokens, low=1)
 
 
 def check_decision(decision: DecisionSettings) -> None:
@@ -370,7 +363,7 @@ def check_decision(decision: DecisionSettings) -> None:
 def _check_thresholds(decision: DecisionSettings) -> None:
     kind, thresholds = decision.kind, decision.thresholds
     if decision.abstain_below is not None:
-        _check_range(decision, "abstain_below", decision.abstain_below, low=0, high=1)
+        check_range(decision, "abstain_below", decision.abstain_below, low=0, high=1)
         if kind != "multiclass":
             raise SettingsError(f"abstain_below is for kind multiclass; this is {kind}")
     if thresholds is None:
@@ -378,91 +371,7 @@ def _check_thresholds(decision: DecisionSettings) -> None:
     if kind in ("multiclass", "regression"):
         raise SettingsError(f"kind {kind} takes no thresholds; they are for binary and multilabel")
     for value in thresholds if isinstance(thresholds, tuple) else (thresholds,):
-        _check_range(decision, "thresholds", value, low=0, high=1)
+        check_range(decision, "thresholds", value, low=0, high=1)
     expected = 1 if kind == "binary" else len(decision.labels)
     if isinstance(thresholds, tuple) and decision.labels and len(thresholds) != expected:
         raise SettingsError(f"thresholds has {len(thresholds)} values, and kind {kind} here needs {expected}")
-
-
-def _check_range(
-    group: object,
-    name: str,
-    value: float | None,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float = -math.inf,
-) -> None:
-    if value is None or (math.isfinite(value) and low <= value <= high and value > above):
-        return
-    limits = [f"at least {low:g}"] * math.isfinite(low) + [f"at most {high:g}"] * math.isfinite(high)
-    limits += [f"above {above:g}"] * math.isfinite(above)
-    raise SettingsError(f"{name}={value} must be {' and '.join(limits) or 'finite'}")
-
-
-def _check_types(group: Any) -> None:
-    """Coerce YAML's kinds to the annotated type, and raise SettingsError for what does not fit."""
-    hints = typing.get_type_hints(type(group))
-    for field in dataclasses.fields(group):
-        value = getattr(group, field.name)
-        options = _options(hints[field.name])
-        for option in options:
-            fits, coerced = _coerce(value, option)
-            if fits:
-                object.__setattr__(group, field.name, coerced)
-                break
-        else:
-            wanted = " or ".join(_type_name(option) for option in options)
-            raise SettingsError(f"{field.name}={value!r} must be {wanted}")
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    """Alternatives of a union, exact kinds before coercions (an int must not become a float)."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return tuple(sorted(options, key=lambda option: (option is float, option is str)))
-
-
-def _coerce(value: Any, option: Any) -> tuple[bool, Any]:
-    """(whether value fits the option, value as that option's kind)."""
-    if option is Any:
-        return True, value
-    if get_origin(option) is Literal:
-        return value in get_args(option), value
-    if get_origin(option) is tuple:
-        return _coerce_tuple(value, get_args(option)[0])
-    if get_origin(option) is dict:
-        return _coerce_dict(value, get_args(option)[1])
-    if option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return True, float(value)
-        except ValueError:
-            return False, value
-    if option is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
-    return isinstance(value, option), value
-
-
-def _coerce_tuple(value: Any, item: Any) -> tuple[bool, Any]:
-    if not isinstance(value, (list, tuple)):
-        return False, value
-    if item is str:  # YAML reads the labels 0 and 1 as numbers
-        value = [str(element) if isinstance(element, int) else element for element in value]
-    pairs = [_coerce(element, item) for element in value]
-    return all(fits for fits, _ in pairs), tuple(coerced for _, coerced in pairs)
-
-
-def _coerce_dict(value: Any, item: Any) -> tuple[bool, Any]:
-    if not isinstance(value, dict):
-        return False, value
-    pairs = {str(key): _coerce(element, item) for key, element in value.items()}
-    return all(fits for fits, _ in pairs.values()), {key: coerced for key, (_, coerced) in pairs.items()}
-
-
-def _type_name(option: Any) -> str:
-    if get_origin(option) is Literal:
-        return " or ".join(repr(value) for value in get_args(option))
-    if get_origin(option) is tuple:
-        return f"a list of {get_args(option)[0].__name__}"
-    if get_origin(option) is dict:
-        return "a mapping of labels to numbers"
-    return "null" if option is type(None) else str(option.__name__)

@@ -171,16 +171,25 @@ def concat_documents(parts: Sequence[Documents]) -> Documents:
 class Tokenizer:
     """A tokenizer that keeps everything: whole texts, no padding, special tokens apart."""
 
-    def __init__(self, encode_texts: EncodeTexts, template: Template, rust: RustTokenizer | None = None) -> None:
+    def __init__(
+        self,
+        encode_texts: EncodeTexts,
+        template: Template,
+        rust: RustTokenizer | None = None,
+        *,
+        lead_space: bool = False,
+    ) -> None:
         self._encode_texts = encode_texts
         self._rust = rust
+        self._lead_space = lead_space
         self.template = template
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, *, lead_space: bool = False) -> Tokenizer:
         """Read tokenizer.json (and the padding side from tokenizer_config.json).
 
-        Raises ModelFolderError where there is none; a Python-only tokenizer is handed to the constructor.
+        lead_space puts a space before texts that have none. Raises ModelFolderError where there is no
+        tokenizer.json; a Python-only tokenizer is handed to the constructor.
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -197,14 +206,18 @@ class Tokenizer:
         if pad_id is None:
             pad_id = padding["pad_id"] if padding else 0
         template = template_of(rust, pad_id=pad_id, pad_left=config.get("padding_side") == "left")
-        return cls(lambda texts: _rust_ids(rust, texts), template, rust)
+        return cls(lambda texts: _rust_ids(rust, texts), template, rust, lead_space=lead_space)
+
+    def with_lead_space(self, lead_space: bool) -> Tokenizer:
+        """The same tokenizer, putting a space before texts that have none, or not."""
+        return Tokenizer(self._encode_texts, self.template, self._rust, lead_space=lead_space)
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Ids of whole texts. Texts must be valid Unicode (no lone surrogates)."""
         pieces: list[Ids] = []
         lengths: list[int] = []
         for batch in _batches_of_characters(texts):
-            encoded = self._encode_texts(batch)
+            encoded = self._encode_texts([self._led(text) for text in batch] if self._lead_space else batch)
             lengths += map(len, encoded)
             pieces.append(np.fromiter(itertools.chain.from_iterable(encoded), np.int32, sum(map(len, encoded))))
         ids = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
@@ -228,8 +241,13 @@ class Tokenizer:
         """
         if self._rust is None:
             raise ModelFolderError("this model's tokenizer is Python-only and tells no character positions")
-        encoding = self._rust.encode(text, add_special_tokens=False)
-        return np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        led = self._led(text)
+        encoding = self._rust.encode(led, add_special_tokens=False)
+        spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.maximum(spans - (len(led) - len(text)), 0)
+
+    def _led(self, text: str) -> str:
+        return f" {text}" if self._lead_space and not text.startswith(" ") else text
 
 
 def template_of(rust: RustTokenizer, *, pad_id: int = 0, pad_left: bool = False) -> Template:

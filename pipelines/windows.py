@@ -7,6 +7,7 @@ Shapes: D documents, W windows of all documents together, L labels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -104,6 +105,12 @@ def resolve_plan(
     return WindowPlan(max_length, budget, step, settings.sliding_window, simpletransformers, settings.max_windows)
 
 
+def leads_with_space(settings: WindowSettings, model_type: str) -> bool:
+    """Whether a space goes before each text: Simple Transformers puts one before RoBERTa's kin when it cuts windows."""
+    is_theirs = settings.window_plan == "simpletransformers" and settings.sliding_window
+    return is_theirs and model_type in SIMPLETRANSFORMERS_RESERVES_3
+
+
 def plan_windows(
     num_tokens_D: NDArray[np.integer], plan: WindowPlan, *, budget_D: NDArray[np.integer] | None = None
 ) -> Windows:
@@ -123,6 +130,19 @@ def plan_windows(
     stop_W = np.minimum(start_W + budget[document_W], lengths[document_W])
     truncated_D = stop_W[offsets[1:] - 1] < lengths
     return Windows(document_W, start_W, stop_W, offsets, truncated_D)
+
+
+def concat_windows(parts: Sequence[Windows]) -> Windows:
+    """The windows of all parts, in order, their documents numbered through."""
+    documents = np.cumsum([0, *(len(part.truncated_D) for part in parts)])
+    counts = np.concatenate([part.num_windows_D for part in parts])
+    return Windows(
+        np.concatenate([part.document_W + first for part, first in zip(parts, documents, strict=False)]),
+        np.concatenate([part.start_W for part in parts]),
+        np.concatenate([part.stop_W for part in parts]),
+        np.concatenate([[0], np.cumsum(counts)]),
+        np.concatenate([part.truncated_D for part in parts]),
+    )
 
 
 def merge_windows(

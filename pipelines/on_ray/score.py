@@ -20,6 +20,7 @@ from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import WriteResult
 
 from pipelines.errors import DataError, JobError
+from pipelines.fields import parse
 from pipelines.labels import resolve_thresholds
 from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.on_ray.cluster import connected, root_cause
@@ -34,7 +35,8 @@ from pipelines.on_ray.tokenize import (
     tokenized,
     unit_number,
 )
-from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, ScorePaths, ScoreSettings, parse
+from pipelines.pretrained import load_tokenizer
+from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, ScorePaths, ScoreSettings
 from pipelines.shards import (
     MANIFEST,
     SUMMARY,
@@ -49,7 +51,7 @@ from pipelines.shards import (
 )
 from pipelines.summary import add_parts, finish_summary, summarize
 from pipelines.tables import check_output_columns, check_text_column, output_fields, schema_metadata
-from pipelines.tokenization import Tokenizer
+from pipelines.windows import leads_with_space
 
 ACTOR_CPUS = 0.5
 """Anything but TOKENIZE_CPUS, so that the stages are not fused; small, so that it always fits beside them."""
@@ -140,7 +142,7 @@ def score(job: ScoreJob, *, address: str | None = None, report: Report = lambda 
     started = time.perf_counter()
     folder = read_model_folder(job.model)
     folder = replace(folder, decision=resolve_thresholds(job.score.thresholds, folder.decision))
-    Tokenizer.load(folder.path)
+    load_tokenizer(folder.path)
     files = read_footers(job.input, job.data.text_column)
     keep = check_input(job, files, folder.decision)
     units = plan_units(files, unit_bytes=job.score.unit_bytes, limit=job.data.limit)
@@ -208,7 +210,8 @@ def manifest(
 def _run(
     job: ScoreJob, folder: ModelFolder, units: Sequence[WorkUnit], keep: Sequence[str], num_rows: int, report: Report
 ) -> list[dict[str, Any]]:
-    stage = TokenizeStage(job.input, job.data, job.model, tuple(keep), job.score.prefix)
+    lead_space = leads_with_space(folder.windows, folder.model_type)
+    stage = TokenizeStage(job.input, job.data, job.model, tuple(keep), job.score.prefix, lead_space)
     counter = Counter.remote()  # type: ignore[attr-defined]
     sink = CommitUnit(job, units, folder, counter)
     with progress(counter, num_rows, report):

@@ -18,7 +18,8 @@ import ray
 from ray.data import DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import Block, BlockMetadata
 
-from pipelines.model_folder import local_folder
+from pipelines.model_folder import TOKENIZER_FILES, local_folder
+from pipelines.pretrained import load_tokenizer
 from pipelines.settings import DataSettings
 from pipelines.shards import WorkUnit, read_unit
 from pipelines.tables import SOURCE_COLUMNS
@@ -40,6 +41,8 @@ class TokenizeStage:
     """Input columns to carry along."""
     prefix: str = ""
     """Of the names of the source columns."""
+    lead_space: bool = False
+    """Whether a space goes before each text (`windows.leads_with_space`)."""
 
     @property
     def text_columns(self) -> list[str]:
@@ -50,7 +53,7 @@ class TokenizeStage:
         """The unit's rows in order: kept and source columns, then UNIT, IDS, PAIR_IDS (pairs only), ERROR."""
         columns = list(dict.fromkeys([*self.keep, *self.text_columns]))
         table = read_unit(self.location, unit, columns, prefix=self.prefix)
-        documents = _tokenizer(self.tokenizer_folder).documents(table, *self.text_columns)
+        documents = _tokenizer(self.tokenizer_folder, self.lead_space).documents(table, *self.text_columns)
         block = table.select([*self.keep, *(self.prefix + name for name in SOURCE_COLUMNS)])
         block = block.append_column(UNIT, pa.array(np.full(len(block), unit.number, np.int32)))
         block = block.append_column(IDS, documents.tokens.to_arrow())
@@ -105,12 +108,13 @@ def _read_task(stage: TokenizeStage, unit: WorkUnit) -> ReadTask:
     return ReadTask(read, BlockMetadata(num_rows=unit.num_rows, size_bytes=None, exec_stats=None, input_files=None))
 
 
-def _tokenizer(location: str) -> Tokenizer:
+def _tokenizer(location: str, lead_space: bool) -> Tokenizer:
     """Of a model folder at a path or URL, loaded once per worker process and again when it changes."""
     folder = local_folder(location)
-    return _loaded(folder, (folder / "tokenizer.json").stat().st_mtime_ns)
+    changed = max(file.stat().st_mtime_ns for file in folder.iterdir() if file.name in TOKENIZER_FILES)
+    return _loaded(folder, changed, lead_space)
 
 
 @cache
-def _loaded(folder: Path, _changed: int) -> Tokenizer:
-    return Tokenizer.load(folder)
+def _loaded(folder: Path, _changed: int, lead_space: bool) -> Tokenizer:
+    return load_tokenizer(folder, lead_space=lead_space)

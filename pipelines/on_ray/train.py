@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 from numpy.typing import NDArray
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.errors import DataError, JobError, SettingsError
+from pipelines.fields import parse
 from pipelines.labels import encode_labels, find_labels
 from pipelines.losses import resolve_loss
-from pipelines.model import position_limit
+from pipelines.model import describe
 from pipelines.on_ray.cluster import connected, has_gpus, root_cause
 from pipelines.on_ray.telemetry import Relay, relayed
 from pipelines.on_ray.tokenize import TokenizeStage, documents_of, tokenized, unit_number
@@ -37,12 +39,12 @@ from pipelines.settings import (
     TrainPaths,
     TrainSettings,
     WindowSettings,
-    parse,
 )
 from pipelines.shards import InputFile, WorkUnit, absolute, plan_units, prepare_output, read_footers, read_unit
 from pipelines.tables import check_label_column, check_text_column
 from pipelines.tokenization import concat_documents
-from pipelines.training import LabelledDocuments, TrainJob, fit, prepare_folder
+from pipelines.training import LabelledDocuments, TrainJob, fit, prepare_folder, watch_of
+from pipelines.windows import leads_with_space
 
 Report = Callable[[str], None]
 
@@ -90,12 +92,12 @@ def train(request: TrainRequest, *, address: str | None = None, report: Report =
     targets = encode_labels(train_labels, decision)
     valid_targets = None if valid_labels is None else encode_labels(valid_labels, decision)
     _check_targets(targets, decision, request.settings)
-    model_limit = position_limit(paths.model)
+    limits = describe(paths.model)
     _check_is_local(paths.output)
     prepare_output(paths.output)
     job = TrainJob(paths.model, paths.output, request.windows, decision, request.settings, request.compute)
     try:
-        return _prepared(request, job, model_limit, train_files, targets, valid_files, valid_targets, address, report)
+        return _prepared(request, job, limits, train_files, targets, valid_files, valid_targets, address, report)
     except BaseException:
         _remove_unfinished(Path(paths.output))
         raise
@@ -104,7 +106,7 @@ def train(request: TrainRequest, *, address: str | None = None, report: Report =
 def _prepared(
     request: TrainRequest,
     job: TrainJob,
-    model_limit: int | None,
+    limits: tuple[int | None, str],
     train_files: Sequence[InputFile],
     targets: NDArray[np.generic],
     valid_files: Sequence[InputFile],
@@ -113,11 +115,13 @@ def _prepared(
     report: Report,
 ) -> dict[str, Any]:
     tokenizer = prepare_folder(job)
-    plan_of(job.windows, tokenizer, model_type="", model_limit=model_limit)
-    train_split = _split(request, request.paths.train, train_files, targets)
+    model_limit, model_type = limits
+    plan_of(job.windows, tokenizer, model_type=model_type, model_limit=model_limit)
+    lead_space = leads_with_space(job.windows, model_type)
+    train_split = _split(request, request.paths.train, train_files, targets, lead_space)
     valid_split = None
     if request.paths.valid is not None and valid_targets is not None:
-        valid_split = _split(request, request.paths.valid, valid_files, valid_targets)
+        valid_split = _split(request, request.paths.valid, valid_files, valid_targets, lead_space)
     names = ", ".join(job.decision.labels) or "regression"
     report(f"{len(targets):,} training rows, {0 if valid_targets is None else len(valid_targets):,} valid; {names}")
     if request.paths.num_workers == 0:
@@ -156,6 +160,7 @@ def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray) -> Decisio
 def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, settings: TrainSettings) -> None:
     """A loss and weights that do not fit, and training data with one class only."""
     resolve_loss(settings, decision, targets)
+    watch_of(settings, decision)
     if decision.kind in ("binary", "multiclass") and len(np.unique(targets)) < 2:
         only = decision.labels[int(targets[0])]
         raise DataError(f"every training row has the label {only!r}: a classifier needs at least two")
@@ -174,8 +179,14 @@ def _remove_unfinished(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _split(request: TrainRequest, location: str, files: Sequence[InputFile], targets: NDArray[np.generic]) -> Split:
-    stage = TokenizeStage(location, request.data, request.paths.output)
+def _split(
+    request: TrainRequest,
+    location: str,
+    files: Sequence[InputFile],
+    targets: NDArray[np.generic],
+    lead_space: bool,
+) -> Split:
+    stage = TokenizeStage(location, request.data, request.paths.output, lead_space=lead_space)
     return Split(stage, plan_units(files, limit=request.data.limit), targets)
 
 
@@ -189,24 +200,40 @@ def _labelled(blocks: Sequence[pa.Table], targets: NDArray[np.generic]) -> Label
     return LabelledDocuments(concat_documents(parts), targets)
 
 
+def run_workers(
+    work: Callable[..., Any],
+    config: Mapping[str, Any],
+    splits: Sequence[LabelledDocuments | None],
+    *,
+    num_workers: int,
+    report: Report,
+) -> Any:
+    """What work(config, *splits) returns on rank 0, run in a local Ray or the one at RAY_ADDRESS."""
+    with connected():
+        return _on_workers(work, config, [ray.put(split) for split in splits], num_workers, report)
+
+
 def _fit_on_workers(
     job: TrainJob, num_workers: int, train_split: Split, valid_split: Split | None, report: Report
 ) -> dict[str, Any]:
-    splits = (train_split, valid_split)
+    blocks = [None if s is None else tokenized(s.stage, s.units).to_arrow_refs() for s in (train_split, valid_split)]
+    targets = [None if s is None else s.targets for s in (train_split, valid_split)]
+    config = {"job": job, "blocks": blocks, "targets": targets}
+    summary: dict[str, Any] = _on_workers(_fit_job, config, [], num_workers, report)
+    return summary
+
+
+def _on_workers(
+    work: Callable[..., Any], config: Mapping[str, Any], splits: Sequence[Any], num_workers: int, report: Report
+) -> Any:
     gpus = has_gpus()
     relay = Relay.remote()  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(prefix="pipelines-train-") as storage, relayed(relay, report):
         report(f"{num_workers} workers on {'GPUs' if gpus else 'CPUs'}")
         try:
-            config = {
-                "job": job,
-                "data": [None if s is None else tokenized(s.stage, s.units).to_arrow_refs() for s in splits],
-                "targets": [None if s is None else s.targets for s in splits],
-                "relay": relay,
-            }
             trainer = TorchTrainer(
-                _worker,  # type: ignore[arg-type]  # Ray keeps what it returns, and its annotation does not say so
-                train_loop_config=config,
+                _worker,  # Ray keeps what it returns, and its annotation does not say so
+                train_loop_config={"work": work, "config": {**config, "relay": relay}, "splits": splits},
                 scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpus),
                 torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
                 run_config=RunConfig(name="train", storage_path=storage),
@@ -214,19 +241,19 @@ def _fit_on_workers(
             result = trainer.fit()
         except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
             raise JobError(f"training failed: {root_cause(error)}") from error
-    summary: dict[str, Any] = result.return_value  # type: ignore[attr-defined]
-    return summary
+    return result.return_value  # type: ignore[attr-defined]
 
 
-def _worker(config: dict[str, Any]) -> dict[str, Any]:
+def _worker(loop_config: dict[str, Any]) -> Any:
     """Runs in every Ray Train worker, whose process group is up; Ray Train keeps what rank 0 returns."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
+    return loop_config["work"](loop_config["config"], *map(ray.get, loop_config["splits"]))
+
+
+def _fit_job(config: dict[str, Any]) -> dict[str, Any]:
     splits = [
         None if refs is None else _labelled(ray.get(refs), targets)
-        for refs, targets in zip(config["data"], config["targets"], strict=True)
+        for refs, targets in zip(config["blocks"], config["targets"], strict=True)
     ]
     assert splits[0] is not None
-    job = config["job"]
-    if job.compute.num_threads is None:  # Ray gives a worker one thread
-        threads = max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size())
-        job = replace(job, compute=replace(job.compute, num_threads=threads))
-    return fit(job, splits[0], splits[1], lambda line: config["relay"].say.remote(line))
+    return fit(config["job"], splits[0], splits[1], lambda line: config["relay"].say.remote(line))

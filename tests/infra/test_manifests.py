@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
+from pipelines.fields import parse
 from pipelines.settings import (
     ComputeSettings,
     DataSettings,
@@ -17,7 +18,6 @@ from pipelines.settings import (
     ScoreSettings,
     ServePaths,
     ServeSettings,
-    parse,
 )
 
 ROOT = Path(__file__).parent.parent.parent

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, XLNetConfig
 
-from pipelines.model import WindowModel, save_tokenizer
+from pipelines.model import WindowModel
+from pipelines.pretrained import save_tokenizer
 from pipelines.settings import ComputeSettings
 from pipelines.tokenization import cut_documents
 from pipelines.windows import WindowPlan

@@ -1,6 +1,7 @@
 import pytest
 
 from pipelines.errors import SettingsError
+from pipelines.fields import field_help, parse
 from pipelines.settings import (
     ComputeSettings,
     DataSettings,
@@ -12,8 +13,6 @@ from pipelines.settings import (
     TrainPaths,
     TrainSettings,
     WindowSettings,
-    field_help,
-    parse,
 )
 
 GROUPS = [

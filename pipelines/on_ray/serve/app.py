@@ -21,6 +21,7 @@ from ray.serve import Application
 
 from pipelines import __version__
 from pipelines.errors import DataError, SettingsError
+from pipelines.fields import parse
 from pipelines.labels import resolve_thresholds
 from pipelines.model_folder import read_model_folder
 from pipelines.on_ray.cluster import has_gpus
@@ -34,7 +35,7 @@ from pipelines.on_ray.serve.schema import (
     without_none,
 )
 from pipelines.scoring import DocumentScores, Scorer
-from pipelines.settings import ComputeSettings, DecisionSettings, ServePaths, ServeSettings, parse
+from pipelines.settings import ComputeSettings, DecisionSettings, ServePaths, ServeSettings
 from pipelines.shards import absolute
 from pipelines.tokenization import Documents
 

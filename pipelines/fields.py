@@ -1,0 +1,136 @@
+"""Fields of settings dataclasses: filled from a flat mapping, checked for type and range, explained.
+
+The sentence below a field is its help. Knows none of the settings themselves.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import math
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pipelines.errors import SettingsError
+
+
+def parse(values: Mapping[str, object], *groups: type[Any]) -> list[Any]:
+    """Deal a flat mapping out to settings groups, one instance per group in the order given.
+
+    Values may be of the YAML kinds: a list stands for a tuple, "4e-5" for a float.
+    Raises SettingsError for a name in none of the groups (naming the nearest) and for a value out of bounds.
+    """
+    owners = {field.name: group for group in groups for field in dataclasses.fields(group)}
+    for name in values:
+        if name not in owners:
+            nearest = difflib.get_close_matches(str(name), owners, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(sorted(owners))}"
+            raise SettingsError(f"unknown setting {str(name)!r}; {hint}")
+    required = [field for group in groups for field in dataclasses.fields(group) if field.default is MISSING]
+    missing = [field.name for field in required if field.name not in values]
+    if missing:
+        raise SettingsError(f"nothing says what {missing[0]!r} is: {field_help(owners[missing[0]])[missing[0]]}")
+    return [group(**{n: v for n, v in values.items() if owners[n] is group}) for group in groups]
+
+
+def field_help(group: type[Any]) -> dict[str, str]:
+    """The sentence written below each field of a settings group, by field name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    help_by_name = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            assert isinstance(statement.target, ast.Name)
+            assert isinstance(following.value, ast.Constant)
+            help_by_name[statement.target.id] = str(following.value.value)
+    return help_by_name
+
+
+def check_range(
+    group: object,
+    name: str,
+    value: float | None,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+) -> None:
+    if value is None or (math.isfinite(value) and low <= value <= high and value > above):
+        return
+    limits = [f"at least {low:g}"] * math.isfinite(low) + [f"at most {high:g}"] * math.isfinite(high)
+    limits += [f"above {above:g}"] * math.isfinite(above)
+    raise SettingsError(f"{name}={value} must be {' and '.join(limits) or 'finite'}")
+
+
+def check_types(group: Any) -> None:
+    """Coerce YAML's kinds to the annotated type, and raise SettingsError for what does not fit."""
+    hints = typing.get_type_hints(type(group))
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        options = _options(hints[field.name])
+        for option in options:
+            fits, coerced = _coerce(value, option)
+            if fits:
+                object.__setattr__(group, field.name, coerced)
+                break
+        else:
+            wanted = " or ".join(_type_name(option) for option in options)
+            raise SettingsError(f"{field.name}={value!r} must be {wanted}")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """Alternatives of a union, exact kinds before coercions (an int must not become a float)."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return tuple(sorted(options, key=lambda option: (option is float, option is str)))
+
+
+def _coerce(value: Any, option: Any) -> tuple[bool, Any]:
+    """(whether value fits the option, value as that option's kind)."""
+    if option is Any:
+        return True, value
+    if get_origin(option) is Literal:
+        return value in get_args(option), value
+    if get_origin(option) is tuple:
+        return _coerce_tuple(value, get_args(option)[0])
+    if get_origin(option) is dict:
+        return _coerce_dict(value, get_args(option)[1])
+    if option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return True, float(value)
+        except ValueError:
+            return False, value
+    if option is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    return isinstance(value, option), value
+
+
+def _coerce_tuple(value: Any, item: Any) -> tuple[bool, Any]:
+    if not isinstance(value, (list, tuple)):
+        return False, value
+    if item is str:  # YAML reads the labels 0 and 1 as numbers
+        value = [str(element) if isinstance(element, int) else element for element in value]
+    pairs = [_coerce(element, item) for element in value]
+    return all(fits for fits, _ in pairs), tuple(coerced for _, coerced in pairs)
+
+
+def _coerce_dict(value: Any, item: Any) -> tuple[bool, Any]:
+    if not isinstance(value, dict):
+        return False, value
+    pairs = {str(key): _coerce(element, item) for key, element in value.items()}
+    return all(fits for fits, _ in pairs.values()), {key: coerced for key, (_, coerced) in pairs.items()}
+
+
+def _type_name(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return " or ".join(repr(value) for value in get_args(option))
+    if get_origin(option) is tuple:
+        return f"a list of {_type_name(get_args(option)[0])}"
+    if get_origin(option) is dict:
+        return "a mapping of names to values"
+    return "null" if option is type(None) else str(option.__name__)

@@ -1,0 +1,318 @@
+"""The training loop: steps, evaluations, the best weights, early stopping, checkpoints and going on from one.
+
+What an evaluation measures and where a checkpoint lies is the caller's business. Knows no ray.
+
+Shapes: D documents, L labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.errors import JobError, ModelFolderError, SettingsError
+from pipelines.losses import Loss
+from pipelines.model import WindowModel
+from pipelines.settings import TrainSettings
+from pipelines.steps import LabelledWindows, Step, Stepper, plan_steps, rank, steps_per_epoch, world_size
+
+STATE_FILE, TENSORS_FILE = "training_state.json", "training_state.pt"
+"""Of a checkpoint: where the run stands, written last; optimizer, schedule and the best weights so far."""
+PROGRESS_SECONDS = 5.0
+HARMLESS = frozenset(
+    {"train_batch_tokens", "save_steps", "save_each_epoch", "save_evaluations", "tensorboard_dir", "logging_steps"}
+)
+"""Settings that a run may change when it goes on from a checkpoint."""
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What valid says of the weights as they are."""
+
+    metrics: Mapping[str, Any]
+    scores_DL: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Watch:
+    """The metric that chooses the best weights."""
+
+    name: str
+    minimize: bool
+    delta: float = 0.0
+
+    def improves(self, metrics: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
+        """Whether metrics beat the best so far by more than delta; an undefined one beats nothing but itself."""
+        if self.name not in metrics:
+            raise SettingsError(f"metric={self.name!r} is none of the metrics of valid: {', '.join(metrics)}")
+        value, other = metrics[self.name], None if best is None else best[self.name]
+        if other is None or not np.isfinite(other):
+            return best is None or (value is not None and bool(np.isfinite(value)))
+        if value is None:
+            return False
+        return bool((other - value if self.minimize else value - other) > self.delta)
+
+
+@dataclass
+class TrainState:
+    """How far a run is, as JSON keeps it."""
+
+    epoch: int = 0
+    """Epochs finished."""
+    step: int = 0
+    """Optimizer steps done."""
+    losses: list[float] = field(default_factory=list)
+    """Of each step, averaged over all ranks."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Metrics of each evaluation, with its step and epoch."""
+    best: int | None = None
+    """Which evaluation was the best."""
+    flat: int = 0
+    """Evaluations since, of those that count."""
+    stopped: bool = False
+    """Whether early stopping ended the run."""
+
+    @property
+    def best_metrics(self) -> dict[str, Any]:
+        """Of the best evaluation; empty without any."""
+        best = {} if self.best is None else self.evaluations[self.best]
+        return {name: value for name, value in best.items() if name not in ("step", "epoch")}
+
+
+class TrainLoop:
+    """One run over labelled windows. Every rank runs the same loop; hooks are called on every rank."""
+
+    def __init__(
+        self,
+        model: WindowModel,
+        data: LabelledWindows,
+        settings: TrainSettings,
+        loss: Loss,
+        *,
+        watch: Watch,
+        evaluate: Callable[[], Evaluation] | None = None,
+        on_best: Callable[[TrainLoop], None] | None = None,
+        on_checkpoint: Callable[[TrainLoop], None] | None = None,
+        plan: Callable[[int], Iterator[Step]] | None = None,
+        report: Report = lambda line: None,
+    ) -> None:
+        """The steps of an epoch come from plan(its number); by default they are drawn from settings.seed.
+
+        evaluate looks at the model between steps; on_best follows an evaluation that was the best so far, and
+        on_checkpoint each point that settings.save_steps and save_each_epoch name.
+        """
+        self.state = TrainState()
+        self.best_scores_DL: NDArray[np.float32] | None = None
+        """Scores of the best evaluation, where it happened in this process."""
+        self._model, self._data, self._settings, self._watch = model, data, settings, watch
+        self._evaluate, self._on_best, self._on_checkpoint = evaluate, on_best, on_checkpoint
+        self._report = report if rank() == 0 else _silent
+        self._per_epoch = steps_per_epoch(data, settings)
+        self._stepper = Stepper(model, data, settings, loss, self._per_epoch * settings.epochs)
+        self._plan = plan or (
+            lambda epoch: plan_steps(data, settings, loss, epoch=epoch, rank=rank(), world_size=world_size())
+        )
+        self._pending: list[Tensor] = []
+        self._best_weights: dict[str, Tensor] | None = None
+        self._scalars = _Scalars(settings.tensorboard_dir if rank() == 0 else None)
+
+    @property
+    def is_epoch_end(self) -> bool:
+        """Whether the last step ended an epoch."""
+        return self.state.step == self.state.epoch * self._per_epoch
+
+    def run(self) -> TrainState:
+        """Train from where the state is to the end; the model then has the best weights, or without valid the last."""
+        progress = _Progress(self._report, self.state.step, self._per_epoch * self._settings.epochs)
+        while self.state.epoch < self._settings.epochs and not self.state.stopped:
+            self._run_epoch(progress)
+        self._flush()
+        self._model.module.eval()
+        if self._best_weights is not None:
+            self._model.module.load_state_dict(self._best_weights)
+        self._scalars.close()
+        return self.state
+
+    def save(self, folder: Path) -> None:
+        """Write what this run needs to go on, beside the weights, which the caller has put into the folder."""
+        if rank() > 0:
+            return
+        torch.save({"stepper": self._stepper.state(), "best": self._best_weights}, folder / TENSORS_FILE)
+        content = {**self._identity(), "state": dataclasses.asdict(self.state)}
+        partial = folder / f"{STATE_FILE}.partial"
+        partial.write_text(json.dumps(content))
+        os.replace(partial, folder / STATE_FILE)
+
+    def restore(self, folder: Path) -> None:
+        """Go on from a checkpoint, whose weights the model already has.
+
+        Raises ModelFolderError where it is of a run on other data or with other settings, naming the difference.
+        """
+        content = json.loads((folder / STATE_FILE).read_text())
+        differences = self._differences(content)
+        if differences:
+            raise ModelFolderError(f"{folder} is a checkpoint of another run: {'; '.join(differences)}")
+        tensors = torch.load(folder / TENSORS_FILE, map_location=self._model.device, weights_only=True)
+        self._stepper.load_state(tensors["stepper"])
+        self._best_weights = tensors["best"]
+        self.state = TrainState(**content["state"])
+
+    def _run_epoch(self, progress: _Progress) -> None:
+        state, settings = self.state, self._settings
+        done = state.step - state.epoch * self._per_epoch
+        self._model.module.train()
+        for number, step in enumerate(self._plan(state.epoch)):
+            if number < done:
+                continue
+            self._pending.append(self._stepper(step, state.step))
+            state.step += 1
+            is_end = number == self._per_epoch - 1
+            state.epoch += is_end
+            progress.step(state, self._pending[-1], self._data.cut.length_W[step.index_W].sum(), self._learning_rate)
+            if self._scalars.is_open and state.step % settings.logging_steps == 0:
+                self._flush()
+                self._scalars.add({"loss": state.losses[-1], "lr": self._learning_rate}, state.step)
+            is_evaluated = self._is_due(is_end and settings.evaluate_each_epoch, settings.evaluate_steps)
+            if is_evaluated and self._evaluate is not None:
+                self._model.module.eval()
+                self._judge(self._evaluate(), counts=not is_end or settings.early_stopping_consider_epochs)
+                self._model.module.train()
+            wanted = settings.save_each_epoch if is_end else settings.save_evaluations and is_evaluated
+            if self._is_due(wanted, settings.save_steps) and self._on_checkpoint is not None:
+                self._flush()
+                self._on_checkpoint(self)
+            if state.stopped:
+                return
+        self._flush()
+
+    @property
+    def _learning_rate(self) -> float:
+        return self._stepper.learning_rate
+
+    def _is_due(self, at_end: bool, every: int | None) -> bool:
+        return at_end or (every is not None and self.state.step % every == 0)
+
+    def _judge(self, evaluation: Evaluation, *, counts: bool) -> None:
+        """Keep the evaluation, and the weights if they are the best; stop where patience is over."""
+        self._flush()
+        state, name = self.state, self._watch.name
+        improves = self._watch.improves(evaluation.metrics, state.best_metrics or None)
+        state.evaluations.append({"step": state.step, "epoch": state.epoch, **evaluation.metrics})
+        value = evaluation.metrics[name]
+        shown = "undefined" if value is None else f"{value:.4f}"
+        self._report(f"step {state.step}, epoch {state.epoch}: valid {name} {shown}{', the best' * improves}")
+        numbers = {key: number for key, number in evaluation.metrics.items() if isinstance(number, (int, float))}
+        self._scalars.add({f"valid/{key}": number for key, number in numbers.items()}, state.step)
+        if improves:
+            state.best, state.flat, self.best_scores_DL = len(state.evaluations) - 1, 0, evaluation.scores_DL
+            weights = self._model.module.state_dict()
+            self._best_weights = {key: tensor.detach().clone() for key, tensor in weights.items()}
+            if self._on_best is not None:
+                self._on_best(self)
+            return
+        state.flat += counts
+        patience = self._settings.early_stopping_patience
+        if patience is not None and state.flat > patience:
+            state.stopped = True
+            self._report(f"stopped early: {state.flat} evaluations no better than {name} of the best")
+
+    def _flush(self) -> None:
+        """Bring the losses of the last steps from the device: one reduction and one synchronisation for all."""
+        if not self._pending:
+            return
+        together = torch.stack(self._pending)
+        self._pending = []
+        if world_size() > 1:
+            dist.all_reduce(together)
+        first = len(self.state.losses)
+        self.state.losses += together.tolist()
+        bad = np.flatnonzero(~np.isfinite(self.state.losses[first:]))
+        if len(bad):
+            raise JobError(
+                f"the loss is {self.state.losses[first + bad[0]]} at step {first + bad[0] + 1}: lower learning_rate, "
+                f"or set train_dtype=float32"
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on: the windows, their targets, the settings."""
+        digest = hashlib.sha256()
+        cut = self._data.cut
+        ids = [cut.tokens.ids, cut.windows.start_W, cut.windows.stop_W, self._data.targets]
+        for array in ids + ([] if cut.pair_tokens is None else [cut.pair_tokens.ids]):
+            digest.update(np.ascontiguousarray(array).data)
+        settings = {k: v for k, v in dataclasses.asdict(self._settings).items() if k not in HARMLESS}
+        return {"data": digest.hexdigest(), "settings": json.loads(json.dumps(settings))}
+
+    def _differences(self, content: Mapping[str, Any]) -> list[str]:
+        mine = self._identity()
+        theirs = content["settings"]
+        names = [name for name, value in mine["settings"].items() if theirs.get(name) != value]
+        found = [f"{name} was {theirs.get(name)!r} and is {mine['settings'][name]!r}" for name in names]
+        return found + ["its data were others"] * (content["data"] != mine["data"])
+
+
+class _Progress:
+    """A line every few seconds: step, rate, time to go, loss, learning rate."""
+
+    def __init__(self, report: Report, first: int, total: int) -> None:
+        self._report, self._first, self._total = report, first, total
+        self._started = self._shown = time.monotonic()
+        self._tokens = 0
+
+    def step(self, state: TrainState, loss: Tensor, num_tokens: int, learning_rate: float) -> None:
+        """Count a step; its tokens and loss are this rank's, so they are scaled to all ranks."""
+        self._tokens += int(num_tokens) * world_size()
+        now = time.monotonic()
+        if now - self._shown < PROGRESS_SECONDS:
+            return
+        self._shown = now
+        seconds_left = (now - self._started) / (state.step - self._first) * (self._total - state.step)
+        self._report(
+            f"step {state.step}/{self._total} loss {float(loss) * world_size():.3f} lr {learning_rate:.1e} "
+            f"{self._tokens / (now - self._started):,.0f} tokens/s, {seconds_left:.0f} s to go"
+        )
+
+
+class _Scalars:
+    """TensorBoard's event file, or nothing without a folder."""
+
+    def __init__(self, folder: str | None) -> None:
+        self._writer: Any = None
+        if folder is not None:
+            from tensorboardX import SummaryWriter  # comes with Ray Train; only where it is asked for
+
+            self._writer = SummaryWriter(folder)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anything is written."""
+        return self._writer is not None
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        """Points of several curves at one step."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _silent(line: str) -> None:
+    """What ranks other than 0 report to."""

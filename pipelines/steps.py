@@ -1,0 +1,202 @@
+"""Optimizer steps: which windows each rank runs, forward and backward over them, the update.
+
+The same code runs in one process and in every worker of a process group: a seeded plan fixes the windows of each
+step, rank r takes every world-size-th of them, and the loss is averaged over the step's windows of all ranks, so
+that the number of workers changes nothing but rounding and the draws of dropout.
+Knows no files, no ray.
+
+Shapes: W windows, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.batching import token_batches
+from pipelines.losses import Loss
+from pipelines.model import WindowModel, resolve_dtype
+from pipelines.optimization import make_optimizer, make_schedule
+from pipelines.settings import TrainSettings
+from pipelines.tokenization import CutDocuments, InputRows, assemble
+
+
+@dataclass(frozen=True)
+class LabelledWindows:
+    """Cut documents with their targets: (D,) int64 label ids, (D, L) float32, or (D,) float32 values."""
+
+    cut: CutDocuments
+    targets: NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step of one rank."""
+
+    index_W: NDArray[np.int64]
+    """This rank's windows of the step; where there are fewer than ranks, one window that counts nothing."""
+    share_W: NDArray[np.float32]
+    """Weight of each in the mean."""
+    normalizer: float
+    """Denominator of the mean over all ranks."""
+
+
+def steps_per_epoch(data: LabelledWindows, settings: TrainSettings) -> int:
+    """Optimizer steps of one epoch; the last may be smaller."""
+    return -(-len(data.cut.length_W) // (settings.batch_size * settings.gradient_accumulation_steps))
+
+
+def plan_steps(
+    data: LabelledWindows, settings: TrainSettings, loss: Loss, *, epoch: int, rank: int, world_size: int
+) -> Iterator[Step]:
+    """The optimizer steps of one epoch, as rank sees them; every window is in exactly one step of one rank."""
+    num_windows = len(data.cut.length_W)
+    order = np.random.default_rng([settings.seed, epoch]).permutation(num_windows)
+    size = settings.batch_size * settings.gradient_accumulation_steps
+    batches = [order[start : start + size] for start in range(0, num_windows, size)]
+    return steps_of(batches, data, settings, loss, rank=rank, world_size=world_size)
+
+
+def steps_of(
+    batches: list[NDArray[np.int64]],
+    data: LabelledWindows,
+    settings: TrainSettings,
+    loss: Loss,
+    *,
+    rank: int,
+    world_size: int,
+) -> Iterator[Step]:
+    """One step per batch of window numbers."""
+    document_W = data.cut.windows.document_W
+    share_W = np.ones(len(document_W), np.float32)
+    if settings.window_weight == "document":
+        share_W = (1.0 / data.cut.windows.num_windows_D[document_W]).astype(np.float32)
+    normalizer_W = share_W * loss.normalizers(data.targets[document_W])
+    for together in batches:
+        mine = together[rank::world_size]
+        shares = share_W[mine]
+        if not len(mine):
+            mine, shares = together[:1], np.zeros(1, np.float32)
+        yield Step(mine, shares, float(normalizer_W[together].sum()) or 1.0)  # 0: every weight is, and so the loss
+
+
+class Stepper:
+    """A model in training with its optimizer, schedule and gradient scaler."""
+
+    def __init__(
+        self, model: WindowModel, data: LabelledWindows, settings: TrainSettings, loss: Loss, num_steps: int
+    ) -> None:
+        """Model weights must be float32; num_steps is the length of the learning-rate schedule."""
+        self._model, self._data, self._settings, self._loss = model, data, settings, loss
+        self._forward = _distributed(model, data.cut)
+        self._dtype = resolve_dtype(settings.train_dtype, model.device)
+        self._optimizer = make_optimizer(model.module, settings)
+        self._schedule = make_schedule(self._optimizer, settings, num_steps)
+        self._scaler = torch.amp.GradScaler(model.device.type, enabled=self._dtype == torch.float16)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step, in the last group of parameters: the one without options of its own."""
+        return float(self._schedule.get_last_lr()[-1])
+
+    def __call__(self, step: Step, number: int) -> Tensor:
+        """Run optimizer step `number` of the run; this rank's part of its global mean loss, on the device.
+
+        The draws of dropout depend on seed, number and rank alone, so that a run that goes on from a checkpoint
+        draws what the unbroken one would have drawn.
+        """
+        torch.manual_seed((self._settings.seed * 1_000_003 + number) * 65_536 + rank())
+        loss = self._backward(step)
+        self._update()
+        return loss
+
+    def state(self) -> dict[str, Any]:
+        """What the next steps depend on beside the weights."""
+        parts = (self._optimizer, self._schedule, self._scaler)
+        return {type(part).__name__: part.state_dict() for part in parts}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        for part in (self._optimizer, self._schedule, self._scaler):
+            part.load_state_dict(state[type(part).__name__])
+
+    def _backward(self, step: Step) -> Tensor:
+        model, cut = self._model, self._data.cut
+        total = torch.zeros((), device=model.device)
+        lengths = cut.length_W[step.index_W]
+        parts = token_batches(lengths, batch_tokens=self._settings.train_batch_tokens, padded=not model.is_packed)
+        for number, part in enumerate(parts):
+            index_W = step.index_W[part]
+            rows = assemble(cut, model.template, index_W)
+            target = torch.from_numpy(self._data.targets[cut.windows.document_W[index_W]]).to(model.device)
+            share = torch.from_numpy(step.share_W[part]).to(model.device)
+            with self._synchronized(number == len(parts) - 1):
+                with torch.autocast(model.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+                    logits_WL = self._forward(rows)
+                mean = (self._loss(logits_WL, target) * share).sum() / step.normalizer
+                self._scaler.scale(mean * world_size()).backward()  # ranks' gradients are averaged
+            total += mean.detach()
+        return total
+
+    def _synchronized(self, is_last: bool) -> Any:
+        """Ranks exchange gradients once a step, with its last part."""
+        if is_last or not isinstance(self._forward, DistributedDataParallel):
+            return nullcontext()
+        return self._forward.no_sync()
+
+    def _update(self) -> None:
+        self._scaler.unscale_(self._optimizer)
+        if self._settings.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self._model.module.parameters(), self._settings.max_grad_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._schedule.step()
+        self._model.module.zero_grad(set_to_none=True)
+
+
+def rank() -> int:
+    """Number of the process in its group; 0 without one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Processes in the group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class _Forward(nn.Module):
+    """The window model as a module, so that DistributedDataParallel sees its parameters and its call."""
+
+    def __init__(self, model: WindowModel) -> None:
+        super().__init__()
+        self.module = model.module
+        self._model = model
+
+    def forward(self, rows: InputRows) -> Tensor:
+        return self._model(rows)
+
+
+def _distributed(model: WindowModel, cut: CutDocuments) -> nn.Module:
+    """The forward that trains: under DistributedDataParallel where there are several ranks.
+
+    A parameter that one window's loss does not reach (a pooler that the head skips, say) is frozen first, since
+    the ranks would wait for its gradient for ever.
+    """
+    forward = _Forward(model)
+    forward(assemble(cut, model.template, np.zeros(1, np.int64))).float().sum().backward()
+    for parameter in model.module.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
+        parameter.grad = None
+    if world_size() == 1:
+        return forward
+    devices = [model.device] if model.device.type == "cuda" else None
+    return DistributedDataParallel(forward, device_ids=devices)
