@@ -31,7 +31,7 @@ from pipelines.frames import LabelledTexts, label_array, read_rows, split_pairs
 from pipelines.labels import Decisions, decide, encode_labels
 from pipelines.loop import STATE_FILE, TENSORS_FILE, Evaluation, Report, TrainLoop, TrainState
 from pipelines.losses import resolve_loss
-from pipelines.model import PROBLEM_TYPES, WindowModel, first_position, resolve_device
+from pipelines.model import PROBLEM_TYPES, WindowModel, resolve_device, row_limit
 from pipelines.model_folder import ModelFolder, check_weights, seal
 from pipelines.pretrained import quiet_transformers, save_tokenizer, uses_type_ids, vocabulary_size
 from pipelines.returns import (
@@ -285,12 +285,9 @@ class ClassificationModel:
     def _scorer(self) -> Scorer:
         """The core's scorer under the arguments as they are now; they may be changed between calls."""
         self._decision = decision_settings(self.args, self.num_labels, is_multilabel=self._is_multilabel)
-        limit = getattr(self.config, "max_position_embeddings", None)
-        if limit and limit > 0:
-            limit -= first_position(self.model)
         model_type = str(self.args.model_type if self.args.model_type != "auto" else self.config.model_type)
         windows = window_settings(self.args)
-        plan = plan_of(windows, self.tokenizer, model_type=model_type, model_limit=limit)
+        plan = plan_of(windows, self.tokenizer, model_type=model_type, model_limit=row_limit(self.model))
         self.tokenizer = self.tokenizer.with_lead_space(leads_with_space(windows, model_type))
         return Scorer(self._window_model, self.tokenizer, plan, self._decision)
 

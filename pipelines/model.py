@@ -39,8 +39,8 @@ PROBLEM_TYPES = {
 PADDED_MULTIPLE = 8
 """Padded rows are a multiple of this long: fewer shapes, aligned memory."""
 ROUNDING, SLACK = 1e-6, 1e-3
-"""Packed and padded float32 logits of the check at load may differ by rounding (relative to their size) and by a
-thousandth of what the windows differ among themselves: windows that see each other differ by far more."""
+"""Float32 logits of the checks at load (packed against padded, more padding against less) may differ by rounding,
+relative to their size, and by a thousandth of what the windows differ among themselves."""
 
 
 class WindowModel:
@@ -63,7 +63,8 @@ class WindowModel:
         self.module = module.to(self.device).eval()
         self._takes_type_ids = "token_type_ids" in inspect.signature(module.forward).parameters
         self._uses_type_ids = uses_type_ids and self._takes_type_ids
-        self._row_length: int | None = None
+        self._row_length = 0
+        self._sees_padding = _sees_padding(self)
         self._packed = _packed_if_it_agrees(self) if compute.packing == "auto" else None
         self.module.to(self.dtype)
 
@@ -88,23 +89,16 @@ class WindowModel:
         return str(self.module.config.model_type)  # type: ignore[union-attr]
 
     def settle_rows(self, max_length: int) -> None:
-        """Fix how long padded rows are where the model's answer depends on it, given the longest window.
+        """Pad every row to max_length where the answer would otherwise depend on what a window was batched with.
 
-        BigBird attends sparsely in long rows and fully in short ones, and Nystromformer's landmarks are cut from
-        rows of one length: both would otherwise answer by what a window was batched with.
+        Nystromformer's convolution sees the padding; BigBird attends sparsely in long rows and fully in short ones.
         """
         config: Any = self.module.config
+        is_sparse = False
         if config.model_type == "big_bird":
-            sparse = max_length > (5 + 2 * config.num_random_blocks) * config.block_size
-            self.module.bert.set_attention_type("block_sparse" if sparse else "original_full")  # type: ignore[union-attr, operator]
-            self._row_length = max_length if sparse else None
-        if config.model_type == "nystromformer" and config.segment_means_seq_len != config.num_landmarks:
-            if max_length > config.segment_means_seq_len:
-                raise SettingsError(
-                    f"max_length={max_length} is above this model's segment_means_seq_len of "
-                    f"{config.segment_means_seq_len}; use at most that"
-                )
-            self._row_length = int(config.segment_means_seq_len)
+            is_sparse = max_length > (5 + 2 * config.num_random_blocks) * config.block_size
+            self.module.bert.set_attention_type("block_sparse" if is_sparse else "original_full")  # type: ignore[union-attr, operator]
+        self._row_length = max_length if is_sparse or self._sees_padding else 0
 
     def __call__(self, rows: InputRows) -> Tensor:
         """Logits (W, L) of the windows, on the device, in their order; differentiable where grad is on."""
@@ -133,7 +127,7 @@ class WindowModel:
         longest = int(length_W.max())
         rounded = -(-longest // PADDED_MULTIPLE) * PADDED_MULTIPLE
         longest = rounded if self.row_limit is None else max(longest, min(rounded, self.row_limit))
-        longest = max(longest, self._row_length or 0)
+        longest = max(longest, self._row_length)
         place_S = np.arange(longest)
         mask_WS = place_S < length_W[:, None]
         if self.template.pad_left:
@@ -287,13 +281,35 @@ def attention_of(module: Any, name: str | None) -> Iterator[None]:
             module.set_attn_implementation(before)
 
 
+def _sees_padding(model: WindowModel) -> bool:
+    """Whether logits change with the length of the padding, tried on three short windows in float32."""
+    rows = _probe(model)
+    with torch.inference_mode(), quiet_transformers():
+        short_WL = model.run_padded(rows)
+        model._row_length = 3 * PADDED_MULTIPLE
+        long_WL = model.run_padded(rows)
+        model._row_length = 0
+    return not _agree(long_WL, short_WL)
+
+
+def _probe(model: WindowModel) -> InputRows:
+    """Three short windows of random tokens."""
+    lengths = [7, 7, 4]
+    size: int = model.module.config.vocab_size  # type: ignore[union-attr, assignment]
+    ids = np.random.default_rng(0).integers(min(10, size - 1), size, sum(lengths))
+    return InputRows(ids, np.zeros_like(ids), np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def _agree(found_WL: Tensor, expected_WL: Tensor) -> bool:
+    """Whether logits are the same up to rounding and a thousandth of what the windows differ among themselves."""
+    spread = (expected_WL.amax(0) - expected_WL.amin(0)).max()
+    return bool((found_WL - expected_WL).abs().max() <= ROUNDING * expected_WL.abs().max() + SLACK * spread)
+
+
 def _packed_if_it_agrees(model: WindowModel) -> PackedRows | None:
     """Run three short windows both ways in float32; the packed way, left switched on, where logits agree."""
     module: Any = model.module
-    lengths = [7, 7, 4]
-    rng = np.random.default_rng(0)
-    ids = rng.integers(min(10, module.config.vocab_size - 1), module.config.vocab_size, sum(lengths))
-    rows = InputRows(ids, np.zeros_like(ids), np.concatenate([[0], np.cumsum(lengths)]))
+    rows = _probe(model)
     before = module.config._attn_implementation
     with torch.inference_mode(), quiet_transformers():
         padded_WL = model.run_padded(rows)
@@ -303,10 +319,8 @@ def _packed_if_it_agrees(model: WindowModel) -> PackedRows | None:
             packed_WL = model.run_packed(packed, rows)
         except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError):
             packed_WL = None  # a model that cannot take a packed row says so in many ways
-        if packed_WL is not None and packed_WL.shape == padded_WL.shape:
-            spread = (padded_WL.amax(0) - padded_WL.amin(0)).max()
-            if bool((packed_WL - padded_WL).abs().max() <= ROUNDING * padded_WL.abs().max() + SLACK * spread):
-                return packed
+        if packed_WL is not None and packed_WL.shape == padded_WL.shape and _agree(packed_WL, padded_WL):
+            return packed
         module.set_attn_implementation(before)
     return None
 

@@ -93,7 +93,7 @@ def resolve_plan(
     max_length = _max_length(settings.max_length, model_limit)
     simpletransformers = settings.window_plan == "simpletransformers"
     reserved = num_special_tokens
-    if simpletransformers:
+    if simpletransformers and settings.sliding_window:  # without windows it leaves truncation to the tokenizer
         reserved = 3 if model_type in SIMPLETRANSFORMERS_RESERVES_3 else 2
     budget = max_length - reserved
     if budget < 1:

@@ -39,6 +39,47 @@ def save_tokenizer(folder: Path, texts, **options):
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **names}))
 
 
+XLM_SHAPE = {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_langs": 1, "embed_init_std": 0.3, "init_std": 0.3,
+             "pad_index": 0, "unk_index": 1, "bos_index": 2, "eos_index": 3, "layerdrop": 0.0}  # fmt: skip
+OWN_SHAPES = {
+    "albert": {"embedding_size": 16},
+    "big_bird": {"attention_type": "original_full"},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4},
+    "electra": {"embedding_size": 16},
+    "flaubert": XLM_SHAPE,
+    "longformer": {"attention_window": 8, "sep_token_id": 3},
+    "mobilebert": {"embedding_size": 16, "intra_bottleneck_size": 32, "true_hidden_size": 32},
+    "modernbert": {"cls_token_id": 2, "sep_token_id": 3, "local_attention": 16, "global_attn_every_n_layers": 2},
+    "rembert": {"input_embedding_size": 16, "output_embedding_size": 16},
+    "squeezebert": {"embedding_size": 32, "q_groups": 2, "k_groups": 2, "v_groups": 2, "post_attention_groups": 1,
+                    "intermediate_groups": 2, "output_groups": 2},
+    "xlm": XLM_SHAPE,
+    "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
+}  # fmt: skip
+"""What a family calls its sizes, where it is not BERT's names."""
+
+
+def save_python_tokenizer(folder: Path, kind: str):
+    """vocabulary and merges of a tokenizer that exists in Python only: xlm, flaubert or bertweet."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?$%-'\"()@/"
+    ends = ["</w>"] if kind != "bertweet" else []
+    symbols = [letter + end for letter in letters for end in ["", *ends]]
+    symbols += ["th", "in", "er", "an", "the</w>" if ends else "the"]
+    merges = ["t h", "i n", "e r", "a n", "th e</w>" if ends else "th e"]
+    if kind == "bertweet":
+        lines = [f"{symbol}@@ 1" for symbol in symbols] + [f"{symbol} 1" for symbol in symbols]
+        (folder / "vocab.txt").write_text("\n".join(lines))
+        (folder / "bpe.codes").write_text("\n".join(f"{merge} 1" for merge in merges) + "\n")
+    else:
+        names = ["<pad>", "<unk>", "<s>", "</s>", *(f"<special{number}>" for number in range(10)), *symbols]
+        (folder / "vocab.json").write_text(json.dumps({name: number for number, name in enumerate(names)}))
+        (folder / "merges.txt").write_text("\n".join(f"{merge} 1" for merge in merges) + "\n")
+    classes = {"xlm": "XLMTokenizer", "flaubert": "FlaubertTokenizer", "bertweet": "BertweetTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": classes[kind]}))
+
+
 def config(family, **changes):
     """A config of a family with two layers of 32, and 600 tokens."""
     from transformers import AutoConfig
@@ -55,14 +96,9 @@ def config(family, **changes):
         "eos_token_id": 3,
         "initializer_range": 0.3,
     }
-    if family == "distilbert":
-        values.update(dim=32, hidden_dim=64, n_layers=2, n_heads=4)
-    if family in ("electra", "albert"):
-        values.update(embedding_size=16)
-    if family == "modernbert":
-        values.update(cls_token_id=2, sep_token_id=3, local_attention=16, global_attn_every_n_layers=2)
-    if family == "deberta-v2":
-        values.update(relative_attention=True, pos_att_type=["c2p", "p2c"])
+    values.update(OWN_SHAPES.get(family, {}))
+    if family == "xlnet":  # it has no limit, and refuses to be given one
+        del values["max_position_embeddings"]
     return AutoConfig.for_model(family, **{**values, **changes})
 
 

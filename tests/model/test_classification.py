@@ -1,7 +1,6 @@
 """The facades against Simple Transformers' own answers (golden/freeze_simpletransformers.py made them)."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.arguments import ARGUMENTS, markdown_table
+from pipelines.arguments import ARGUMENTS, SCHEDULERS, markdown_table
 from pipelines.classification import (
     ClassificationArgs,
     ClassificationModel,
@@ -18,8 +17,12 @@ from pipelines.classification import (
     MultiLabelClassificationModel,
 )
 from pipelines.errors import DataError, ModelFolderError, OutputError, SettingsError
+from pipelines.frames import read_rows
+from pipelines.loop import TrainLoop
+from pipelines.losses import resolve_loss
 from pipelines.scoring import Scorer
-from tests import tiny
+from pipelines.steps import steps_of
+from pipelines.training import cut_windows, watch_of
 from tests.model.golden import freeze_simpletransformers as golden
 
 ANSWERS = json.loads((golden.HERE / "answers.json").read_text())
@@ -27,11 +30,12 @@ CASES = [(kind, case) for kind, cases in golden.CASES.items() for case in cases]
 pytestmark = pytest.mark.filterwarnings("ignore:without effect here")
 
 
-def open_model(kind, path=None, **case):
+def open_model(kind, path=None, weights=None, **case):
     facade = MultiLabelClassificationModel if kind == "multilabel" else ClassificationModel
+    family = "roberta" if kind == "roberta" else "bert"
     arguments = golden.arguments(kind, case)
-    return facade("bert", str(path or golden.HERE / kind), num_labels=golden.NUM_LABELS[kind], args=arguments,
-                  use_cuda=False)  # fmt: skip
+    return facade(family, str(path or golden.HERE / kind), num_labels=golden.NUM_LABELS[kind], args=arguments,
+                  use_cuda=False, **(weights or {}))  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "case"), CASES)
@@ -88,7 +92,7 @@ def test_every_kind_trains_evaluates_predicts_saves_and_opens_again(kind, window
     first, second = model.predict(texts), model.predict(texts)
     assert np.array_equal(first[0], second[0]), "a second call answers, and the same"
     assert len(outputs) == len(first[1]) == 24
-    again = type(model)("bert", str(tmp_path / "out"), use_cuda=False)
+    again = type(model)("auto", str(tmp_path / "out"), use_cuda=False)
     assert again.args.sliding_window == windows
     reopened = again.predict(texts)
     assert np.array_equal(np.asarray(reopened[0]), np.asarray(first[0]))
@@ -128,14 +132,147 @@ def test_data_is_taken_as_frames_lists_parquet_and_pairs(tmp_path):
     assert len(model.predict([])[0]) == 0
 
 
-def test_progress_is_kept_and_the_best_epoch_too():
-    model = open_model("binary", evaluate_during_training=True, num_train_epochs=3, no_save=True, learning_rate=1e-2)
+@pytest.mark.parametrize("kind", golden.LOSSES)
+def test_losses_of_the_first_steps_are_theirs_in_their_order_of_samples(kind):
+    case = {**golden.LOSSES[kind], **golden.no_dropout()}
+    model = open_model(kind, weights=golden.WEIGHTS[kind], **case)
+    frame = train_frame(kind, 50)
+    settings, scorer = model._train_settings(), model._scorer()
+    data = cut_windows(scorer, model._labelled(read_rows(frame)), settings)
+    order = np.array(ANSWERS[kind]["training"]["order"])
+    num_windows = len(data.cut.length_W)
+    assert len(order) == num_windows * settings.epochs
+    loss = resolve_loss(settings, model._decision, data.targets)
+
+    def plan(epoch):
+        mine = order[epoch * num_windows : (epoch + 1) * num_windows]
+        batches = [mine[start : start + 8] for start in range(0, num_windows, 8)]
+        return steps_of(batches, data, settings, loss, rank=0, world_size=1)
+
+    loop = TrainLoop(model._window_model, data, settings, loss, watch=watch_of(settings, model._decision), plan=plan)
+    expected = ANSWERS[kind]["training"]["losses"]
+    np.testing.assert_allclose(loop.run().losses[:10], expected, atol=1e-4)
+
+
+def test_progress_is_kept_and_the_best_weights_too(tmp_path):
+    model = open_model("binary", evaluate_during_training=True, num_train_epochs=3, learning_rate=1e-2,
+                       output_dir=str(tmp_path / "out"), evaluate_during_training_steps=2)  # fmt: skip
     frame = train_frame("binary")
-    steps, progress = model.train_model(frame, eval_df=frame)
-    assert progress["global_step"] == [3, 6, 9]
+    steps, progress = model.train_model(frame, eval_df=frame, mine=lambda true, predicted: float(np.mean(predicted)))
+    assert progress["global_step"] == [2, 3, 4, 6, 8, 9]
     assert steps == 9
-    assert len(progress["mcc"]) == len(progress["train_loss"]) == 3
-    assert model.eval_model(frame)[0]["mcc"] == pytest.approx(max(progress["mcc"]))
+    assert len(progress["mcc"]) == len(progress["train_loss"]) == len(progress["mine"]) == 6
+    assert model.eval_model(frame)[0]["eval_loss"] == pytest.approx(min(progress["eval_loss"]), rel=1e-5)
+    folders = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    epochs = [f"checkpoint-{3 * epoch}-epoch-{epoch}" for epoch in (1, 2, 3)]
+    assert folders == sorted(["best_model", "checkpoint-2", "checkpoint-4", "checkpoint-8", *epochs])
+    rows = pd.read_csv(tmp_path / "out" / "training_progress_scores.csv")
+    assert rows["eval_loss"].tolist() == pytest.approx(progress["eval_loss"])
+    best = ClassificationModel("bert", str(tmp_path / "out" / "best_model"), use_cuda=False)
+    assert best.eval_model(frame)[0]["eval_loss"] == pytest.approx(min(progress["eval_loss"]), rel=1e-5)
+    assert "eval_loss = " in (tmp_path / "out" / "best_model" / "eval_results.txt").read_text()
+
+
+def test_early_stopping_keeps_the_best_weights_and_watches_any_metric(capsys):
+    frame = train_frame("binary")
+    values = iter([0.5, 0.9, 0.1, 0.2, 0.3, 0.4])
+    args = {"evaluate_during_training": True, "num_train_epochs": 6, "no_save": True, "learning_rate": 1e-2,
+            "use_early_stopping": True, "early_stopping_consider_epochs": True, "early_stopping_patience": 1,
+            "early_stopping_metric": "mine", "early_stopping_metric_minimize": False, "silent": False}  # fmt: skip
+    model = open_model("binary", **args)
+    seen = []
+
+    def mine(true, predicted):
+        seen.append(model.model.state_dict()["classifier.bias"].tolist())
+        return next(values)
+
+    steps, progress = model.train_model(frame, eval_df=frame, mine=mine)
+    assert progress["mine"] == [0.5, 0.9, 0.1, 0.2], "one flat evaluation is borne, the second ends the run"
+    assert steps == 12
+    assert model.model.state_dict()["classifier.bias"].tolist() == seen[1] != seen[3]
+    assert "stopped early" in capsys.readouterr().err
+    with pytest.raises(SettingsError, match="metric='f2' is no metric of kind binary; it has loss, mcc, "):
+        open_model("binary", **{**args, "early_stopping_metric": "f2"}).train_model(frame, eval_df=frame)
+
+
+def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path):
+    frame = train_frame("binary")
+    args = {"num_train_epochs": 3, "learning_rate": 1e-2, "evaluate_during_training": True, "save_steps": 4}
+    whole = open_model("binary", output_dir=str(tmp_path / "mymodel-7"), **args)
+    steps, progress = whole.train_model(frame, eval_df=frame)
+    assert steps == 9, "a number in a folder's name means nothing"
+    checkpoint = shutil.copytree(tmp_path / "mymodel-7" / "checkpoint-4", tmp_path / "saved")
+    resumed = ClassificationModel("bert", str(checkpoint), use_cuda=False, args={"output_dir": str(tmp_path / "two")})
+    again_steps, again = resumed.train_model(frame, eval_df=frame)
+    assert (again_steps, again["global_step"]) == (9, progress["global_step"])
+    np.testing.assert_allclose(again["eval_loss"], progress["eval_loss"], atol=1e-6)
+    for name, tensor in whole.model.state_dict().items():
+        np.testing.assert_allclose(resumed.model.state_dict()[name].numpy(), tensor.numpy(), atol=1e-6, err_msg=name)
+    other = ClassificationModel("bert", str(checkpoint), use_cuda=False, args={"output_dir": str(tmp_path / "three")})
+    with pytest.warns(UserWarning, match="a checkpoint of another run: its data were others; training starts anew"):
+        assert other.train_model(frame[:8], eval_df=frame)[0] == 3
+
+
+def test_parameters_and_layers_with_options_of_their_own(tmp_path):
+    frame = train_frame("binary")
+    args = {"no_save": True, "learning_rate": 1e-2, "warmup_ratio": 0.0}
+    layers = [{"layer": 1, "lr": 1e-3}]
+    groups = [{"params": ["classifier.weight"], "lr": 5e-2}]
+    model = open_model("binary", custom_layer_parameters=layers, custom_parameter_groups=groups,
+                       train_custom_parameters_only=True, **args)  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    for _ in range(2):
+        model.train_model(frame)
+    moved = {name for name, tensor in model.model.state_dict().items() if not tensor.equal(before[name])}
+    assert "classifier.weight" in moved
+    assert all(name == "classifier.weight" or "layer.1." in name for name in moved)
+    assert any("layer.1." in name for name in moved)
+    assert layers == [{"layer": 1, "lr": 1e-3}], "the caller's lists stay as they are"
+    with pytest.raises(
+        SettingsError, match=r"'classifier.weigth', which the model lacks; the nearest is \['classifier.w"
+    ):
+        open_model("binary", custom_parameter_groups=[{"params": ["classifier.weigth"]}], **args).train_model(frame)
+    with pytest.raises(SettingsError, match=r"'layer': 9.* fits no parameter"):
+        open_model("binary", custom_layer_parameters=[{"layer": 9}], **args).train_model(frame)
+
+
+def test_tokens_of_ones_own_are_never_split(tmp_path):
+    text = "money [E1] back [/E1] today"
+    model = open_model("binary", special_tokens_list=["[E1]", "[/E1]"], output_dir=str(tmp_path / "out"))
+    ids = model.tokenizer.encode([text]).ids
+    assert sum(ids >= 400) == 2
+    assert model.model.get_input_embeddings().weight.shape[0] == 402
+    model.train_model(train_frame("binary").assign(text=text))
+    again = ClassificationModel("bert", str(tmp_path / "out"), use_cuda=False)
+    np.testing.assert_allclose(again.predict([text])[1], model.predict([text])[1], atol=1e-6)
+
+
+def test_scalars_reach_tensorboard(tmp_path):
+    folder = tmp_path / "board"
+    model = open_model("binary", tensorboard_dir=str(folder), logging_steps=1, no_save=True,
+                       evaluate_during_training=True)  # fmt: skip
+    frame = train_frame("binary")
+    model.train_model(frame, eval_df=frame)
+    (events,) = folder.iterdir()
+    content = events.read_bytes()
+    for tag in (b"loss", b"lr", b"valid/mcc"):
+        assert tag in content
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_optimizer_and_schedule_trains(optimizer, scheduler):
+    model = open_model("binary", optimizer=optimizer, scheduler=scheduler, learning_rate=1e-3, no_save=True)
+    steps, loss = model.train_model(train_frame("binary"))
+    assert steps == 3
+    assert np.isfinite(loss)
+
+
+def test_metrics_whose_name_starts_with_prob_get_raw_outputs():
+    frame = train_frame("binary")
+    outputs = open_model("binary").predict(frame["text"].tolist())[1]
+    result, _, _ = open_model("binary").eval_model(frame, prob_shape=lambda true, raw: raw.shape)
+    assert result["prob_shape"] == outputs.shape == (24, 2)
 
 
 def test_a_seed_of_zero_counts():
@@ -194,19 +331,3 @@ def test_mistakes_are_named(tmp_path):
 def test_inert_arguments_warn_once_and_say_where_to_look():
     with pytest.warns(UserWarning, match=r"without effect here: .*use_multiprocessing.*docs/simpletransformers\.md"):
         ClassificationModel("bert", str(golden.HERE / "binary"), args={"use_multiprocessing": False}, use_cuda=False)
-
-
-@pytest.mark.parametrize("family", ["albert", "distilbert", "electra", "roberta", "modernbert", "mpnet", "deberta-v2"])
-def test_other_families_train_save_and_predict_the_same(family, tmp_path, emails):
-    tiny.classifier(family, num_labels=2).save_pretrained(tmp_path / "base")
-    tiny.save_tokenizer(tmp_path / "base", emails["text"].to_pylist()[:40])
-    args = {"max_seq_length": 32, "sliding_window": True, "silent": True, "output_dir": str(tmp_path / "out")}
-    model = ClassificationModel("auto", str(tmp_path / "base"), args=args, use_cuda=False)
-    model.train_model(train_frame("binary", 8))
-    texts = golden.read_texts()[:12]
-    before = model.predict(texts)
-    shutil.rmtree(tmp_path / "base")
-    after = ClassificationModel("auto", str(tmp_path / "out"), use_cuda=False).predict(texts)
-    assert np.array_equal(before[0], after[0])
-    for left, right in zip(before[1], after[1], strict=True):
-        np.testing.assert_allclose(left, right, atol=1e-5)
