@@ -1,6 +1,7 @@
 """The facades against Simple Transformers' own answers (golden/freeze_simpletransformers.py made them)."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
