@@ -115,6 +115,15 @@ def _tune(options: argparse.Namespace) -> int:
     return ROWS_IN_ERROR if result["rows_in_error"] else DONE
 
 
+def _convert(options: argparse.Namespace) -> int:
+    from pipelines.conversion import convert
+
+    folder = convert(options.old, options.new, options.kind)
+    content = folder.to_json()
+    _print(options, content, {"model": options.new, **content["decision"], **content["windows"]})
+    return DONE
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from pipelines.model_folder import read_model_folder
 
@@ -212,6 +221,11 @@ def _parser() -> argparse.ArgumentParser:
         _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "limit"))
     command = _command(commands, "inspect", _inspect, "what a model folder is", (), "pipelines inspect runs/spam")
     command.add_argument("model", metavar="DIR", help="model folder")
+    about = "a Simple Transformers or Hugging Face classifier, pickled or not, into a model folder"
+    command = _command(commands, "convert", _convert, about, (), "pipelines convert outputs/ runs/spam")
+    command.add_argument("old", metavar="OLD", help="folder with config.json and weights")
+    command.add_argument("new", metavar="NEW", help="new folder")
+    command.add_argument("--kind", help="binary, multiclass, multilabel or regression, where config.json does not say")
     return parser
 
 

@@ -134,8 +134,7 @@ def check_weights(path: Path) -> None:
     if pickles:
         raise ModelFolderError(
             f"{path} holds its weights as a pickle ({pickles[0]}), which can run code when it is opened; "
-            f"save it as safetensors: AutoModelForSequenceClassification.from_pretrained(OLD, "
-            f"weights_only=True).save_pretrained(NEW) where you trust it"
+            f"write it as safetensors: pipelines convert {path} NEW"
         )
     raise ModelFolderError(f"{path} has no *.safetensors weights")
 
