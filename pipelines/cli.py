@@ -77,9 +77,26 @@ def _train(options: argparse.Namespace) -> int:
 def _score(options: argparse.Namespace) -> int:
     from pipelines.on_ray.score import ScoreJob, score
 
-    summary = score(ScoreJob.parse(_values(options)), address=options.address, report=report)
+    job = ScoreJob.parse(_values(options))
+    if options.dry_run:
+        return _estimate(options, job)
+    summary = score(job, address=options.address, report=report)
     _print(options, summary, {name: value for name, value in summary.items() if name != "histograms"})
-    return ROWS_IN_ERROR if summary["rows_in_error"] else DONE
+    return ROWS_IN_ERROR if summary["rows_in_error"] or summary["files_in_error"] else DONE
+
+
+def _estimate(options: argparse.Namespace, job: Any) -> int:
+    from pipelines.estimate import estimate
+    from pipelines.on_ray.score import check_job
+
+    checked = check_job(job, report=report)
+    found = estimate(
+        checked.folder, checked.files, checked.read, job.text_columns,
+        input=job.input, compute=job.compute, limit=job.data.limit, filter=job.score.filter,
+        unit_bytes=job.score.unit_bytes, rate=options.rate, report=report,
+    )  # fmt: skip
+    _print(options, found, found)
+    return DONE
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -113,6 +130,31 @@ def _tune(options: argparse.Namespace) -> int:
     result = tune_folder(options.model, options.data, data, compute, options.objective, report=report)
     _print(options, result, result)
     return ROWS_IN_ERROR if result["rows_in_error"] else DONE
+
+
+def _relabel(options: argparse.Namespace) -> int:
+    from pipelines.locations import absolute
+    from pipelines.relabel import relabel
+
+    thresholds = _yaml(options.thresholds, "--thresholds")
+    (settings,) = parse({"thresholds": thresholds}, ScoreSettings)
+    if settings.thresholds is None:
+        raise SettingsError("--thresholds says nothing; write 0.4, [0.3, 0.5] or '{spam: 0.9}'")
+    summary = relabel(absolute(options.scored), absolute(options.output), settings.thresholds, report=report)
+    _print(options, summary, {name: value for name, value in summary.items() if name != "histograms"})
+    return ROWS_IN_ERROR if summary["rows_in_error"] else DONE
+
+
+def _drift(options: argparse.Namespace) -> int:
+    from pipelines.drift import drift, plot
+    from pipelines.locations import absolute
+
+    before, after = absolute(options.before), absolute(options.after)
+    found = drift(before, after)
+    if options.plot:
+        plot(before, after, options.plot)
+    _print(options, found, found)
+    return DONE
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -221,6 +263,16 @@ def _parser() -> argparse.ArgumentParser:
         _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "limit"))
     command = _command(commands, "inspect", _inspect, "what a model folder is", (), "pipelines inspect runs/spam")
     command.add_argument("model", metavar="DIR", help="model folder")
+    example = "pipelines relabel scored/ --thresholds '{spam: 0.9}' --output relabelled/"
+    command = _command(commands, "relabel", _relabel, "new labels for scored Parquet from its scores", (), example)
+    command.add_argument("scored", metavar="SCORED", help="output folder of `pipelines score`")
+    command.add_argument("--thresholds", required=True, metavar="YAML", help="0.4, [0.3, 0.5] or '{label: 0.9}'")
+    command.add_argument("--output", required=True, help="new folder")
+    example = "pipelines drift runs/spam scored/2026-11/ --plot drift.png"
+    command = _command(commands, "drift", _drift, "whether scores have moved, label by label", (), example)
+    command.add_argument("before", metavar="A", help="scored folder, or a model folder for its validation data")
+    command.add_argument("after", metavar="B", help="scored folder")
+    command.add_argument("--plot", metavar="FILE.png", help="draw both histograms of each label")
     about = "a Simple Transformers or Hugging Face classifier, pickled or not, into a model folder"
     command = _command(commands, "convert", _convert, about, (), "pipelines convert outputs/ runs/spam")
     command.add_argument("old", metavar="OLD", help="folder with config.json and weights")
@@ -242,7 +294,20 @@ def _add_score(commands: Any) -> None:
     command = _command(commands, "score", _score, "score Parquet files into Parquet files", SCORE_GROUPS, example)
     command.add_argument("model", metavar="DIR", nargs="?", help="model folder")
     _flags(command, ScorePaths, ("input", "output"))
-    _flags(command, ScoreSettings, ("keep", "prefix", "replicas", "gpus_per_replica"))
+    names = (
+        "keep",
+        "prefix",
+        "filter",
+        "replicas",
+        "gpus_per_replica",
+        "max_errors",
+        "overwrite",
+        "append",
+        "via_serve",
+    )
+    _flags(command, ScoreSettings, names)
+    command.add_argument("--dry-run", action="store_true", help="say what the job would cost, and write nothing")
+    command.add_argument("--rate", type=float, metavar="X", help="with --dry-run: tokens per second of one replica")
     _flags(command, DataSettings, ("text_column", "text_pair_column", "limit"))
     command.set_defaults(flags=[*command.get_default("flags"), "model"])
 
@@ -281,15 +346,33 @@ def _command(
 
 def _flags(command: argparse.ArgumentParser, group: type[Any], names: Sequence[str]) -> None:
     """Settings that have a flag of their own."""
-    types = {"int": int, "int | None": int, "float": float}
+    types: dict[str, Any] = {
+        "int": int,
+        "int | None": int,
+        "float": float,
+        "float | None": float,
+        "float | int | None": _number,
+    }
     for field in dataclasses.fields(group):
-        if field.name in names:
+        if field.name in names and field.type == "bool":
+            command.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                action="store_true",
+                default=None,
+                help=field_help(group)[field.name],
+            )
+        elif field.name in names:
             kind = types.get(str(field.type), str)
             metavar = "A,B,C" if field.name in SEPARATORS else {int: "N", float: "X"}.get(kind)
             command.add_argument(
                 f"--{field.name.replace('_', '-')}", type=kind, metavar=metavar, help=field_help(group)[field.name]
             )
     command.set_defaults(flags=[*command.get_default("flags"), *names])
+
+
+def _number(text: str) -> int | float:
+    """An int where it is written as one."""
+    return int(text) if text.isdigit() else float(text)
 
 
 def _settings_help(groups: Sequence[type[Any]]) -> str:

@@ -111,8 +111,22 @@ class WindowModel:
         logits_WL = np.empty((len(cut.length_W), self.num_labels), dtype=np.float32)
         with torch.inference_mode():
             for index_W in token_batches(cut.length_W, batch_tokens=self.batch_tokens, padded=not self.is_packed):
-                logits_WL[index_W] = self(assemble(cut, self.template, index_W)).float().cpu().numpy()
+                self._fill(logits_WL, cut, index_W)
         return logits_WL
+
+    def _fill(self, logits_WL: NDArray[np.float32], cut: CutDocuments, index_W: NDArray[np.int64]) -> None:
+        """Logits of some windows; where they do not fit into memory, half of them at a time, from now on."""
+        try:
+            logits_WL[index_W] = self(assemble(cut, self.template, index_W)).float().cpu().numpy()
+            return
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or len(index_W) == 1:
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.batch_tokens = max(1, min(self.batch_tokens, int(cut.length_W[index_W].sum())) // 2)
+        for part in np.array_split(index_W, 2):
+            self._fill(logits_WL, cut, part)
 
     def run_packed(self, packed: PackedRows, rows: InputRows) -> Tensor:
         """Without padding: logits (W, L) of one row of all windows."""
@@ -266,6 +280,11 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     fast = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that tensors do not fit, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)
 
 
 @contextmanager

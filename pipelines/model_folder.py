@@ -20,8 +20,8 @@ from typing import Any
 
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.fields import parse
+from pipelines.locations import filesystem_of, sync_folder
 from pipelines.settings import DecisionSettings, WindowSettings
-from pipelines.shards import filesystem_of, sync_folder
 
 PIPELINE_FILE = "pipeline.json"
 FORMAT_VERSION = 1
@@ -48,6 +48,8 @@ class ModelFolder:
     temperature: float = 1.0
     metrics: Mapping[str, Any] = field(default_factory=dict)
     weights_hash: str = ""
+    histograms: Mapping[str, Any] = field(default_factory=dict)
+    """Scores of the validation data by label, as `summary.histograms_of` counts them."""
 
     @property
     def model_type(self) -> str:
@@ -72,6 +74,7 @@ class ModelFolder:
             "format_version": FORMAT_VERSION,
             **self._settings(),
             "metrics": dict(self.metrics),
+            "histograms": dict(self.histograms),
             "weights_hash": self.weights_hash,
             "settings_hash": self.settings_hash,
         }
@@ -99,7 +102,15 @@ def read_model_folder(location: str | Path) -> ModelFolder:
         (windows,) = parse(content["windows"], WindowSettings)
         (decision,) = parse(content["decision"], DecisionSettings)
         temperature = float(content["temperature"])
-        return ModelFolder(path, windows, decision, temperature, content["metrics"], content["weights_hash"])
+        return ModelFolder(
+            path,
+            windows,
+            decision,
+            temperature,
+            content["metrics"],
+            content["weights_hash"],
+            content.get("histograms", {}),
+        )
     except (ValueError, KeyError, TypeError, SettingsError) as error:
         raise ModelFolderError(f"{file} cannot be read: {error!r}; it may have been edited by hand") from error
 

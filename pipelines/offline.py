@@ -18,9 +18,11 @@ from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.evaluation import evaluate, tune_thresholds
 from pipelines.labels import decide, encode_labels, resolve_thresholds
 from pipelines.model_folder import ModelFolder, read_model_folder, write_pipeline_file
+from pipelines.reading import read_unit, together
 from pipelines.scoring import Scorer
 from pipelines.settings import ComputeSettings, DataSettings
-from pipelines.shards import plan_units, read_footers, read_unit
+from pipelines.shards import plan_units, read_footers
+from pipelines.summary import histograms_of
 from pipelines.tables import check_label_column, check_text_column
 
 Report = Callable[[str], None]
@@ -49,14 +51,16 @@ def score_labelled(
             check_text_column(file.schema, name, where=file.url)
         check_label_column(file.schema, data.label_column, where=file.url)
     units = plan_units(files, limit=data.limit)
-    columns = [data.label_column]
-    targets = [encode_labels(read_unit(location, unit, columns).column(columns[0]), folder.decision) for unit in units]
-    if not targets:
+    if not len(units):
         raise DataError(f"{location} has no rows")
+    schema = together(files, [data.label_column])
+    targets = [
+        encode_labels(read_unit(location, unit, schema).column(data.label_column), folder.decision) for unit in units
+    ]
     scorer = Scorer.load(folder, compute=compute)
     parts = []
     for number, unit in enumerate(units):
-        table = read_unit(location, unit, texts)
+        table = read_unit(location, unit, together(files, texts))
         parts.append(scorer.score_documents(scorer.tokenizer.documents(table, *texts)))
         report(f"scored {number + 1}/{len(units)} units")
     good_D = np.asarray([error is None for part in parts for error in part.errors])
@@ -82,7 +86,8 @@ def tune_folder(
     if len(tuned.untuned) < len(tuned.thresholds):
         decision = resolve_thresholds(tuned.thresholds, decision)
     metrics = evaluate(scored.targets, scored.scores_DL, decide(scored.scores_DL, decision), decision)
-    write_pipeline_file(replace(folder, decision=decision, metrics=metrics))
+    histograms = histograms_of(scored.scores_DL, decision)
+    write_pipeline_file(replace(folder, decision=decision, metrics=metrics, histograms=histograms))
     if tuned.missed:
         report(f"no threshold reaches {objective} for {', '.join(tuned.missed)}: what comes nearest was taken")
     return {

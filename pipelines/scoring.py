@@ -88,6 +88,20 @@ def concat_scores(parts: Sequence[DocumentScores]) -> DocumentScores:
     )
 
 
+def results_of(scores: DocumentScores, decision: DecisionSettings, *, prefix: str = "") -> pa.Table:
+    """The output columns of scored documents under a decision, one row each."""
+    return result_columns(
+        decide(scores.scores_DL, decision, scores.votes_DL),
+        scores.scores_DL,
+        decision=decision,
+        num_tokens_D=scores.num_tokens_D,
+        num_windows_D=scores.num_windows_D,
+        truncated_D=scores.truncated_D,
+        errors=scores.errors,
+        prefix=prefix,
+    )
+
+
 class Scorer:
     """A model with its tokenizer, windows and decision: everything between a text and its label."""
 
@@ -156,16 +170,7 @@ class Scorer:
 
     def results(self, scores: DocumentScores, *, prefix: str = "") -> pa.Table:
         """The output columns of scored documents, one row each: predicted_label(s) or _value, score, scores, ..."""
-        return result_columns(
-            self.decide(scores),
-            scores.scores_DL,
-            decision=self.decision,
-            num_tokens_D=scores.num_tokens_D,
-            num_windows_D=scores.num_windows_D,
-            truncated_D=scores.truncated_D,
-            errors=scores.errors,
-            prefix=prefix,
-        )
+        return results_of(scores, self.decision, prefix=prefix)
 
     def score_table(self, table: pa.Table, text_column: str = "text", text_pair_column: str | None = None) -> pa.Table:
         """Score the texts of an Arrow table: one row of output columns per row."""

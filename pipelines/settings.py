@@ -284,16 +284,42 @@ class ScoreSettings:
     prefix: str = ""
     """Put before the name of every output column, where an input column bears the same name."""
     replicas: int | str | None = None
-    """Model replicas: N, or MIN:MAX. Default: one per GPU that is there, or one per machine without GPUs."""
+    """Model replicas: N, or MIN:MAX; 0 scores in this process, without Ray. Default: one per GPU, or per machine."""
     gpus_per_replica: float | None = None
     """GPUs that one replica takes. Default: 1 where the cluster has any now, else 0."""
     unit_bytes: int | None = None
-    """Text bytes of one work unit. Default: grows with the input from 64 KiB to 64 MiB."""
+    """Text bytes of one work unit. Default: grows with the input, so that their number stays bounded."""
+    filter: str | None = None
+    """Score only rows that pass, such as: language == 'en' and year >= 2020. The others are counted."""
+    max_errors: float | int | None = None
+    """Stop when more rows than this come out with errors: a number (int), or a share of the rows (float)."""
+    overwrite: bool = False
+    """Remove the run that the output holds, and begin anew."""
+    append: bool = False
+    """Score input files that are new since the output was begun."""
+    via_serve: str | None = None
+    """Name of a running Serve application that scores instead of replicas of the job's own."""
+    tokenize_cpus: float = 1.0
+    """CPUs that one task of reading and tokenizing takes."""
+    tokenize_resources: dict[str, float] | None = None
+    """Custom resources that such a task takes."""
+    tokenize_labels: dict[str, str] | None = None
+    """Labels of the nodes on which such tasks run."""
+    replica_resources: dict[str, float] | None = None
+    """Custom resources that one replica takes."""
+    replica_labels: dict[str, str] | None = None
+    """Labels of the nodes on which replicas run, such as {ray.io/accelerator-type: H100}."""
 
     def __post_init__(self) -> None:
         check_types(self)
         low, high = self.replica_range or (1, 1)
-        check_range(self, "replicas", low, low=1, high=high)
+        check_range(self, "replicas", low, low=min(high, 1), high=high)
+        check_range(self, "tokenize_cpus", self.tokenize_cpus, above=0)
+        check_range(self, "max_errors", self.max_errors, low=0)
+        if isinstance(self.max_errors, float) and self.max_errors > 1:
+            raise SettingsError(f"max_errors={self.max_errors} is a float above 1.0: a float is a share of the rows")
+        if self.overwrite and self.append:
+            raise SettingsError("overwrite and append exclude each other: one removes what the other adds to")
         check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
         check_range(self, "unit_bytes", self.unit_bytes, low=1)
 

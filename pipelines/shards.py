@@ -1,8 +1,8 @@
-"""Input files, work units, output names, and the commit of a unit's output.
+"""Input files and work units.
 
 A work unit is an ordered list of row ranges of row groups, of one or more files; its output is one file whose name
-is a function of the unit alone. A file under its final name is complete: local files are written beside it, synced
-and renamed, and object stores receive one atomic upload. Knows Parquet footers, no models, no torch, no ray.
+is a function of the unit alone. A plan keeps its units as numbers, so that hundreds of thousands cost little. Knows
+Parquet footers, no rows, no models, no torch, no ray.
 """
 
 from __future__ import annotations
@@ -10,30 +10,29 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import posixpath
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import unquote
 
-import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
 
-from pipelines.errors import DataError, OutputError
+from pipelines.errors import DataError
+from pipelines.locations import filesystem_of, retried, shown
 
-MANIFEST = "_manifest.json"
-SUMMARY = "_summary.json"
 SMALLEST_UNIT_BYTES = 64 * 2**10
-LARGEST_UNIT_BYTES = 64 * 2**20
-TARGET_NUM_UNITS = 2_000
+USUAL_UNIT_BYTES = 64 * 2**20
+USUAL_NUM_UNITS = 2_000
+MOST_UNITS = 100_000
+"""Units grow with the input: up to USUAL_NUM_UNITS of them, then larger ones, then more, and at last larger again."""
 FOOTER_THREADS = 16
-MOST_PIECES = 16
-"""A row group is read whole by each unit that has a piece of it: it is cut into no more than these."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +43,44 @@ class InputFile:
     """As its filesystem names it, without protocol."""
     url: str
     """As people name it: a path, or with its protocol."""
-    schema: pa.Schema
-    row_group_rows: tuple[int, ...]
-    row_group_bytes: tuple[int, ...]
+    size: int
+    version: str
+    """Changes when the content does: an object store's tag, or the time of the last change."""
+    schema: pa.Schema | None
+    row_group_rows: tuple[int, ...] = ()
+    row_group_bytes: tuple[int, ...] = ()
     """Uncompressed bytes of the text column in each row group."""
+    partitions: dict[str, str] = field(default_factory=dict)
+    """Hive's: values of the key=value folders that it lies in."""
+    error: str | None = None
+    """Why its footer cannot be read; it then counts no rows."""
 
     @property
     def num_rows(self) -> int:
         """Rows of the whole file."""
         return sum(self.row_group_rows)
 
+    @property
+    def column_names(self) -> list[str]:
+        """Its columns and Hive's, each once."""
+        own = [] if self.schema is None else self.schema.names
+        return list(dict.fromkeys([*own, *self.partitions]))
+
 
 @dataclass(frozen=True)
 class Span:
     """Rows [start, stop) of one row group; first_row is the row group's first row within the file."""
 
-    path: str
-    url: str
+    file: InputFile
     row_group: int
     first_row: int
     start: int
     stop: int
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows."""
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -76,31 +92,44 @@ class WorkUnit:
 
     @property
     def num_rows(self) -> int:
-        """Input rows, and so output rows."""
-        return sum(span.stop - span.start for span in self.spans)
+        """Input rows."""
+        return sum(span.num_rows for span in self.spans)
 
     @property
     def output_name(self) -> str:
         """Name of the output file: the same for the same rows of the same files."""
-        rows = [(span.url, span.row_group, span.start, span.stop) for span in self.spans]
+        rows = [(span.file.url, span.row_group, span.start, span.stop) for span in self.spans]
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
         return f"part-{self.number:06d}-{digest}.parquet"
 
 
-def absolute(location: str) -> str:
-    """A local path as every process sees it, whatever its working folder; URLs as they are."""
-    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
+@dataclass(frozen=True)
+class Plan:
+    """The work units of an input in order; each is made when it is asked for."""
 
+    files: Sequence[InputFile]
+    spans: NDArray[np.int64]
+    """(S, 5): file, row group, the row group's first row, start, stop."""
+    offsets: NDArray[np.int64]
+    """Unit u is spans offsets[u] to offsets[u + 1]."""
+    first_number: int = 0
+    """Number of the first unit: those of earlier plans for the same output come before."""
 
-def filesystem_of(location: str) -> tuple[AbstractFileSystem, str]:
-    """The fsspec filesystem of a path or URL, and the path within it. Raises DataError for an unknown protocol."""
-    try:
-        filesystem, path = fsspec.core.url_to_fs(location)
-    except (ValueError, ImportError) as error:
-        raise DataError(
-            f"{location} cannot be opened: {error}; extras are ray-text-classification[s3|gcs|azure]"
-        ) from error
-    return filesystem, str(path)
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> WorkUnit:
+        rows = self.spans[self.offsets[index] : self.offsets[index + 1]].tolist()
+        spans = tuple(Span(self.files[file], *rest) for file, *rest in rows)
+        return WorkUnit(self.first_number + index, spans)
+
+    def __iter__(self) -> Iterator[WorkUnit]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all units."""
+        return int((self.spans[:, 4] - self.spans[:, 3]).sum())
 
 
 def list_files(location: str) -> list[str]:
@@ -109,152 +138,107 @@ def list_files(location: str) -> list[str]:
     Raises DataError where there is nothing, or nothing that ends in .parquet. Names that begin with `_` or `.` are
     no data.
     """
-    filesystem, path = filesystem_of(location)
-    if filesystem.isfile(path):
-        return [path]
-    if any(character in path for character in "*?["):
-        matches = filesystem.glob(path)
-        found = [name for match in matches for name in (filesystem.find(match) or [match])]
-    elif filesystem.isdir(path):
-        found = filesystem.find(path)
-    else:
-        raise DataError(f"{location} does not exist; give a Parquet file, a folder of them, or a glob")
-    files = sorted(name for name in found if name.endswith(".parquet") and _is_data(name, path))
-    if not files:
-        raise DataError(f"{location} holds no *.parquet files ({len(found)} other files)")
+    return [str(entry["name"]) for entry in _list_entries(location)]
+
+
+def read_footers(location: str, text_column: str, *, lenient: bool = False) -> list[InputFile]:
+    """Footers of all input files, read in parallel.
+
+    A file that is no Parquet is a DataError that names it, or where lenient, keeps the reason as its error.
+    """
+    filesystem, root = filesystem_of(location)
+    entries = _list_entries(location)
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        files = list(pool.map(lambda entry: _read_footer(filesystem, entry, root, text_column), entries))
+    bad = [file for file in files if file.error is not None]
+    if bad and (not lenient or len(bad) == len(files)):
+        raise DataError(f"{bad[0].url} is no readable Parquet file: {bad[0].error}")
     return files
 
 
-def read_footers(location: str, text_column: str) -> list[InputFile]:
-    """Footers of all input files, read in parallel; a file that is no Parquet is a DataError that names it."""
-    filesystem, _ = filesystem_of(location)
-    files = list_files(location)
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        return list(pool.map(lambda path: _read_footer(filesystem, path, text_column), files))
-
-
 def plan_units(
-    files: Sequence[InputFile], *, unit_bytes: int | None = None, limit: int | None = None
-) -> list[WorkUnit]:
+    files: Sequence[InputFile], *, unit_bytes: int | None = None, limit: int | None = None, first_number: int = 0
+) -> Plan:
     """Pack row groups into units of about unit_bytes of text: large ones are split, small ones joined.
 
-    The default size grows with the input, so that the number of units stays bounded. limit takes only the first
-    rows. Every row is in exactly one unit, and units are in input order.
+    The default size grows with the input (`usual_unit_bytes`). limit takes only the first rows. Every row is in
+    exactly one unit, and units are in input order.
     """
-    size = unit_bytes or _unit_bytes(sum(sum(file.row_group_bytes) for file in files))
-    units: list[WorkUnit] = []
-    spans: list[Span] = []
+    size = unit_bytes or usual_unit_bytes(files)
+    spans: list[tuple[int, int, int, int, int]] = []
+    offsets = [0]
     filled = 0
     for span, span_bytes in _limited(_split_row_groups(files, size), limit):
-        if spans and filled + span_bytes > size:
-            units.append(WorkUnit(len(units), tuple(spans)))
-            spans, filled = [], 0
+        if filled and filled + span_bytes > size:
+            offsets.append(len(spans))
+            filled = 0
         spans.append(span)
-        filled += span_bytes
+        filled += max(span_bytes, 1)
     if spans:
-        units.append(WorkUnit(len(units), tuple(spans)))
-    return units
+        offsets.append(len(spans))
+    return Plan(files, np.asarray(spans, np.int64).reshape(-1, 5), np.asarray(offsets, np.int64), first_number)
 
 
-def read_unit(location: str, unit: WorkUnit, columns: Sequence[str], *, prefix: str = "") -> pa.Table:
-    """The unit's rows in order: the columns asked for, then source_file and source_row (int64), with the prefix.
-
-    A column that a file lacks is null in its rows. Raises DataError where a row group cannot be read.
-    """
-    filesystem, _ = filesystem_of(location)
-    tables = []
-    for span in unit.spans:
-        rows = _read_span(filesystem, span, columns)
-        first = span.first_row + span.start
-        rows = rows.append_column(prefix + "source_file", pa.array([span.url] * len(rows), pa.string()))
-        rows = rows.append_column(prefix + "source_row", pa.array(range(first, first + len(rows)), pa.int64()))
-        tables.append(rows)
-    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-    for name in columns:
-        if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table)))
-    return table.select([*columns, prefix + "source_file", prefix + "source_row"])
+def usual_unit_bytes(files: Sequence[InputFile]) -> int:
+    """Text bytes of a unit for an input, such that the number of units stays bounded."""
+    return _unit_bytes(sum(sum(file.row_group_bytes) for file in files))
 
 
-def prepare_output(location: str) -> None:
-    """Make the output folder. Raises OutputError where it holds anything or cannot be written."""
+def _list_entries(location: str) -> list[dict[str, Any]]:
+    """The same files as fsspec describes them."""
     filesystem, path = filesystem_of(location)
-    try:
-        if filesystem.isfile(path):
-            raise OutputError(f"--output {location} is a file; give a folder that does not exist yet")
-        if filesystem.isdir(path) and filesystem.ls(path):
-            raise OutputError(f"--output {location} is not empty; give a new folder, or remove it first")
-        filesystem.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"--output {location} cannot be written: {error}") from error
+    filesystem.invalidate_cache()
+    if retried(lambda: filesystem.isfile(path)):
+        return [filesystem.info(path)]
+    found: dict[str, dict[str, Any]] = {}
+    if any(character in path for character in "*?["):
+        for match in retried(lambda: filesystem.glob(path)):
+            found |= filesystem.find(match, detail=True) or {match: filesystem.info(match)}
+    elif filesystem.isdir(path):
+        found = retried(lambda: filesystem.find(path, detail=True))
+    else:
+        raise DataError(f"{shown(location)} does not exist; give a Parquet file, a folder of them, or a glob")
+    files = [found[name] for name in sorted(found) if name.endswith(".parquet") and _is_data(name, path)]
+    if not files:
+        raise DataError(f"{shown(location)} holds no *.parquet files ({len(found)} other files)")
+    return files
 
 
-def commit_table(location: str, name: str, table: pa.Table) -> int:
-    """Write a Parquet file (zstd) under its final name in one step; the bytes written."""
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
-    content = buffer.getvalue()
-    commit_bytes(location, name, memoryview(content))
-    return int(content.size)
+def _unit_bytes(total: int) -> int:
+    usual = min(max(total // USUAL_NUM_UNITS, SMALLEST_UNIT_BYTES), USUAL_UNIT_BYTES)
+    return max(usual, total // MOST_UNITS)
 
 
-def commit_json(location: str, name: str, content: dict[str, Any]) -> None:
-    """Write a JSON file under its final name in one step."""
-    commit_bytes(location, name, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def commit_bytes(location: str, name: str, content: bytes | memoryview) -> None:
-    """Put content under its final name: readers see all of it or nothing, whenever the writer is killed."""
-    filesystem, folder = filesystem_of(location)
-    target = posixpath.join(folder, name)
-    if not isinstance(filesystem, LocalFileSystem):
-        filesystem.pipe_file(target, bytes(content))
-        return
-    partial = posixpath.join(folder, f".{name}.{uuid.uuid4().hex}")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except OSError:
-        if os.path.exists(partial):
-            os.unlink(partial)
-        raise
-
-
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make a local folder's files and names survive a power loss."""
-    for name in [*(entry.path for entry in os.scandir(folder) if entry.is_file()), folder]:
-        descriptor = os.open(name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _read_span(filesystem: AbstractFileSystem, span: Span, columns: Sequence[str]) -> pa.Table:
-    try:
-        with filesystem.open(span.path, "rb") as file:
-            parquet = pq.ParquetFile(file)
-            present = [name for name in columns if name in parquet.schema_arrow.names]
-            group = parquet.read_row_group(span.row_group, columns=present)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"row group {span.row_group} of {span.url} cannot be read: {error}") from error
-    return group.select(present).slice(span.start, span.stop - span.start)
-
-
-def _read_footer(filesystem: AbstractFileSystem, path: str, text_column: str) -> InputFile:
+def _read_footer(filesystem: AbstractFileSystem, entry: dict[str, Any], root: str, text_column: str) -> InputFile:
+    path = str(entry["name"])
     url = path if isinstance(filesystem, LocalFileSystem) else str(filesystem.unstrip_protocol(path))
+    known: dict[str, Any] = {"path": path, "url": url, "size": int(entry.get("size") or 0), "version": _version(entry)}
+    partitions = _partitions(path, root)
     try:
-        with filesystem.open(path, "rb") as file:
-            parquet = pq.ParquetFile(file)
-            metadata, schema = parquet.metadata, parquet.schema_arrow
+        metadata, schema = retried(lambda: _open_footer(filesystem, path))
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{url} is no readable Parquet file: {error}") from error
+        return InputFile(**known, schema=None, partitions=partitions, error=str(error).splitlines()[0])
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    sizes = [_text_bytes(group, text_column) for group in groups]
-    return InputFile(path, url, schema, tuple(group.num_rows for group in groups), tuple(sizes))
+    rows, sizes = tuple(group.num_rows for group in groups), tuple(_text_bytes(group, text_column) for group in groups)
+    return InputFile(**known, schema=schema, row_group_rows=rows, row_group_bytes=sizes, partitions=partitions)
+
+
+def _open_footer(filesystem: AbstractFileSystem, path: str) -> tuple[pq.FileMetaData, pa.Schema]:
+    with filesystem.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        return parquet.metadata, parquet.schema_arrow
+
+
+def _version(entry: dict[str, Any]) -> str:
+    names = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "created")
+    return str(next((entry[name] for name in names if entry.get(name) is not None), ""))
+
+
+def _partitions(path: str, root: str) -> dict[str, str]:
+    """The key=value folders of a path below the root (of a glob: anywhere)."""
+    below = path[len(root) :] if path.startswith(root) else path
+    pairs = [part.partition("=") for part in below.split("/")[:-1] if "=" in part]
+    return {unquote(key): unquote(value) for key, _, value in pairs if key}
 
 
 def _text_bytes(group: pq.RowGroupMetaData, text_column: str) -> int:
@@ -263,33 +247,30 @@ def _text_bytes(group: pq.RowGroupMetaData, text_column: str) -> int:
     return int(max(1, sum(own) or group.total_byte_size))
 
 
-def _unit_bytes(total: int) -> int:
-    return min(max(total // TARGET_NUM_UNITS, SMALLEST_UNIT_BYTES), LARGEST_UNIT_BYTES)
-
-
-def _split_row_groups(files: Sequence[InputFile], size: int) -> Iterator[tuple[Span, int]]:
+def _split_row_groups(files: Sequence[InputFile], size: int) -> Iterator[tuple[tuple[int, int, int, int, int], int]]:
     """Spans of at most about size bytes, with their bytes, over all row groups in order."""
-    for file in files:
+    for index, file in enumerate(files):
         first_row = 0
         for number, (rows, group_bytes) in enumerate(zip(file.row_group_rows, file.row_group_bytes, strict=True)):
-            pieces = max(1, min(rows, -(-group_bytes // size), MOST_PIECES))
+            pieces = max(1, min(rows, -(-group_bytes // size)))
             bounds = [rows * piece // pieces for piece in range(pieces + 1)]
             for start, stop in itertools.pairwise(bounds):
                 if stop > start:
-                    span = Span(file.path, file.url, number, first_row, start, stop)
-                    yield span, group_bytes * (stop - start) // rows
+                    yield (index, number, first_row, start, stop), group_bytes * (stop - start) // rows
             first_row += rows
 
 
-def _limited(spans: Iterator[tuple[Span, int]], limit: int | None) -> Iterator[tuple[Span, int]]:
+def _limited(
+    spans: Iterator[tuple[tuple[int, int, int, int, int], int]], limit: int | None
+) -> Iterator[tuple[tuple[int, int, int, int, int], int]]:
     left = limit
-    for span, span_bytes in spans:
+    for (index, number, first_row, start, stop), span_bytes in spans:
         if left is None:
-            yield span, span_bytes
+            yield (index, number, first_row, start, stop), span_bytes
         elif left > 0:
-            stop = min(span.stop, span.start + left)
-            left -= stop - span.start
-            yield Span(span.path, span.url, span.row_group, span.first_row, span.start, stop), span_bytes
+            stop = min(stop, start + left)
+            left -= stop - start
+            yield (index, number, first_row, start, stop), span_bytes
 
 
 def _is_data(name: str, root: str) -> bool:

@@ -5,6 +5,7 @@ Every check names the column, its type and the remedy. Knows no files, no models
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.errors import DataError
-from pipelines.labels import Decisions, thresholds_by_label
+from pipelines.labels import Decisions, decide, thresholds_by_label
 from pipelines.settings import DecisionSettings
 
 SOURCE_COLUMNS = ("source_file", "source_row")
+DECISION_METADATA, PREFIX_METADATA = b"pipelines.decision", b"pipelines.prefix"
+"""Keys of a scored file's schema metadata."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,21 @@ class Texts:
 
 def check_text_column(schema: pa.Schema, name: str, *, where: str) -> None:
     """Raise DataError unless the schema has a column of texts of that name; where names the file."""
+    problem = text_column_problem(schema, name)
+    if problem is not None:
+        raise DataError(f"{where} {problem}; name the text column with --text-column")
+
+
+def text_column_problem(schema: pa.Schema, name: str) -> str | None:
+    """Why a schema's column of that name gives no texts, as the rest of a sentence about its file; None if it does."""
     if name not in schema.names:
-        raise DataError(f"{where} has no column {name!r}; it has: {', '.join(schema.names)}")
+        return f"has no column {name!r}; it has: {', '.join(schema.names)}"
     kind = schema.field(name).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise DataError(
-            f"column {name!r} of {where} has type {kind}, not string; name the text column with --text-column"
-        )
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return None
+    return f"has a column {name!r} of type {kind}, not string"
 
 
 def check_label_column(schema: pa.Schema, name: str, *, where: str) -> None:
@@ -68,11 +77,11 @@ def read_texts(column: pa.ChunkedArray) -> Texts:
         return _decode_each(column, errors)
 
 
-def check_output_columns(schema: pa.Schema, keep: Sequence[str], outputs: Sequence[str], *, prefix: str) -> None:
+def check_output_columns(names: Sequence[str], keep: Sequence[str], outputs: Sequence[str], *, prefix: str) -> None:
     """Raise DataError where a kept column is absent or bears the name of an output column."""
-    missing = [name for name in keep if name not in schema.names]
+    missing = [name for name in keep if name not in names]
     if missing:
-        raise DataError(f"--keep names {missing[0]!r}, which is no input column; those are: {', '.join(schema.names)}")
+        raise DataError(f"--keep names {missing[0]!r}, which is no input column; those are: {', '.join(names)}")
     clashes = [name for name in keep if name in outputs]
     if clashes:
         raise DataError(
@@ -120,8 +129,7 @@ def result_columns(
     fields = output_fields(decision, prefix=prefix)[len(SOURCE_COLUMNS) :]
     flat = pa.array(scores_DL.reshape(-1), pa.float32())
     columns = [
-        _predictions(decisions, decision.labels, bad_D),
-        _document_score(decisions, bad_D),
+        *(column for _, column in decided_columns(decisions, decision, bad_D)),
         pa.FixedSizeListArray.from_arrays(flat, decision.num_labels, mask=pa.array(bad_D)),
         pa.array(num_tokens_D, pa.int32()),
         pa.array(num_windows_D, pa.int32()),
@@ -132,16 +140,49 @@ def result_columns(
     return pa.table(arrays, schema=pa.schema(fields))
 
 
-def schema_metadata(decision: DecisionSettings, *, weights_hash: str, settings_hash: str) -> dict[str, str]:
+def decided_columns(
+    decisions: Decisions, decision: DecisionSettings, bad_D: NDArray[np.bool_], *, prefix: str = ""
+) -> list[tuple[pa.Field, pa.Array]]:
+    """The two output columns that follow from decisions: what is predicted, and its score; null where bad."""
+    fields = output_fields(decision, prefix=prefix)[len(SOURCE_COLUMNS) :][:2]
+    columns = (_predictions(decisions, decision.labels, bad_D), _document_score(decisions, bad_D))
+    return [(field, column.cast(field.type)) for field, column in zip(fields, columns, strict=True)]
+
+
+def error_columns(errors: Sequence[str | None], *, decision: DecisionSettings, prefix: str = "") -> pa.Table:
+    """The output columns of documents that could not be scored, one row per error."""
+    nothing_DL = np.zeros((len(errors), decision.num_labels), np.float32)
+    zero_D = np.zeros(len(errors), np.int64)
+    return result_columns(
+        decide(nothing_DL, decision, nothing_DL.astype(np.int64)),
+        nothing_DL,
+        decision=decision,
+        num_tokens_D=zero_D,
+        num_windows_D=zero_D,
+        truncated_D=zero_D.astype(bool),
+        errors=errors,
+        prefix=prefix,
+    )
+
+
+def schema_metadata(
+    decision: DecisionSettings, *, weights_hash: str, settings_hash: str, prefix: str = ""
+) -> dict[bytes, bytes]:
     """What a scored file says about how it was made, under keys of its own."""
-    return {
-        "pipelines.weights_hash": weights_hash,
-        "pipelines.settings_hash": settings_hash,
-        "pipelines.kind": decision.kind,
-        "pipelines.labels": json.dumps(decision.labels),
-        "pipelines.thresholds": json.dumps(thresholds_by_label(decision)),
-        "pipelines.merge": decision.merge,
+    hashes = {b"pipelines.weights_hash": weights_hash.encode(), b"pipelines.settings_hash": settings_hash.encode()}
+    return {**hashes, PREFIX_METADATA: prefix.encode(), **decision_metadata(decision)}
+
+
+def decision_metadata(decision: DecisionSettings) -> dict[bytes, bytes]:
+    """The part of it that says how scores became labels."""
+    values = {
+        b"pipelines.kind": decision.kind,
+        b"pipelines.labels": json.dumps(decision.labels),
+        b"pipelines.thresholds": json.dumps(thresholds_by_label(decision)),
+        b"pipelines.merge": decision.merge,
+        DECISION_METADATA: json.dumps(dataclasses.asdict(decision)),
     }
+    return {name: value.encode() for name, value in values.items()}
 
 
 def _decode_each(column: pa.ChunkedArray, errors: list[str | None]) -> Texts:

@@ -30,6 +30,7 @@ from pipelines.pretrained import load_tokenizer, save_tokenizer, uses_type_ids
 from pipelines.scoring import DocumentScores, Scorer, concat_scores, plan_of
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
 from pipelines.steps import LabelledWindows, rank, world_size
+from pipelines.summary import histograms_of
 from pipelines.tokenization import Documents, Tokenizer, cut_documents
 
 MoreMetrics = Callable[[NDArray[np.generic], Decisions, DocumentScores], dict[str, Any]]
@@ -84,15 +85,18 @@ def fit(job: TrainJob, train: LabelledDocuments, valid: LabelledDocuments | None
         watch=watch_of(job.train, job.decision), evaluate=None if good is None else evaluation, report=report,
     )  # fmt: skip
     state = loop.run()
-    decision, metrics = job.decision, state.best_metrics
-    if good is not None and _has_tunable_thresholds(decision):
+    decision, metrics, histograms = job.decision, state.best_metrics, {}
+    if good is not None:
         scores_DL = evaluation().scores_DL if loop.best_scores_DL is None else loop.best_scores_DL
         assert scores_DL is not None
-        decision, tuned = _tune(decision, good, scores_DL, report if rank() == 0 else lambda line: None)
-        metrics = {**metrics, **tuned}
+        histograms = histograms_of(scores_DL, decision)
+        if _has_tunable_thresholds(decision):
+            decision, tuned = _tune(decision, good, scores_DL, report if rank() == 0 else lambda line: None)
+            metrics = {**metrics, **tuned}
     if rank() == 0:
         model.save(folder)
-        seal(ModelFolder(folder, replace(job.windows, max_length=plan.max_length), decision, metrics=metrics))
+        windows = replace(job.windows, max_length=plan.max_length)
+        seal(ModelFolder(folder, windows, decision, metrics=metrics, histograms=histograms))
     _barrier()
     cut = data.cut
     return {

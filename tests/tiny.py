@@ -7,6 +7,9 @@ from pathlib import Path
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
+from pipelines.settings import DecisionSettings
+
+BINARY = DecisionSettings(kind="binary", labels=("ham", "spam"))
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

@@ -1,60 +1,48 @@
-"""Bulk scoring as a Ray Data plan: read and tokenize -> score in an actor pool -> commit one file per work unit.
+"""Bulk scoring: Parquet in, scored Parquet out, on Ray Data; killed and started again, it goes on where it was.
 
-Tokenize tasks run in parallel beside the actors and hand them ids only. The actor stage asks for other resources
-than the tasks, so that Ray does not fuse them; read and tokenize ask for the same, so that it does and no text is
-shipped. One unit is one block is one output file.
+Units are read and tokenized by tasks, scored and committed by actors; the driver hears of each what it adds to the
+summary. A run goes in waves of bounded size, since Ray keeps something of every task that it ever ran.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, Dataset, Datasink
-from ray.data.block import Block, BlockAccessor
-from ray.data.datasource import WriteResult
+from ray.data import ActorPoolStrategy, Dataset
 
-from pipelines.errors import DataError, JobError
+from pipelines.errors import DataError, JobError, SettingsError
 from pipelines.fields import parse
+from pipelines.filters import parse_filter
 from pipelines.labels import resolve_thresholds
+from pipelines.locations import absolute, commit_json, shown
 from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.on_ray.cluster import connected, root_cause
-from pipelines.on_ray.telemetry import Counter, progress
-from pipelines.on_ray.tokenize import (
-    ERROR,
-    IDS,
-    PAIR_IDS,
-    UNIT,
-    TokenizeStage,
-    documents_of,
-    tokenized,
-    unit_number,
-)
+from pipelines.on_ray.nodes import check_nodes
+from pipelines.on_ray.replica import PART, Attempts, ReplicaSetup, ScoreUnit
+from pipelines.on_ray.telemetry import Tally, watched
+from pipelines.on_ray.tokenize import TokenizeStage, tokenized
+from pipelines.outputs import SUMMARY, Run, finished_summary, heartbeat, open_run, read_parts, sweep
 from pipelines.pretrained import load_tokenizer
+from pipelines.reading import together
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, ScorePaths, ScoreSettings
-from pipelines.shards import (
-    MANIFEST,
-    SUMMARY,
-    InputFile,
-    WorkUnit,
-    absolute,
-    commit_json,
-    commit_table,
-    plan_units,
-    prepare_output,
-    read_footers,
-)
-from pipelines.summary import add_parts, finish_summary, summarize
-from pipelines.tables import check_output_columns, check_text_column, output_fields, schema_metadata
+from pipelines.shards import InputFile, WorkUnit, read_footers
+from pipelines.summary import finish_summary
+from pipelines.tables import check_output_columns, output_fields, schema_metadata, text_column_problem
 from pipelines.windows import leads_with_space
 
 ACTOR_CPUS = 0.5
-"""Anything but TOKENIZE_CPUS, so that the stages are not fused; small, so that it always fits beside them."""
+"""Anything but the CPUs of tokenizing, so that the stages are not fused; small, so that it fits beside them."""
+UNITS_IN_FLIGHT = 4
+"""Per actor: one in the forward pass, one being made ready or written, and two whose ids are on their way."""
+CALLS_AT_ONCE = 2
+UNITS_PER_WAVE = 5_000
+GO_ON = "what is done stays done: start the job again and it goes on"
 Report = Callable[[str], None]
 
 
@@ -75,169 +63,241 @@ class ScoreJob:
         paths, data, score, compute = parse(values, ScorePaths, DataSettings, ScoreSettings, ComputeSettings)
         return cls(absolute(paths.model), absolute(paths.input), absolute(paths.output), data, score, compute)
 
-
-class ScoreUnit:
-    """The actor: one model, scoring one unit at a time."""
-
-    def __init__(self, job: ScoreJob, replicas_per_node: int) -> None:
-        threads = job.compute.num_threads or max(1, (os.cpu_count() or 1) // replicas_per_node)
-        compute = replace(job.compute, num_threads=threads)
-        self._prefix = job.score.prefix
-        from pipelines.scoring import (
-            Scorer,  # torch is loaded where the model is, not in every task that reads or writes
-        )
-
-        self._scorer = Scorer.load(job.model, compute=compute, thresholds=job.score.thresholds)
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """Ids in, output columns out; kept columns pass through."""
-        results = self._scorer.results(self._scorer.score_documents(documents_of(block)), prefix=self._prefix)
-        kept = block.drop_columns([name for name in (IDS, PAIR_IDS, ERROR) if name in block.column_names])
-        for name in results.column_names:
-            kept = kept.append_column(results.schema.field(name), results.column(name))
-        return kept
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The text column, or the two of a pair."""
+        return tuple(name for name in (self.data.text_column, self.data.text_pair_column) if name is not None)
 
 
-class CommitUnit(Datasink[dict[str, Any]]):
-    """Commits each block as the output file of its unit, and returns the unit's part of the summary."""
+@dataclass(frozen=True)
+class CheckedJob:
+    """A job whose model, input and columns fit together."""
 
-    def __init__(self, job: ScoreJob, units: Sequence[WorkUnit], folder: ModelFolder, counter: Any) -> None:
-        self._output, self._prefix, self._counter = job.output, job.score.prefix, counter
-        self._names = [(unit.output_name, unit.num_rows) for unit in units]
-        self._decision = folder.decision
-        self._metadata = schema_metadata(
-            folder.decision, weights_hash=folder.weights_hash, settings_hash=folder.settings_hash
-        )
-        self.parts: list[dict[str, Any]] = []
+    job: ScoreJob
+    folder: ModelFolder
+    files: list[InputFile]
+    keep: pa.Schema
+    """Columns to carry along."""
+    read: pa.Schema
+    """Columns to read: those, the texts, and what a filter compares."""
 
-    def write(self, blocks: Iterable[Block], ctx: Any) -> dict[str, Any]:
-        """Runs in a write task: one file per block."""
-        parts = [self._commit(BlockAccessor.for_block(block).to_arrow()) for block in blocks]
-        return add_parts(parts)
-
-    def on_write_complete(self, write_result: WriteResult[dict[str, Any]]) -> None:
-        """Runs on the driver when every unit is committed."""
-        self.parts = write_result.write_returns
-
-    def _commit(self, block: pa.Table) -> dict[str, Any]:
-        number = unit_number(block)
-        name, num_rows = self._names[number]
-        if len(block) != num_rows:  # Ray split or joined a block: the file would not be the unit
-            raise JobError(f"unit {number} has {len(block)} rows and should have {num_rows}")
-        table = block.drop_columns([UNIT]).replace_schema_metadata(self._metadata)
-        size = commit_table(self._output, name, table)
-        part = summarize(table, self._decision, prefix=self._prefix)
-        part["bytes_out"] = size
-        counts = {"units": 1, "rows": part["rows_out"], "tokens": part["tokens"], "errors": part["rows_in_error"]}
-        self._counter.add.remote(counts)
-        return part
+    @property
+    def decision(self) -> DecisionSettings:
+        """The folder's, under the job's thresholds."""
+        return self.folder.decision
 
 
 def score(job: ScoreJob, *, address: str | None = None, report: Report = lambda line: None) -> dict[str, Any]:
     """Score every row of the input into the output folder; the summary, which is also written there.
 
-    Raises a UsageError before any work where model, input, columns, settings or output do not fit, and JobError
-    where the job cannot be finished.
+    A run that was begun there goes on; one that is finished is left alone. Raises a UsageError before any work where
+    model, input, columns, settings or output do not fit, and JobError where the job cannot be finished.
     """
-    started = time.perf_counter()
+    checked = check_job(job, report=report)
+    run = open_run(
+        job.output, checked.files, checked.keep, identity(checked),
+        input=job.input, unit_bytes=job.score.unit_bytes, overwrite=job.score.overwrite, append=job.score.append,
+    )  # fmt: skip
+    summary = finished_summary(run)
+    if summary is not None:
+        report(f"nothing to do: all {run.num_units:,} units of {shown(job.output)} are done")
+        return summary
+    tally = Tally(run, checked.decision, job.score.max_errors)
+    if run.done:
+        report(f"going on: {len(run.done):,} of {run.num_units:,} units are done")
+        tally.add_done(read_parts(run, sorted(run.done)))
+    left = run.num_units - len(run.done)
+    num_files = sum(len(plan.files) for plan in run.plans)
+    report(f"{num_files:,} files, {run.num_rows:,} rows, {left:,} units to do -> {shown(job.output)}")
+    with heartbeat(job.output) as others:
+        if others:
+            report(f"another job writes here too ({others[0]}): nothing breaks, but work is done twice")
+        with watched(tally, report):
+            for part in _parts(checked, run, address):
+                tally.add(part)
+    return _finish(checked, run, tally)
+
+
+def check_job(job: ScoreJob, *, report: Report = lambda line: None) -> CheckedJob:
+    """Read the model folder and the footers of the input, and check that columns and settings fit."""
     folder = read_model_folder(job.model)
     folder = replace(folder, decision=resolve_thresholds(job.score.thresholds, folder.decision))
     load_tokenizer(folder.path)
-    files = read_footers(job.input, job.data.text_column)
-    keep = check_input(job, files, folder.decision)
-    units = plan_units(files, unit_bytes=job.score.unit_bytes, limit=job.data.limit)
-    if not units:
-        raise DataError(f"{job.input} has no rows: its {len(files)} Parquet files are empty")
-    num_rows = sum(unit.num_rows for unit in units)
-    prepare_output(job.output)
-    commit_json(job.output, MANIFEST, manifest(job, folder, files, units))
-    report(f"{len(files)} files, {num_rows:,} rows, {len(units)} work units -> {job.output}")
-    with connected(address):
-        parts = _run(job, folder, units, keep, num_rows, report)
-    total = add_parts(parts)
-    if total["rows_out"] != num_rows:
-        raise JobError(f"{num_rows} rows in but {total['rows_out']} rows out of {job.output}")
-    summary = finish_summary(total, folder.decision, rows_in=num_rows, seconds=time.perf_counter() - started)
-    commit_json(job.output, SUMMARY, summary)
-    return summary
+    if job.score.replica_range != (0, 0) and "memory://" in (job.input[:9], job.output[:9]):
+        raise SettingsError("memory:// is seen by this process alone; add --replicas 0 to score without Ray")
+    files = read_footers(job.input, job.data.text_column, lenient=True)
+    readable = [file for file in files if file.schema is not None]
+    _check_texts(job, readable, report)
+    compared = parse_filter(job.score.filter)[1] if job.score.filter else []
+    names = list(dict.fromkeys(name for file in readable for name in file.column_names))
+    keep = [name for name in names if name not in job.text_columns] if job.score.keep is None else list(job.score.keep)
+    outputs = [field.name for field in output_fields(folder.decision, prefix=job.score.prefix)]
+    check_output_columns(names, keep, outputs, prefix=job.score.prefix)
+    unknown = [name for name in compared if name not in names]
+    if unknown:
+        raise DataError(f"--filter names {unknown[0]!r}, which is no input column; those are: {', '.join(names)}")
+    read = together(readable, list(dict.fromkeys([*keep, *compared])))
+    carried = pa.schema([read.field(name) for name in keep])
+    for name in job.text_columns:  # as strings, whatever a file without texts has under their name
+        if name not in read.names:
+            read = read.append(pa.field(name, pa.large_string()))
+    return CheckedJob(job, folder, files, carried, read)
 
 
-def check_input(job: ScoreJob, files: Sequence[InputFile], decision: DecisionSettings) -> list[str]:
-    """Check every file's columns; the columns to carry into the output."""
-    data = job.data
-    texts = [name for name in (data.text_column, data.text_pair_column) if name is not None]
-    for file in files:
-        for name in texts:
-            check_text_column(file.schema, name, where=file.url)
-    schema = pa.schema(list({field.name: field for file in files for field in file.schema}.values()))
-    keep = [name for name in schema.names if name not in texts] if job.score.keep is None else list(job.score.keep)
-    outputs = [field.name for field in output_fields(decision, prefix=job.score.prefix)]
-    check_output_columns(schema, keep, outputs, prefix=job.score.prefix)
-    _check_together(files, keep)
-    return keep
-
-
-def _check_together(files: Sequence[InputFile], keep: Sequence[str]) -> None:
-    """Raise DataError where the types of a column to carry along do not go together over the files."""
-    together = pa.schema([])
-    for file in files:
-        carried = pa.schema([field for field in file.schema if field.name in keep])
-        try:
-            together = pa.unify_schemas([together, carried], promote_options="permissive")
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise DataError(
-                f"the columns of {file.url} do not fit those of the files before it: {error}; "
-                f"make them alike, or leave that column out with --keep"
-            ) from error
-
-
-def manifest(
-    job: ScoreJob, folder: ModelFolder, files: Sequence[InputFile], units: Sequence[WorkUnit]
-) -> dict[str, Any]:
-    """The content of _manifest.json, which says what the output is made of before any of it exists."""
+def identity(checked: CheckedJob) -> dict[str, Any]:
+    """What makes a run this run, beside its input."""
+    job = checked.job
     return {
-        "format_version": 1,
-        "model": job.model,
-        "weights_hash": folder.weights_hash,
-        "settings_hash": folder.settings_hash,
-        "input": job.input,
-        "files": [{"file": file.url, "rows": file.num_rows} for file in files],
-        "units": len(units),
-        "settings": {**asdict(job.data), **asdict(job.score), **asdict(job.compute)},
+        "weights_hash": checked.folder.weights_hash,
+        "settings_hash": checked.folder.settings_hash,
+        "limit": job.data.limit,
+        "text_column": job.data.text_column,
+        "text_pair_column": job.data.text_pair_column,
+        "filter": job.score.filter,
+        "keep": None if job.score.keep is None else list(job.score.keep),
+        "prefix": job.score.prefix,
+        "dtype": job.compute.dtype,
     }
 
 
-def _run(
-    job: ScoreJob, folder: ModelFolder, units: Sequence[WorkUnit], keep: Sequence[str], num_rows: int, report: Report
-) -> list[dict[str, Any]]:
-    lead_space = leads_with_space(folder.windows, folder.model_type)
-    stage = TokenizeStage(job.input, job.data, job.model, tuple(keep), job.score.prefix, lead_space)
-    counter = Counter.remote()  # type: ignore[attr-defined]
-    sink = CommitUnit(job, units, folder, counter)
-    with progress(counter, num_rows, report):
-        try:
-            _score_stage(tokenized(stage, units), job).write_datasink(sink)
-        except ray.exceptions.RayError as error:
-            raise JobError(f"scoring failed: {root_cause(error)}") from error
-    return sink.parts
+def _check_texts(job: ScoreJob, files: Sequence[InputFile], report: Report) -> None:
+    """Some files may lack the text, and their rows say so; not all of them."""
+    for name in job.text_columns:
+        problems = {file.url: text_column_problem(file.schema or pa.schema([]), name) for file in files}
+        bad = [f"{url} {problem}" for url, problem in problems.items() if problem is not None]
+        if len(bad) == len(files):
+            raise DataError(f"{bad[0]}; name the text column with --text-column")
+        if bad:
+            report(f"{len(bad)} of {len(files)} files come out with errors, such as: {bad[0]}")
 
 
-def _score_stage(dataset: Dataset, job: ScoreJob) -> Dataset:
-    """The actor pool: a GPU or a share of the machine's cores for each replica."""
-    there = ray.cluster_resources().get("GPU", 0)
-    gpus = job.score.gpus_per_replica
-    if gpus is None:
-        gpus = 1.0 if there else 0.0
+def _parts(checked: CheckedJob, run: Run, address: str | None) -> Iterator[dict[str, Any]]:
+    """What each unit that is left adds to the summary, as soon as it is committed."""
+    job = checked.job
+    left = (unit for plan in run.plans for unit in plan if unit.output_name not in run.done)
+    if job.score.replica_range == (0, 0):
+        yield from _here(checked, left)
+        return
+    with connected(address):
+        check_nodes(job.model, next(file.url for file in checked.files if file.error is None), job.output)
+        attempts = Attempts.remote()  # type: ignore[attr-defined]
+        while wave := list(itertools.islice(left, UNITS_PER_WAVE)):
+            try:
+                dataset = _score_stage(checked, wave, attempts)
+                batches: Iterable[Any] = dataset.iter_batches(
+                    batch_size=None, batch_format="pyarrow", prefetch_batches=0
+                )
+                for batch in batches:
+                    yield from map(json.loads, batch.column(PART).to_pylist())
+            except ray.exceptions.RayError as error:
+                raise JobError(f"scoring failed: {root_cause(error)}; {GO_ON}") from error
+
+
+def _here(checked: CheckedJob, units: Iterator[WorkUnit]) -> Iterator[dict[str, Any]]:
+    """The same stages in this process, one unit after another."""
+    stage, replica = _stage(checked), ScoreUnit(_setup(checked, replicas_per_node=1))
+    for unit in units:
+        for table in stage([unit]):
+            try:
+                yield replica.score_unit(unit.number, unit.output_name, table)
+            except OSError as error:
+                raise JobError(f"{shown(checked.job.output)} cannot be written: {error}; {GO_ON}") from error
+
+
+def _stage(checked: CheckedJob) -> TokenizeStage:
+    job, folder = checked.job, checked.folder
+    return TokenizeStage(
+        job.input,
+        job.text_columns,
+        checked.read,
+        job.model,
+        keep=tuple(checked.keep.names),
+        prefix=job.score.prefix,
+        lead_space=leads_with_space(folder.windows, folder.model_type),
+        filter=job.score.filter,
+    )
+
+
+def _setup(checked: CheckedJob, *, replicas_per_node: int) -> ReplicaSetup:
+    job, folder = checked.job, checked.folder
+    return ReplicaSetup(
+        job.model,
+        job.output,
+        checked.decision,
+        schema_metadata(
+            checked.decision,
+            weights_hash=folder.weights_hash,
+            settings_hash=folder.settings_hash,
+            prefix=job.score.prefix,
+        ),
+        job.compute,
+        prefix=job.score.prefix,
+        replicas_per_node=replicas_per_node,
+        via_serve=job.score.via_serve,
+    )
+
+
+def _score_stage(checked: CheckedJob, units: Sequence[WorkUnit], attempts: Any) -> Dataset:
+    """Tasks that tokenize, then the actor pool: a GPU or a share of the machine's cores for each replica."""
+    settings = checked.job.score
+    gpus = _gpus_per_replica(settings)
     num_nodes = max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()))
+    there = ray.cluster_resources().get("GPU", 0)
     default = max(1, int(there / gpus) if gpus else num_nodes)
-    fewest, most = job.score.replica_range or (default, default)
+    fewest, most = settings.replica_range or (default, default)
+    dataset = tokenized(
+        _stage(checked), units,
+        num_cpus=settings.tokenize_cpus, **_placed(settings.tokenize_resources, settings.tokenize_labels),
+    )  # fmt: skip
     return dataset.map_batches(
         ScoreUnit,
-        fn_constructor_args=(job, -(-most // num_nodes)),
+        fn_constructor_args=(_setup(checked, replicas_per_node=-(-most // num_nodes)), attempts),
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
-        compute=ActorPoolStrategy(min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=2),
-        num_cpus=ACTOR_CPUS,
+        compute=ActorPoolStrategy(
+            min_size=fewest,
+            max_size=most,
+            max_tasks_in_flight_per_actor=UNITS_IN_FLIGHT,
+            max_concurrent_calls_per_actor=CALLS_AT_ONCE,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=ACTOR_CPUS if settings.tokenize_cpus != ACTOR_CPUS else ACTOR_CPUS / 2,
         num_gpus=gpus or None,
+        **_placed(settings.replica_resources, settings.replica_labels),
     )
+
+
+def _gpus_per_replica(settings: ScoreSettings) -> float:
+    if settings.via_serve is not None:
+        return 0.0
+    if settings.gpus_per_replica is not None:
+        return settings.gpus_per_replica
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+def _placed(resources: Mapping[str, float] | None, labels: Mapping[str, str] | None) -> dict[str, Any]:
+    """Ray's options for where tasks or actors run."""
+    found = {"resources": dict(resources or {}), "label_selector": dict(labels or {})}
+    return {name: value for name, value in found.items() if value}
+
+
+def _finish(checked: CheckedJob, run: Run, tally: Tally) -> dict[str, Any]:
+    """Check that no row is missing, and write the summary."""
+    total = tally.total
+    if total["rows_in"] != run.num_rows or total["rows_out"] + total["rows_filtered"] != run.num_rows:
+        raise JobError(
+            f"{run.num_rows} rows in, but {total['rows_out']} out and {total['rows_filtered']} filtered away in "
+            f"{shown(run.location)}"
+        )
+    summary = {
+        **finish_summary(total, checked.decision),
+        "files_in_error": run.files_in_error,
+        "labels": list(checked.decision.labels),
+        "wall_seconds": round(tally.elapsed, 2),
+        "rows_per_second": round(tally.rows_now / tally.elapsed, 2),
+        "units_before": len(run.done),
+    }
+    commit_json(run.location, SUMMARY, summary)
+    sweep(run.location)
+    return summary

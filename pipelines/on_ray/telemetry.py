@@ -4,28 +4,82 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 
+from pipelines.errors import JobError
+from pipelines.outputs import Run
+from pipelines.settings import DecisionSettings
+from pipelines.summary import add_parts, empty_part
 
-@ray.remote(num_cpus=0)
-class Counter:
-    """Adds up what workers report; one per job."""
 
-    def __init__(self) -> None:
-        self._totals: dict[str, int] = {}
+class Tally:
+    """What a scoring job has done so far, unit by unit; kept by the driver."""
 
-    def add(self, counts: dict[str, int]) -> None:
-        """Add counts by name."""
-        for name, count in counts.items():
-            self._totals[name] = self._totals.get(name, 0) + count
+    def __init__(self, run: Run, decision: DecisionSettings, max_errors: float | int | None) -> None:
+        self.total: dict[str, Any] = add_parts([empty_part(decision)])
+        self.rows_now = 0
+        """Rows done by this process, without those of earlier ones."""
+        self._num_rows, self._num_units, self._max_errors = run.num_rows, run.num_units, max_errors
+        self._started = time.monotonic()
+        self._first: float | None = None
+        self._at_first = (0, 0, 0.0)
 
-    def totals(self) -> dict[str, int]:
-        """Sums so far."""
-        return dict(self._totals)
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the job began."""
+        return time.monotonic() - self._started
+
+    def add_done(self, parts: Sequence[dict[str, Any]]) -> None:
+        """Count in units that an earlier process finished."""
+        self.total = add_parts([self.total, *parts])
+
+    def add(self, part: dict[str, Any]) -> None:
+        """Count in a unit. Raises JobError where there are more errors than may be."""
+        self.total = add_parts([self.total, part])
+        self.rows_now += part["rows_in"]
+        if self._first is None:  # what came before was the start: Ray, models, the first units
+            self._first = time.monotonic()
+            self._at_first = (self.rows_now, self.total["tokens"], self.total["seconds"].get("forward", 0.0))
+        self._check_errors()
+
+    def line(self) -> str:
+        """One line for people: done, rate, errors, what the replicas do, time to go."""
+        done = self.total["rows_in"]
+        line = f"{done:,}/{self._num_rows:,} rows ({done / max(self._num_rows, 1):.0%})"
+        line += f", {self.total['units']:,}/{self._num_units:,} units"
+        if self._first is None:
+            return f"{line}, {self.elapsed:.0f} s: starting, loading the model, scoring the first units"
+        seconds = max(time.monotonic() - self._first, 1e-9)
+        rows, tokens = self.rows_now - self._at_first[0], self.total["tokens"] - self._at_first[1]
+        if self.total["rows_in_error"]:
+            line += f", {self.total['rows_in_error']:,} rows in error"
+        if not rows:
+            return line
+        line += f", {rows / seconds:,.1f} rows/s, {tokens / seconds:,.0f} tokens/s, {self._busy()}"
+        return f"{line}, {(self._num_rows - done) * seconds / rows:,.0f} s to go"
+
+    def _busy(self) -> str:
+        """What the job spends its time on, as shares of all stages' seconds."""
+        seconds = {name: value for name, value in self.total["seconds"].items() if name != "wait"}
+        whole = sum(seconds.values()) or 1.0
+        return ", ".join(f"{name} {value / whole:.0%}" for name, value in seconds.items())
+
+    def _check_errors(self) -> None:
+        bad, limit = self.total["rows_in_error"], self._max_errors
+        if limit is None:
+            return
+        most = limit * self._num_rows if isinstance(limit, float) else limit
+        if bad > most:
+            kinds = sorted(self.total["errors"].items(), key=lambda item: -item[1])[:3]
+            named = "; ".join(f"{count:,}: {kind}" for kind, count in kinds)
+            raise JobError(
+                f"stopped: {bad:,} of {self.total['rows_in']:,} rows have errors and max_errors={limit} allows "
+                f"{most:,.0f} ({named})"
+            )
 
 
 @ray.remote(num_cpus=0)
@@ -46,17 +100,9 @@ class Relay:
 
 
 @contextmanager
-def progress(
-    counter: Any, num_rows: int, report: Callable[[str], None], *, every_seconds: float = 5.0
-) -> Iterator[None]:
-    """Report rows done, rate, tokens, errors and time to go while the body runs."""
-    started = time.monotonic()
-
-    def show() -> None:
-        totals = ray.get(counter.totals.remote(), timeout=every_seconds)
-        report(progress_line(totals, num_rows, time.monotonic() - started))
-
-    with _repeated(show, every_seconds):
+def watched(tally: Tally, report: Callable[[str], None], *, every_seconds: float = 5.0) -> Iterator[None]:
+    """Report the tally's line while the body runs."""
+    with _repeated(lambda: report(tally.line()), every_seconds):
         yield
 
 
@@ -93,15 +139,3 @@ def _repeated(show: Callable[[], None], every_seconds: float) -> Iterator[None]:
     finally:
         stop.set()
         watcher.join()
-
-
-def progress_line(totals: dict[str, int], num_rows: int, seconds: float) -> str:
-    """One line for people: done, rate, errors, time to go."""
-    rows, tokens = totals.get("rows", 0), totals.get("tokens", 0)
-    line = f"{rows:,}/{num_rows:,} rows ({rows / max(num_rows, 1):.0%}), {totals.get('units', 0)} units"
-    if not rows:
-        return f"{line}, {seconds:.0f} s: loading the model and scoring the first unit"
-    line += f", {rows / seconds:,.1f} rows/s, {tokens / seconds:,.0f} tokens/s"
-    if totals.get("errors"):
-        line += f", {totals['errors']:,} rows in error"
-    return f"{line}, {(num_rows - rows) * seconds / rows:,.0f} s to go"

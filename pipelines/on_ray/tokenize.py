@@ -1,33 +1,42 @@
-"""The stage that score and train share: work units in, token ids out, one task and one block per unit.
+"""The stage that score and train share: work units in, token ids out.
 
-A custom Ray Data source, because it is the extension point at which a unit stays one task, one block and in order.
+A custom Ray Data source, because that is the extension point at which it is ours what a task reads. A unit travels
+as one row that holds its table, so that Ray Data can neither split it nor join it with another; a task reads units of
+the same row group one after another, so that it is decoded once.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import Block, BlockMetadata
 
+from pipelines.filters import kept_rows, parse_filter
 from pipelines.model_folder import TOKENIZER_FILES, local_folder
 from pipelines.pretrained import load_tokenizer
-from pipelines.settings import DataSettings
-from pipelines.shards import WorkUnit, read_unit
+from pipelines.reading import Rows, read_units
+from pipelines.shards import WorkUnit
 from pipelines.tables import SOURCE_COLUMNS
 from pipelines.tokenization import Documents, Tokenizer, Tokens
 
-UNIT, IDS, PAIR_IDS, ERROR = "__unit", "__ids", "__pair_ids", "__error"
-"""Columns of a block between the stages: unit number, token ids, those of the second text, why a row is bad."""
+UNIT, NAME, TABLE = "unit", "name", "table"
+"""Columns of a block between the stages: a unit's number, its output's name, its tokenized table in Arrow's format."""
+IDS, PAIR_IDS, ERROR = "__ids", "__pair_ids", "__error"
+"""Columns of a tokenized table beside those carried along: ids, those of the second text, why a row is bad."""
+STATS = b"pipelines.stats"
+"""Key of a tokenized table's metadata: rows_in, rows_filtered, and seconds of reading and tokenizing."""
 TOKENIZE_CPUS = 1.0
+TASKS_PER_ROW_GROUP = 8
 
 
 @dataclass(frozen=True)
@@ -35,77 +44,136 @@ class TokenizeStage:
     """What a read task needs to know."""
 
     location: str
-    data: DataSettings
+    text_columns: tuple[str, ...]
+    """The text column, or the two of a pair."""
+    schema: pa.Schema
+    """Every column to read."""
     tokenizer_folder: str
     keep: tuple[str, ...] = ()
-    """Input columns to carry along."""
+    """Columns to carry along."""
     prefix: str = ""
     """Of the names of the source columns."""
     lead_space: bool = False
     """Whether a space goes before each text (`windows.leads_with_space`)."""
+    filter: str | None = None
+    """Rows that pass; the others are left out and counted."""
 
-    @property
-    def text_columns(self) -> list[str]:
-        """The text column, or the two of a pair."""
-        return [name for name in (self.data.text_column, self.data.text_pair_column) if name is not None]
+    def __call__(self, units: Iterable[WorkUnit]) -> Iterator[pa.Table]:
+        """Each unit's rows in order: kept and source columns, then IDS, PAIR_IDS (pairs only), ERROR."""
+        found = read_units(self.location, units, self.schema, text_columns=self.text_columns, prefix=self.prefix)
+        for rows in found:
+            yield self._tokenize(rows)
 
-    def __call__(self, unit: WorkUnit) -> pa.Table:
-        """The unit's rows in order: kept and source columns, then UNIT, IDS, PAIR_IDS (pairs only), ERROR."""
-        columns = list(dict.fromkeys([*self.keep, *self.text_columns]))
-        table = read_unit(self.location, unit, columns, prefix=self.prefix)
+    def _tokenize(self, rows: Rows) -> pa.Table:
+        started = time.perf_counter()
+        table, errors = self._filtered(rows)
         documents = _tokenizer(self.tokenizer_folder, self.lead_space).documents(table, *self.text_columns)
-        block = table.select([*self.keep, *(self.prefix + name for name in SOURCE_COLUMNS)])
-        block = block.append_column(UNIT, pa.array(np.full(len(block), unit.number, np.int32)))
-        block = block.append_column(IDS, documents.tokens.to_arrow())
+        result = table.select([*self.keep, *(self.prefix + name for name in SOURCE_COLUMNS)])
+        result = result.append_column(IDS, documents.tokens.to_arrow())
         if documents.pair_tokens is not None:
-            block = block.append_column(PAIR_IDS, documents.pair_tokens.to_arrow())
-        return block.append_column(ERROR, pa.array(documents.errors, pa.string()))
+            result = result.append_column(PAIR_IDS, documents.pair_tokens.to_arrow())
+        reasons = [unread or bad for unread, bad in zip(errors, documents.errors, strict=True)]
+        result = result.append_column(ERROR, pa.array(reasons, pa.string()))
+        seconds = {"read": rows.seconds, "tokenize": time.perf_counter() - started}
+        stats = {"rows_in": len(rows.table), "rows_filtered": len(rows.table) - len(table), "seconds": seconds}
+        return result.replace_schema_metadata({STATS: json.dumps(stats)})
+
+    def _filtered(self, rows: Rows) -> tuple[pa.Table, list[str | None]]:
+        """Rows that pass the filter; those that could not be read stay, to be accounted for."""
+        if self.filter is None:
+            return rows.table, rows.errors
+        passed = kept_rows(rows.table, parse_filter(self.filter)[0]).to_pylist()
+        kept = [number for number, ok in enumerate(passed) if ok or rows.errors[number] is not None]
+        return rows.table.take(pa.array(kept, pa.int64())), [rows.errors[number] for number in kept]
 
 
 class UnitDatasource(Datasource):
-    """One read task per work unit."""
+    """Read tasks over work units."""
 
-    def __init__(self, stage: TokenizeStage, units: Sequence[WorkUnit]) -> None:
+    def __init__(self, stage: TokenizeStage, tasks: Sequence[Sequence[WorkUnit]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._stage, self._units = stage, units
+        self._stage, self._tasks = stage, tasks
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Unknown before tokenizing."""
         return None
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        """All units, whatever parallelism Ray would like."""
-        return [_read_task(self._stage, unit) for unit in self._units]
+        """All tasks, whatever parallelism Ray would like."""
+        return [_read_task(self._stage, units) for units in self._tasks]
 
 
-def tokenized(stage: TokenizeStage, units: Sequence[WorkUnit]) -> Dataset:
-    """A dataset with one block of ids per unit. Sets this process's Ray Data context so that blocks stay whole."""
+def tokenized(stage: TokenizeStage, units: Iterable[WorkUnit], **ray_remote_args: Any) -> Dataset:
+    """A dataset with one row and block per unit. Sets this process's Ray Data context so that blocks stay so."""
     context = DataContext.get_current()
-    context.target_max_block_size = None
+    context.target_max_block_size = 1  # every row is a block of its own
     context.enable_progress_bars = False
-    dataset: Dataset = ray.data.read_datasource(
-        UnitDatasource(stage, units), override_num_blocks=len(units), num_cpus=TOKENIZE_CPUS
-    )
+    tasks = group_units(units)
+    options = {"num_cpus": TOKENIZE_CPUS, **ray_remote_args}
+    dataset: Dataset = ray.data.read_datasource(UnitDatasource(stage, tasks), override_num_blocks=len(tasks), **options)
     return dataset
 
 
-def documents_of(block: pa.Table) -> Documents:
-    """The documents of a tokenized block."""
-    pair = Tokens.from_arrow(block.column(PAIR_IDS)) if PAIR_IDS in block.column_names else None
-    return Documents(Tokens.from_arrow(block.column(IDS)), pair, block.column(ERROR).to_pylist())
+def group_units(units: Iterable[WorkUnit]) -> list[list[WorkUnit]]:
+    """Units of one row group in up to TASKS_PER_ROW_GROUP runs, every other unit alone; in order."""
+    joined: list[list[WorkUnit]] = []
+    for unit in units:
+        if joined and _end(joined[-1][-1]) == _begin(unit):
+            joined[-1].append(unit)
+        else:
+            joined.append([unit])
+    runs = []
+    for group in joined:
+        size = -(-len(group) // TASKS_PER_ROW_GROUP)
+        runs += [group[start : start + size] for start in range(0, len(group), size)]
+    return runs
 
 
-def unit_number(block: pa.Table) -> int:
-    """Which unit a tokenized block is."""
-    return int(block.column(UNIT)[0].as_py())
+def unpack(block: pa.Table) -> Iterator[tuple[int, str, pa.Table]]:
+    """Number, output name and tokenized table of each unit in a block; nothing is copied."""
+    for number, name, content in zip(block.column(UNIT), block.column(NAME), block.column(TABLE), strict=True):
+        with pa.ipc.open_stream(content.as_buffer()) as stream:
+            yield number.as_py(), name.as_py(), stream.read_all()
 
 
-def _read_task(stage: TokenizeStage, unit: WorkUnit) -> ReadTask:
+def documents_of(table: pa.Table) -> Documents:
+    """The documents of a tokenized table."""
+    pair = Tokens.from_arrow(table.column(PAIR_IDS)) if PAIR_IDS in table.column_names else None
+    return Documents(Tokens.from_arrow(table.column(IDS)), pair, table.column(ERROR).to_pylist())
+
+
+def stats_of(table: pa.Table) -> dict[str, Any]:
+    """What reading and tokenizing say of a tokenized table."""
+    return dict(json.loads(table.schema.metadata[STATS]))
+
+
+def packed(unit: WorkUnit, table: pa.Table) -> pa.Table:
+    """One row that holds a unit's table."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    content = sink.getvalue()
+    offsets = pa.array([0, content.size], pa.int64())
+    column = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets.buffers()[1], content])
+    return pa.table({UNIT: pa.array([unit.number], pa.int32()), NAME: [unit.output_name], TABLE: column})
+
+
+def _read_task(stage: TokenizeStage, units: Sequence[WorkUnit]) -> ReadTask:
     def read() -> Iterable[Block]:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there are as many of these processes as cores
-        return [stage(unit)]
+        for unit, table in zip(units, stage(units), strict=True):
+            yield packed(unit, table)
 
-    return ReadTask(read, BlockMetadata(num_rows=unit.num_rows, size_bytes=None, exec_stats=None, input_files=None))
+    metadata = BlockMetadata(num_rows=len(units), size_bytes=None, exec_stats=None, input_files=None)
+    return ReadTask(read, metadata)
+
+
+def _begin(unit: WorkUnit) -> tuple[str, int]:
+    return unit.spans[0].file.path, unit.spans[0].row_group
+
+
+def _end(unit: WorkUnit) -> tuple[str, int]:
+    return unit.spans[-1].file.path, unit.spans[-1].row_group
 
 
 def _tokenizer(location: str, lead_space: bool) -> Tokenizer:

@@ -26,11 +26,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipelines.errors import DataError, JobError, SettingsError
 from pipelines.fields import parse
 from pipelines.labels import encode_labels, find_labels
+from pipelines.locations import absolute
 from pipelines.losses import resolve_loss
 from pipelines.model import describe
 from pipelines.on_ray.cluster import connected, has_gpus, root_cause
 from pipelines.on_ray.telemetry import Relay, relayed
-from pipelines.on_ray.tokenize import TokenizeStage, documents_of, tokenized, unit_number
+from pipelines.on_ray.tokenize import TokenizeStage, documents_of, tokenized, unpack
+from pipelines.outputs import make_empty_folder
+from pipelines.reading import read_unit, together
 from pipelines.scoring import plan_of
 from pipelines.settings import (
     ComputeSettings,
@@ -40,7 +43,7 @@ from pipelines.settings import (
     TrainSettings,
     WindowSettings,
 )
-from pipelines.shards import InputFile, WorkUnit, absolute, plan_units, prepare_output, read_footers, read_unit
+from pipelines.shards import InputFile, Plan, plan_units, read_footers
 from pipelines.tables import check_label_column, check_text_column
 from pipelines.tokenization import concat_documents
 from pipelines.training import LabelledDocuments, TrainJob, fit, prepare_folder, watch_of
@@ -76,7 +79,7 @@ class Split:
     """One labelled input: how to tokenize it, its work units, and its targets in the same row order."""
 
     stage: TokenizeStage
-    units: list[WorkUnit]
+    units: Plan
     targets: NDArray[np.generic]
 
 
@@ -94,7 +97,7 @@ def train(request: TrainRequest, *, address: str | None = None, report: Report =
     _check_targets(targets, decision, request.settings)
     limits = describe(paths.model)
     _check_is_local(paths.output)
-    prepare_output(paths.output)
+    make_empty_folder(paths.output)
     job = TrainJob(paths.model, paths.output, request.windows, decision, request.settings, request.compute)
     try:
         return _prepared(request, job, limits, train_files, targets, valid_files, valid_targets, address, report)
@@ -141,13 +144,10 @@ def _read_labels(location: str, data: DataSettings) -> tuple[list[InputFile], pa
                 check_text_column(file.schema, name, where=file.url)
         check_label_column(file.schema, data.label_column, where=file.url)
     units = plan_units(files, limit=data.limit)
-    if not units:
+    if not len(units):
         raise DataError(f"{location} has no rows")
-    tables = [read_unit(location, unit, [data.label_column]) for unit in units]
-    try:
-        return files, pa.concat_tables(tables, promote_options="permissive").column(data.label_column)
-    except pa.ArrowTypeError as error:
-        raise DataError(f"the label columns of {location}'s files are of different types: {error}") from error
+    schema = together(files, [data.label_column])
+    return files, pa.concat_tables([read_unit(location, unit, schema) for unit in units]).column(data.label_column)
 
 
 def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray) -> DecisionSettings:
@@ -186,18 +186,25 @@ def _split(
     targets: NDArray[np.generic],
     lead_space: bool,
 ) -> Split:
-    stage = TokenizeStage(location, request.data, request.paths.output, lead_space=lead_space)
+    data = request.data
+    texts = tuple(name for name in (data.text_column, data.text_pair_column) if name is not None)
+    stage = TokenizeStage(location, texts, together(files, texts), request.paths.output, lead_space=lead_space)
     return Split(stage, plan_units(files, limit=request.data.limit), targets)
 
 
 def _read_here(split: Split) -> LabelledDocuments:
-    return _labelled([split.stage(unit) for unit in split.units], split.targets)
+    return _labelled(list(split.stage(split.units)), split.targets)
 
 
-def _labelled(blocks: Sequence[pa.Table], targets: NDArray[np.generic]) -> LabelledDocuments:
-    """Tokenized units, in any order, with the targets, which are in input order."""
-    parts = [documents_of(block) for block in sorted(blocks, key=unit_number)]
-    return LabelledDocuments(concat_documents(parts), targets)
+def _labelled(tables: Sequence[pa.Table], targets: NDArray[np.generic]) -> LabelledDocuments:
+    """Tokenized units in order with their targets."""
+    return LabelledDocuments(concat_documents([documents_of(table) for table in tables]), targets)
+
+
+def _in_order(blocks: Sequence[pa.Table]) -> list[pa.Table]:
+    """The tokenized tables of blocks that came in any order."""
+    units = [unit for block in blocks for unit in unpack(block)]
+    return [table for _, _, table in sorted(units, key=lambda unit: unit[0])]
 
 
 def run_workers(
@@ -252,7 +259,7 @@ def _worker(loop_config: dict[str, Any]) -> Any:
 
 def _fit_job(config: dict[str, Any]) -> dict[str, Any]:
     splits = [
-        None if refs is None else _labelled(ray.get(refs), targets)
+        None if refs is None else _labelled(_in_order(ray.get(refs)), targets)
         for refs, targets in zip(config["blocks"], config["targets"], strict=True)
     ]
     assert splits[0] is not None

@@ -45,8 +45,10 @@ def test_every_row_comes_out_once_in_order_with_its_error(scored, input_folder):
     assert summary["positive_rates"].keys() == {"ham", "spam"}
     assert json.loads((output / "_summary.json").read_text()) == summary
     manifest = json.loads((output / "_manifest.json").read_text())
-    assert manifest["units"] == len(list_files(str(output))) > 5
+    assert manifest["generations"][0]["units"] == len(list_files(str(output))) > 5
     assert lines[0].startswith("3 files, 60 rows")
+    assert summary["errors"] == {"the text is null": 1, "the text is not valid UTF-8": 1}
+    assert set(summary["seconds"]) == {"read", "tokenize", "wait", "forward", "write"}
 
 
 def test_columns_and_metadata_are_those_of_the_specification(scored, spam_folder):
@@ -119,7 +121,11 @@ def test_columns_that_do_not_go_together_are_named_before_work(spam_folder, tmp_
 
 
 def test_a_used_output_and_a_clashing_column_are_refused(scored, spam_folder, input_folder, tmp_path):
-    with pytest.raises(OutputError, match="is not empty"):
-        score(job(spam_folder, input_folder, scored[0]))
+    with pytest.raises(OutputError, match=r"text_column was 'text' and is 'label'; give a new folder, or --overwrite"):
+        score(job(spam_folder, input_folder, scored[0], text_column="label"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"is not empty and holds no scoring run \(it has notes.txt\)"):
+        score(job(spam_folder, input_folder, tmp_path / "other", overwrite=True))
     with pytest.raises(DataError, match="bears the name of an output column"):
         score(job(spam_folder, scored[0], tmp_path / "again", text_column="id"))

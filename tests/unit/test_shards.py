@@ -1,3 +1,5 @@
+import os
+
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -5,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import shards
+from pipelines import locations, outputs, reading, shards
 from pipelines.errors import DataError, OutputError
+from pipelines.reading import read_unit, together
 
 
 def write(path, rows, *, group=10, start=0):
@@ -37,7 +40,7 @@ def test_every_row_is_in_exactly_one_unit_in_order(tmp_path_factory, unit_bytes,
         write(folder / "b.parquet", 25)
     files = shards.read_footers(str(folder), "text")
     units = shards.plan_units(files, unit_bytes=unit_bytes, limit=limit)
-    rows = [shards.read_unit(str(folder), unit, ["id"]) for unit in units]
+    rows = [read_unit(str(folder), unit, together(files, ["id"])) for unit in units]
     ids = [value for table in rows for value in table.column("id").to_pylist()]
     assert ids == [*range(100, 107), *range(25)][:limit]
     assert [unit.number for unit in units] == list(range(len(units)))
@@ -61,12 +64,12 @@ def test_any_fsspec_filesystem_is_an_input_and_output(data):
     files = shards.read_footers("memory://in", "text")
     assert sum(file.num_rows for file in files) == 33
     assert files[0].url == "memory:///in/a.parquet"
-    shards.prepare_output("memory://out")
-    shards.commit_table("memory://out", "x.parquet", pa.table({"a": [1]}))
+    outputs.make_empty_folder("memory://out")
+    locations.commit_table("memory://out", "x.parquet", pa.table({"a": [1]}))
     with memory.open("/out/x.parquet") as file:
         assert pq.read_table(file).to_pydict() == {"a": [1]}
     with pytest.raises(OutputError, match="is not empty"):
-        shards.prepare_output("memory://out")
+        outputs.make_empty_folder("memory://out")
 
 
 def test_existing_names_with_brackets_and_folders_in_globs(data):
@@ -75,31 +78,51 @@ def test_existing_names_with_brackets_and_folders_in_globs(data):
     assert [file.rsplit("/", 1)[1] for file in shards.list_files(f"{data}/year=*")] == ["c.parquet"]
 
 
-def test_a_column_that_a_file_lacks_is_null(data):
+def test_a_column_that_a_file_lacks_is_null_and_folders_of_hive_are_columns(data):
     pq.write_table(pa.table({"id": [7], "text": ["x"], "more": [1.5]}), data / "e.parquet")
     files = shards.read_footers(str(data), "text")
     (unit,) = shards.plan_units(files, unit_bytes=10**9)
-    table = shards.read_unit(str(data), unit, ["id", "more", "none"], prefix="m_")
-    assert table.column_names == ["id", "more", "none", "m_source_file", "m_source_row"]
+    table = read_unit(str(data), unit, together(files), prefix="m_")
+    assert table.column_names == ["id", "text", "more", "year", "m_source_file", "m_source_row"]
     assert table["more"].drop_null().to_pylist() == [1.5]
-    assert table["none"].null_count == len(table) == 34
+    assert [row["year"] for row in table.to_pylist() if "year=" in row["m_source_file"]] == ["2026"]
+    assert table["year"].null_count == len(table) - 1 == 33
 
 
-def test_one_large_row_group_is_not_read_a_thousand_times(tmp_path):
+def test_a_row_group_is_decoded_once_by_its_units_in_order(tmp_path, monkeypatch):
     write(tmp_path / "a.parquet", 5000, group=5000)
-    units = shards.plan_units(shards.read_footers(str(tmp_path), "text"), unit_bytes=10)
-    assert len(units) == shards.MOST_PIECES
+    files = shards.read_footers(str(tmp_path), "text")
+    plan = shards.plan_units(files, unit_bytes=5_000)
+    assert len(plan) > 20
+    opened = []
+    original = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *a, **k: opened.append(1) or original(*a, **k))
+    tables = [rows.table for rows in reading.read_units(str(tmp_path), plan, together(files, ["id"]))]
+    assert [value for table in tables for value in table["id"].to_pylist()] == list(range(5000))
+    assert len(opened) == 1
+
+
+def test_a_plan_of_a_hundred_thousand_units_is_small_and_quick():
+    many, more = (100,) * 100, (10**9,) * 100
+    files = [shards.InputFile(f"{n}.parquet", f"{n}.parquet", 1, "1", pa.schema([]), many, more) for n in range(1000)]
+    plan = shards.plan_units(files)
+    assert 90_000 < len(plan) <= 110_000
+    assert plan.spans.nbytes + plan.offsets.nbytes < 10 * 2**20
+    assert plan[50_000].num_rows == 100
 
 
 def test_names_follow_the_rows_not_the_run(data):
     files = shards.read_footers(str(data), "text")
     again = shards.read_footers(str(data), "text")
     assert [u.output_name for u in shards.plan_units(files)] == [u.output_name for u in shards.plan_units(again)]
+    later = shards.plan_units(files, first_number=7)
+    assert later[0].output_name.startswith("part-000007-")
 
 
 def test_units_grow_with_the_input_but_stay_bounded():
     assert shards._unit_bytes(10) == 64 * 2**10
-    assert shards._unit_bytes(50 * 2**40) == 64 * 2**20
+    assert shards._unit_bytes(10 * 2**40) // 2**20 == 104, "ten terabytes are a hundred thousand units"
+    assert shards._unit_bytes(2**40) == 64 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -121,23 +144,47 @@ def test_bad_inputs_are_named(tmp_path, name, message):
 
 
 def test_a_commit_is_whole_or_absent(tmp_path, monkeypatch):
-    shards.commit_bytes(str(tmp_path), "x.json", b"old")
+    locations.commit_bytes(str(tmp_path), "x.json", b"old")
+    tries = []
 
     def full_disk(_):
+        tries.append(1)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.os, "fsync", full_disk)
+    monkeypatch.setattr(locations, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(locations.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        shards.commit_bytes(str(tmp_path), "x.json", b"new and longer")
+        locations.commit_bytes(str(tmp_path), "x.json", b"new and longer")
+    assert len(tries) == locations.ATTEMPTS
     assert (tmp_path / "x.json").read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_calls_that_fail_and_then_work_are_tried_again(monkeypatch):
+    monkeypatch.setattr(locations, "FIRST_PAUSE_SECONDS", 0.001)
+    fails = iter([OSError("503"), TimeoutError("slow"), None])
+
+    def call():
+        error = next(fails)
+        if error is not None:
+            raise error
+        return "done"
+
+    assert locations.retried(call) == "done"
+    with pytest.raises(FileNotFoundError):
+        locations.retried(lambda: os.stat("/nowhere/x"))
+
+
+def test_names_for_people_carry_no_credentials():
+    assert locations.shown("s3://key:secret@bucket/a/b?token=1") == "s3://bucket/a/b"
+    assert locations.shown("/a/b") == "/a/b"
 
 
 def test_a_used_output_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is a file"):
-        shards.prepare_output(str(tmp_path / "file"))
+        outputs.make_empty_folder(str(tmp_path / "file"))
     with pytest.raises(OutputError, match="is not empty; give a new folder"):
-        shards.prepare_output(str(tmp_path))
-    shards.prepare_output(str(tmp_path / "new" / "deep"))
+        outputs.make_empty_folder(str(tmp_path))
+    outputs.make_empty_folder(str(tmp_path / "new" / "deep"))
     assert (tmp_path / "new" / "deep").is_dir()

@@ -5,7 +5,7 @@ import pytest
 from pipelines.errors import DataError
 from pipelines.labels import decide
 from pipelines.settings import DecisionSettings
-from pipelines.summary import add_parts, finish_summary, summarize
+from pipelines.summary import add_parts, empty_part, finish_summary, summarize
 from pipelines.tables import check_output_columns, check_text_column, output_fields, read_texts, result_columns
 
 KINDS = {
@@ -75,14 +75,14 @@ def test_column_errors_name_what_there_is():
     schema = pa.schema({"body": pa.string(), "id": pa.int64(), "score": pa.float32()})
     with pytest.raises(DataError, match=r"f\.parquet has no column 'text'; it has: body, id, score"):
         check_text_column(schema, "text", where="f.parquet")
-    with pytest.raises(DataError, match=r"column 'id' of f\.parquet has type int64, not string"):
+    with pytest.raises(DataError, match=r"f\.parquet has a column 'id' of type int64, not string"):
         check_text_column(schema, "id", where="f.parquet")
     with pytest.raises(
         DataError, match=r"input column 'score' bears the name of an output column.*--keep 'id'.*--prefix"
     ):
-        check_output_columns(schema, ["id", "score"], ["score", "error"], prefix="")
+        check_output_columns(schema.names, ["id", "score"], ["score", "error"], prefix="")
     with pytest.raises(DataError, match="--keep names 'nope'"):
-        check_output_columns(schema, ["nope"], ["score"], prefix="")
+        check_output_columns(schema.names, ["nope"], ["score"], prefix="")
 
 
 def test_summaries_add_up():
@@ -91,8 +91,9 @@ def test_summaries_add_up():
     errors = [None, None, "the text is null"]
     whole = summarize(results(decision, scores_DL, errors), decision)
     parts = [summarize(results(decision, scores_DL[i : i + 1], errors[i : i + 1]), decision) for i in range(3)]
-    assert add_parts(parts) == whole
+    assert add_parts(parts) == {**whole, "units": 3}
+    assert add_parts([empty_part(decision), *parts])["histograms"] == whole["histograms"]
     assert sum(whole["histograms"]["spam"]) == 2
-    summary = finish_summary(whole, decision, rows_in=3, seconds=2.0)
+    summary = finish_summary({**whole, "seconds": {"read": 1.234}}, decision)
     assert summary["positive_rates"] == {"ham": 0.5, "spam": 0.5}
-    assert (summary["rows_in"], summary["rows_out"], summary["rows_in_error"]) == (3, 3, 1)
+    assert (summary["rows_out"], summary["rows_in_error"], summary["seconds"]) == (3, 1, {"read": 1.23})

@@ -23,6 +23,7 @@ from pipelines import __version__
 from pipelines.errors import DataError, SettingsError
 from pipelines.fields import parse
 from pipelines.labels import resolve_thresholds
+from pipelines.locations import absolute
 from pipelines.model_folder import read_model_folder
 from pipelines.on_ray.cluster import has_gpus
 from pipelines.on_ray.serve.answers import as_table, predictions_of
@@ -36,7 +37,6 @@ from pipelines.on_ray.serve.schema import (
 )
 from pipelines.scoring import DocumentScores, Scorer
 from pipelines.settings import ComputeSettings, DecisionSettings, ServePaths, ServeSettings
-from pipelines.shards import absolute
 from pipelines.tokenization import Documents
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -126,6 +126,14 @@ class Predictor:
             batch_tokens=self._scorer.model.batch_tokens,
             max_queued_tokens=job.serve.max_queued_tokens,
         )
+
+    async def score_documents(self, documents: Documents) -> DocumentScores:
+        """Scores of tokenized documents, for a bulk job of the cluster; it waits where a request would be refused."""
+        while True:
+            try:
+                return await self._batcher.submit(documents)
+            except QueueFullError:
+                await asyncio.sleep(0.1)
 
     async def check_health(self) -> None:
         """Ray Serve replaces the replica when this raises."""
