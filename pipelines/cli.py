@@ -11,8 +11,9 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 import yaml
 
@@ -47,14 +48,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        code: int = options.run(options)
-        return code
+        with _results_alone() as options.out:
+            code: int = options.run(options)
+            return code
     except PipelinesError as error:
         print(f"pipelines {options.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"pipelines {options.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextmanager
+def _results_alone() -> Iterator[TextIO]:
+    """A stream to the real stdout; what anything else writes there, Ray's own processes above all, goes to stderr."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file, as under a test's capture
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    with os.fdopen(os.dup(number), "w") as real:
+        os.dup2(sys.stderr.fileno(), number)
+        try:
+            yield real
+        finally:
+            sys.stdout.flush()
+            real.flush()
+            os.dup2(real.fileno(), number)
 
 
 def report(line: str) -> None:
@@ -224,10 +245,10 @@ def _yaml(text: str, where: str) -> Any:
 def _print(options: argparse.Namespace, result: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
     """The result on stdout: all of it as JSON, or what people read first."""
     if options.json:
-        print(json.dumps(result))
+        print(json.dumps(result), file=options.out)
         return
     for name, value in shown.items():
-        print(f"{name}: {_shown(value)}")
+        print(f"{name}: {_shown(value)}", file=options.out)
 
 
 def _shown(value: Any) -> str:

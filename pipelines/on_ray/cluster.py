@@ -39,7 +39,7 @@ def connected(address: str | None = None) -> Iterator[None]:
             )
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare ones where a local Ray does not come up
         where = "a local Ray cannot be started" if address is None else f"no Ray cluster answers at {address}"
         raise JobError(f"{where}: {error}; `ray status` tells what runs") from error
     try:

@@ -66,7 +66,7 @@ def test_score_prints_a_summary_and_3_for_rows_in_error(folder, input_folder, tm
     code, out, err = run("score", folder, "--input", input_folder, "--output", tmp_path / "out", capsys=capsys)
     assert code == 3
     assert "rows_in_error: 2" in out
-    assert "work units" in err
+    assert "units to do" in err
     code, out, err = run("score", folder, "--input", input_folder, "--output", tmp_path / "out", capsys=capsys)
     assert code == 2
     assert out == ""
@@ -95,7 +95,7 @@ def test_settings_come_from_yaml_then_set_then_flags(folder, input_folder, tmp_p
         (["score", "{folder}", "--config", "{empty}/none.yaml"], "cannot be read: No such file"),
         (["train", "--train", "{data}"], "nothing says what 'model' is"),
         (["evaluate", "{folder}", "--data", "{data}", "--label-column", "nope"], "has no column 'nope'"),
-        (["evaluate", "{folder}", "--data", "{data}", "--text-column", "n"], "has type int64, not string"),
+        (["evaluate", "{folder}", "--data", "{data}", "--text-column", "n"], "of type int64, not string"),
         (["tune", "{folder}", "--data", "{data}", "--objective", "f3"], "objective 'f3' is none of"),
         (["inspect", "{empty}/none"], "is no folder"),
         (["serve", "{empty}"], "has no pipeline.json"),

@@ -80,7 +80,7 @@ def test_every_row_of_every_kind_of_bad_input_is_accounted_for(local_ray, spam_f
     assert rows["odd.parquet", 0]["lang"] == "en"
     assert rows["good.parquet", 0]["lang"] is None
     assert sum(summary["errors"].values()) == summary["rows_in_error"]
-    assert any("2 of 8 files come out with errors" in line for line in lines)
+    assert any("2 of 9 files come out with errors" in line for line in lines)
     assert {"pages", "notext", "numbers"} == {
         kind for kind in ("pages", "notext", "numbers") if any(kind in message for message in summary["errors"])
     }

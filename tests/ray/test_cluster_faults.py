@@ -1,0 +1,143 @@
+"""Jobs on clusters that lose nodes, on object stores that fail, and through a running Serve application."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.errors import SettingsError
+from pipelines.on_ray.nodes import check_nodes
+from pipelines.on_ray.score import ScoreJob, score
+from pipelines.shards import list_files
+
+HERE = Path(__file__).parent
+
+
+def read(output):
+    return pa.concat_tables([pq.read_table(path).replace_schema_metadata(None) for path in list_files(str(output))])
+
+
+def same(left, right):
+    assert left.drop_columns(["scores", "score"]).equals(right.drop_columns(["scores", "score"]))
+    for one, other in zip(left["scores"].to_pylist(), right["scores"].to_pylist(), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def shards(folder, emails, count=3, rows=60):
+    folder.mkdir()
+    for shard in range(count):
+        pq.write_table(emails.slice(shard * rows, rows), folder / f"{shard}.parquet", row_group_size=20)
+    return folder
+
+
+def settings(folder, source, output, **more):
+    return {"model": str(folder.path), "input": str(source), "output": str(output), "dtype": "float32",
+            "device": "cpu", **more}  # fmt: skip
+
+
+@pytest.mark.timeout(400)
+def test_a_node_lost_in_the_middle_costs_no_row(spam_folder, tmp_path, emails):
+    source = shards(tmp_path / "in", emails)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "node_loss.py"), str(spam_folder.path), str(source), str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=380, check=False, env=environment, cwd=HERE.parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["lost"], "the node went while there was work"
+    assert (summary["rows_out"], summary["rows_in_error"]) == (180, 0)
+    score(ScoreJob.parse(settings(spam_folder, source, tmp_path / "here", replicas=0)))
+    same(read(tmp_path / "out"), read(tmp_path / "here"))
+
+
+def test_nodes_that_cannot_reach_a_path_are_named(local_ray, spam_folder, input_folder, tmp_path):
+    model, first = str(spam_folder.path), list_files(str(input_folder))[0]
+    with pytest.raises(SettingsError, match=r"node \S+ \(\w+\) cannot see the output .*; use a path that every node"):
+        check_nodes(model, first, str(tmp_path))
+    with pytest.raises(SettingsError, match=r"cannot see the input /nowhere/a\.parquet; use a path that every node"):
+        check_nodes(model, "/nowhere/a.parquet", str(tmp_path))
+    with pytest.raises(SettingsError, match=r"cannot read the model /nowhere.*use a path that every node"):
+        check_nodes("/nowhere", first, str(tmp_path))
+
+
+@pytest.fixture
+def flaky_s3(monkeypatch):
+    """An S3 server on loopback that answers every fifth request with 503."""
+    moto = pytest.importorskip("moto.server", reason="the S3 test server is in the dev extra")
+    pytest.importorskip("s3fs", reason="in the s3 extra")
+    from werkzeug.serving import make_server
+
+    inner = moto.DomainDispatcherApplication(moto.create_backend_app)
+    counts = {"all": 0, "failed": 0}
+
+    def application(environ, respond):
+        counts["all"] += 1
+        if counts["all"] % 5 == 0:
+            counts["failed"] += 1
+            respond("503 Service Unavailable", [("Content-Type", "text/xml")])
+            return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+        return inner(environ, respond)
+
+    import threading
+
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    values = {"ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "DEFAULT_REGION": "us-east-1",
+              "ACCESS_KEY_ID": "key-of-mine", "SECRET_ACCESS_KEY": "secret-of-mine"}  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    yield counts
+    server.shutdown()
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore")
+def test_an_object_store_that_fails_now_and_then_gives_what_a_disk_gives(spam_folder, tmp_path, emails, flaky_s3):
+    import fsspec
+
+    source = shards(tmp_path / "in", emails, count=2, rows=30)
+    store = fsspec.filesystem("s3", skip_instance_cache=True)
+    store.mkdir("bulk")
+    store.put(str(source), "bulk/in", recursive=True)
+    store.put(str(spam_folder.path), "bulk/model", recursive=True)
+    environment = {**{k: v for k, v in os.environ.items() if not k.startswith("RAY_")}, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "pipelines", "score", "s3://bulk/model", "--input", "s3://bulk/in", "--output",
+               "s3://bulk/out", "--json", "--set", "dtype=float32", "--set", "unit_bytes=9000"]  # fmt: skip
+    runs = [subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=environment)
+            for _ in range(2)]  # fmt: skip
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-3000:]
+    assert "nothing to do" in runs[1].stderr
+    assert flaky_s3["failed"] > 10
+    store.invalidate_cache()
+    store.get("bulk/out", str(tmp_path / "out"), recursive=True)
+    score(ScoreJob.parse(settings(spam_folder, source, tmp_path / "here", replicas=0, unit_bytes=9000)))
+    found, expected = read(tmp_path / "out"), read(tmp_path / "here")
+    same(found.drop_columns(["source_file"]), expected.drop_columns(["source_file"]))
+    written = "".join(path.read_text() for path in (tmp_path / "out").glob("_*.json")) + runs[0].stderr + runs[0].stdout
+    assert "secret-of-mine" not in written
+    assert "key-of-mine" not in written
+
+
+@pytest.mark.timeout(400)
+def test_a_running_application_scores_like_replicas_of_the_jobs_own(local_ray, spam_folder, tmp_path, emails):
+    from ray import serve
+
+    from pipelines.on_ray.serve.app import ServeJob, application
+
+    source = shards(tmp_path / "in", emails, count=2, rows=20)
+    values = {"model": str(spam_folder.path), "dtype": "float32", "device": "cpu", "port": 18733}
+    serve.start(http_options={"host": "127.0.0.1", "port": 18733})
+    try:
+        serve.run(application(ServeJob.parse(values)), name="bulk", route_prefix="/bulk")
+        score(ScoreJob.parse(settings(spam_folder, source, tmp_path / "served", via_serve="bulk", unit_bytes=9000)))
+    finally:
+        serve.shutdown()
+    score(ScoreJob.parse(settings(spam_folder, source, tmp_path / "here", replicas=0, unit_bytes=9000)))
+    same(read(tmp_path / "served"), read(tmp_path / "here"))
