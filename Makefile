@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check clean
+.PHONY: demo test check soak clean
 
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/demo/run.sh
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+soak: $(VENV)/.installed
+	KILLS=$${KILLS:-100} $(BIN)/python -m pytest tests/ray/test_kill.py -s
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

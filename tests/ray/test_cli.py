@@ -68,9 +68,9 @@ def test_score_prints_a_summary_and_3_for_rows_in_error(folder, input_folder, tm
     assert "rows_in_error: 2" in out
     assert "units to do" in err
     code, out, err = run("score", folder, "--input", input_folder, "--output", tmp_path / "out", capsys=capsys)
-    assert code == 2
-    assert out == ""
-    assert "is not empty; give a new folder, or remove it first" in err
+    assert code == 3
+    assert "rows_in_error: 2" in out
+    assert "nothing to do" in err
 
 
 def test_settings_come_from_yaml_then_set_then_flags(folder, input_folder, tmp_path, capsys):
