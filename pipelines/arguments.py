@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.errors import SettingsError
+from pipelines.errors import SettingsError, UnknownArgumentError
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,9 @@ ARGUMENTS: tuple[Argument, ...] = (
     *_many("ours", "Ray Train workers, each with a GPU where there are any; 0 trains in this process", num_workers=0),
     *_many("ours", "auto, float32, bfloat16 or float16", dtype="float32"),
     *_many("ours", "vote, mean or max of a text's windows", merge=None),
-    *_many("ours", "exact, or simpletransformers with its tails", window_plan="exact"),
+    *_many(
+        "ours", "exact, or simpletransformers with its tails; None takes the folder's, else exact", window_plan=None
+    ),
     *_many("ours", "window, or document: 1 / number of windows", window_weight="window"),
     *_many("ours", "tokens in one forward pass", batch_tokens=16384),
     *_many("ours", "cap on a text's windows when scoring", max_windows=None),
@@ -229,7 +231,9 @@ class ClassificationArgs:
         """Write model_args.json."""
         path = Path(output_dir)
         path.mkdir(parents=True, exist_ok=True)
-        (path / "model_args.json").write_text(json.dumps(self.get_args_for_saving(), default=str))
+        partial = path / ".model_args.json.partial"
+        partial.write_text(json.dumps(self.get_args_for_saving(), default=str))
+        partial.replace(path / "model_args.json")
 
     def load(self, input_dir: str | None) -> None:
         """Take what model_args.json says, where there is one.
@@ -246,6 +250,10 @@ class ClassificationArgs:
         """Names of arguments of a use whose value is not their default."""
         return [a.name for a in ARGUMENTS if a.use == use and not _is_default(a, getattr(self, a.name))]
 
+    def everything(self) -> dict[str, Any]:
+        """Every argument by name."""
+        return {argument.name: getattr(self, argument.name) for argument in ARGUMENTS}
+
 
 class MultiLabelClassificationArgs(ClassificationArgs):
     """The same arguments, for several labels a text."""
@@ -258,7 +266,7 @@ def check_argument(name: str, value: Any) -> None:
     if name not in BY_NAME:
         nearest = difflib.get_close_matches(name, BY_NAME, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else "docs/simpletransformers.md lists them all"
-        raise SettingsError(f"unknown argument {name!r}; {hint}")
+        raise UnknownArgumentError(f"unknown argument {name!r}; {hint}")
     argument = BY_NAME[name]
     if argument.use == "refused" and value is not None and not _is_default(argument, value):
         raise SettingsError(f"argument {name}={value!r} is refused: {argument.note}")

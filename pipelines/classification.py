@@ -8,7 +8,6 @@ Shapes: n texts, W windows of one text, L labels.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
@@ -22,17 +21,26 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipelines.arguments import BY_NAME, ClassificationArgs, MultiLabelClassificationArgs
-from pipelines.errors import DataError, ModelFolderError, OutputError, SettingsError
+from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.evaluation import evaluate
-from pipelines.frames import LabelledTexts, label_array, read_rows, split_pairs
+from pipelines.folders import check_output, replace_files, replace_folder
+from pipelines.frames import LabelledTexts, label_array, read_rows, split_pairs, text_array
 from pipelines.labels import Decisions, decide, encode_labels
-from pipelines.loop import STATE_FILE, TENSORS_FILE, Evaluation, Report, TrainLoop, TrainState
+from pipelines.loop import STATE_FILE, Evaluation, Report, TrainLoop, TrainState
 from pipelines.losses import resolve_loss
-from pipelines.model import PROBLEM_TYPES, WindowModel, resolve_device, row_limit
-from pipelines.model_folder import ModelFolder, check_weights, seal
+from pipelines.model import PROBLEM_TYPES, WindowModel, resolve_dtype, row_limit
+from pipelines.model_folder import ModelFolder, seal
+from pipelines.opening import (
+    args_of_folder,
+    device_of,
+    loss_weights,
+    open_config,
+    refuse_keywords,
+    warn_of_inert,
+)
 from pipelines.pretrained import quiet_transformers, save_tokenizer, uses_type_ids, vocabulary_size
 from pipelines.returns import (
     InputExample,
@@ -44,7 +52,7 @@ from pipelines.returns import (
     wrong_predictions,
 )
 from pipelines.scoring import DocumentScores, Scorer, plan_of
-from pipelines.settings import TrainSettings
+from pipelines.settings import TrainSettings, WindowSettings
 from pipelines.steps import rank
 from pipelines.tokenization import Documents
 from pipelines.training import LabelledDocuments, cut_windows, mean_loss, measure, watch_of
@@ -68,14 +76,6 @@ __all__ = [
     "MultiLabelClassificationModel",
 ]
 
-MODEL_TYPES = {
-    "bertweet": "roberta",
-    "bigbird": "big_bird",
-    "debertav2": "deberta-v2",
-    "herbert": "bert",
-    "xlmroberta": "xlm-roberta",
-}
-"""Their names of architectures that are not Hugging Face's."""
 Metric = Callable[[Any, Any], Any]
 
 
@@ -103,26 +103,35 @@ class ClassificationModel:
         use_cuda None takes a GPU when there is one. Further keywords go to Hugging Face's from_pretrained.
         Raises SettingsError and ModelFolderError for what cannot be had, before any weights are read.
         """
-        self.args = resolve_args(self._args_class, model_name, args)
+        refuse_keywords(kwargs)
+        self.args = resolve_args(self._args_class, model_name, args, args_of_folder(Path(model_name)))
+        self._their_type = model_type if model_type != "auto" else self.args.model_type or "auto"
+        self.args.model_class = type(self).__name__
         self.args.model_name, self.args.model_type = model_name, model_type
         self.args.tokenizer_name, self.args.tokenizer_type = tokenizer_name or model_name, tokenizer_type or model_type
-        _warn_of_inert(self.args)
+        warn_of_inert(self.args)
         if self.args.thread_count:
             torch.set_num_threads(self.args.thread_count)
-        self.weight = None if weight is None else tuple(float(value) for value in weight)
-        self.device = _device(use_cuda, cuda_device)
+        self.weight = loss_weights(weight)
+        self.device = device_of(use_cuda, cuda_device)
         counted = count_labels(self.args, num_labels, is_multilabel=self._is_multilabel)
-        self.config = _config(model_type, model_name, counted, self.args)
+        self.config = open_config(model_type, model_name, counted, self.args)
         self.num_labels: int = self.config.num_labels
         self.results: dict[str, Any] = {}
         self._decision = decision_settings(self.args, self.num_labels, is_multilabel=self._is_multilabel)
         self._set_config_labels()
         self._folder = tempfile.TemporaryDirectory(prefix="pipelines-model-")
         more_tokens = self.args.special_tokens_list
-        self.tokenizer = save_tokenizer(tokenizer_name or model_name, Path(self._folder.name), more_tokens)
+        self._tokenizer = save_tokenizer(tokenizer_name or model_name, Path(self._folder.name), more_tokens)
         self._window_model = self._load(model_name, kwargs)
+        self._working: WindowModel | None = None
         self._checkpoint = Path(model_name) if (Path(model_name) / STATE_FILE).is_file() else None
         self._scorer()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer; scoring and training go by the folder's tokenizer.json."""
+        return AutoTokenizer.from_pretrained(self._folder.name, trust_remote_code=False)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -148,7 +157,7 @@ class ClassificationModel:
         """
         self.args.update_from_dict(args or {})
         output = output_dir or self.args.output_dir
-        _check_output(output, self.args)
+        check_output(output, self.args)
         eval_data = eval_data if eval_data is not None else eval_df
         if self.args.evaluate_during_training and eval_data is None:
             raise DataError("evaluate_during_training needs eval_df (or eval_data) in train_model")
@@ -183,9 +192,7 @@ class ClassificationModel:
             assert valid is not None
             return measure(scorer, valid, loss, compute, more)
 
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(True)
-        self.model.float()
+        self._working = None
         loop = TrainLoop(
             self._window_model,
             data,
@@ -195,11 +202,11 @@ class ClassificationModel:
             evaluate=None if valid is None else evaluation,
             on_best=lambda loop: self._save_best(loop, output),
             on_checkpoint=lambda loop: self._save_checkpoint(loop, output),
+            also={"validation data": None if valid is None else valid.fingerprint, "metrics": sorted(metrics)},
             report=report,
         )
         self._go_on(loop)
         state = loop.run()
-        self.model.to(self._window_model.dtype)
         if not self.args.no_save and rank() == 0:
             self.save_model(output)
             if valid is not None:
@@ -224,7 +231,7 @@ class ClassificationModel:
         _check_metrics(metrics)
         data = read_rows(eval_df)
         labelled = self._labelled(data)
-        scores = self._scorer().score_documents(labelled.documents)
+        scores = self._scorer(working=True).score_documents(labelled.documents)
         decisions = decide(scores.scores_DL, self._decision, scores.votes_DL)
         loss = resolve_loss(self._train_settings(), self._decision, labelled.targets)
         result = theirs(evaluate(labelled.targets, scores.scores_DL, decisions, self._decision))
@@ -245,24 +252,51 @@ class ClassificationModel:
         """
         if isinstance(to_predict, str):
             raise DataError("predict takes a list of texts; put the text into a list")
-        scores = self._scorer().score_documents(self._documents(*split_pairs(list(to_predict))))
+        rows = to_predict.tolist() if hasattr(to_predict, "tolist") else list(to_predict)
+        scores = self._scorer(working=True).score_documents(self._documents(*split_pairs(rows)))
         found = predicted(decide(scores.scores_DL, self._decision, scores.votes_DL))
         outputs = raw_outputs(scores, self._decision, by_window=self.args.sliding_window)
-        names = list(self.args.labels_map)
-        if names and not self._is_multilabel and self._decision.kind != "regression":
+        names = list(self.args.labels_list)
+        if self.args.labels_map and not self._is_multilabel and self._decision.kind != "regression":
             return [names[label] for label in found], outputs
         return found, outputs
 
-    def save_model(self, output_dir: str | None = None) -> None:
-        """Write a finished model folder, which `pipelines score` and `pipelines serve` take, with model_args.json."""
+    def save_model(
+        self,
+        output_dir: str | None = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        model: Any = None,
+        results: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a finished model folder, which `pipelines score` and `pipelines serve` take, with model_args.json.
+
+        optimizer, scheduler and model are taken for Simple Transformers' sake: checkpoints keep the first two, and
+        the weights are always this model's. results are written into eval_results.txt.
+        """
         folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in Path(self._folder.name).iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
+        replace_files(folder, self._write)
+        if results:
+            write_results(folder, results)
+
+    def save_model_args(self, output_dir: str) -> None:
+        """Write model_args.json alone."""
+        self.args.save(output_dir)
+
+    def get_named_parameters(self) -> list[str]:
+        """Names that custom_parameter_groups can use."""
+        return [name for name, _ in self.model.named_parameters()]
+
+    def _write(self, folder: Path) -> None:
+        """Everything of a finished folder, into one that is not there yet."""
+        shutil.copytree(self._folder.name, folder)
         self._window_model.save(folder)
         self.args.save(str(folder))
-        windows = replace(window_settings(self.args), max_length=self._scorer().plan.max_length)
+        windows = replace(self._windows(), max_length=self._scorer().plan.max_length)
         seal(ModelFolder(folder, windows, self._decision))
+
+    def _windows(self) -> WindowSettings:
+        return window_settings(self.args, None if self._their_type == "auto" else self._their_type)
 
     def _set_config_labels(self) -> None:
         names = list(self._decision.labels) or ["value"]
@@ -272,24 +306,42 @@ class ClassificationModel:
 
     def _load(self, model_name: str, kwargs: Mapping[str, Any]) -> WindowModel:
         torch.manual_seed(seed_of(self.args))
-        with quiet_transformers():
-            module = AutoModelForSequenceClassification.from_pretrained(
-                model_name, config=self.config, use_safetensors=True, dtype=torch.float32, **kwargs
-            )
-            if self.args.special_tokens_list:
-                module.resize_token_embeddings(max(vocabulary_size(Path(self._folder.name)), self.config.vocab_size))
+        try:
+            with quiet_transformers():
+                module = AutoModelForSequenceClassification.from_pretrained(
+                    model_name, config=self.config, use_safetensors=True, dtype=torch.float32, **kwargs
+                )
+                if self.args.special_tokens_list:
+                    size = max(vocabulary_size(Path(self._folder.name)), self.config.vocab_size)
+                    module.resize_token_embeddings(size)
+        except RuntimeError as error:
+            raise ModelFolderError(
+                f"the weights of {model_name} do not fit {self.num_labels} labels; give the number that it was trained "
+                f"with, or ignore_mismatched_sizes=True for a new head"
+            ) from error
+        compute = replace(compute_settings(self.args, self.device), dtype="float32")
         type_ids = uses_type_ids(Path(self._folder.name))
-        compute = compute_settings(self.args, self.device)
-        return WindowModel(module, self.tokenizer.template, compute, uses_type_ids=type_ids)
+        return WindowModel(module, self._tokenizer.template, compute, uses_type_ids=type_ids)
 
-    def _scorer(self) -> Scorer:
-        """The core's scorer under the arguments as they are now; they may be changed between calls."""
+    def _scorer(self, *, working: bool = False) -> Scorer:
+        """The core's scorer under the arguments as they are now; they may be changed between calls.
+
+        Weights are kept in float32, by which training goes on exactly; working takes a copy in args.dtype.
+        """
         self._decision = decision_settings(self.args, self.num_labels, is_multilabel=self._is_multilabel)
-        model_type = str(self.args.model_type if self.args.model_type != "auto" else self.config.model_type)
-        windows = window_settings(self.args)
-        plan = plan_of(windows, self.tokenizer, model_type=model_type, model_limit=row_limit(self.model))
-        self.tokenizer = self.tokenizer.with_lead_space(leads_with_space(windows, model_type))
-        return Scorer(self._window_model, self.tokenizer, plan, self._decision)
+        windows, model_type = self._windows(), str(self.config.model_type)
+        plan = plan_of(windows, self._tokenizer, model_type=model_type, model_limit=row_limit(self.model))
+        self._tokenizer = self._tokenizer.with_lead_space(leads_with_space(windows, model_type))
+        model = self._in_dtype() if working else self._window_model
+        return Scorer(model, self._tokenizer, plan, self._decision)
+
+    def _in_dtype(self) -> WindowModel:
+        compute = compute_settings(self.args, self.device)
+        if resolve_dtype(compute.dtype, self._window_model.device) == torch.float32:
+            return self._window_model
+        if self._working is None:
+            self._working = self._window_model.copy(compute)
+        return self._working
 
     def _train_settings(self) -> TrainSettings:
         return train_settings(self.args, self.device, **self._loss_weights())
@@ -302,31 +354,16 @@ class ClassificationModel:
         metrics: Mapping[str, Metric],
         report: Report,
     ) -> TrainState:
-        """fit_documents in Ray Train workers, each of which opens this model from a folder that all of them reach."""
-        from pipelines.on_ray.train import run_workers  # a second of imports, and only here
+        """fit_documents in Ray Train workers."""
+        from pipelines.on_ray.facade import fit_on_workers  # a second of imports, and only here
 
-        Path(output).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output, prefix=".workers-") as shared:
-            self.save_model(f"{shared}/start")
-            if self._checkpoint is not None:
-                for name in (STATE_FILE, TENSORS_FILE):
-                    shutil.copy(self._checkpoint / name, f"{shared}/start")
-            config = {
-                "facade": type(self),
-                "args": self.args.get_args_for_saving(),
-                "weights": self._loss_weights(),
-                "folder": os.path.abspath(shared),
-                "output": os.path.abspath(output),
-                "metrics": dict(metrics),
-            }
-            state: TrainState = run_workers(
-                _fit_in_worker, config, [train, valid], num_workers=self.args.num_workers, report=report
-            )
-            with quiet_transformers():
-                trained = AutoModelForSequenceClassification.from_pretrained(
-                    f"{shared}/trained", use_safetensors=True, dtype=self._window_model.dtype
-                )
-            self.model.load_state_dict(trained.state_dict())
+        checkpoint, self._checkpoint = self._checkpoint, None
+        facade = {"class": type(self), "model_type": self._their_type, "weights": self._loss_weights()}
+        state, weights = fit_on_workers(
+            facade, self.args, self.save_model, checkpoint, [train, valid], output, metrics, report
+        )
+        self.model.load_state_dict(weights)
+        self._working = None
         if not self.args.no_save:
             self.save_model(output)
         return state
@@ -341,36 +378,41 @@ class ClassificationModel:
                 warnings.warn(f"{error}; training starts anew from its weights", UserWarning, stacklevel=4)
 
     def _save_best(self, loop: TrainLoop, output: str) -> None:
-        if self.args.save_best_model and not self.args.no_save and rank() == 0:
-            default = self.args.best_model_dir == BY_NAME["best_model_dir"].default
-            folder = Path(output) / "best_model" if default else Path(self.args.best_model_dir)
-            self.save_model(str(folder))
-            write_results(folder, theirs(loop.state.best_metrics))
+        if not self.args.save_best_model or self.args.no_save or rank() > 0:
+            return
+        default = self.args.best_model_dir == BY_NAME["best_model_dir"].default
+        folder = Path(output) / "best_model" if default else Path(self.args.best_model_dir)
+
+        def write(aside: Path) -> None:
+            self._write(aside)
+            write_results(aside, theirs(loop.state.best_metrics))
+
+        replace_folder(folder, write)
 
     def _save_checkpoint(self, loop: TrainLoop, output: str) -> None:
-        """A model folder that train_model can go on from; written under another name first."""
+        """A model folder that train_model can go on from."""
         if self.args.no_save or rank() > 0:
             return
-        epoch = f"-epoch-{loop.state.epoch}" if loop.is_epoch_end else ""
-        folder = Path(output) / f"checkpoint-{loop.state.step}{epoch}"
-        partial = Path(output) / f".{folder.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        self.save_model(str(partial))
-        if self.args.save_optimizer_and_scheduler:
-            loop.save(partial)
-        if loop.state.evaluations:
-            write_results(partial, theirs(loop.state.evaluations[-1]))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        ends_epoch = loop.is_epoch_end and self.args.save_model_every_epoch
+        name = f"checkpoint-{loop.state.step}" + (f"-epoch-{loop.state.epoch}" if ends_epoch else "")
+
+        def write(aside: Path) -> None:
+            self._write(aside)
+            if self.args.save_optimizer_and_scheduler:
+                loop.save(aside)
+            if loop.state.evaluations:
+                write_results(aside, theirs(loop.state.evaluations[-1]))
+
+        replace_folder(Path(output) / name, write)
 
     def _loss_weights(self) -> dict[str, Any]:
         return {"weight": self.weight}
 
     def _documents(self, texts: list[str], pairs: list[str] | None) -> Documents:
-        columns = {"text": pa.array(texts, pa.string())}
+        columns = {"text": text_array(texts)}
         if pairs is not None:
-            columns["text_pair"] = pa.array(pairs, pa.string())
-        documents = self.tokenizer.documents(pa.table(columns), *columns)
+            columns["text_pair"] = text_array(pairs)
+        documents = self._tokenizer.documents(pa.table(columns), *columns)
         bad = next(((row, error) for row, error in enumerate(documents.errors) if error), None)
         if bad is not None:
             raise DataError(f"text {bad[0]}: {bad[1]}")
@@ -381,7 +423,9 @@ class ClassificationModel:
             raise DataError("the data has no labels: it needs a column `labels`, or labels as its second column")
         if not data.texts:
             raise DataError("the data has no rows")
-        targets = encode_labels(pa.chunked_array([label_array(data.labels, self._decision)]), self._decision)
+        names = list(self.args.labels_list) if self.args.labels_map and not self._is_multilabel else None
+        labels = label_array(data.labels, self._decision, names)
+        targets = encode_labels(pa.chunked_array([labels]), self._decision)
         return LabelledDocuments(self._documents(data.texts, data.pairs), targets)
 
     def _own_metrics(
@@ -392,6 +436,8 @@ class ClassificationModel:
         scores: DocumentScores,
     ) -> dict[str, Any]:
         found, outputs = predicted(decisions), raw_outputs(scores, self._decision, by_window=self.args.sliding_window)
+        if self._is_multilabel:  # whose metrics are given probabilities there
+            found = scores.scores_DL.astype(np.float64)
         return {
             name: metric(targets, outputs if name.startswith("prob_") else found) for name, metric in metrics.items()
         }
@@ -415,7 +461,7 @@ class MultiLabelClassificationModel(ClassificationModel):
         **kwargs: Any,
     ) -> None:
         """Open pretrained or fine-tuned weights; 2 labels unless num_labels, labels_list or the weights say more."""
-        self.pos_weight = None if pos_weight is None else tuple(float(value) for value in pos_weight)
+        self.pos_weight = loss_weights(pos_weight)
         super().__init__(
             model_type,
             model_name,
@@ -426,64 +472,25 @@ class MultiLabelClassificationModel(ClassificationModel):
             **kwargs,
         )
 
+    def train_model(  # type: ignore[override]  # its positions are those of Simple Transformers' own subclass
+        self,
+        train_df: Any,
+        multi_label: bool = True,
+        eval_df: Any = None,
+        output_dir: str | None = None,
+        show_running_loss: bool = True,
+        args: Mapping[str, Any] | None = None,
+        verbose: bool = True,
+        eval_data: Any = None,
+        **metrics: Metric,
+    ) -> tuple[int, float | dict[str, list[Any]]]:
+        """As for one label; metrics of one's own get probabilities (n, L)."""
+        return super().train_model(
+            train_df, multi_label, output_dir, show_running_loss, args, eval_df, verbose, eval_data, **metrics
+        )
+
     def _loss_weights(self) -> dict[str, Any]:
         return {"pos_weight": self.pos_weight}
-
-
-def _warn_of_inert(args: ClassificationArgs) -> None:
-    names = args.changed("inert")
-    if names:
-        message = f"without effect here: {', '.join(names)} (docs/simpletransformers.md says why)"
-        warnings.warn(message, UserWarning, stacklevel=3)
-
-
-def _device(use_cuda: bool | None, cuda_device: int) -> str:
-    if use_cuda is None:
-        return str(resolve_device("auto" if cuda_device < 0 else f"cuda:{cuda_device}"))
-    if not use_cuda:
-        return "cpu"
-    return str(resolve_device("cuda" if cuda_device < 0 else f"cuda:{cuda_device}"))
-
-
-def _config(model_type: str, model_name: str, num_labels: int | None, args: ClassificationArgs) -> Any:
-    if Path(model_name).is_dir():
-        check_weights(Path(model_name))
-    values = {**({} if num_labels is None else {"num_labels": num_labels}), **args.config}
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(model_name, **values)
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{model_name} is no folder and no hub name: {str(error).splitlines()[0]}") from error
-    wanted = MODEL_TYPES.get(model_type, model_type)
-    if wanted not in ("auto", config.model_type):
-        raise ModelFolderError(
-            f"model_type is {model_type!r} but {model_name} holds a {config.model_type!r}; use that, or 'auto'"
-        )
-    return config
-
-
-def _check_output(output: str, args: ClassificationArgs) -> None:
-    if args.no_save or args.overwrite_output_dir or not os.path.isdir(output) or not os.listdir(output):
-        return
-    raise OutputError(f"output_dir {output} is not empty; set overwrite_output_dir=True, or another output_dir")
-
-
-def _fit_in_worker(config: Mapping[str, Any], train: LabelledDocuments, valid: LabelledDocuments | None) -> TrainState:
-    """Runs in every Ray Train worker; rank 0 leaves the trained model beside the one that all opened."""
-    args = config["facade"]._args_class(**{**config["args"], "overwrite_output_dir": True})
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.current_device() if cuda else -1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of inert arguments, which the driver has said
-        model = config["facade"](
-            "auto", f"{config['folder']}/start", args=args, use_cuda=cuda, cuda_device=device, **config["weights"]
-        )
-    state: TrainState = model.fit_documents(
-        train, valid, config["output"], config["metrics"], lambda line: config["relay"].say.remote(line)
-    )
-    if rank() == 0:
-        model.save_model(f"{config['folder']}/trained")
-    return state
 
 
 def _check_metrics(metrics: Mapping[str, Any]) -> None:

@@ -18,11 +18,11 @@ from transformers import AutoModelForSequenceClassification
 from pipelines.arguments import ClassificationArgs, MultiLabelClassificationArgs
 from pipelines.errors import ModelFolderError, OutputError, SettingsError
 from pipelines.model import row_limit
-from pipelines.model_folder import ModelFolder, seal
+from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
 from pipelines.pretrained import quiet_transformers, save_tokenizer
 from pipelines.scoring import plan_of
 from pipelines.settings import DecisionSettings, Kind, WindowSettings
-from pipelines.translation import decision_settings, resolve_args, window_settings
+from pipelines.translation import count_labels, decision_settings, resolve_args, window_settings
 
 KINDS_OF_PROBLEMS: dict[str, Kind] = {"multi_label_classification": "multilabel", "regression": "regression"}
 
@@ -38,6 +38,8 @@ def convert(old: str, new: str, kind: Kind | None = None) -> ModelFolder:
     target = Path(new)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{new} is there and not empty; name a new folder")
+    if (Path(old) / PIPELINE_FILE).is_file():
+        raise ModelFolderError(f"{old} is a finished model folder already")
     module = _load(old)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
@@ -72,10 +74,14 @@ def _load(old: str) -> Any:
 def _write(module: Any, old: str, folder: Path, kind: Kind | None) -> ModelFolder:
     tokenizer = save_tokenizer(old, folder)
     if (Path(old) / "model_args.json").is_file():
-        windows, decision, args = _of_simpletransformers(old, module.config.num_labels)
+        windows, decision, args = _of_simpletransformers(old, module.config.num_labels, kind)
         args.save(str(folder))
     else:
         windows, decision = WindowSettings(), _decision_of(module.config, kind, old)
+    if decision.num_labels != module.config.num_labels or (kind is not None and decision.kind != kind):
+        raise SettingsError(
+            f"{old} has {module.config.num_labels} logits, which is {decision.kind} and not {kind or decision.kind}"
+        )
     plan = plan_of(windows, tokenizer, model_type=module.config.model_type, model_limit=row_limit(module))
     windows = WindowSettings(**{**vars(windows), "max_length": plan.max_length})
     with quiet_transformers():
@@ -83,13 +89,22 @@ def _write(module: Any, old: str, folder: Path, kind: Kind | None) -> ModelFolde
     return seal(ModelFolder(folder, windows, decision))
 
 
-def _of_simpletransformers(old: str, num_labels: int) -> tuple[WindowSettings, DecisionSettings, ClassificationArgs]:
+def _of_simpletransformers(
+    old: str, num_labels: int, kind: Kind | None
+) -> tuple[WindowSettings, DecisionSettings, ClassificationArgs]:
     saved = json.loads((Path(old) / "model_args.json").read_text())
-    is_multilabel = saved.get("model_class") == "MultiLabelClassificationModel"
+    is_multilabel = (
+        saved.get("model_class") == "MultiLabelClassificationModel" if kind is None else kind == "multilabel"
+    )
     args = resolve_args(MultiLabelClassificationArgs if is_multilabel else ClassificationArgs, old, None)
+    args.model_class = "MultiLabelClassificationModel" if is_multilabel else "ClassificationModel"
+    if kind is not None:
+        args.regression = kind == "regression"
     if len(args.labels_list) != num_labels:
-        args.labels_list = []
-    return window_settings(args), decision_settings(args, num_labels, is_multilabel=is_multilabel), args
+        args.labels_list, args.labels_map = [], {}
+    count_labels(args, None if args.regression else num_labels, is_multilabel=is_multilabel)
+    model_type = args.model_type if args.model_type != "auto" else None
+    return window_settings(args, model_type), decision_settings(args, num_labels, is_multilabel=is_multilabel), args
 
 
 def _decision_of(config: Any, kind: Kind | None, old: str) -> DecisionSettings:

@@ -3,6 +3,7 @@
 PipelinesError               anything that this package raises on purpose
 ├── UsageError               the caller's mistake, found before work starts      (exit code 2)
 │   ├── SettingsError        an unknown, ill-typed or impossible setting
+│   │   └── UnknownArgumentError   of the facades' Args, as attribute (also an AttributeError)
 │   ├── DataError            input that is missing, unreadable or of the wrong shape
 │   ├── ModelFolderError     a model folder that is incomplete, unsafe or of another kind
 │   └── OutputError          an output location that is in use or cannot be written
@@ -28,6 +29,10 @@ class UsageError(PipelinesError):
 
 class SettingsError(UsageError):
     """A setting that is unknown, of the wrong type, or impossible together with another."""
+
+
+class UnknownArgumentError(SettingsError, AttributeError):
+    """An argument that Simple Transformers does not have; an AttributeError too, so that hasattr answers."""
 
 
 class DataError(UsageError):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
 from pipelines.errors import DataError
@@ -28,7 +29,7 @@ class LabelledTexts:
 def read_rows(data: Any) -> LabelledTexts:
     """Texts, second texts and labels of a frame, a Parquet path, or a list of rows."""
     if isinstance(data, (str, Path)):
-        data = pq.read_table(data)
+        data = _read_file(Path(data))
     if isinstance(data, (list, tuple)):
         width = {len(row) for row in data}
         if len(width) > 1 or not width <= {2, 3}:
@@ -64,11 +65,42 @@ def split_pairs(rows: list[Any]) -> tuple[list[str], list[str] | None]:
     return rows, None
 
 
-def label_array(labels: list[Any], decision: DecisionSettings) -> pa.Array:
-    """Labels as an Arrow array; several labels as lists. Raises DataError for mixed types."""
+def text_array(texts: list[Any]) -> pa.Array:
+    """Texts as an Arrow array; numbers are written out, and what is missing (None, NaN) is null."""
+    missing = [text is None or (isinstance(text, float) and text != text) for text in texts]
+    return pa.array([None if gone else str(text) for text, gone in zip(texts, missing, strict=True)], pa.string())
+
+
+def label_array(labels: list[Any], decision: DecisionSettings, names: list[Any] | None = None) -> pa.Array:
+    """Labels as an Arrow array; several labels as lists. names are the labels as the caller spells them, by id.
+
+    Raises DataError for a missing label, one outside names, and mixed types.
+    """
+    bad = next((row for row, label in enumerate(labels) if label is None or label != label), None)
+    if bad is not None:
+        raise DataError(f"row {bad} has no label")
+    if names is not None:
+        spelled = dict(zip(names, decision.labels, strict=True))
+        unknown = list(dict.fromkeys(str(label) for label in labels if label not in spelled))
+        if unknown:
+            raise DataError(f"labels outside the label set: {', '.join(map(repr, unknown[:5]))}; the set is: {names}")
+        return pa.array([spelled[label] for label in labels], pa.string())
     try:
         if decision.kind == "multilabel":
             return pa.array([list(row) for row in labels])
         return pa.array(labels)
     except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError) as error:
         raise DataError(f"the labels are of mixed or unusable types: {str(error).splitlines()[0]}") from error
+
+
+def _read_file(path: Path) -> pa.Table:
+    """A Parquet file or folder, or a table of tab-separated (.tsv) or comma-separated (.csv) text with a header."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give a Parquet, .tsv or .csv file, a frame, or a list of rows")
+    delimiter = {".tsv": "\t", ".csv": ","}.get(path.suffix)
+    try:
+        if delimiter is None:
+            return pq.read_table(path)
+        return csv.read_csv(path, parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True))
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error

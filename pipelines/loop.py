@@ -108,18 +108,21 @@ class TrainLoop:
         on_best: Callable[[TrainLoop], None] | None = None,
         on_checkpoint: Callable[[TrainLoop], None] | None = None,
         plan: Callable[[int], Iterator[Step]] | None = None,
+        also: Mapping[str, Any] | None = None,
         report: Report = lambda line: None,
     ) -> None:
         """The steps of an epoch come from plan(its number); by default they are drawn from settings.seed.
 
         evaluate looks at the model between steps; on_best follows an evaluation that was the best so far, and
-        on_checkpoint each point that settings.save_steps and save_each_epoch name.
+        on_checkpoint each point that settings.save_steps and save_each_epoch name. also is what else, JSON-ready, must
+        be the same for a run to go on from a checkpoint.
         """
         self.state = TrainState()
         self.best_scores_DL: NDArray[np.float32] | None = None
         """Scores of the best evaluation, where it happened in this process."""
         self._model, self._data, self._settings, self._watch = model, data, settings, watch
         self._evaluate, self._on_best, self._on_checkpoint = evaluate, on_best, on_checkpoint
+        self._also = dict(also or {})
         self._report = report if rank() == 0 else _silent
         self._per_epoch = steps_per_epoch(data, settings)
         self._stepper = Stepper(model, data, settings, loss, self._per_epoch * settings.epochs)
@@ -138,10 +141,12 @@ class TrainLoop:
     def run(self) -> TrainState:
         """Train from where the state is to the end; the model then has the best weights, or without valid the last."""
         progress = _Progress(self._report, self.state.step, self._per_epoch * self._settings.epochs)
-        while self.state.epoch < self._settings.epochs and not self.state.stopped:
-            self._run_epoch(progress)
-        self._flush()
-        self._model.module.eval()
+        try:
+            while self.state.epoch < self._settings.epochs and not self.state.stopped:
+                self._run_epoch(progress)
+        finally:
+            self._model.module.eval()
+            self._stepper.release()
         if self._best_weights is not None:
             self._model.module.load_state_dict(self._best_weights)
         self._scalars.close()
@@ -162,6 +167,8 @@ class TrainLoop:
 
         Raises ModelFolderError where it is of a run on other data or with other settings, naming the difference.
         """
+        if not (folder / TENSORS_FILE).is_file():
+            raise ModelFolderError(f"{folder} has {STATE_FILE} but no {TENSORS_FILE}: it was copied in part")
         content = json.loads((folder / STATE_FILE).read_text())
         differences = self._differences(content)
         if differences:
@@ -186,10 +193,11 @@ class TrainLoop:
             if self._scalars.is_open and state.step % settings.logging_steps == 0:
                 self._flush()
                 self._scalars.add({"loss": state.losses[-1], "lr": self._learning_rate}, state.step)
-            is_evaluated = self._is_due(is_end and settings.evaluate_each_epoch, settings.evaluate_steps)
-            if is_evaluated and self._evaluate is not None:
+            by_steps = self._is_due(False, settings.evaluate_steps)
+            is_evaluated = self._evaluate is not None and (by_steps or (is_end and settings.evaluate_each_epoch))
+            if self._evaluate is not None and is_evaluated:
                 self._model.module.eval()
-                self._judge(self._evaluate(), counts=not is_end or settings.early_stopping_consider_epochs)
+                self._judge(self._evaluate(), counts=by_steps or settings.early_stopping_consider_epochs)
                 self._model.module.train()
             wanted = settings.save_each_epoch if is_end else settings.save_evaluations and is_evaluated
             if self._is_due(wanted, settings.save_steps) and self._on_checkpoint is not None:
@@ -211,11 +219,12 @@ class TrainLoop:
         self._flush()
         state, name = self.state, self._watch.name
         improves = self._watch.improves(evaluation.metrics, state.best_metrics or None)
-        state.evaluations.append({"step": state.step, "epoch": state.epoch, **evaluation.metrics})
-        value = evaluation.metrics[name]
+        metrics = {key: _plain(value) for key, value in evaluation.metrics.items()}
+        state.evaluations.append({"step": state.step, "epoch": state.epoch, **metrics})
+        value = metrics[name]
         shown = "undefined" if value is None else f"{value:.4f}"
         self._report(f"step {state.step}, epoch {state.epoch}: valid {name} {shown}{', the best' * improves}")
-        numbers = {key: number for key, number in evaluation.metrics.items() if isinstance(number, (int, float))}
+        numbers = {key: number for key, number in metrics.items() if isinstance(number, (int, float))}
         self._scalars.add({f"valid/{key}": number for key, number in numbers.items()}, state.step)
         if improves:
             state.best, state.flat, self.best_scores_DL = len(state.evaluations) - 1, 0, evaluation.scores_DL
@@ -244,7 +253,7 @@ class TrainLoop:
         if len(bad):
             raise JobError(
                 f"the loss is {self.state.losses[first + bad[0]]} at step {first + bad[0] + 1}: lower learning_rate, "
-                f"or set train_dtype=float32"
+                f"or train in float32 (train_dtype=float32; fp16=False in the facades)"
             )
 
     def _identity(self) -> dict[str, Any]:
@@ -255,14 +264,15 @@ class TrainLoop:
         for array in ids + ([] if cut.pair_tokens is None else [cut.pair_tokens.ids]):
             digest.update(np.ascontiguousarray(array).data)
         settings = {k: v for k, v in dataclasses.asdict(self._settings).items() if k not in HARMLESS}
-        return {"data": digest.hexdigest(), "settings": json.loads(json.dumps(settings))}
+        also = {"training data": digest.hexdigest(), **self._also}
+        return {"also": also, "settings": json.loads(json.dumps(settings))}
 
     def _differences(self, content: Mapping[str, Any]) -> list[str]:
         mine = self._identity()
         theirs = content["settings"]
         names = [name for name, value in mine["settings"].items() if theirs.get(name) != value]
         found = [f"{name} was {theirs.get(name)!r} and is {mine['settings'][name]!r}" for name in names]
-        return found + ["its data were others"] * (content["data"] != mine["data"])
+        return found + [f"other {name}" for name, value in mine["also"].items() if content["also"].get(name) != value]
 
 
 class _Progress:
@@ -312,6 +322,11 @@ class _Scalars:
         """Write what is left."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's numbers and arrays as Python's, for JSON."""
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value
 
 
 def _silent(line: str) -> None:

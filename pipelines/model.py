@@ -8,6 +8,7 @@ Shapes: W windows, T tokens of all windows together, S tokens of the longest win
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +89,13 @@ class WindowModel:
         """The architecture as config.json names it."""
         return str(self.module.config.model_type)  # type: ignore[union-attr]
 
+    def copy(self, compute: ComputeSettings) -> WindowModel:
+        """The same weights run otherwise: in another dtype, or on another device."""
+        module: Any = copy.deepcopy(self.module)
+        if self.is_packed:
+            module.set_attn_implementation("sdpa")  # before it is settled again
+        return WindowModel(module, self.template, compute, uses_type_ids=self._uses_type_ids)
+
     def settle_rows(self, max_length: int) -> None:
         """Pad every row to max_length where the answer would otherwise depend on what a window was batched with.
 
@@ -109,6 +117,8 @@ class WindowModel:
     def logits(self, cut: CutDocuments) -> NDArray[np.float32]:
         """Logits (W, L) of every window of the documents, in window order, computed batch by batch."""
         logits_WL = np.empty((len(cut.length_W), self.num_labels), dtype=np.float32)
+        if self.module.training:  # left so by a run that broke off, or by its owner
+            self.module.eval()
         with torch.inference_mode():
             for index_W in token_batches(cut.length_W, batch_tokens=self.batch_tokens, padded=not self.is_packed):
                 self._fill(logits_WL, cut, index_W)

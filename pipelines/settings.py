@@ -33,6 +33,8 @@ class WindowSettings:
     """From one window's start to the next: a fraction of max_length (float) or a number of tokens (int)."""
     window_plan: Literal["exact", "simpletransformers"] = "exact"
     """exact ends at the window that reaches the end; simpletransformers also adds its tails inside the last."""
+    window_model_type: str | None = None
+    """Model type by which the simpletransformers plan reserves tokens. Default: the model's own."""
     dense_windows: bool = False
     """Allow a step below 1/16 of a window's budget, which multiplies the cost."""
     max_windows: int | None = None

@@ -97,7 +97,8 @@ class Stepper:
     ) -> None:
         """Model weights must be float32; num_steps is the length of the learning-rate schedule."""
         self._model, self._data, self._settings, self._loss = model, data, settings, loss
-        self._forward = _distributed(model, data.cut)
+        self._frozen = _freeze_unreached(model, data.cut)
+        self._forward = _distributed(model)
         self._dtype = resolve_dtype(settings.train_dtype, model.device)
         self._optimizer = make_optimizer(model.module, settings)
         self._schedule = make_schedule(self._optimizer, settings, num_steps)
@@ -118,6 +119,11 @@ class Stepper:
         loss = self._backward(step)
         self._update()
         return loss
+
+    def release(self) -> None:
+        """Let those parameters learn again that this run froze; the caller's own frozen ones stay so."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
 
     def state(self) -> dict[str, Any]:
         """What the next steps depend on beside the weights."""
@@ -185,17 +191,22 @@ class _Forward(nn.Module):
         return self._model(rows)
 
 
-def _distributed(model: WindowModel, cut: CutDocuments) -> nn.Module:
-    """The forward that trains: under DistributedDataParallel where there are several ranks.
+def _freeze_unreached(model: WindowModel, cut: CutDocuments) -> list[nn.Parameter]:
+    """Freeze, and return, parameters that one window's loss does not reach: a pooler that the head skips, say.
 
-    A parameter that one window's loss does not reach (a pooler that the head skips, say) is frozen first, since
-    the ranks would wait for its gradient for ever.
+    Ranks would wait for their gradients for ever.
     """
+    _Forward(model)(assemble(cut, model.template, np.zeros(1, np.int64))).float().sum().backward()
+    unreached = [p for p in model.module.parameters() if p.requires_grad and p.grad is None]
+    for parameter in unreached:
+        parameter.requires_grad_(False)
+    model.module.zero_grad(set_to_none=True)
+    return unreached
+
+
+def _distributed(model: WindowModel) -> nn.Module:
+    """The forward that trains: under DistributedDataParallel where there are several ranks."""
     forward = _Forward(model)
-    forward(assemble(cut, model.template, np.zeros(1, np.int64))).float().sum().backward()
-    for parameter in model.module.parameters():
-        parameter.requires_grad_(parameter.requires_grad and parameter.grad is not None)
-        parameter.grad = None
     if world_size() == 1:
         return forward
     devices = [model.device] if model.device.type == "cuda" else None

@@ -8,6 +8,7 @@ Shapes: D documents, W windows, L labels.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -43,6 +44,13 @@ class LabelledDocuments:
 
     documents: Documents
     targets: NDArray[np.generic]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any token or target."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.documents.tokens.ids).data)
+        digest.update(np.ascontiguousarray(self.targets).data)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,7 @@ def mean_loss(scores: DocumentScores, targets: NDArray[np.generic], loss: Loss) 
     """Mean loss over the windows of documents, weighted as in training."""
     targets_W = targets[scores.windows.document_W]
     losses_W = loss(torch.from_numpy(scores.window_logits_WL), torch.from_numpy(targets_W))
-    return float(losses_W.sum()) / float(loss.normalizers(targets_W).sum())
+    return float(losses_W.sum()) / (float(loss.normalizers(targets_W).sum()) or 1.0)
 
 
 def _has_tunable_thresholds(decision: DecisionSettings) -> bool:

@@ -2,36 +2,82 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipelines.arguments import SCHEDULERS, ClassificationArgs
-from pipelines.errors import SettingsError
+from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.settings import ComputeSettings, DecisionSettings, Kind, TrainSettings, WindowSettings
 
 DEFAULT_SEED = 42
 METRIC_NAMES = {"loss": "eval_loss", "lrap": "LRAP"}
 """Metrics that are called otherwise here: ours to theirs."""
+THEIR_NAMES = {
+    "epochs": "num_train_epochs",
+    "batch_size": "train_batch_size",
+    "seed": "manual_seed",
+    "parameter_groups": "custom_parameter_groups",
+    "layer_parameters": "custom_layer_parameters",
+    "evaluate_steps": "evaluate_during_training_steps",
+}
+"""Settings that are called otherwise there."""
 ADAFACTOR_ARGS = ("beta1", "clip_threshold", "decay_rate", "eps", "scale_parameter")
 
 
 def resolve_args(
-    kind: type[ClassificationArgs], model_name: str, args: Mapping[str, Any] | ClassificationArgs | None
+    kind: type[ClassificationArgs],
+    model_name: str,
+    args: Mapping[str, Any] | ClassificationArgs | None,
+    saved: Mapping[str, Any] | None = None,
 ) -> ClassificationArgs:
     """Arguments saved beside the weights, then the caller's; an Args object replaces all, as there.
 
-    A folder that Simple Transformers itself saved keeps its window plan.
+    saved stands for model_args.json in a folder without one. A folder that Simple Transformers itself saved keeps its
+    window plan.
     """
     if isinstance(args, ClassificationArgs):
-        return args
-    resolved = kind()
-    resolved.load(model_name)
-    folder = Path(model_name)
-    if (folder / "model_args.json").is_file() and not (folder / "pipeline.json").is_file():
+        resolved = args
+    else:
+        resolved = kind()
+        resolved.update_from_dict(saved or {})
+        resolved.load(model_name)
+        if "labels_list" in (args or {}) and "labels_map" not in (args or {}):
+            resolved.labels_map = {}  # the caller's list is not to be overruled by a map that was saved
+        resolved.update_from_dict(args or {})
+    if resolved.window_plan is None and is_theirs(model_name):
         resolved.window_plan = "simpletransformers"
-    resolved.update_from_dict(args or {})
     return resolved
+
+
+def is_theirs(model_name: str) -> bool:
+    """Whether Simple Transformers itself saved a folder: its model_args.json knows nothing of ours."""
+    file = Path(model_name) / "model_args.json"
+    try:
+        return file.is_file() and "window_plan" not in json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelFolderError(f"{file} is no valid JSON: {error}; it may have been cut short") from error
+
+
+def saved_args(windows: WindowSettings, decision: DecisionSettings) -> dict[str, Any]:
+    """Arguments that say what a model folder's windows and decision say."""
+    labels = decision.labels
+    named = {} if labels == tuple(map(str, range(len(labels)))) else {"labels_list": list(labels)}
+    if decision.kind == "multilabel":
+        named["threshold"] = 0.5 if decision.thresholds is None else decision.thresholds  # type: ignore[assignment]
+    return {
+        "max_seq_length": windows.max_length,
+        "sliding_window": windows.sliding_window,
+        "stride": windows.stride,
+        "window_plan": windows.window_plan,
+        "dense_windows": windows.dense_windows,
+        "max_windows": windows.max_windows,
+        "merge": decision.merge,
+        "tie_value": decision.tie_value,
+        "regression": decision.kind == "regression",
+        **named,
+    }
 
 
 def count_labels(args: ClassificationArgs, num_labels: int | None, *, is_multilabel: bool) -> int | None:
@@ -40,14 +86,42 @@ def count_labels(args: ClassificationArgs, num_labels: int | None, *, is_multila
         if num_labels not in (None, 1):
             raise SettingsError(f"regression=True needs num_labels=1, not {num_labels}")
         return 1
+    if num_labels == 1 and not is_multilabel:
+        raise SettingsError("num_labels=1 is for regression; set regression=True in args, or num_labels=2")
+    args.labels_list = [_python(label) for label in args.labels_list]
     if args.labels_map:
-        args.labels_list = sorted(args.labels_map, key=lambda name: int(args.labels_map[name]))
+        args.labels_list = _in_order(args.labels_map, args.labels_list)
     names = list(args.labels_list)
     if names and num_labels not in (None, len(names)):
         raise SettingsError(f"num_labels={num_labels} but labels_list names {len(names)}: {names}")
-    if names and not is_multilabel and names != list(range(len(names))):
+    if names and not is_multilabel and (args.labels_map or not _is_range(names)):
         args.labels_map = {name: number for number, name in enumerate(names)}
     return len(names) or num_labels
+
+
+def _in_order(labels_map: Mapping[Any, Any], labels_list: list[Any]) -> list[Any]:
+    """The labels of a map by their ids, as labels_list spells them (JSON makes strings of a map's keys)."""
+    ids = {_key(label): int(number) for label, number in labels_map.items()}
+    if sorted(ids.values()) != list(range(len(ids))):
+        raise SettingsError(f"labels_map={dict(labels_map)} must give each label an id of its own, 0 to {len(ids) - 1}")
+    spelled = {_key(label): label for label in (labels_list or map(_python, labels_map))}
+    if spelled.keys() != ids.keys():
+        raise SettingsError(f"labels_list {labels_list} and labels_map {dict(labels_map)} name different labels")
+    return [spelled[name] for name in sorted(ids, key=lambda name: ids[name])]
+
+
+def _key(label: Any) -> str:
+    """A label as JSON spells it among a mapping's keys."""
+    return json.dumps(label) if isinstance(label, bool) else str(_python(label))
+
+
+def _python(label: Any) -> Any:
+    """A label without numpy around it."""
+    return label.item() if hasattr(label, "item") else label
+
+
+def _is_range(names: list[Any]) -> bool:
+    return names == list(range(len(names))) and not any(isinstance(name, bool) for name in names)
 
 
 def decision_settings(args: ClassificationArgs, num_labels: int, *, is_multilabel: bool) -> DecisionSettings:
@@ -66,13 +140,14 @@ def decision_settings(args: ClassificationArgs, num_labels: int, *, is_multilabe
     )
 
 
-def window_settings(args: ClassificationArgs) -> WindowSettings:
-    """How texts are cut."""
+def window_settings(args: ClassificationArgs, model_type: str | None = None) -> WindowSettings:
+    """How texts are cut; model_type is what Simple Transformers would call the model."""
     return WindowSettings(
         max_length=args.max_seq_length,
         sliding_window=args.sliding_window,
         stride=args.stride,
-        window_plan=args.window_plan,
+        window_plan=args.window_plan or "exact",
+        window_model_type=model_type if args.window_plan == "simpletransformers" else None,
         dense_windows=args.dense_windows,
         max_windows=args.max_windows,
     )
@@ -90,9 +165,10 @@ def train_settings(args: ClassificationArgs, device: str, **weights: Any) -> Tra
     if args.scheduler not in SCHEDULERS:
         raise SettingsError(f"scheduler={args.scheduler!r} is none of: {', '.join(SCHEDULERS)}")
     scheduler = SCHEDULERS[args.scheduler]
+    epochs = args.num_train_epochs
     adafactor = {name: getattr(args, f"adafactor_{name}") for name in ADAFACTOR_ARGS}
-    return TrainSettings(
-        epochs=args.num_train_epochs,
+    values: dict[str, Any] = dict(
+        epochs=int(epochs) if isinstance(epochs, float) and epochs.is_integer() else epochs,
         batch_size=args.train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         optimizer=args.optimizer.lower(),
@@ -104,7 +180,7 @@ def train_settings(args: ClassificationArgs, device: str, **weights: Any) -> Tra
         parameter_groups=tuple(args.custom_parameter_groups),
         layer_parameters=tuple(args.custom_layer_parameters),
         train_custom_parameters_only=args.train_custom_parameters_only,
-        scheduler=scheduler,  # type: ignore[arg-type]
+        scheduler=scheduler,
         scheduler_args=_scheduler_args(scheduler, args),
         warmup_ratio=args.warmup_ratio,
         warmup_steps=args.warmup_steps or None,
@@ -125,6 +201,11 @@ def train_settings(args: ClassificationArgs, device: str, **weights: Any) -> Tra
         **_early_stopping(args),
         **weights,
     )
+    try:
+        return TrainSettings(**values)
+    except SettingsError as error:
+        ours = next((name for name in THEIR_NAMES if str(error).startswith(f"{name}=")), "")
+        raise SettingsError(THEIR_NAMES.get(ours, ours) + str(error)[len(ours) :]) from error
 
 
 def seed_of(args: ClassificationArgs) -> int:

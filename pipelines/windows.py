@@ -94,7 +94,7 @@ def resolve_plan(
     simpletransformers = settings.window_plan == "simpletransformers"
     reserved = num_special_tokens
     if simpletransformers and settings.sliding_window:  # without windows it leaves truncation to the tokenizer
-        reserved = 3 if model_type in SIMPLETRANSFORMERS_RESERVES_3 else 2
+        reserved = 3 if (settings.window_model_type or model_type) in SIMPLETRANSFORMERS_RESERVES_3 else 2
     budget = max_length - reserved
     if budget < 1:
         raise SettingsError(
@@ -108,7 +108,7 @@ def resolve_plan(
 def leads_with_space(settings: WindowSettings, model_type: str) -> bool:
     """Whether a space goes before each text: Simple Transformers puts one before RoBERTa's kin when it cuts windows."""
     is_theirs = settings.window_plan == "simpletransformers" and settings.sliding_window
-    return is_theirs and model_type in SIMPLETRANSFORMERS_RESERVES_3
+    return is_theirs and (settings.window_model_type or model_type) in SIMPLETRANSFORMERS_RESERVES_3
 
 
 def plan_windows(

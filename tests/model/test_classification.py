@@ -210,7 +210,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path):
     for name, tensor in whole.model.state_dict().items():
         np.testing.assert_allclose(resumed.model.state_dict()[name].numpy(), tensor.numpy(), atol=1e-6, err_msg=name)
     other = ClassificationModel("bert", str(checkpoint), use_cuda=False, args={"output_dir": str(tmp_path / "three")})
-    with pytest.warns(UserWarning, match="a checkpoint of another run: its data were others; training starts anew"):
+    with pytest.warns(UserWarning, match="a checkpoint of another run: other training data; training starts anew"):
         assert other.train_model(frame[:8], eval_df=frame)[0] == 3
 
 
@@ -240,7 +240,7 @@ def test_parameters_and_layers_with_options_of_their_own(tmp_path):
 def test_tokens_of_ones_own_are_never_split(tmp_path):
     text = "money [E1] back [/E1] today"
     model = open_model("binary", special_tokens_list=["[E1]", "[/E1]"], output_dir=str(tmp_path / "out"))
-    ids = model.tokenizer.encode([text]).ids
+    ids = model._tokenizer.encode([text]).ids
     assert sum(ids >= 400) == 2
     assert model.model.get_input_embeddings().weight.shape[0] == 402
     model.train_model(train_frame("binary").assign(text=text))

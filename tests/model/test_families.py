@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from pipelines.classification import MODEL_TYPES, ClassificationModel
+from pipelines.classification import ClassificationModel
+from pipelines.opening import MODEL_TYPES
 from pipelines.pretrained import load_tokenizer
 from pipelines.scoring import Scorer
 from pipelines.settings import ComputeSettings

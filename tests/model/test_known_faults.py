@@ -87,7 +87,7 @@ def test_derived_warmup_steps_are_not_written_back():
 
 def test_an_uncased_tokenizer_stays_uncased():
     model = MultiLabelClassificationModel("bert", str(golden.HERE / "binary"), num_labels=2, use_cuda=False)
-    assert np.array_equal(model.tokenizer.encode(["FREE Money"]).ids, model.tokenizer.encode(["free money"]).ids)
+    assert np.array_equal(model._tokenizer.encode(["FREE Money"]).ids, model._tokenizer.encode(["free money"]).ids)
 
 
 def test_one_text_of_a_regression_keeps_its_shape():
