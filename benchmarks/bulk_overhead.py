@@ -1,0 +1,93 @@
+"""What Ray and the driver cost per unit, and how busy replicas can be kept: units whose forward is a calibrated sleep.
+
+    python benchmarks/bulk_overhead.py --units 100000                        # no-op units: rate and the driver's memory
+    python benchmarks/bulk_overhead.py --units 600 --seconds 0.5 --actors 8  # share of the time that replicas are busy
+
+Tokenizing is real, of one short text a unit; nothing is written.
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.on_ray import score as bulk
+from pipelines.on_ray.replica import ScoreUnit
+from pipelines.on_ray.tokenize import stats_of
+from pipelines.on_ray.cluster import connected
+from pipelines.outputs import open_run
+from pipelines.settings import DecisionSettings
+from pipelines.summary import empty_part
+
+
+def sleeper(seconds):
+    """A replica without a model; a local class travels by value."""
+
+    class Sleeper(ScoreUnit):
+        def __init__(self, setup, attempts=None):
+            self._setup, self._decision = setup, DecisionSettings(kind="binary", labels=("no", "yes"))
+            self._forward, self._counting = threading.Lock(), threading.Lock()
+            self._active, self._idle_since = 0, time.perf_counter()
+
+        def score_unit(self, number, name, table):
+            with self._forward:
+                started = time.perf_counter()
+                time.sleep(seconds)
+                busy = time.perf_counter() - started
+            part = {**empty_part(self._decision), **stats_of(table), "units": 1, "rows_out": len(table)}
+            part["seconds"] = {"forward": busy}
+            return part
+
+    return Sleeper
+
+
+def main():
+    """One line of JSON every few seconds, and one at the end."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="any finished model folder, for its tokenizer")
+    parser.add_argument("--units", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=0.0, help="of sleep in the place of a forward pass")
+    parser.add_argument("--actors", type=int, default=1)
+    options = parser.parse_args()
+    bulk.ScoreUnit = sleeper(options.seconds)
+    bulk.ACTOR_CPUS = min(0.5, 1.0 / options.actors)
+    driver = psutil.Process()
+    with tempfile.TemporaryDirectory() as folder:
+        texts = pa.table({"text": [f"number {row}" for row in range(options.units)]})
+        pq.write_table(texts, Path(folder) / "in.parquet", row_group_size=5_000)
+        job = bulk.ScoreJob.parse({"model": options.model, "input": f"{folder}/in.parquet", "output": f"{folder}/out",
+                                   "unit_bytes": 1, "replicas": options.actors})  # fmt: skip
+        started = time.perf_counter()
+        checked = bulk.check_job(job)
+        run = open_run(job.output, checked.files, checked.keep, bulk.identity(checked), input=job.input, unit_bytes=1)
+        planned = {"units": run.num_units, "plan_s": round(time.perf_counter() - started, 1),
+                   "driver_mb": driver.memory_info().rss >> 20}  # fmt: skip
+        print(json.dumps(planned), flush=True)
+        done, busy, first, shown = 0, 0.0, 0.0, time.perf_counter()
+        done_before, busy_before = 0, 0.0
+        with connected():
+            for part in bulk._parts(checked, run, None):
+                done += 1
+                now = time.perf_counter()
+                if done == 2 * options.actors:  # the pipeline is full
+                    first, busy_before, done_before = now, busy, done
+                busy += part["seconds"]["forward"]
+                if first and now - shown > 20:
+                    shown = now
+                    print(json.dumps({"done": done, "units_per_s": round((done - done_before) / (now - first), 1),
+                                      "driver_mb": driver.memory_info().rss >> 20}), flush=True)  # fmt: skip
+            seconds = time.perf_counter() - first
+        print(json.dumps({"done": done, "seconds": round(seconds, 1),
+                          "units_per_s": round((done - done_before) / seconds, 1),
+                          "busy": round((busy - busy_before) / seconds / options.actors, 3),
+                          "driver_mb": driver.memory_info().rss >> 20}), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
