@@ -37,8 +37,8 @@ def make_model(folder):
     seal(ModelFolder(Path(folder), WindowSettings(max_length=256), decision))
 
 
-def peaks(process):
-    """Highest megabytes of the driver and of its descendants, until it ends."""
+def peaks(process, found):
+    """Put the highest megabytes of the driver and of its descendants into found, until it ends."""
     driver, workers = 0, 0
     while process.poll() is None:
         try:
@@ -48,7 +48,7 @@ def peaks(process):
         except psutil.Error:
             pass
         time.sleep(0.5)
-    return driver >> 20, workers >> 20
+    found += [driver >> 20, workers >> 20]
 
 
 def main():
@@ -62,11 +62,11 @@ def main():
             source.mkdir()
             for number in range(times):
                 pq.write_table(block, source / f"{number}.parquet", row_group_size=1000)
-            command = [sys.executable, "-m", "pipelines", "score", f"{base}/model", "--input", str(source), "--output",
-                       f"{base}/out{times}", "--json", "--set", "unit_bytes=1000000", "--set", "dtype=float32"]  # fmt: skip
+            command = [sys.executable, "-m", "pipelines", "score", f"{base}/model", "--input", str(source), "--json",
+                       "--output", f"{base}/out{times}", "--set", "unit_bytes=1000000"]  # fmt: skip
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             found = []
-            watcher = threading.Thread(target=lambda: found.extend(peaks(process)))
+            watcher = threading.Thread(target=peaks, args=(process, found))
             watcher.start()
             summary = json.loads(process.communicate()[0])
             watcher.join()

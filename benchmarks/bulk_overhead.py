@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.on_ray import score as bulk
+from pipelines.on_ray.cluster import connected
 from pipelines.on_ray.replica import ScoreUnit
 from pipelines.on_ray.tokenize import stats_of
-from pipelines.on_ray.cluster import connected
 from pipelines.outputs import open_run
 from pipelines.settings import DecisionSettings
 from pipelines.summary import empty_part
@@ -76,7 +76,7 @@ def main():
                 done += 1
                 now = time.perf_counter()
                 if done == 2 * options.actors:  # the pipeline is full
-                    first, busy_before, done_before = now, busy, done
+                    first, busy_before, done_before = now - 1e-9, busy, done
                 busy += part["seconds"]["forward"]
                 if first and now - shown > 20:
                     shown = now
