@@ -384,7 +384,7 @@ def _flags(command: argparse.ArgumentParser, group: type[Any], names: Sequence[s
             )
         elif field.name in names:
             kind = types.get(str(field.type), str)
-            metavar = "A,B,C" if field.name in SEPARATORS else {int: "N", float: "X"}.get(kind)
+            metavar = "A,B,C" if field.name in SEPARATORS else {int: "N", float: "X", _mapping: "YAML"}.get(kind)
             command.add_argument(
                 f"--{field.name.replace('_', '-')}", type=kind, metavar=metavar, help=field_help(group)[field.name]
             )
@@ -394,6 +394,11 @@ def _flags(command: argparse.ArgumentParser, group: type[Any], names: Sequence[s
 def _number(text: str) -> int | float:
     """An int where it is written as one."""
     return int(text) if text.isdigit() else float(text)
+
+
+def _mapping(text: str) -> Any:
+    """A mapping as YAML has it: {name: value}."""
+    return _yaml(text, "a flag's value")
 
 
 def _settings_help(groups: Sequence[type[Any]]) -> str:

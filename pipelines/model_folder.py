@@ -12,15 +12,18 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.fields import parse
-from pipelines.locations import filesystem_of, sync_folder
+from pipelines.locations import filesystem_of, retried, shown, sync_folder
 from pipelines.settings import DecisionSettings, WindowSettings
 
 PIPELINE_FILE = "pipeline.json"
@@ -179,14 +182,28 @@ def local_folder(location: str) -> Path:
     target = cache / _sha256(identity.encode())[7:23]
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=cache, prefix=".fetch-"))
-        filesystem.get(remote.rstrip("/") + "/", str(partial) + "/", recursive=True)
-        try:
-            partial.rename(target)
-        except OSError:  # another process was first; its copy is the same
+        with FileLock(f"{target}.lock"):  # one process of the machine fetches, the others wait for it
             if not target.is_dir():
-                raise
+                _fetch(filesystem, remote, target, location)
     return target
+
+
+def _fetch(filesystem: Any, remote: str, target: Path, location: str) -> None:
+    """Copy a remote folder into its place as a whole, having checked that its weights are those that were sealed."""
+    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".fetch-"))
+    try:
+        retried(lambda: filesystem.get(remote.rstrip("/") + "/", str(partial) + "/", recursive=True))
+        file = partial / PIPELINE_FILE
+        sealed = json.loads(file.read_text()).get("weights_hash") if file.is_file() else None
+        if sealed and hash_weights(partial) != sealed:
+            raise ModelFolderError(
+                f"{shown(location)} is not what was sealed there: its weights or tokenizer do not have the hash that "
+                f"pipeline.json names; upload the whole folder again"
+            )
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _file_sha256(path: Path) -> str:

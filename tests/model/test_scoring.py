@@ -132,3 +132,30 @@ def test_folders_whose_weights_and_labels_disagree_are_refused(folders, tmp_path
     safetensors.torch.save_file(kept, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelFolderError, match=r"lacks weights of the classifier \(classifier\.bias"):
         Scorer.load(str(tmp_path / "model"))
+
+
+def test_a_pass_that_does_not_fit_is_halved_and_remembered(folders, emails):
+    scorer = Scorer.load(folders["binary"], compute=FLOAT32)
+    expected = scorer.predict(emails["text"].to_pylist()[:20])
+    module, sizes = scorer.model.module, []
+    forward = module.forward
+
+    def limited(*args, **kwargs):
+        tokens = next(iter([*args, *kwargs.values()])).numel()
+        sizes.append(tokens)
+        if tokens > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    module.forward = limited
+    scorer.model._packed = None
+    found = scorer.predict(emails["text"].to_pylist()[:20])
+    assert max(sizes) > 300 > scorer.model.batch_tokens, "half a pass, from then on"
+    for left, right in zip(found["scores"].to_pylist(), expected["scores"].to_pylist(), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+    sizes.clear()
+    scorer.predict(emails["text"].to_pylist()[:20])
+    assert max(sizes) <= 300
+    module.forward = lambda *args, **kwargs: (_ for _ in ()).throw(torch.OutOfMemoryError("one window"))
+    with pytest.raises(torch.OutOfMemoryError):
+        scorer.predict(["a"])

@@ -302,3 +302,17 @@ def test_a_second_job_on_the_same_output_warns_and_does_no_harm(spam_folder, tmp
     assert any(f"another job writes here too (process {os.getpid()} on" in line for line in lines)
     assert not list((tmp_path / "out").glob("_running-*"))
     assert len(read(tmp_path / "out")) == 12
+
+
+@pytest.mark.timeout(600)
+def test_a_document_of_fifty_megabytes_is_one_row(spam_folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    long = ("x" * 199 + " ") * (50 * 2**20 // 200)  # each word is one unknown token
+    pq.write_table(pa.table({"text": ["short", long, "short too"]}), tmp_path / "in" / "a.parquet")
+    summary = score(job(spam_folder, tmp_path / "in", tmp_path / "out", replicas=0))
+    rows = read(tmp_path / "out").to_pylist()
+    assert (summary["rows_out"], summary["rows_in_error"]) == (3, 0)
+    assert rows[1]["num_tokens"] == 50 * 2**20 // 200
+    assert rows[1]["num_windows"] > 10_000
+    assert not rows[1]["truncated"]
+    assert rows[0]["num_windows"] == 1

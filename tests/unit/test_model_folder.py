@@ -86,3 +86,20 @@ def test_unfinished_and_unsafe_folders_are_refused(folder, spoil, message):
         read_model_folder(folder.path)
     with pytest.raises(ModelFolderError, match="is no folder"):
         read_model_folder(folder.path / "nothing")
+
+
+def test_a_folder_behind_a_url_is_fetched_once_and_checked(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder.path), "/models/good", recursive=True)
+    memory.put(str(folder.path), "/models/bad", recursive=True)
+    found = read_model_folder("memory://models/good")
+    monkeypatch.setattr(type(memory), "get", lambda *_, **__: pytest.fail("fetched twice"))
+    assert read_model_folder("memory://models/good") == found
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with memory.open("/models/bad/model.safetensors", "wb") as file:
+        file.write(b"other weights")
+    with pytest.raises(ModelFolderError, match="memory://models/bad is not what was sealed there"):
+        read_model_folder("memory://models/bad")
+    assert not [path for path in (tmp_path / "cache" / "ray-text-classification").iterdir() if ".fetch-" in path.name]
