@@ -83,7 +83,7 @@ def test_a_submitted_job_scores_what_the_local_command_scores(cluster, spam_fold
     assert summary["rows_in_error"] == 2
     log = submit(cluster, tmp_path / "submitted.yaml", code=1)  # ray's own code for any failed job
     assert "exit code 3" in log, "rows in error: the job's own exit code is named"
-    submitted = json.loads(next(line for line in log.splitlines() if line.startswith('{"rows_in"')))
+    submitted = json.loads(next(line for line in log.splitlines() if line.startswith('{"units"')))
     assert submitted["rows_out"] == 60
     found, expected = rows(tmp_path / "submitted"), rows(tmp_path / "local")
     assert found.drop_columns(["scores", "score"]).equals(expected.drop_columns(["scores", "score"]))
