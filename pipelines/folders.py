@@ -17,9 +17,15 @@ MODEL_ARGS = "model_args.json"
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have a folder of our own written under another name, then put it into its place as a whole."""
+    """Have a folder of our own written under another name, then put it into its place as a whole.
+
+    Between two renames there is none under its name; who is killed just then leaves the old one as `.NAME.old`, and
+    the next call begins by putting it back.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (folder.parent / f".{folder.name}.{name}" for name in ("partial", "old"))
+    if old.exists() and not folder.exists():
+        old.rename(folder)
     for path in (aside, old):
         shutil.rmtree(path, ignore_errors=True)
     write(aside)

@@ -5,7 +5,9 @@ Knows no ray.
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,18 @@ def args_of_folder(folder: Path) -> dict[str, Any]:
 def loss_weights(values: Any) -> Any:
     """Loss weights as a tuple, or "balanced"."""
     return values if values is None or isinstance(values, str) else tuple(float(value) for value in values)
+
+
+def check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Raise SettingsError for a keyword that is no function."""
+    for name, metric in metrics.items():
+        if not callable(metric):
+            raise SettingsError(f"{name}={metric!r} is no metric: pass a function of (true labels, predictions)")
+
+
+def reporter(*, is_quiet: bool) -> Callable[[str], None]:
+    """Where lines of progress go: to stderr, or nowhere."""
+    return (lambda line: None) if is_quiet else (lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def warn_of_inert(args: ClassificationArgs) -> None:

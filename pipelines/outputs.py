@@ -8,10 +8,10 @@ models, no torch, no ray.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
+import posixpath
 import socket
 import threading
 import time
@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.errors import DataError, OutputError
+from pipelines.errors import OutputError
 from pipelines.locations import (
     commit_json,
     commit_table,
@@ -55,11 +55,6 @@ class Run:
     manifest: dict[str, Any]
     plans: list[Plan]
     done: frozenset[str]
-
-    @property
-    def columns(self) -> pa.Schema:
-        """Schema of the input columns that are carried along, the same for every unit."""
-        return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self.manifest["schema"])))
 
     @property
     def num_units(self) -> int:
@@ -109,23 +104,30 @@ def open_run(
     _check_identity(location, manifest, identity)
     generations = [_read_listing(location, item["listing"]) for item in manifest["generations"]]
     new = _check_files(location, generations, files, append=append)
+    _check_columns(location, manifest, columns)
     if new:
-        manifest = _add_generation(location, manifest, new, columns, unit_bytes, first_number=_num_units(manifest))
+        manifest = _add_generation(location, manifest, new, unit_bytes, first_number=_num_units(manifest))
         generations.append(new)
     plans = _plans(manifest, generations)
     return Run(location, manifest, plans, _done(plans, list_names(location)))
 
 
-def read_parts(run: Run, done: Sequence[str]) -> list[dict[str, Any]]:
-    """What the given finished units add to the summary, from their files' footers."""
-
-    def read(name: str) -> dict[str, Any]:
-        metadata = retried(lambda: _read_metadata(filesystem, f"{folder}/{name}"))
-        return dict(json.loads(metadata[PART_METADATA]))
-
-    filesystem, folder = filesystem_of(run.location)
+def read_parts(location: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What the given finished files of a folder add to the summary, from their footers."""
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        return list(pool.map(read, done))
+        found = pool.map(lambda name: read_metadata(location, name)[PART_METADATA], names)
+        return [dict(json.loads(part)) for part in found]
+
+
+def read_metadata(location: str, name: str) -> dict[bytes, bytes]:
+    """The schema metadata of a Parquet file in a folder."""
+    filesystem, folder = filesystem_of(location)
+
+    def read() -> dict[bytes, bytes]:
+        with filesystem.open(posixpath.join(folder, name), "rb") as file:
+            return dict(pq.ParquetFile(file).schema_arrow.metadata or {})
+
+    return retried(read)
 
 
 def commit_unit(location: str, name: str, table: pa.Table, part: Mapping[str, Any]) -> None:
@@ -223,13 +225,10 @@ def _begin(
         "format_version": FORMAT_VERSION,
         "input": shown(input),
         **identity,
-        "columns": {column.name: str(column.type) for column in columns},
-        "schema": base64.b64encode(columns.serialize()).decode(),
+        "columns": _types(columns),
         "generations": [],
     }
-    if not sum(file.num_rows for file in files):
-        raise DataError(f"{shown(input)} has no rows: its {len(files)} Parquet files are empty")
-    manifest = _add_generation(location, manifest, files, columns, unit_bytes, first_number=0)
+    manifest = _add_generation(location, manifest, files, unit_bytes, first_number=0)
     plans = _plans(manifest, [list(files)])
     return Run(location, manifest, plans, frozenset())
 
@@ -238,7 +237,6 @@ def _add_generation(
     location: str,
     manifest: dict[str, Any],
     files: Sequence[InputFile],
-    columns: pa.Schema,
     unit_bytes: int | None,
     *,
     first_number: int,
@@ -289,6 +287,20 @@ def _check_identity(location: str, manifest: Mapping[str, Any], identity: Mappin
                 f"--output {shown(location)} holds a run of another kind: {name} was {manifest.get(name)!r} and is "
                 f"{value!r}; give a new folder, or --overwrite to remove what is there"
             )
+
+
+def _check_columns(location: str, manifest: Mapping[str, Any], columns: pa.Schema) -> None:
+    """Every file of a run carries the same columns, those of appended input too."""
+    before, now = manifest["columns"], _types(columns)
+    if before != now:
+        raise OutputError(
+            f"--output {shown(location)} carries the columns {before} along and the input now gives {now}; make the "
+            f"new files alike, or give a new folder"
+        )
+
+
+def _types(columns: pa.Schema) -> dict[str, str]:
+    return {column.name: str(column.type) for column in columns}
 
 
 def _check_files(
@@ -363,11 +375,6 @@ def _fingerprint(listing: pa.Table) -> str:
     for row in listing.select(["url", "size", "version"]).to_pylist():
         digest.update(json.dumps(row).encode())
     return f"sha256:{digest.hexdigest()}"
-
-
-def _read_metadata(filesystem: Any, path: str) -> dict[bytes, bytes]:
-    with filesystem.open(path, "rb") as file:
-        return dict(pq.ParquetFile(file).schema_arrow.metadata or {})
 
 
 def _others(location: str) -> list[str]:

@@ -20,7 +20,7 @@ from pipelines.errors import DataError, OutputError, SettingsError
 from pipelines.fields import parse
 from pipelines.labels import decide, resolve_thresholds, thresholds_by_label
 from pipelines.locations import commit_json, filesystem_of, list_names, read_json, retried, shown
-from pipelines.outputs import MANIFEST, PART_METADATA, SUMMARY, commit_unit, make_folder
+from pipelines.outputs import MANIFEST, PART_METADATA, SUMMARY, commit_unit, make_folder, read_metadata, read_parts
 from pipelines.settings import DecisionSettings
 from pipelines.shards import list_files
 from pipelines.summary import add_parts, empty_part, finish_summary, summarize
@@ -52,8 +52,7 @@ def relabel(
     with ThreadPoolExecutor(THREADS) as pool:
         for number, _ in enumerate(pool.map(work, todo)):
             report(f"relabelled {number + 1:,}/{len(todo):,} files")
-    parts = [_part(output, name) for name in names]
-    summary = finish_summary(add_parts([empty_part(decision), *parts]), decision)
+    summary = finish_summary(add_parts([empty_part(decision), *read_parts(output, names)]), decision)
     commit_json(output, SUMMARY, summary)
     return summary
 
@@ -73,7 +72,7 @@ def _open_output(scored: str, output: str, decision: DecisionSettings, names: li
 
 
 def _read_decision(scored: str, path: str) -> tuple[DecisionSettings, str]:
-    metadata = _metadata(scored, path)
+    metadata = read_metadata(scored, path)
     if DECISION_METADATA not in metadata:
         raise DataError(f"{path} is no file that `pipelines score` wrote; give its output folder")
     (decision,) = parse(json.loads(metadata[DECISION_METADATA]), DecisionSettings)
@@ -96,13 +95,3 @@ def _relabel_file(scored: str, path: str, output: str, decision: DecisionSetting
     table = table.replace_schema_metadata({**metadata, **decision_metadata(decision)})
     part = {**json.loads(metadata[PART_METADATA]), **summarize(table, decision, prefix=prefix)}
     commit_unit(output, posixpath.basename(path), table, part)
-
-
-def _part(location: str, name: str) -> dict[str, Any]:
-    return dict(json.loads(_metadata(location, posixpath.join(filesystem_of(location)[1], name))[PART_METADATA]))
-
-
-def _metadata(location: str, path: str) -> dict[bytes, bytes]:
-    filesystem, _ = filesystem_of(location)
-    with filesystem.open(path, "rb") as file:
-        return dict(pq.ParquetFile(file).schema_arrow.metadata or {})

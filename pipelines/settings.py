@@ -239,11 +239,11 @@ class TrainSettings:
     early_stopping_consider_epochs: bool = True
     """Whether the evaluations at the end of epochs use up patience."""
     save_each_epoch: bool = False
-    """Write a checkpoint at the end of each epoch."""
+    """Write a checkpoint at the end of each epoch (the facades alone)."""
     save_steps: int | None = None
-    """Write a checkpoint every so many optimizer steps."""
+    """Write a checkpoint every so many optimizer steps (the facades alone)."""
     save_evaluations: bool = False
-    """Write a checkpoint at each evaluation between the ends of epochs."""
+    """Write a checkpoint at each evaluation between the ends of epochs (the facades alone)."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard's scalars: loss, learning rate and the metrics of valid."""
     logging_steps: int = 50

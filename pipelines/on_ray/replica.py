@@ -73,8 +73,9 @@ class Attempts:
         return list(tried.ranges), list(tried.guilty)
 
     def trying(self, unit: int, rows: tuple[int, int]) -> None:
-        """The unit's next range is begun."""
-        self._units.setdefault(unit, _Tried([rows], [])).trying = rows
+        """The unit's next range is begun; forgotten where this actor was lost since the unit was."""
+        if unit in self._units:
+            self._units[unit].trying = rows
 
     def end(self, unit: int) -> None:
         """The unit's forward passes are over."""

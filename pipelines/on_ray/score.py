@@ -105,7 +105,7 @@ def score(job: ScoreJob, *, address: str | None = None, report: Report = lambda 
     tally = Tally(run, checked.decision, job.score.max_errors)
     if run.done:
         report(f"going on: {len(run.done):,} of {run.num_units:,} units are done")
-        tally.add_done(read_parts(run, sorted(run.done)))
+        tally.add_done(read_parts(run.location, sorted(run.done)))
     left = run.num_units - len(run.done)
     num_files = sum(len(plan.files) for plan in run.plans)
     report(f"{num_files:,} files, {run.num_rows:,} rows, {left:,} units to do -> {shown(job.output)}")
@@ -127,6 +127,8 @@ def check_job(job: ScoreJob, *, report: Report = lambda line: None) -> CheckedJo
         raise SettingsError("memory:// is seen by this process alone; add --replicas 0 to score without Ray")
     files = read_footers(job.input, job.data.text_column, lenient=True)
     readable = [file for file in files if file.schema is not None]
+    if not sum(file.num_rows for file in readable):
+        raise DataError(f"{shown(job.input)} has no rows: its {len(files)} Parquet files are empty")
     _check_texts(job, readable, report)
     compared = parse_filter(job.score.filter)[1] if job.score.filter else []
     names = list(dict.fromkeys(name for file in readable for name in file.column_names))

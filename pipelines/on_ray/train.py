@@ -67,11 +67,13 @@ class TrainRequest:
     def parse(cls, values: Mapping[str, object]) -> TrainRequest:
         """A job from a flat mapping of settings, as YAML and the command line give it."""
         groups = (TrainPaths, DecisionSettings, DataSettings, WindowSettings, TrainSettings, ComputeSettings)
-        paths, *rest = parse(values, *groups)
+        paths, decision, data, windows, settings, compute = parse(values, *groups)
         model = absolute(paths.model) if Path(paths.model).expanduser().is_dir() else paths.model
         valid = None if paths.valid is None else absolute(paths.valid)
         paths = replace(paths, train=absolute(paths.train), valid=valid, output=absolute(paths.output), model=model)
-        return cls(paths, *rest)
+        if settings.tensorboard_dir is not None:  # as workers with another working folder find it
+            settings = replace(settings, tensorboard_dir=absolute(settings.tensorboard_dir))
+        return cls(paths, decision, data, windows, settings, compute)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ def train(request: TrainRequest, *, address: str | None = None, report: Report =
     targets = encode_labels(train_labels, decision)
     valid_targets = None if valid_labels is None else encode_labels(valid_labels, decision)
     _check_targets(targets, decision, request.settings)
+    _check_without_effect(request.settings, has_valid=paths.valid is not None)
     limits = describe(paths.model)
     _check_is_local(paths.output)
     make_empty_folder(paths.output)
@@ -164,6 +167,18 @@ def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, set
     if decision.kind in ("binary", "multiclass") and len(np.unique(targets)) < 2:
         only = decision.labels[int(targets[0])]
         raise DataError(f"every training row has the label {only!r}: a classifier needs at least two")
+
+
+def _check_without_effect(settings: TrainSettings, *, has_valid: bool) -> None:
+    """Refuse settings that this command would take and pass over in silence."""
+    for name in ("save_steps", "save_each_epoch", "save_evaluations"):
+        if getattr(settings, name):
+            raise SettingsError(
+                f"{name} is for the facades (pipelines.classification): `pipelines train` writes no checkpoints yet"
+            )
+    for name in ("metric", "evaluate_steps", "early_stopping_patience"):
+        if getattr(settings, name) is not None and not has_valid:
+            raise SettingsError(f"{name}={getattr(settings, name)!r} needs validation data: add --valid")
 
 
 def _check_is_local(output: str) -> None:

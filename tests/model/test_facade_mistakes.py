@@ -13,6 +13,7 @@ import pytest
 from pipelines.classification import ClassificationArgs, ClassificationModel, MultiLabelClassificationModel
 from pipelines.conversion import convert
 from pipelines.errors import DataError, ModelFolderError, SettingsError
+from pipelines.folders import replace_folder
 from pipelines.model_folder import read_model_folder
 from pipelines.scoring import Scorer
 from pipelines.settings import ComputeSettings
@@ -135,6 +136,24 @@ model.save_model({str(folder)!r})
     assert read_model_folder(folder).decision.kind == "binary"
 
 
+def test_a_folder_that_was_being_replaced_is_put_back(tmp_path):
+    def write(content):
+        return lambda folder: (folder.mkdir(), (folder / "file").write_text(content))
+
+    best = tmp_path / "best"
+    replace_folder(best, write("one"))
+    replace_folder(best, write("two"))
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    best.rename(tmp_path / ".best.old")  # killed between the two renames
+
+    def fails(folder):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        replace_folder(best, fails)
+    assert (best / "file").read_text() == "two"
+
+
 def test_a_run_that_breaks_off_leaves_a_model_that_answers_the_same_twice():
     model = open_model("binary", no_save=True, evaluate_during_training=True)
     frame = train_frame("binary")
@@ -182,6 +201,7 @@ def test_calls_that_their_scripts_make(tmp_path):
     assert model.tokenizer.tokenize("free money") == model.tokenizer.convert_ids_to_tokens(
         model.tokenizer("free money", add_special_tokens=False)["input_ids"]
     )
+    assert model.tokenizer is model.tokenizer
     assert not hasattr(ClassificationArgs(), "foo")
     several = open_model("multilabel", evaluate_during_training=True, no_save=True)
     frame = train_frame("multilabel")

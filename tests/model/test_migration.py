@@ -1,4 +1,7 @@
-"""The scripts of docs/migration run here with nothing but their import changed, and print what the page says."""
+"""The scripts of docs/migration run here with nothing but their import changed.
+
+They print the lines that the page shows, with its counts and metrics; other numbers round otherwise elsewhere.
+"""
 
 import importlib.util
 import sys

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.cli import main
+from pipelines.cli import _parser, _values, main
 from pipelines.model_folder import read_model_folder
+from pipelines.on_ray.score import ScoreJob
 
 
 def run(*arguments, capsys):
@@ -118,3 +119,42 @@ def test_mistakes_end_with_2_and_one_sentence(arguments, message, folder, tmp_pa
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "pipelines", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0.1.0"
+
+
+def test_where_things_run_is_said_by_flags(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
+    shown = capsys.readouterr().out
+    flags = (
+        "tokenize-cpus",
+        "tokenize-resources",
+        "tokenize-labels",
+        "replica-resources",
+        "replica-labels",
+        "max-errors",
+    )
+    assert [flag for flag in flags if f"--{flag} " not in shown] == []
+    options = _parser().parse_args(
+        ["score", "m", "--input", "i", "--output", "o", "--replica-resources", "{spot: 1}", "--max-errors", "0.5",
+         "--replica-labels", "{zone: a}", "--tokenize-cpus", "2", "--append"]
+    )  # fmt: skip
+    job = ScoreJob.parse(_values(options)).score
+    assert (job.replica_resources, job.replica_labels) == ({"spot": 1.0}, {"zone": "a"})
+    assert (job.tokenize_cpus, job.max_errors, job.append, job.overwrite) == (2.0, 0.5, True, False)
+    code, _, err = run("score", folder, "--input", "i", "--output", "o", "--dry-run", "--rate", "0", capsys=capsys)
+    assert (code, err) == (2, "pipelines score: --rate 0.0 must be above 0: tokens per second of one replica\n")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("save_steps=5", "save_steps is for the facades"),
+        ("save_each_epoch=true", "`pipelines train` writes no checkpoints yet"),
+        ("early_stopping_patience=2", "early_stopping_patience=2 needs validation data: add --valid"),
+    ],
+)
+def test_settings_of_training_that_would_do_nothing_are_refused(labelled, tmp_path, capsys, setting, message):
+    code, _, err = run("train", "--train", labelled, "--model", tmp_path, "--kind", "binary", "--output",
+                       tmp_path / "out", "--set", setting, capsys=capsys)  # fmt: skip
+    assert code == 2
+    assert message in err
