@@ -256,6 +256,8 @@ def _print(options: argparse.Namespace, result: Mapping[str, Any], shown: Mappin
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if value in ({}, [], ()):
+        return "none"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)):

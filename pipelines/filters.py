@@ -32,8 +32,9 @@ def parse_filter(text: str) -> tuple[Any, list[str]]:
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else error
         raise SettingsError(
-            f"--filter {text!r} cannot be read: {error}; an example: language == 'en' and year >= 2020"
+            f"--filter {text!r} cannot be read: {reason}; an example: language == 'en' and year >= 2020"
         ) from error
     columns: list[str] = []
     expression = _expression(tree.body, columns, text)
