@@ -170,10 +170,10 @@ def heartbeat(location: str) -> Iterator[list[str]]:
 
 
 def sweep(location: str) -> None:
-    """Remove what killed writers left of files that they never finished; not while another job runs."""
+    """Remove what killed jobs left: files that they never finished, heartbeats; not while another job runs."""
     if not _others(location):
         for name in list_names(location):
-            if name.startswith((".part-", "._")):
+            if name.startswith((".part-", "._", "_running-")):
                 remove(location, name)
 
 
@@ -383,6 +383,19 @@ def _others(location: str) -> list[str]:
         if name.startswith("_running-"):
             with suppress(OSError, ValueError):
                 content = read_json(location, name)
-                if time.time() - content["time"] < 3 * HEARTBEAT_SECONDS:
+                if time.time() - content["time"] < 3 * HEARTBEAT_SECONDS and not _is_dead(content):
                     found.append(f"process {content['pid']} on {content['host']}")
     return found
+
+
+def _is_dead(content: Mapping[str, Any]) -> bool:
+    """Whether a heartbeat is of a process of this machine that is no more; of another machine nobody can say."""
+    if content["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(content["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it is there, and somebody else's
+        return False
+    return False

@@ -2,6 +2,10 @@
 
 import json
 import os
+import socket
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -286,6 +290,20 @@ def test_a_disk_that_is_full_ends_the_job_and_the_next_one_goes_on(spam_folder, 
     summary = score(job(spam_folder, tmp_path / "in", tmp_path / "out", **settings))
     assert summary["units_before"] == 2
     assert summary["rows_out"] == 12
+
+
+def test_a_job_that_was_killed_on_this_machine_is_no_other_job(spam_folder, tmp_path, emails):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    pq.write_table(emails.slice(0, 3), tmp_path / "in" / "a.parquet")
+    beat = {"host": socket.gethostname(), "pid": dead.pid, "time": time.time()}
+    (tmp_path / "out" / "_running-dead.json").write_text(json.dumps(beat))
+    lines = []
+    score(job(spam_folder, tmp_path / "in", tmp_path / "out", replicas=0), report=lines.append)
+    assert not any("another job" in line for line in lines)
+    assert not list((tmp_path / "out").glob("_running-*")), "what it left is swept up"
 
 
 def test_a_filter_leaves_rows_out_and_counts_them(spam_folder, tmp_path, emails):
