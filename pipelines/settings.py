@@ -288,7 +288,7 @@ class ScoreSettings:
     replicas: int | str | None = None
     """Model replicas: N, or MIN:MAX; 0 scores in this process, without Ray. Default: one per GPU, or per machine."""
     gpus_per_replica: float | None = None
-    """GPUs that one replica takes. Default: 1 where the cluster has any now, else 0."""
+    """GPUs that one replica takes. Default: 1 with device=cuda, or where the cluster has any now, else 0."""
     unit_bytes: int | None = None
     """Text bytes of one work unit. Default: grows with the input, so that their number stays bounded."""
     filter: str | None = None
@@ -349,7 +349,7 @@ class ServeSettings:
     num_replicas: int = 1
     """Replicas of the model."""
     gpus_per_replica: float | None = None
-    """GPUs that one replica takes. Default: 1 where the cluster has any now, else 0."""
+    """GPUs that one replica takes. Default: 1 with device=cuda, or where the cluster has any now, else 0."""
     max_body_bytes: int = 4 * 2**20
     """A larger request body is answered 413."""
     max_documents: int = 256

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
 
-from pipelines.errors import JobError
+from pipelines.errors import JobError, SettingsError
 
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 SPARE_CPUS = 2
@@ -20,7 +20,7 @@ SPARE_CPUS = 2
 def connected(address: str | None = None) -> Iterator[None]:
     """Ray for the time of a job: the one at address or RAY_ADDRESS, one already connected, or a local one.
 
-    Raises JobError where the named cluster cannot be reached.
+    Raises JobError where the named cluster cannot be reached, SettingsError where it runs another Ray or Python.
     """
     if ray.is_initialized():
         yield
@@ -40,6 +40,11 @@ def connected(address: str | None = None) -> Iterator[None]:
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises bare ones where a local Ray does not come up
+        if "Version mismatch" in str(error):
+            raise SettingsError(
+                f"{' '.join(str(error).split())}: install the cluster's Ray and Python here, or submit the job instead "
+                "(ray job submit), which runs it on the cluster"
+            ) from error
         where = "a local Ray cannot be started" if address is None else f"no Ray cluster answers at {address}"
         raise JobError(f"{where}: {error}; `ray status` tells what runs") from error
     try:
@@ -48,9 +53,21 @@ def connected(address: str | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def has_gpus() -> bool:
-    """Whether any node of the cluster declares GPUs."""
-    return bool(ray.cluster_resources().get("GPU", 0) > 0)
+def uses_gpus(device: str) -> bool:
+    """Whether models run on GPUs: as the device says, or where it is auto, whether any node declares them now."""
+    if device == "auto":
+        return bool(ray.cluster_resources().get("GPU", 0) > 0)
+    return device.startswith("cuda")
+
+
+def report_shortage(needed: Mapping[str, float], report: Callable[[str], None]) -> None:
+    """Say what a job will wait for: Ray itself would wait for it in silence, and for ever without an autoscaler."""
+    there = ray.cluster_resources()
+    short = [name for name, amount in needed.items() if amount > there.get(name, 0)]
+    if short:
+        asked = ", ".join(f"{needed[name]:g} {name}" for name in short)
+        found = ", ".join(f"{there.get(name, 0):g} {name}" for name in short)
+        report(f"this needs {asked} at once, and the cluster has {found}: it waits until nodes come that bring them")
 
 
 def root_cause(error: BaseException) -> str:

@@ -1,32 +1,34 @@
-"""Before work: can every node reach the model, the input and the output?"""
+"""Before work: does every node run this package, and reach the model, the input and the output?"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines import __version__
 from pipelines.errors import PipelinesError, SettingsError
 from pipelines.locations import filesystem_of, is_local, list_names, shown
 from pipelines.model_folder import read_model_folder
-from pipelines.outputs import MANIFEST
 
 SECONDS_TO_ANSWER = 300
 """The model may have to be fetched first."""
 
 
-def check_nodes(model: str, first_file: str, output: str) -> None:
-    """Raise SettingsError naming a node that lacks the package, the model, the input or the output.
+def check_nodes(*, model: str | None = None, files: Mapping[str, str] | None = None, output: str | None = None) -> None:
+    """Raise SettingsError naming a node that lacks the package, the model, one of the files or the output.
 
-    The model is fetched on each node on this occasion, once for all of its processes.
+    The model is a finished folder, which is fetched on each node on this occasion, once for all of its processes;
+    files are locations by what they are; the output is a folder that has something in it.
     """
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0}
     asked = {}
     for node_id in nodes:
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
         asked[node_id] = _look.options(scheduling_strategy=there, num_cpus=0, max_retries=0).remote(
-            model, first_file, output
+            __version__, model, dict(files or {}), output
         )
     for node_id, answer in asked.items():
         problem = _answer(answer)
@@ -48,15 +50,19 @@ def _answer(answer: Any) -> str | None:
 
 
 @ray.remote
-def _look(model: str, first_file: str, output: str) -> str | None:
+def _look(version: str, model: str | None, files: dict[str, str], output: str | None) -> str | None:
     remedy = "; use a path that every node shares, or a URL such as s3://"
-    try:
-        read_model_folder(model)
-    except PipelinesError as error:
-        return f"cannot read the model {shown(model)}: {error}{remedy if is_local(model) else ''}"
-    filesystem, path = filesystem_of(first_file)
-    if not filesystem.exists(path):
-        return f"cannot see the input {shown(first_file)}{remedy}"
-    if MANIFEST not in list_names(output):
+    if version != __version__:
+        return f"has version {__version__} of this package, and the driver {version}; install the same on every node"
+    if model is not None:
+        try:
+            read_model_folder(model)
+        except PipelinesError as error:
+            return f"cannot read the model {shown(model)}: {error}{remedy if is_local(model) else ''}"
+    for name, location in files.items():
+        filesystem, path = filesystem_of(location)
+        if not filesystem.exists(path):
+            return f"cannot see the {name} {shown(location)}{remedy}"
+    if output is not None and not list_names(output):
         return f"cannot see the output {shown(output)}{remedy}"
     return None

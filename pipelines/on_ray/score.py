@@ -22,7 +22,7 @@ from pipelines.filters import parse_filter
 from pipelines.labels import resolve_thresholds
 from pipelines.locations import absolute, commit_json, shown
 from pipelines.model_folder import ModelFolder, read_model_folder
-from pipelines.on_ray.cluster import connected, root_cause
+from pipelines.on_ray.cluster import connected, report_shortage, root_cause, uses_gpus
 from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.replica import PART, Attempts, ReplicaSetup, ScoreUnit
 from pipelines.on_ray.telemetry import Tally, watched
@@ -113,7 +113,7 @@ def score(job: ScoreJob, *, address: str | None = None, report: Report = lambda 
         if others:
             report(f"another job writes here too ({others[0]}): nothing breaks, but work is done twice")
         with watched(tally, report):
-            for part in _parts(checked, run, address):
+            for part in _parts(checked, run, address, report):
                 tally.add(part)
     return _finish(checked, run, tally)
 
@@ -173,7 +173,7 @@ def _check_texts(job: ScoreJob, files: Sequence[InputFile], report: Report) -> N
             report(f"{len(bad)} of {len(files)} files come out with errors, such as: {bad[0]}")
 
 
-def _parts(checked: CheckedJob, run: Run, address: str | None) -> Iterator[dict[str, Any]]:
+def _parts(checked: CheckedJob, run: Run, address: str | None, report: Report) -> Iterator[dict[str, Any]]:
     """What each unit that is left adds to the summary, as soon as it is committed."""
     job = checked.job
     left = (unit for plan in run.plans for unit in plan if unit.output_name not in run.done)
@@ -181,7 +181,9 @@ def _parts(checked: CheckedJob, run: Run, address: str | None) -> Iterator[dict[
         yield from _here(checked, left)
         return
     with connected(address):
-        check_nodes(job.model, next(file.url for file in checked.files if file.error is None), job.output)
+        first = next(file.url for file in checked.files if file.error is None)
+        check_nodes(model=job.model, files={"input": first}, output=job.output)
+        _report_shortage(job, report)
         attempts = Attempts.remote()  # type: ignore[attr-defined]
         while wave := list(itertools.islice(left, UNITS_PER_WAVE)):
             try:
@@ -242,7 +244,7 @@ def _setup(checked: CheckedJob, *, replicas_per_node: int) -> ReplicaSetup:
 def _score_stage(checked: CheckedJob, units: Sequence[WorkUnit], attempts: Any) -> Dataset:
     """Tasks that tokenize, then the actor pool: a GPU or a share of the machine's cores for each replica."""
     settings = checked.job.score
-    gpus = _gpus_per_replica(settings)
+    gpus = _gpus_per_replica(checked.job)
     num_nodes = max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()))
     there = ray.cluster_resources().get("GPU", 0)
     default = max(1, int(there / gpus) if gpus else num_nodes)
@@ -270,12 +272,20 @@ def _score_stage(checked: CheckedJob, units: Sequence[WorkUnit], attempts: Any) 
     )
 
 
-def _gpus_per_replica(settings: ScoreSettings) -> float:
-    if settings.via_serve is not None:
+def _gpus_per_replica(job: ScoreJob) -> float:
+    if job.score.via_serve is not None:
         return 0.0
-    if settings.gpus_per_replica is not None:
-        return settings.gpus_per_replica
-    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    if job.score.gpus_per_replica is not None:
+        return job.score.gpus_per_replica
+    return 1.0 if uses_gpus(job.compute.device) else 0.0
+
+
+def _report_shortage(job: ScoreJob, report: Report) -> None:
+    fewest = (job.score.replica_range or (1, 1))[0]
+    needed = {"GPU": fewest * _gpus_per_replica(job), "CPU": job.score.tokenize_cpus}
+    for name, amount in (job.score.replica_resources or {}).items():
+        needed[name] = fewest * amount
+    report_shortage(needed, report)
 
 
 def _placed(resources: Mapping[str, float] | None, labels: Mapping[str, str] | None) -> dict[str, Any]:

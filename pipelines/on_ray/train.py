@@ -29,7 +29,8 @@ from pipelines.labels import encode_labels, find_labels
 from pipelines.locations import absolute
 from pipelines.losses import resolve_loss
 from pipelines.model import describe
-from pipelines.on_ray.cluster import connected, has_gpus, root_cause
+from pipelines.on_ray.cluster import connected, report_shortage, root_cause, uses_gpus
+from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.telemetry import Relay, relayed
 from pipelines.on_ray.tokenize import TokenizeStage, documents_of, tokenized, unpack
 from pipelines.outputs import make_empty_folder
@@ -135,6 +136,10 @@ def _prepared(
         assert here[0] is not None
         return fit(job, here[0], here[1], report)
     with connected(address):
+        files = {"input": train_files[0].url}
+        if Path(job.model).is_dir():
+            files["pretrained weights"] = str(Path(job.model, "config.json"))
+        check_nodes(files=files, output=job.output)
         return _fit_on_workers(job, request.paths.num_workers, train_split, valid_split, report)
 
 
@@ -232,7 +237,7 @@ def run_workers(
 ) -> Any:
     """What work(config, *splits) returns on rank 0, run in a local Ray or the one at RAY_ADDRESS."""
     with connected():
-        return _on_workers(work, config, [ray.put(split) for split in splits], num_workers, report)
+        return _on_workers(work, config, [ray.put(split) for split in splits], num_workers, report, device="auto")
 
 
 def _fit_on_workers(
@@ -241,17 +246,24 @@ def _fit_on_workers(
     blocks = [None if s is None else tokenized(s.stage, s.units).to_arrow_refs() for s in (train_split, valid_split)]
     targets = [None if s is None else s.targets for s in (train_split, valid_split)]
     config = {"job": job, "blocks": blocks, "targets": targets}
-    summary: dict[str, Any] = _on_workers(_fit_job, config, [], num_workers, report)
+    summary: dict[str, Any] = _on_workers(_fit_job, config, [], num_workers, report, device=job.compute.device)
     return summary
 
 
 def _on_workers(
-    work: Callable[..., Any], config: Mapping[str, Any], splits: Sequence[Any], num_workers: int, report: Report
+    work: Callable[..., Any],
+    config: Mapping[str, Any],
+    splits: Sequence[Any],
+    num_workers: int,
+    report: Report,
+    *,
+    device: str,
 ) -> Any:
-    gpus = has_gpus()
+    gpus = uses_gpus(device)
     relay = Relay.remote()  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(prefix="pipelines-train-") as storage, relayed(relay, report):
         report(f"{num_workers} workers on {'GPUs' if gpus else 'CPUs'}")
+        report_shortage({"GPU" if gpus else "CPU": num_workers}, report)
         try:
             trainer = TorchTrainer(
                 _worker,  # Ray keeps what it returns, and its annotation does not say so

@@ -60,11 +60,11 @@ def test_a_node_lost_in_the_middle_costs_no_row(spam_folder, tmp_path, emails):
 def test_nodes_that_cannot_reach_a_path_are_named(local_ray, spam_folder, input_folder, tmp_path):
     model, first = str(spam_folder.path), list_files(str(input_folder))[0]
     with pytest.raises(SettingsError, match=r"node \S+ \(\w+\) cannot see the output .*; use a path that every node"):
-        check_nodes(model, first, str(tmp_path))
+        check_nodes(model=model, files={"input": first}, output=str(tmp_path / "none"))
     with pytest.raises(SettingsError, match=r"cannot see the input /nowhere/a\.parquet; use a path that every node"):
-        check_nodes(model, "/nowhere/a.parquet", str(tmp_path))
+        check_nodes(model=model, files={"input": "/nowhere/a.parquet"})
     with pytest.raises(SettingsError, match=r"cannot read the model /nowhere.*use a path that every node"):
-        check_nodes("/nowhere", first, str(tmp_path))
+        check_nodes(model="/nowhere", files={"input": first})
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def read(output):
     return pa.concat_tables(tables)
 
 
-@pytest.mark.timeout(3600 if KILLS > 10 else 600)
+@pytest.mark.timeout(max(600, 120 * KILLS))
 def test_a_job_killed_at_random_and_started_again_equals_an_undisturbed_one(spam_folder, source, tmp_path):
     rng = random.Random(SEED)
     started = time.monotonic()

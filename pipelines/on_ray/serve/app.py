@@ -25,7 +25,7 @@ from pipelines.fields import parse
 from pipelines.labels import resolve_thresholds
 from pipelines.locations import absolute
 from pipelines.model_folder import read_model_folder
-from pipelines.on_ray.cluster import has_gpus
+from pipelines.on_ray.cluster import uses_gpus
 from pipelines.on_ray.serve.answers import as_table, predictions_of
 from pipelines.on_ray.serve.batcher import Batcher, QueueFullError
 from pipelines.on_ray.serve.schema import (
@@ -230,7 +230,7 @@ def application(job: ServeJob) -> Application:
     read_model_folder(job.model)
     num_gpus = job.serve.gpus_per_replica
     if num_gpus is None:
-        num_gpus = 1.0 if has_gpus() else 0.0
+        num_gpus = 1.0 if uses_gpus(job.compute.device) else 0.0
     app: Application = Predictor.options(  # type: ignore[attr-defined]
         num_replicas=job.serve.num_replicas,
         max_ongoing_requests=1000,

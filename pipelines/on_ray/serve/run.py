@@ -14,6 +14,7 @@ from ray.serve.exceptions import RayServeException
 from pipelines.errors import JobError
 from pipelines.model_folder import read_model_folder
 from pipelines.on_ray.cluster import connected, root_cause
+from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.serve.app import ServeJob, application
 
 APPLICATION = "pipelines"
@@ -27,6 +28,7 @@ def run_server(job: ServeJob, *, address: str | None = None, report: Callable[[s
     read_model_folder(job.model)
     stop = threading.Event()
     with connected(address):
+        check_nodes(model=job.model)
         try:
             serve.start(http_options={"host": job.serve.host, "port": job.serve.port})
             serve.run(application(job), name=APPLICATION, route_prefix="/")

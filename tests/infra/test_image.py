@@ -1,0 +1,74 @@
+"""The image: linted, its install steps run in a clean virtual environment, and nothing in it that it need not have."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.infra.conftest import ROOT
+
+DOCKERFILE = ROOT / "infra" / "Dockerfile"
+TEXT = DOCKERFILE.read_text()
+STAGES = {
+    name: body for name, body in re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+}
+
+
+def lint(path):
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert hadolint, "it comes with the dev extra"
+    return subprocess.run([hadolint, str(path)], capture_output=True, text=True, check=False)
+
+
+def test_the_dockerfile_passes_its_linter_and_a_typo_does_not(tmp_path):
+    assert lint(DOCKERFILE).returncode == 0, lint(DOCKERFILE).stdout
+    (tmp_path / "Dockerfile").write_text(TEXT.replace("COPY --from=build-cpu", "COPPY --from=build-cpu"))
+    assert lint(tmp_path / "Dockerfile").returncode != 0
+
+
+def test_final_stages_have_no_compiler_no_root_and_are_pinned():
+    assert set(STAGES) == {"source", "build-cpu", "build-cuda", "runtime", "cuda", "cpu"}
+    final = STAGES["runtime"] + STAGES["cuda"] + STAGES["cpu"]
+    assert "USER 1000" in STAGES["runtime"]
+    assert "USER" not in STAGES["cuda"] + STAGES["cpu"]
+    assert not re.search(r"gcc|build-essential|apt-get install.*dev|pip install", final)
+    assert re.search(r"^ARG PYTHON=\d+\.\d+\.\d+-slim-\w+$", TEXT, re.MULTILINE)
+    cpu, cuda = (
+        re.sub(r"TORCH_INDEX=\S*\n", "", STAGES[name]).split("\n\n")[0].strip() for name in ("build-cpu", "build-cuda")
+    )
+    assert cpu == cuda, "but for where torch comes from"
+    assert TEXT.count("--constraint constraints.txt") == 2
+
+
+def test_the_image_gets_only_what_the_build_needs():
+    """.dockerignore lets in what is copied, and nothing else: no data, no keys, no history."""
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {name for line in re.findall(r"^COPY (?!--from)(.+)$", TEXT, re.MULTILINE) for name in line.split()[:-1]}
+    assert copied == allowed
+
+
+@pytest.mark.timeout(1200)
+def test_the_install_steps_give_a_working_package(tmp_path):
+    """The very RUN lines, with /opt/venv elsewhere and torch from pip's own index."""
+    source, venv = tmp_path / "source", tmp_path / "venv"
+    source.mkdir()
+    for name in re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    (run,) = re.findall(r"^RUN (.*?[^\\])$", STAGES["build-cpu"], re.MULTILINE | re.DOTALL)
+    run = run.replace("/opt/venv", str(venv)).replace("python -m venv", f"{sys.executable} -m venv")
+    environment = {**os.environ, "TORCH_INDEX": "", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    done = subprocess.run(
+        ["bash", "-ec", run], cwd=source, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for command in (["pipelines", "score", "--help"], ["python", "-m", "ray_jobs.score"], ["ray", "--version"]):
+        command[0] = str(venv / "bin" / command[0])
+        there = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert "usage" in there.stdout + there.stderr or "version 2.60.0" in there.stdout, there.stderr[-2000:]
+    imports = "import gcsfs, adlfs, s3fs, torch, pipelines.on_ray.serve.app, pipelines.on_ray.train"
+    subprocess.run([str(venv / "bin" / "python"), "-c", imports], check=True, cwd=tmp_path, timeout=300)

@@ -1,0 +1,298 @@
+"""Every rendered manifest against the schema of what will read it, a typo planted in each, and what they promise."""
+
+import copy
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from pipelines.fields import parse
+from pipelines.on_ray.score import ScoreJob
+from pipelines.on_ray.serve.app import ServeJob
+from pipelines.on_ray.train import TrainRequest
+from pipelines.settings import DataSettings, ScoreSettings
+from tests.infra.conftest import KUBERAY, OVERLAYS, ROOT
+
+SCHEMAS = Path(os.environ.get("KUBERAY_SCHEMAS", ROOT.parent / "shared" / "crds"))
+KUBERNETES = "1.33"
+DOCKERFILE = (ROOT / "infra" / "Dockerfile").read_text()
+needs_schemas = pytest.mark.skipif(not SCHEMAS.is_dir(), reason=f"no KubeRay schemas at {SCHEMAS} (KUBERAY_SCHEMAS)")
+TYPOS = {
+    "RayCluster": ("spec.workerGroupSpecs.0", "maxReplica"),
+    "RayJob": ("spec", "shutdownAfterJobFinish"),
+    "RayService": ("spec.upgradeStrategy", "kind"),
+    "CronJob": ("spec.jobTemplate.spec", "backofLimit"),
+    "NetworkPolicy": ("spec", "ingres"),
+    "PodDisruptionBudget": ("spec", "maxUnavailible"),
+    "StatefulSet": ("spec.template.spec.containers.0", "imagee"),
+    "Service": ("spec", "port"),
+    "ServiceAccount": ("metadata", "lables"),
+    "Namespace": ("metadata", "lables"),
+    "ConfigMap": ("metadata", "lables"),
+}
+
+
+def problem(manifest):
+    """What is wrong with it, or None."""
+    if manifest["apiVersion"] == "ray.io/v1":
+        schema = json.loads((SCHEMAS / f"{manifest['kind'].lower()}.schema.json").read_text())
+        errors = [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(manifest)]
+        return errors[0] if errors else None
+    try:
+        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return error.message
+    return None
+
+
+def inside(node, path):
+    for name in path.split("."):
+        node = node[int(name)] if name.isdigit() else node[name]
+    return node
+
+
+def of_kind(manifests, kind):
+    return next(manifest for manifest in manifests if manifest["kind"] == kind)
+
+
+def walk(node):
+    """Every mapping in it."""
+    if isinstance(node, dict):
+        yield node
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from walk(value)
+
+
+def pods(manifests):
+    """Every pod's spec."""
+    return [spec for manifest in manifests for spec in walk(manifest) if "containers" in spec]
+
+
+@needs_schemas
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_rendered_manifest_fits_its_schema(rendered, overlay):
+    for manifest in rendered[overlay]:
+        assert problem(manifest) is None, manifest["kind"]
+
+
+@needs_schemas
+def test_a_typo_is_caught_in_each_kind_of_manifest(rendered):
+    kinds = {manifest["kind"]: manifest for manifests in rendered.values() for manifest in manifests}
+    assert set(kinds) == set(TYPOS)
+    for kind, (where, name) in TYPOS.items():
+        typo = copy.deepcopy(kinds[kind])
+        inside(typo, where)[name] = 3
+        assert problem(typo), f"{kind} {where}.{name}"
+
+
+def test_kustomize_refuses_a_typo_in_a_kustomization(kubectl, tmp_path):
+    shutil.copytree(KUBERAY, tmp_path / "kuberay")
+    file = tmp_path / "kuberay" / "score" / "kustomization.yaml"
+    file.write_text(file.read_text().replace("resources:", "resorces:"))
+    done = subprocess.run([kubectl, "kustomize", str(file.parent)], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "resorces" in done.stderr
+
+
+def test_the_jobs_run_what_exists_with_settings_that_exist(rendered):
+    for overlay, request in (("score", ScoreJob), ("train", TrainRequest), ("cluster", ScoreJob)):
+        content = yaml.safe_load(
+            of_kind(rendered[overlay], "ConfigMap")["data"][f"{overlay}.yaml".replace("cluster", "score")]
+        )
+        request.parse(content)
+        with pytest.raises(Exception, match="unknown setting 'inptu'"):
+            request.parse({**content, "inptu": "x"})
+        command = json.dumps(rendered[overlay])
+        python, module, path = re.search(r"(python) -m (\S+) (/settings/\S+\.yaml)", command).groups()
+        assert python
+        assert importlib.util.find_spec(module)
+        assert Path(path).name in of_kind(rendered[overlay], "ConfigMap")["data"]
+        mounts = [
+            mount["mountPath"] for spec in pods(rendered[overlay]) for mount in spec["containers"][0]["volumeMounts"]
+        ]
+        assert "/settings" in mounts
+
+
+def test_rows_in_error_do_not_fail_a_scoring_job(rendered):
+    for overlay in ("score", "cluster"):
+        assert "ray_jobs.score /settings/score.yaml || test $? -eq 3" in json.dumps(rendered[overlay])
+    for code, expected in ((0, 0), (3, 0), (1, 1), (2, 1)):
+        done = subprocess.run(
+            f"{sys.executable} -c 'raise SystemExit({code})' || test $? -eq 3", shell=True, check=False
+        )
+        assert done.returncode == expected
+
+
+def serve_config(rendered):
+    return yaml.safe_load(of_kind(rendered["serve"], "RayService")["spec"]["serveConfigV2"])
+
+
+def strict(schema):
+    """The same JSON schema, with unknown keys refused; Serve itself passes over them."""
+    for node in walk(schema):
+        if "properties" in node:
+            node.setdefault("additionalProperties", False)
+    return schema
+
+
+def test_the_serve_config_fits_serves_schema_and_names_what_exists(rendered):
+    from ray.serve.schema import ServeDeploySchema
+
+    config = serve_config(rendered)
+    schema = strict(ServeDeploySchema.model_json_schema())
+    ServeDeploySchema.model_validate(config)
+    jsonschema.validate(config, schema)
+    (application,) = config["applications"]
+    module, name = application["import_path"].split(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    ServeJob.parse(application["args"])
+    assert application["deployments"][0]["name"] == "predictor"
+    for place in ("", "http_options", "applications.0", "applications.0.deployments.0"):
+        typo = copy.deepcopy(config)
+        (inside(typo, place) if place else typo)["num_replica"] = 3
+        with pytest.raises(jsonschema.ValidationError, match="num_replica"):
+            jsonschema.validate(typo, schema)
+    with pytest.raises(Exception, match="unknown setting 'modle'"):
+        ServeJob.parse({"modle": "x"})
+
+
+def test_nothing_ends_before_what_it_serves(rendered):
+    """Request, then replica, then pod, then the old cluster of an upgrade."""
+    config, service = serve_config(rendered), of_kind(rendered["serve"], "RayService")["spec"]
+    drain = config["applications"][0]["deployments"][0]["graceful_shutdown_timeout_s"]
+    workers = service["rayClusterConfig"]["workerGroupSpecs"]
+    pod = min(group["template"]["spec"]["terminationGracePeriodSeconds"] for group in workers)
+    assert config["http_options"]["request_timeout_s"] < drain < pod < service["rayClusterDeletionDelaySeconds"]
+
+
+def test_every_cluster_demands_a_token_and_scales_from_zero(rendered):
+    keys = {
+        "cluster": "spec",
+        "train": "spec.rayClusterSpec",
+        "score": "spec.rayClusterSpec",
+        "serve": "spec.rayClusterConfig",
+    }
+    specs = []
+    for overlay, path in keys.items():
+        (manifest,) = [found for found in rendered[overlay] if found["apiVersion"] == "ray.io/v1"]
+        specs.append(copy.deepcopy(inside(manifest, path)))
+    redis = specs[-1].pop("gcsFaultToleranceOptions")
+    assert redis["redisPassword"]["valueFrom"]["secretKeyRef"]
+    assert all(spec == specs[0] for spec in specs), "one description of the cluster, copied"
+    (spec, *_) = specs
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["autoscalerOptions"]["version"] == "v2"
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert [group["minReplicas"] for group in spec["workerGroupSpecs"]] == [0, 0, 0]
+    spot, demand = spec["workerGroupSpecs"][1:]
+    assert spot["priority"] > demand["priority"]
+    assert spot["template"]["spec"]["containers"] == demand["template"]["spec"]["containers"]
+
+
+def test_the_rendered_image_versions_are_those_of_the_project(rendered):
+    from pipelines import __version__
+
+    for overlay, manifests in rendered.items():
+        text = json.dumps(manifests)
+        for tag in re.findall(r"/ray-text-classification:(\d[\d.]*)-(cpu|cuda)", text):
+            assert tag[0] == __version__, overlay
+            assert f"AS {tag[1]}" in DOCKERFILE
+        assert '"image": "ray-text-classification"' not in text, "no image without a registry and a tag"
+        assert re.search(r'"rayVersion": "([\d.]+)"', text).group(1) in (ROOT / "constraints.txt").read_text()
+
+
+def test_every_pod_is_locked_down(rendered):
+    for overlay, manifests in rendered.items():
+        for spec in pods(manifests):
+            user = spec["securityContext"]
+            assert user["runAsNonRoot"], overlay
+            assert user["runAsUser"] > 0
+            assert user["seccompProfile"] == {"type": "RuntimeDefault"}
+            for container in spec["containers"]:
+                lock = container["securityContext"]
+                assert lock["readOnlyRootFilesystem"]
+                assert not lock["allowPrivilegeEscalation"]
+                assert lock["capabilities"] == {"drop": ["ALL"]}
+                assert container["resources"]["limits"]["memory"]
+                assert "/" not in {mount["mountPath"] for mount in container["volumeMounts"]}
+        namespace = of_kind(manifests, "Namespace")["metadata"]["labels"]
+        assert namespace["pod-security.kubernetes.io/enforce"] == "restricted"
+        clusters = [
+            node["autoscalerOptions"]
+            for manifest in manifests
+            for node in walk(manifest)
+            if "autoscalerOptions" in node
+        ]
+        assert all(options["securityContext"]["readOnlyRootFilesystem"] for options in clusters)
+
+
+def test_the_network_lets_in_nobody_but_serves_clients(rendered):
+    """Ingress: the cluster itself, the operator to the dashboard, and in serve/ labelled namespaces to Serve's port."""
+    for overlay, manifests in rendered.items():
+        policies = {m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "NetworkPolicy"}
+        ours = {"app.kubernetes.io/part-of": "text-classification"}
+        assert policies["ray"]["podSelector"] == {"matchLabels": ours}
+        assert policies["ray"]["policyTypes"] == ["Ingress", "Egress"]
+        own, operator = policies["ray"]["ingress"]
+        assert own == {"from": [{"podSelector": {"matchLabels": ours}}]}
+        assert [port["port"] for port in operator["ports"]] == [8265]
+        opened = [
+            port["port"]
+            for name, spec in policies.items()
+            if name == "serve"
+            for rule in spec["ingress"]
+            for port in rule["ports"]
+        ]
+        assert opened == ([8000] if overlay == "serve" else [])
+        labels = [
+            m["metadata"]["labels"]
+            for manifest in manifests
+            for m in walk(manifest)
+            if "spec" in m and "containers" in m["spec"]
+        ]
+        assert all(ours.items() <= found.items() or found == {"app": "redis"} for found in labels)
+
+
+def test_paths_variables_and_flags_exist(rendered):
+    """What a manifest mounts is writable in the image's eyes, what it sets is read, what it passes is an option."""
+    folders = set(re.findall(r"(?:HOME|XDG_CACHE_HOME)=(\S+)", DOCKERFILE)) | {"/dev/shm", "/settings", "/data"}
+    options = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "start", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for manifests in rendered.values():
+        for spec in pods(manifests):
+            for container in spec["containers"]:
+                assert {mount["mountPath"] for mount in container["volumeMounts"]} <= folders
+                for variable in container.get("env", []):
+                    assert is_read(variable["name"], container), variable["name"]
+        for node in walk(manifests):
+            for name in node.get("rayStartParams", {}):
+                assert f"--{name} " in options or f"--{name}\n" in options, name
+
+
+def is_read(variable, container):
+    """By the container's own command, or by Ray."""
+    if f"${variable}" in json.dumps(container.get("command", [])):
+        return True
+    import ray
+
+    root = Path(ray.__file__).parent
+    sources = [*root.glob("_private/**/*.py"), *root.glob("dashboard/**/*.py")]
+    return any(variable in file.read_text() for file in sources)
+
+
+def test_scores_of_the_nightly_job_are_added_to_what_is_there(rendered):
+    content = yaml.safe_load(of_kind(rendered["cluster"], "ConfigMap")["data"]["score.yaml"])
+    settings, _ = parse(
+        {k: v for k, v in content.items() if k not in ("model", "input", "output")}, ScoreSettings, DataSettings
+    )
+    assert settings.append
