@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines import __version__
+import pipelines
 from pipelines.errors import PipelinesError, SettingsError
 from pipelines.locations import filesystem_of, is_local, list_names, shown
 from pipelines.model_folder import read_model_folder
@@ -28,7 +28,7 @@ def check_nodes(*, model: str | None = None, files: Mapping[str, str] | None = N
     for node_id in nodes:
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
         asked[node_id] = _look.options(scheduling_strategy=there, num_cpus=0, max_retries=0).remote(
-            __version__, model, dict(files or {}), output
+            pipelines.__version__, model, dict(files or {}), output
         )
     for node_id, answer in asked.items():
         problem = _answer(answer)
@@ -52,8 +52,9 @@ def _answer(answer: Any) -> str | None:
 @ray.remote
 def _look(version: str, model: str | None, files: dict[str, str], output: str | None) -> str | None:
     remedy = "; use a path that every node shares, or a URL such as s3://"
-    if version != __version__:
-        return f"has version {__version__} of this package, and the driver {version}; install the same on every node"
+    here = pipelines.__version__  # of the node: Ray ships this function by value, and modules by their names
+    if version != here:
+        return f"has version {here} of this package, and the driver {version}; install the same on every node"
     if model is not None:
         try:
             read_model_folder(model)
