@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +126,77 @@ def test_an_object_store_that_fails_now_and_then_gives_what_a_disk_gives(spam_fo
     written = "".join(path.read_text() for path in (tmp_path / "out").glob("_*.json")) + runs[0].stderr + runs[0].stdout
     assert "secret-of-mine" not in written
     assert "key-of-mine" not in written
+
+
+@pytest.fixture
+def google_store(monkeypatch):
+    """An emulator of Google's object store on loopback, and what fsspec makes of it."""
+    server = pytest.importorskip("gcp_storage_emulator.server", reason="the test server is in the dev extra")
+    pytest.importorskip("gcsfs", reason="in the gcs extra")
+    running = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bulk")
+    running.start()
+    port = running._api._httpd.server_port
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    yield "gs"
+    running.stop()
+
+
+@pytest.fixture
+def azure_store(monkeypatch, tmp_path):
+    """Azurite on loopback, where it is on PATH."""
+    azurite = shutil.which("azurite-blob")
+    if azurite is None:
+        pytest.skip("azurite-blob is not on PATH (npm install azurite)")
+    pytest.importorskip("adlfs", reason="in the azure extra")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [azurite, "--blobPort", str(port), "--silent", "--skipApiVersionCheck", "--inMemoryPersistence"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    for _ in range(60):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.5)
+    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="  # azurite's own
+    monkeypatch.setenv(
+        "AZURE_STORAGE_CONNECTION_STRING",
+        f"DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={key};"
+        f"BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1;",
+    )
+    yield "abfs"
+    running.terminate()
+    running.wait(timeout=30)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["google_store", "azure_store"])
+def test_other_object_stores_give_what_a_disk_gives(request, kind, spam_folder, tmp_path, emails):
+    import fsspec
+
+    protocol = request.getfixturevalue(kind)
+    source = shards(tmp_path / "in", emails, count=2, rows=30)
+    store = fsspec.filesystem(protocol, skip_instance_cache=True)
+    if protocol == "abfs":
+        store.mkdir("bulk")
+    store.put(str(source), "bulk/in", recursive=True)
+    store.put(str(spam_folder.path), "bulk/model", recursive=True)
+    environment = {**{k: v for k, v in os.environ.items() if not k.startswith("RAY_")}, "XDG_CACHE_HOME": str(tmp_path)}
+    places = [f"{protocol}://bulk/{name}" for name in ("model", "in", "out")]
+    command = [sys.executable, "-m", "pipelines", "score", places[0], "--input", places[1], "--output", places[2],
+               "--json", "--set", "dtype=float32", "--set", "unit_bytes=9000"]  # fmt: skip
+    runs = [subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=environment)
+            for _ in range(2)]  # fmt: skip
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-3000:] + runs[1].stderr[-3000:]
+    assert "nothing to do" in runs[1].stderr
+    store.invalidate_cache()
+    store.get("bulk/out", str(tmp_path / "out"), recursive=True)
+    score(ScoreJob.parse(settings(spam_folder, source, tmp_path / "here", replicas=0, unit_bytes=9000)))
+    found, expected = read(tmp_path / "out"), read(tmp_path / "here")
+    same(found.drop_columns(["source_file"]), expected.drop_columns(["source_file"]))
+    written = "".join(path.read_text() for path in (tmp_path / "out").glob("_*.json")) + runs[0].stderr + runs[0].stdout
+    assert "AccountKey" not in written
 
 
 @pytest.mark.timeout(400)
