@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipelines.arguments import BY_NAME, ClassificationArgs, MultiLabelClassificationArgs
+from pipelines.checkpoints import STATE_FILE
 from pipelines.errors import DataError, ModelFolderError
 from pipelines.evaluation import evaluate
 from pipelines.folders import check_output, replace_files, replace_folder
 from pipelines.frames import LabelledTexts, label_array, read_rows, split_pairs, text_array
 from pipelines.labels import Decisions, decide, encode_labels
-from pipelines.loop import STATE_FILE, Evaluation, Report, TrainLoop, TrainState
+from pipelines.loop import Evaluation, Report, TrainLoop, TrainState
 from pipelines.losses import resolve_loss
 from pipelines.model import PROBLEM_TYPES, WindowModel, resolve_dtype, row_limit
 from pipelines.model_folder import ModelFolder, seal

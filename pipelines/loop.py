@@ -22,18 +22,29 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from pipelines.checkpoints import STATE_FILE
 from pipelines.errors import JobError, ModelFolderError, SettingsError
 from pipelines.losses import Loss
 from pipelines.model import WindowModel
 from pipelines.settings import TrainSettings
 from pipelines.steps import LabelledWindows, Step, Stepper, plan_steps, rank, steps_per_epoch, world_size
 
-STATE_FILE, TENSORS_FILE = "training_state.json", "training_state.pt"
-"""Of a checkpoint: where the run stands, written last; optimizer, schedule and the best weights so far."""
+TENSORS_FILE = "training_state.pt"
+"""Of a checkpoint: optimizer, schedule and the best weights so far."""
 PROGRESS_SECONDS = 5.0
 HARMLESS = frozenset(
-    {"train_batch_tokens", "save_steps", "save_each_epoch", "save_evaluations", "tensorboard_dir", "logging_steps"}
+    {
+        "train_batch_tokens",
+        "save_steps",
+        "save_each_epoch",
+        "save_evaluations",
+        "keep_checkpoints",
+        "max_failures",
+        "tensorboard_dir",
+        "logging_steps",
+    }
 )
 """Settings that a run may change when it goes on from a checkpoint."""
 Report = Callable[[str], None]
@@ -154,13 +165,21 @@ class TrainLoop:
 
     def save(self, folder: Path) -> None:
         """Write what this run needs to go on, beside the weights, which the caller has put into the folder."""
-        if rank() > 0:
-            return
-        torch.save({"stepper": self._stepper.state(), "best": self._best_weights}, folder / TENSORS_FILE)
-        content = {**self._identity(), "state": dataclasses.asdict(self.state)}
-        partial = folder / f"{STATE_FILE}.partial"
-        partial.write_text(json.dumps(content))
-        os.replace(partial, folder / STATE_FILE)
+        if rank() == 0:
+            self.snapshot()(folder)
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """What this run needs to go on, copied off the device; the function returned writes it, at any later time."""
+        tensors = _on_cpu({"stepper": self._stepper.state(), "best": self._best_weights})
+        content = json.dumps({**self._identity(), "state": dataclasses.asdict(self.state)})
+
+        def write(folder: Path) -> None:
+            torch.save(tensors, folder / TENSORS_FILE)
+            partial = folder / f"{STATE_FILE}.partial"
+            partial.write_text(content)
+            os.replace(partial, folder / STATE_FILE)
+
+        return write
 
     def restore(self, folder: Path) -> None:
         """Go on from a checkpoint, whose weights the model already has.
@@ -322,6 +341,11 @@ class _Scalars:
         """Write what is left."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _on_cpu(tree: Any) -> Any:
+    """A copy of nested state with every tensor in the processor's memory."""
+    return tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -172,6 +173,24 @@ class WindowModel:
         with quiet_transformers(), attention_of(module, "sdpa" if self.is_packed else None):
             state = {name: value.float().cpu() for name, value in module.state_dict().items()}
             module.save_pretrained(folder, state_dict=state)
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """The same files of the model as it is now, copied off the device; the function returned writes them later.
+
+        It leaves the module alone, which may be in training by then.
+        """
+        module: Any = self.module
+        with attention_of(module, "sdpa" if self.is_packed else None):
+            config = copy.deepcopy(module.config)
+        weights = {
+            name: value.detach().to("cpu", torch.float32, copy=True) for name, value in module.state_dict().items()
+        }
+
+        def write(folder: Path) -> None:
+            config.save_pretrained(folder)
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+        return write
 
     def _to_device(self, values: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)

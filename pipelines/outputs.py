@@ -8,7 +8,6 @@ models, no torch, no ray.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import posixpath
@@ -37,7 +36,7 @@ from pipelines.locations import (
     retried,
     shown,
 )
-from pipelines.shards import InputFile, Plan, plan_units, usual_unit_bytes
+from pipelines.shards import InputFile, Plan, fingerprint, plan_units, usual_unit_bytes
 
 MANIFEST, SUMMARY = "_manifest.json", "_summary.json"
 FORMAT_VERSION = 2
@@ -175,14 +174,6 @@ def sweep(location: str) -> None:
         for name in list_names(location):
             if name.startswith((".part-", "._", "_running-")):
                 remove(location, name)
-
-
-def make_empty_folder(location: str) -> None:
-    """Make an output folder. Raises OutputError where it holds anything or cannot be written."""
-    make_folder(location)
-    filesystem, path = filesystem_of(location)
-    if filesystem.ls(path):
-        raise OutputError(f"--output {shown(location)} is not empty; give a new folder, or remove it first")
 
 
 def make_folder(location: str) -> None:
@@ -371,10 +362,7 @@ def _read_listing(location: str, name: str) -> list[InputFile]:
 
 
 def _fingerprint(listing: pa.Table) -> str:
-    digest = hashlib.sha256()
-    for row in listing.select(["url", "size", "version"]).to_pylist():
-        digest.update(json.dumps(row).encode())
-    return f"sha256:{digest.hexdigest()}"
+    return fingerprint((row["url"], row["size"], row["version"]) for row in listing.to_pylist())
 
 
 def _others(location: str) -> list[str]:

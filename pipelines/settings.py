@@ -130,12 +130,20 @@ class TrainPaths:
     """New folder for the finished model."""
     valid: str | None = None
     """Parquet for choosing the best epoch and tuning thresholds."""
-    num_workers: int = 0
-    """Ray Train workers; 0 trains in this process."""
+    num_workers: int | str = 0
+    """Ray Train workers: N, or MIN:MAX to take as many as there are at the time; 0 trains in this process."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_range(self, "num_workers", self.num_workers, low=0)
+        _ = self.worker_range
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """Fewest and most workers."""
+        fewest, most = parse_range("num_workers", self.num_workers)
+        if most and not fewest:
+            raise SettingsError(f"num_workers={self.num_workers!r} has a minimum of 0; write 1:{most}")
+        return fewest, most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,12 +246,16 @@ class TrainSettings:
     """By how much an evaluation must be better to count."""
     early_stopping_consider_epochs: bool = True
     """Whether the evaluations at the end of epochs use up patience."""
-    save_each_epoch: bool = False
-    """Write a checkpoint at the end of each epoch (the facades alone)."""
+    save_each_epoch: bool = True
+    """Write a checkpoint at the end of each epoch, from which a run that was cut off goes on."""
     save_steps: int | None = None
-    """Write a checkpoint every so many optimizer steps (the facades alone)."""
+    """Write a checkpoint every so many optimizer steps too."""
     save_evaluations: bool = False
-    """Write a checkpoint at each evaluation between the ends of epochs (the facades alone)."""
+    """Write a checkpoint at each evaluation between the ends of epochs too."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay while a run goes on (`pipelines train`); the best weights so far are in each."""
+    max_failures: int = 3
+    """How often lost workers are replaced and the run goes on from its newest checkpoint (`pipelines train`)."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard's scalars: loss, learning rate and the metrics of valid."""
     logging_steps: int = 50
@@ -252,9 +264,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("epochs", "batch_size", "gradient_accumulation_steps", "train_batch_tokens", "train_max_windows",
-                     "evaluate_steps", "save_steps", "logging_steps"):  # fmt: skip
+                     "evaluate_steps", "save_steps", "keep_checkpoints", "logging_steps"):  # fmt: skip
             check_range(self, name, getattr(self, name), low=1)
         check_range(self, "early_stopping_patience", self.early_stopping_patience, low=0)
+        check_range(self, "max_failures", self.max_failures, low=0)
         check_range(self, "early_stopping_delta", self.early_stopping_delta, low=0)
         check_range(self, "learning_rate", self.learning_rate, above=0)
         check_range(self, "weight_decay", self.weight_decay, low=0)
@@ -328,12 +341,7 @@ class ScoreSettings:
     @property
     def replica_range(self) -> tuple[int, int] | None:
         """Fewest and most replicas, None where nothing was said."""
-        if self.replicas is None:
-            return None
-        low, _, high = str(self.replicas).partition(":")
-        if not re.fullmatch(r"\d+(:\d+)?", str(self.replicas)):
-            raise SettingsError(f"replicas={self.replicas!r} is neither a number nor MIN:MAX, such as 1:8")
-        return int(low), int(high or low)
+        return None if self.replicas is None else parse_range("replicas", self.replicas)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,6 +374,14 @@ class ServeSettings:
         for name in ("num_replicas", "max_body_bytes", "max_documents", "max_document_tokens"):
             check_range(self, name, getattr(self, name), low=1)
         check_range(self, "max_queued_tokens", self.max_queued_tokens, low=1)
+
+
+def parse_range(name: str, value: int | str) -> tuple[int, int]:
+    """Fewest and most of N or MIN:MAX. Raises SettingsError naming the setting."""
+    found = re.fullmatch(r"(\d+)(?::(\d+))?", str(value))
+    if found is None or (found[2] and int(found[2]) < int(found[1])):
+        raise SettingsError(f"{name}={value!r} is neither a number nor MIN:MAX, such as 1:8")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def check_decision(decision: DecisionSettings) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -227,6 +227,14 @@ def _open_footer(filesystem: AbstractFileSystem, path: str) -> tuple[pq.FileMeta
     with filesystem.open(path, "rb") as file:
         parquet = pq.ParquetFile(file)
         return parquet.metadata, parquet.schema_arrow
+
+
+def fingerprint(files: Iterable[tuple[str, int, str]]) -> str:
+    """Changes with any file's name, size or version."""
+    digest = hashlib.sha256()
+    for url, size, version in files:
+        digest.update(json.dumps({"url": url, "size": size, "version": version}).encode())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _version(entry: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ Shapes: D documents, W windows, L labels.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -20,14 +21,15 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from pipelines.checkpoints import Checkpoints, fetch_newest, publish, remove_all
 from pipelines.errors import DataError, SettingsError
 from pipelines.evaluation import HEADLINE, LESS_IS_BETTER, METRICS, evaluate, tune_thresholds
 from pipelines.labels import Decisions, decide, resolve_thresholds
 from pipelines.loop import Evaluation, Report, TrainLoop, Watch
 from pipelines.losses import Loss, resolve_loss
 from pipelines.model import WindowModel, new_classifier, resolve_dtype
-from pipelines.model_folder import ModelFolder, seal
-from pipelines.pretrained import load_tokenizer, save_tokenizer, uses_type_ids
+from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
+from pipelines.pretrained import save_tokenizer, uses_type_ids
 from pipelines.scoring import DocumentScores, Scorer, concat_scores, plan_of
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
 from pipelines.steps import LabelledWindows, rank, world_size
@@ -68,13 +70,21 @@ class TrainJob:
 def fit(job: TrainJob, train: LabelledDocuments, valid: LabelledDocuments | None, report: Report) -> dict[str, Any]:
     """Fine-tune, keep the best weights, tune thresholds on valid, write the model folder (rank 0), return a summary.
 
-    job.output must be an empty local folder that holds nothing but the tokenizer (`prepare_folder`). Every rank
-    calls this with the same arguments; the summary is the same on each.
+    A run that has checkpoints under job.output goes on from the newest. Every rank calls this with the same arguments;
+    the summary is the same on each.
     """
+    with tempfile.TemporaryDirectory(prefix="pipelines-train-") as scratch:
+        return _fit(job, train, valid, report, Path(scratch))
+
+
+def _fit(
+    job: TrainJob, train: LabelledDocuments, valid: LabelledDocuments | None, report: Report, scratch: Path
+) -> dict[str, Any]:
     started = time.perf_counter()
-    folder = Path(job.output)
-    tokenizer = load_tokenizer(folder)
-    module = new_classifier(job.model, job.decision, seed=job.train.seed)
+    folder = scratch / "model"
+    tokenizer = save_tokenizer(job.model, folder)
+    checkpoint = fetch_newest(job.output, scratch)
+    module = new_classifier(str(checkpoint or job.model), job.decision, seed=job.train.seed)
     compute = replace(job.compute, dtype="float32", device=_rank_device(job.compute.device))
     model = WindowModel(module, tokenizer.template, compute, uses_type_ids=uses_type_ids(folder))
     plan = plan_of(job.windows, tokenizer, model_type=model.model_type, model_limit=model.row_limit)
@@ -88,11 +98,20 @@ def fit(job: TrainJob, train: LabelledDocuments, valid: LabelledDocuments | None
         assert good is not None
         return measure(scorer, good, loss, job.compute)
 
+    checkpoints = Checkpoints(job.output, keep=job.train.keep_checkpoints)
     loop = TrainLoop(
         model, data, job.train, loss,
         watch=watch_of(job.train, job.decision), evaluate=None if good is None else evaluation, report=report,
+        on_checkpoint=lambda loop: _save_checkpoint(loop, model, checkpoints, job.train),
     )  # fmt: skip
-    state = loop.run()
+    if checkpoint is not None:
+        loop.restore(checkpoint)
+        if rank() == 0:
+            report(f"going on from step {loop.state.step}")
+    try:
+        state = loop.run()
+    finally:
+        checkpoints.close()
     decision, metrics, histograms = job.decision, state.best_metrics, {}
     if good is not None:
         scores_DL = evaluation().scores_DL if loop.best_scores_DL is None else loop.best_scores_DL
@@ -105,6 +124,8 @@ def fit(job: TrainJob, train: LabelledDocuments, valid: LabelledDocuments | None
         model.save(folder)
         windows = replace(job.windows, max_length=plan.max_length)
         seal(ModelFolder(folder, windows, decision, metrics=metrics, histograms=histograms))
+        publish(folder, job.output, last=PIPELINE_FILE)
+        remove_all(job.output)
     _barrier()
     cut = data.cut
     return {
@@ -130,8 +151,23 @@ def fit(job: TrainJob, train: LabelledDocuments, valid: LabelledDocuments | None
 
 def prepare_folder(job: TrainJob) -> Tokenizer:
     """Put the tokenizer into the output folder and return it: what tokenizing needs before any model is loaded."""
-    Path(job.output).mkdir(parents=True, exist_ok=True)
-    return save_tokenizer(job.model, Path(job.output))
+    with tempfile.TemporaryDirectory(prefix="pipelines-train-") as scratch:
+        tokenizer = save_tokenizer(job.model, Path(scratch))
+        publish(Path(scratch), job.output, last="tokenizer.json")
+    return tokenizer
+
+
+def _save_checkpoint(loop: TrainLoop, model: WindowModel, checkpoints: Checkpoints, settings: TrainSettings) -> None:
+    """Copy weights and state off the device, and have them written while training goes on; not at the very end."""
+    if rank() > 0 or loop.state.epoch == settings.epochs or loop.state.stopped:
+        return
+    write_weights, write_state = model.snapshot(), loop.snapshot()
+
+    def write(folder: Path) -> None:
+        write_weights(folder)
+        write_state(folder)
+
+    checkpoints.save(loop.state.step, write)
 
 
 def cut_windows(scorer: Scorer, train: LabelledDocuments, settings: TrainSettings) -> LabelledWindows:

@@ -15,7 +15,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from pipelines.arguments import BY_NAME, ClassificationArgs
-from pipelines.loop import STATE_FILE, TENSORS_FILE, TrainState
+from pipelines.checkpoints import STATE_FILE
+from pipelines.loop import TENSORS_FILE, TrainState
 from pipelines.on_ray.train import run_workers
 from pipelines.pretrained import quiet_transformers
 from pipelines.training import LabelledDocuments

@@ -7,11 +7,11 @@ the draws of dropout.
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,21 @@ import pyarrow as pa
 import ray
 import torch
 from numpy.typing import NDArray
-from ray.train import RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipelines.errors import DataError, JobError, SettingsError
+from pipelines.checkpoints import open_training, remove_folder, steps_of
+from pipelines.errors import DataError, JobError, PipelinesError, SettingsError
 from pipelines.fields import parse
 from pipelines.labels import encode_labels, find_labels
 from pipelines.locations import absolute
+from pipelines.loop import HARMLESS
 from pipelines.losses import resolve_loss
 from pipelines.model import describe
 from pipelines.on_ray.cluster import connected, report_shortage, root_cause, uses_gpus
 from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.telemetry import Relay, relayed
 from pipelines.on_ray.tokenize import TokenizeStage, documents_of, tokenized, unpack
-from pipelines.outputs import make_empty_folder
 from pipelines.reading import read_unit, together
 from pipelines.scoring import plan_of
 from pipelines.settings import (
@@ -44,7 +45,7 @@ from pipelines.settings import (
     TrainSettings,
     WindowSettings,
 )
-from pipelines.shards import InputFile, Plan, plan_units, read_footers
+from pipelines.shards import InputFile, Plan, fingerprint, plan_units, read_footers
 from pipelines.tables import check_label_column, check_text_column
 from pipelines.tokenization import concat_documents
 from pipelines.training import LabelledDocuments, TrainJob, fit, prepare_folder, watch_of
@@ -100,13 +101,13 @@ def train(request: TrainRequest, *, address: str | None = None, report: Report =
     _check_targets(targets, decision, request.settings)
     _check_without_effect(request.settings, has_valid=paths.valid is not None)
     limits = describe(paths.model)
-    _check_is_local(paths.output)
-    make_empty_folder(paths.output)
+    is_new = not open_training(paths.output, _identity(request, decision, train_files, valid_files))
     job = TrainJob(paths.model, paths.output, request.windows, decision, request.settings, request.compute)
     try:
         return _prepared(request, job, limits, train_files, targets, valid_files, valid_targets, address, report)
-    except BaseException:
-        _remove_unfinished(Path(paths.output))
+    except PipelinesError:
+        if is_new and not steps_of(paths.output):  # nothing to go on from
+            remove_folder(paths.output)
         raise
 
 
@@ -131,7 +132,7 @@ def _prepared(
         valid_split = _split(request, request.paths.valid, valid_files, valid_targets, lead_space)
     names = ", ".join(job.decision.labels) or "regression"
     report(f"{len(targets):,} training rows, {0 if valid_targets is None else len(valid_targets):,} valid; {names}")
-    if request.paths.num_workers == 0:
+    if request.paths.worker_range == (0, 0):
         here = [None if split is None else _read_here(split) for split in (train_split, valid_split)]
         assert here[0] is not None
         return fit(job, here[0], here[1], report)
@@ -140,7 +141,7 @@ def _prepared(
         if Path(job.model).is_dir():
             files["pretrained weights"] = str(Path(job.model, "config.json"))
         check_nodes(files=files, output=job.output)
-        return _fit_on_workers(job, request.paths.num_workers, train_split, valid_split, report)
+        return _fit_on_workers(job, request.paths.worker_range, train_split, valid_split, report)
 
 
 def _read_labels(location: str, data: DataSettings) -> tuple[list[InputFile], pa.ChunkedArray]:
@@ -176,27 +177,21 @@ def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, set
 
 def _check_without_effect(settings: TrainSettings, *, has_valid: bool) -> None:
     """Refuse settings that this command would take and pass over in silence."""
-    for name in ("save_steps", "save_each_epoch", "save_evaluations"):
-        if getattr(settings, name):
-            raise SettingsError(
-                f"{name} is for the facades (pipelines.classification): `pipelines train` writes no checkpoints yet"
-            )
     for name in ("metric", "evaluate_steps", "early_stopping_patience"):
         if getattr(settings, name) is not None and not has_valid:
             raise SettingsError(f"{name}={getattr(settings, name)!r} needs validation data: add --valid")
 
 
-def _check_is_local(output: str) -> None:
-    if "://" in output:
-        raise SettingsError(
-            f"--output {output} is a URL; train into a local or shared folder and copy it there when it is done"
-        )
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Take back what a failed run put into its folder, which was empty before."""
-    if not (folder / "pipeline.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
+def _identity(
+    request: TrainRequest, decision: DecisionSettings, train: Sequence[InputFile], valid: Sequence[InputFile]
+) -> dict[str, Any]:
+    """What must be the same for a run to go on, as JSON keeps it: data, weights and settings, not the workers."""
+    groups = (decision, request.data, request.windows, request.settings)
+    settings = {name: value for group in groups for name, value in asdict(group).items() if name not in HARMLESS}
+    files = {"train": train, "valid": valid}
+    inputs = {name: fingerprint((file.url, file.size, file.version) for file in found) for name, found in files.items()}
+    found: dict[str, Any] = json.loads(json.dumps({**inputs, "model": request.paths.model, **settings}))
+    return found
 
 
 def _split(
@@ -237,16 +232,19 @@ def run_workers(
 ) -> Any:
     """What work(config, *splits) returns on rank 0, run in a local Ray or the one at RAY_ADDRESS."""
     with connected():
-        return _on_workers(work, config, [ray.put(split) for split in splits], num_workers, report, device="auto")
+        shared, workers = [ray.put(split) for split in splits], (num_workers, num_workers)
+        return _on_workers(work, config, shared, workers, report, device="auto", max_failures=0)
 
 
 def _fit_on_workers(
-    job: TrainJob, num_workers: int, train_split: Split, valid_split: Split | None, report: Report
+    job: TrainJob, workers: tuple[int, int], train_split: Split, valid_split: Split | None, report: Report
 ) -> dict[str, Any]:
     blocks = [None if s is None else tokenized(s.stage, s.units).to_arrow_refs() for s in (train_split, valid_split)]
     targets = [None if s is None else s.targets for s in (train_split, valid_split)]
     config = {"job": job, "blocks": blocks, "targets": targets}
-    summary: dict[str, Any] = _on_workers(_fit_job, config, [], num_workers, report, device=job.compute.device)
+    summary: dict[str, Any] = _on_workers(
+        _fit_job, config, [], workers, report, device=job.compute.device, max_failures=job.train.max_failures
+    )
     return summary
 
 
@@ -254,34 +252,48 @@ def _on_workers(
     work: Callable[..., Any],
     config: Mapping[str, Any],
     splits: Sequence[Any],
-    num_workers: int,
+    workers: tuple[int, int],
     report: Report,
     *,
     device: str,
+    max_failures: int,
 ) -> Any:
+    """What rank 0 returns; workers that are lost are replaced, and then all begin work again."""
     gpus = uses_gpus(device)
     relay = Relay.remote()  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory(prefix="pipelines-train-") as storage, relayed(relay, report):
-        report(f"{num_workers} workers on {'GPUs' if gpus else 'CPUs'}")
-        report_shortage({"GPU" if gpus else "CPU": num_workers}, report)
+        fewest, most = workers
+        report(f"{fewest if fewest == most else f'{fewest} to {most}'} workers on {'GPUs' if gpus else 'CPUs'}")
+        report_shortage({"GPU" if gpus else "CPU": fewest}, report)
         try:
             trainer = TorchTrainer(
                 _worker,  # Ray keeps what it returns, and its annotation does not say so
                 train_loop_config={"work": work, "config": {**config, "relay": relay}, "splits": splits},
-                scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=gpus),
+                scaling_config=ScalingConfig(
+                    num_workers=fewest if fewest == most else workers,  # type: ignore[arg-type]  # as V2 takes it
+                    use_gpu=gpus,
+                ),
                 torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-                run_config=RunConfig(name="train", storage_path=storage),
+                run_config=RunConfig(
+                    name="train", storage_path=storage, failure_config=FailureConfig(max_failures=max_failures)
+                ),
             )
             result = trainer.fit()
         except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
             raise JobError(f"training failed: {root_cause(error)}") from error
-    return result.return_value  # type: ignore[attr-defined]
+    answer = result.return_value  # type: ignore[attr-defined]
+    if isinstance(answer, PipelinesError):
+        raise answer
+    return answer
 
 
 def _worker(loop_config: dict[str, Any]) -> Any:
     """Runs in every Ray Train worker, whose process group is up; Ray Train keeps what rank 0 returns."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
-    return loop_config["work"](loop_config["config"], *map(ray.get, loop_config["splits"]))
+    try:
+        return loop_config["work"](loop_config["config"], *map(ray.get, loop_config["splits"]))
+    except PipelinesError as error:  # another attempt would end the same way
+        return error
 
 
 def _fit_job(config: dict[str, Any]) -> dict[str, Any]:

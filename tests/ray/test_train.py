@@ -86,8 +86,9 @@ def test_relative_paths_mean_the_same_to_workers(base, tmp_path, monkeypatch):
         ({"max_length": 4096}, SettingsError, "above the model's 130 positions"),
         ({"model": "{base}/data"}, ModelFolderError, r"has no config\.json"),
         ({"model": "no/such-model"}, ModelFolderError, "no/such-model"),
-        ({"output": "{base}/data"}, OutputError, "is not empty"),
-        ({"output": "s3://bucket/model"}, SettingsError, "is a URL"),
+        ({"output": "{base}/data"}, OutputError, "is not empty; give a new folder"),
+        ({"num_workers": "0:2"}, SettingsError, "minimum of 0"),
+        ({"num_workers": "two"}, SettingsError, "neither a number nor MIN:MAX"),
     ],
 )
 def test_bad_requests_are_refused_before_any_work(base, tmp_path, settings, error, message):

@@ -64,12 +64,9 @@ def test_any_fsspec_filesystem_is_an_input_and_output(data):
     files = shards.read_footers("memory://in", "text")
     assert sum(file.num_rows for file in files) == 33
     assert files[0].url == "memory:///in/a.parquet"
-    outputs.make_empty_folder("memory://out")
     locations.commit_table("memory://out", "x.parquet", pa.table({"a": [1]}))
     with memory.open("/out/x.parquet") as file:
         assert pq.read_table(file).to_pydict() == {"a": [1]}
-    with pytest.raises(OutputError, match="is not empty"):
-        outputs.make_empty_folder("memory://out")
 
 
 def test_existing_names_with_brackets_and_folders_in_globs(data):
@@ -183,8 +180,6 @@ def test_names_for_people_carry_no_credentials():
 def test_a_used_output_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is a file"):
-        outputs.make_empty_folder(str(tmp_path / "file"))
-    with pytest.raises(OutputError, match="is not empty; give a new folder"):
-        outputs.make_empty_folder(str(tmp_path))
-    outputs.make_empty_folder(str(tmp_path / "new" / "deep"))
+        outputs.make_folder(str(tmp_path / "file"))
+    outputs.make_folder(str(tmp_path / "new" / "deep"))
     assert (tmp_path / "new" / "deep").is_dir()

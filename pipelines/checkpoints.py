@@ -1,0 +1,150 @@
+"""Checkpoints of a training run, on any filesystem: written in the background, there as a whole or not at all.
+
+A checkpoint is a folder `checkpoints/step-000000120` in the run's output whose state file comes last: a folder
+without it is none. Beside them lies `_run.json`, what the run was started with. Knows no torch, no ray.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.errors import OutputError
+from pipelines.locations import commit_json, filesystem_of, list_names, read_json, retried, shown, sync_folder
+from pipelines.model_folder import PIPELINE_FILE
+from pipelines.outputs import make_folder
+
+RUN_FILE = "_run.json"
+FOLDER = "checkpoints"
+STATE_FILE = "training_state.json"
+"""Where the run stands; the last file of a checkpoint."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, as its rank 0 writes them; one at a time, while training goes on."""
+
+    def __init__(self, output: str, *, keep: int) -> None:
+        """Keep the newest `keep` of them under output, a path or URL."""
+        self._output, self._keep = output, keep
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._last: Future[None] | None = None
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Have write fill a local folder and put it into its place; waits for the one before, whose error it raises."""
+        self.wait()
+        self._last = self._writer.submit(self._save, step, write)
+
+    def wait(self) -> None:
+        """Until what was begun is there."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """Wait, and write no more."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def _save(self, step: int, write: Callable[[Path], None]) -> None:
+        with tempfile.TemporaryDirectory(prefix="pipelines-checkpoint-") as scratch:
+            folder = Path(scratch)
+            write(folder)
+            publish(folder, posixpath.join(self._output, FOLDER, f"step-{step:09d}"), last=STATE_FILE)
+        for old in steps_of(self._output)[: -self._keep]:
+            remove_folder(posixpath.join(self._output, FOLDER, f"step-{old:09d}"))
+
+
+def publish(folder: Path, location: str, *, last: str) -> None:
+    """Put the files of a local folder into a location, the one named last after all others."""
+    files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.name == last)
+    filesystem, target = filesystem_of(location)
+    if isinstance(filesystem, LocalFileSystem):
+        sync_folder(folder)
+    filesystem.makedirs(target, exist_ok=True)
+    for file in files:
+        there = posixpath.join(target, file.relative_to(folder).as_posix())
+        partial = f"{there}.partial" if isinstance(filesystem, LocalFileSystem) else there
+        retried(lambda file=file, partial=partial: filesystem.put_file(str(file), partial))  # type: ignore[misc]
+        if partial != there:
+            filesystem.mv(partial, there)
+    if isinstance(filesystem, LocalFileSystem):
+        sync_folder(target)
+
+
+def steps_of(output: str) -> list[int]:
+    """The steps at which whole checkpoints were taken, in order."""
+    filesystem, folder = filesystem_of(posixpath.join(output, FOLDER))
+    filesystem.invalidate_cache()
+    try:
+        names = retried(lambda: filesystem.ls(folder, detail=False))
+    except FileNotFoundError:
+        return []
+    found = [re.fullmatch(r"step-(\d+)", posixpath.basename(name.rstrip("/"))) for name in names]
+    steps = sorted(int(match.group(1)) for match in found if match)
+    return [step for step in steps if STATE_FILE in list_names(posixpath.join(output, FOLDER, f"step-{step:09d}"))]
+
+
+def fetch_newest(output: str, scratch: Path) -> Path | None:
+    """A local folder with the newest checkpoint, itself or a copy under scratch; None where there is none."""
+    steps = steps_of(output)
+    if not steps:
+        return None
+    filesystem, folder = filesystem_of(posixpath.join(output, FOLDER, f"step-{steps[-1]:09d}"))
+    if isinstance(filesystem, LocalFileSystem):
+        return Path(folder)
+    copy = scratch / "checkpoint"
+    copy.mkdir()
+    for name in list_names(posixpath.join(output, FOLDER, f"step-{steps[-1]:09d}")):
+        retried(lambda name=name: filesystem.get_file(posixpath.join(folder, name), str(copy / name)))  # type: ignore[misc]
+    return copy
+
+
+def remove_all(output: str) -> None:
+    """Remove what only an unfinished run needs."""
+    remove_folder(posixpath.join(output, FOLDER))
+    filesystem, folder = filesystem_of(output)
+    if RUN_FILE in list_names(output):
+        filesystem.rm_file(posixpath.join(folder, RUN_FILE))
+
+
+def remove_folder(location: str) -> None:
+    """Remove a folder with all that is in it, if it is there."""
+    filesystem, folder = filesystem_of(location)
+    if isinstance(filesystem, LocalFileSystem):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif filesystem.exists(folder):
+        filesystem.rm(folder, recursive=True)
+
+
+def open_training(output: str, identity: Mapping[str, Any]) -> bool:
+    """Begin a run in an empty folder, or go on with the unfinished one that is there; whether there was one.
+
+    Raises OutputError where the folder holds anything else, or a run with another identity, naming the differences.
+    """
+    make_folder(output)
+    names = list_names(output)
+    if RUN_FILE in names and PIPELINE_FILE not in names:
+        before = read_json(output, RUN_FILE)
+        changed = {name: value for name, value in identity.items() if before.get(name) != value}
+        differences = [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in changed.items()]
+        if differences:
+            raise OutputError(
+                f"--output {shown(output)} holds an unfinished run whose {'; '.join(differences)}; "
+                "go on with those, or give a new folder"
+            )
+        return True
+    filesystem, folder = filesystem_of(output)
+    if filesystem.ls(folder):
+        raise OutputError(f"--output {shown(output)} is not empty; give a new folder, or remove it first")
+    commit_json(output, RUN_FILE, dict(identity))
+    return False

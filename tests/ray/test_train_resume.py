@@ -1,0 +1,143 @@
+"""Training that is killed, or loses workers, and goes on: the same weights as if nobody had disturbed it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from pipelines.errors import JobError, OutputError
+from pipelines.model_folder import read_model_folder
+from pipelines.on_ray.train import TrainRequest, train
+from tests.ray.test_train import base, request  # noqa: F401 (a fixture)
+
+STEPS = {"epochs": 3, "save_steps": 4}
+
+
+def values(base, output, **more):  # noqa: F811
+    """The request as a settings file has it."""
+    return {"train": str(base / "data"), "valid": str(base / "data" / "1.parquet"), "model": str(base / "base"),
+            "output": str(output), "kind": "binary", "batch_size": 5, "max_length": 32, "learning_rate": 1e-3,
+            "train_dtype": "float32", "dtype": "float32", "device": "cpu", **STEPS, **more}  # fmt: skip
+
+
+def start(folder, settings):
+    """The command in a process of its own."""
+    (folder / "train.yaml").write_text(json.dumps(settings))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    command = [sys.executable, "-m", "pipelines", "train", "--config", str(folder / "train.yaml"), "--json"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_checkpoint(output, process, number=1):
+    deadline = time.monotonic() + 120
+    while len(list(Path(output).glob("checkpoints/step-*/training_state.json"))) < number:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def same_weights(left, right):
+    one, other = load_file(Path(left) / "model.safetensors"), load_file(Path(right) / "model.safetensors")
+    assert one.keys() == other.keys()
+    for name, weights in one.items():
+        np.testing.assert_allclose(weights, other[name], atol=2e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("undisturbed") / "model"
+    return folder, train(TrainRequest.parse(values(base, folder)))
+
+
+@pytest.mark.timeout(400)
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(base, tmp_path, undisturbed):  # noqa: F811
+    output = tmp_path / "killed"
+    process = start(tmp_path, values(base, output))
+    wait_for_checkpoint(output, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (output / "pipeline.json").exists()
+    with pytest.raises(OutputError, match=r"unfinished run whose learning_rate was 0\.001 and is 0\.002; go on with"):
+        train(TrainRequest.parse(values(base, output, learning_rate=2e-3)))
+    with pytest.raises(OutputError, match="train was 'sha256:"):
+        train(TrainRequest.parse(values(base, output, train=str(base / "data" / "0.parquet"))))
+    lines = []
+    summary = train(TrainRequest.parse(values(base, output, save_steps=5)), report=lines.append)
+    (went_on,) = [line for line in lines if line.startswith("going on from step")]
+    assert int(went_on.split()[-1]) >= 4
+    folder, expected = undisturbed
+    assert summary["steps"] == expected["steps"]
+    np.testing.assert_allclose(summary["losses"], expected["losses"], rtol=1e-4)
+    assert summary["thresholds"] == expected["thresholds"]
+    same_weights(output, folder)
+    names = {path.name for path in output.iterdir()}
+    assert not names & {"checkpoints", "_run.json"}, "nothing of the way there is left"
+    with pytest.raises(OutputError, match="is not empty"):
+        train(TrainRequest.parse(values(base, output)))
+
+
+@pytest.mark.timeout(400)
+def test_a_lost_worker_is_replaced_and_the_run_goes_on(base, tmp_path, undisturbed):  # noqa: F811
+    output = tmp_path / "lost"
+    process = start(tmp_path, values(base, output, num_workers=2))
+    wait_for_checkpoint(output, process)
+    workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "TrainWorker" in title(child)]
+    assert workers
+    workers[-1].kill()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 3, err[-3000:]  # done, with a row without a text
+    assert "going on from step" in err
+    _, expected = undisturbed
+    summary = json.loads(out)
+    assert summary["steps"] == expected["steps"]
+    np.testing.assert_allclose(summary["losses"], expected["losses"], rtol=2e-3)
+
+
+def title(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def test_a_model_may_be_written_to_any_filesystem(base, undisturbed):  # noqa: F811
+    train(TrainRequest.parse(values(base, "memory://trained/model")))
+    found = read_model_folder("memory://trained/model")
+    folder, _ = undisturbed
+    assert found.weights_hash == read_model_folder(folder).weights_hash
+    same_weights(found.path, folder)
+
+
+def test_only_the_newest_checkpoints_stay(base, tmp_path, monkeypatch):  # noqa: F811
+    import pipelines.checkpoints as checkpoints
+
+    seen = []
+    real = checkpoints.publish
+
+    def publish(folder, location, *, last):
+        real(folder, location, last=last)
+        seen.append(checkpoints.steps_of(str(tmp_path / "out")))
+
+    monkeypatch.setattr(checkpoints, "publish", publish)
+    train(TrainRequest.parse(values(base, tmp_path / "out", save_steps=2, keep_checkpoints=3, save_each_epoch=False)))
+    assert max(map(len, seen)) == 4, "three and the one just written"
+    assert all(steps == sorted(steps) for steps in seen)
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(base, tmp_path):  # noqa: F811
+    output = tmp_path / "nan"
+    with pytest.raises(JobError, match=r"the loss is (nan|inf) at step \d+: lower learning_rate"):
+        train(TrainRequest.parse(values(base, output, learning_rate=1e30, warmup_ratio=0.9, save_steps=1)))
+    left = sorted(output.glob("checkpoints/step-*"))
+    assert left, "the run can be looked at"
+    for folder in left:
+        weights = load_file(folder / "model.safetensors")
+        assert all(np.isfinite(array).all() for array in weights.values())
