@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -133,13 +134,18 @@ def _serve(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from pipelines.evaluation import evaluate
     from pipelines.labels import decide
-    from pipelines.offline import score_labelled
+    from pipelines.offline import score_labelled, write_evaluation
 
     data, compute = parse(_values(options), *EVALUATE_GROUPS)
-    folder, scored = score_labelled(options.model, options.data, data, compute, report=report)
+    started = time.monotonic()
+    texts = bool(options.report and options.report_texts)
+    folder, scored = score_labelled(options.model, options.data, data, compute, keep_texts=texts, report=report)
     decisions = decide(scored.scores_DL, folder.decision, scored.votes_DL)
     metrics = evaluate(scored.targets, scored.scores_DL, decisions, folder.decision)
     result = {"rows": scored.rows, "rows_in_error": scored.rows_in_error, **metrics}
+    if options.report:
+        write_evaluation(folder, scored, metrics, options.data, options.report, time.monotonic() - started)
+        report(f"{options.report} shows it")
     _print(options, result, result)
     return ROWS_IN_ERROR if scored.rows_in_error else DONE
 
@@ -283,6 +289,9 @@ def _parser() -> argparse.ArgumentParser:
         command = _command(commands, name, run, about, EVALUATE_GROUPS, f"pipelines {name} runs/spam --data test/")
         command.add_argument("model", metavar="DIR", help="model folder")
         command.add_argument("--data", required=True, metavar="PARQUET", help="file, folder or glob with labels")
+        if name == "evaluate":
+            command.add_argument("--report", metavar="OUT.html", help="write a page with curves and threshold tables")
+            command.add_argument("--report-texts", action="store_true", help="show how the page's documents begin")
         if name == "tune":
             command.add_argument("--objective", default="f1", help="f1 (default), fbeta=B, precision=P or recall=R")
         _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "limit"))

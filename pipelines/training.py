@@ -25,17 +25,19 @@ from pipelines.checkpoints import Checkpoints, fetch_newest, publish, remove_all
 from pipelines.errors import DataError, SettingsError
 from pipelines.evaluation import HEADLINE, LESS_IS_BETTER, METRICS, evaluate, tune_thresholds
 from pipelines.labels import Decisions, decide, resolve_thresholds
-from pipelines.loop import Evaluation, Report, TrainLoop, Watch
+from pipelines.loop import Evaluation, Report, TrainLoop, TrainState, Watch
 from pipelines.losses import Loss, resolve_loss
 from pipelines.model import WindowModel, new_classifier, resolve_dtype
 from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
 from pipelines.pretrained import save_tokenizer, uses_type_ids
+from pipelines.report import ReportData, render
 from pipelines.scoring import DocumentScores, Scorer, concat_scores, plan_of
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
 from pipelines.steps import LabelledWindows, rank, world_size
 from pipelines.summary import histograms_of
 from pipelines.tokenization import Documents, Tokenizer, cut_documents
 
+REPORT_FILE = "report.html"
 MoreMetrics = Callable[[NDArray[np.generic], Decisions, DocumentScores], dict[str, Any]]
 """Metrics of one's own: targets, decisions and scores to numbers by name."""
 
@@ -113,6 +115,7 @@ def _fit(
     finally:
         checkpoints.close()
     decision, metrics, histograms = job.decision, state.best_metrics, {}
+    scores_DL = None
     if good is not None:
         scores_DL = evaluation().scores_DL if loop.best_scores_DL is None else loop.best_scores_DL
         assert scores_DL is not None
@@ -123,6 +126,9 @@ def _fit(
     if rank() == 0:
         model.save(folder)
         windows = replace(job.windows, max_length=plan.max_length)
+        if good is not None and scores_DL is not None:
+            page = _page(job, decision, good, scores_DL, metrics, state, usable, time.perf_counter() - started)
+            (folder / REPORT_FILE).write_text(page)
         seal(ModelFolder(folder, windows, decision, metrics=metrics, histograms=histograms))
         publish(folder, job.output, last=PIPELINE_FILE)
         remove_all(job.output)
@@ -155,6 +161,38 @@ def prepare_folder(job: TrainJob) -> Tokenizer:
         tokenizer = save_tokenizer(job.model, Path(scratch))
         publish(Path(scratch), job.output, last="tokenizer.json")
     return tokenizer
+
+
+def _page(
+    job: TrainJob,
+    decision: DecisionSettings,
+    valid: LabelledDocuments,
+    scores_DL: NDArray[np.float32],
+    metrics: dict[str, Any],
+    state: TrainState,
+    train: LabelledDocuments,
+    seconds: float,
+) -> str:
+    """The report on valid and on the run; merged scores decide, without the windows' votes."""
+    tokens = int(train.documents.num_tokens_D.sum())
+    facts: dict[str, dict[str, Any]] = {
+        "Data": {
+            "training documents": len(train.documents),
+            "training tokens": tokens,
+            "training fingerprint": train.fingerprint,
+            "valid documents": len(valid.documents),
+            "valid fingerprint": valid.fingerprint,
+        },
+        "Time": {"seconds": seconds, "steps": state.step, "tokens per second": tokens * state.epoch / seconds},
+        "Settings": {"model": job.model, **asdict(decision), **asdict(job.windows), **asdict(job.train)},
+    }
+    data = ReportData(
+        f"{Path(job.output).name} on its validation data", decision, valid.targets, scores_DL,
+        decide(scores_DL, replace(decision, merge="mean") if decision.merge == "vote" else decision),
+        metrics, valid.documents.num_tokens_D, lambda row: f"valid document {row}",
+        losses=state.losses, evaluations=state.evaluations, facts=facts,
+    )  # fmt: skip
+    return render(data)
 
 
 def _save_checkpoint(loop: TrainLoop, model: WindowModel, checkpoints: Checkpoints, settings: TrainSettings) -> None:

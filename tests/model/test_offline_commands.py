@@ -141,3 +141,17 @@ def test_filters_keep_what_they_say(text, expected):
 def test_filters_are_no_code(text):
     with pytest.raises(SettingsError, match="--filter"):
         parse_filter(text)
+
+
+def test_evaluate_writes_its_page_where_it_is_told_and_texts_only_when_asked(folders, source, tmp_path, capsys):
+    command = ["evaluate", folders["binary"].path, "--data", source, "--json", "--set", "dtype=float32", "--report"]
+    found = run(capsys, *command, tmp_path / "new" / "out.html", code=3)
+    page = (tmp_path / "new" / "out.html").read_text()
+    assert f"<td>{found['mcc']:.4g}</td>" in page
+    lengths = [len(text or "") for text in pq.read_table(source)["text"].to_pylist()]
+    assert f"a.parquet, row {int(np.argmax(lengths))}<" in page
+    assert "a.parquet, row 7<" not in page, "which has no text"
+    assert "sha256:" in page
+    assert "Subject: " not in page
+    run(capsys, *command, tmp_path / "texts.html", "--report-texts", code=3)
+    assert "Subject: " in (tmp_path / "texts.html").read_text()

@@ -61,6 +61,9 @@ def test_one_and_two_workers_take_the_same_steps_as_none(base, tmp_path):
     assert any("2 workers on CPUs" in line for line in lines)
     assert sum("valid mcc" in line for line in lines) == 3, "one line a run, relayed from the workers"
     assert read_model_folder(tmp_path / "2").metrics == summaries[2]["valid"]
+    page = (tmp_path / "2" / "report.html").read_text()
+    assert "valid mcc" in page
+    assert "training fingerprint" in page
 
 
 @pytest.mark.usefixtures("local_ray")
