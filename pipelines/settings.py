@@ -354,6 +354,10 @@ class ServeSettings:
     """Address to listen on."""
     port: int = 8000
     """Port to listen on."""
+    api_keys: tuple[str, ...] = ()
+    """SHA-256 of each key that may ask (printf %s KEY | sha256sum). Without any, everybody who reaches the port may."""
+    allow_without_key: bool = False
+    """Listen beyond this machine though there are no api_keys."""
     num_replicas: int = 1
     """Replicas of the model."""
     gpus_per_replica: float | None = None
@@ -371,6 +375,9 @@ class ServeSettings:
         check_types(self)
         check_range(self, "port", self.port, low=0, high=65535)
         check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
+        for key in self.api_keys:
+            if not re.fullmatch(r"(sha256:)?[0-9a-f]{64}", key):
+                raise SettingsError("api_keys takes SHA-256 in hex, one a key: what printf %s KEY | sha256sum prints")
         for name in ("num_replicas", "max_body_bytes", "max_documents", "max_document_tokens"):
             check_range(self, name, getattr(self, name), low=1)
         check_range(self, "max_queued_tokens", self.max_queued_tokens, low=1)

@@ -1,5 +1,6 @@
 """A real server over a real socket, and SPEC section 9: predict, the job and the endpoint say the same."""
 
+import hashlib
 import itertools
 import os
 import random
@@ -17,11 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.errors import SettingsError
 from pipelines.on_ray.score import ScoreJob, score
+from pipelines.on_ray.serve.app import ServeJob
+from pipelines.on_ray.serve.auth import check_exposure
+from pipelines.on_ray.serve.run import run_server
 from pipelines.scoring import Scorer
-from pipelines.settings import ComputeSettings
+from pipelines.settings import ComputeSettings, ServeSettings
 from pipelines.shards import list_files
 
+KEYS = ("first-key", "clef-&+%")
 FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
 
 
@@ -36,7 +42,17 @@ def server(spam_folder):
     """`pipelines serve` as people start it; its own process and its own local Ray."""
     port = free_port()
     command = [sys.executable, "-m", "pipelines", "serve", str(spam_folder.path), "--port", str(port)]
-    limits = ["--set", "dtype=float32", "--set", "max_documents=40", "--set", "max_document_tokens=5000"]
+    hashes = [hashlib.sha256(key.encode()).hexdigest() for key in KEYS]
+    limits = [
+        "--set",
+        f"api_keys=[{','.join(hashes)}]",
+        "--set",
+        "dtype=float32",
+        "--set",
+        "max_documents=40",
+        "--set",
+        "max_document_tokens=5000",
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(command + limits, stderr=subprocess.PIPE, text=True, env=environment)
     lines = []
@@ -47,7 +63,8 @@ def server(spam_folder):
         assert process.poll() is None, "".join(lines)
         assert time.monotonic() < deadline, "".join(lines)
         time.sleep(0.2)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+    headers = {"authorization": f"Bearer {KEYS[1]}"}
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers) as client:
         yield client
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
@@ -138,6 +155,34 @@ def test_bad_requests_are_told_what_is_wrong(server, content, status, message):
     assert answer.status_code == status, answer.text
     assert message in answer.json()["error"]
     assert answer.json()["error_type"]
+
+
+def test_who_has_no_key_gets_no_answer(server):
+    url = f"{server.base_url}/v1/predict"
+    body = {"inputs": ["hello"]}
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEYS[0]}, {"x-api-key": ""},
+                    {"authorization": f"Bearer {hashlib.sha256(KEYS[0].encode()).hexdigest()}"}):  # fmt: skip
+        answer = httpx.post(url, json=body, headers=headers, timeout=30)
+        assert answer.status_code == 401
+        assert answer.json() == {"error": "no API key, or a wrong one; send Authorization: Bearer KEY",
+                                 "error_type": "unauthorized"}  # fmt: skip
+        assert answer.headers["www-authenticate"] == "Bearer"
+    for headers in ({"authorization": f"bearer {KEYS[0]}"}, {"x-api-key": KEYS[0]}):
+        assert httpx.post(url, json=body, headers=headers, timeout=30).status_code == 200
+    for path, status in (("/health", 200), ("/livez", 200), ("/readyz", 200), ("/info", 401), ("/docs", 401)):
+        assert httpx.get(f"{server.base_url}{path}", timeout=30).status_code == status
+
+
+def test_a_server_for_others_wants_keys_or_a_word(spam_folder):
+    for host in ("0.0.0.0", "192.0.2.7", "::"):
+        with pytest.raises(SettingsError, match="lets other machines ask without a key; set api_keys"):
+            run_server(ServeJob.parse({"model": str(spam_folder.path), "host": host}), report=print)
+    key = hashlib.sha256(b"key").hexdigest()
+    for settings in ({"host": "localhost"}, {"host": "0.0.0.0", "api_keys": [key]},
+                     {"host": "0.0.0.0", "allow_without_key": True}):  # fmt: skip
+        check_exposure(ServeSettings(**settings))
+    with pytest.raises(SettingsError, match="api_keys takes SHA-256"):
+        ServeSettings(api_keys=("my-key",))
 
 
 def test_health_readiness_info_and_docs(server, spam_folder):

@@ -27,6 +27,7 @@ from pipelines.locations import absolute
 from pipelines.model_folder import read_model_folder
 from pipelines.on_ray.cluster import uses_gpus
 from pipelines.on_ray.serve.answers import as_table, predictions_of
+from pipelines.on_ray.serve.auth import is_admitted
 from pipelines.on_ray.serve.batcher import Batcher, QueueFullError
 from pipelines.on_ray.serve.schema import (
     ErrorResponse,
@@ -40,6 +41,7 @@ from pipelines.settings import ComputeSettings, DecisionSettings, ServePaths, Se
 from pipelines.tokenization import Documents
 
 ERRORS: dict[int | str, dict[str, Any]] = {
+    401: {"model": ErrorResponse, "description": "No key, or a wrong one."},
     413: {"model": ErrorResponse, "description": "The body is too large."},
     422: {"model": ErrorResponse, "description": "The request does not fit the schema or a limit."},
     424: {"model": ErrorResponse, "description": "The model failed on this batch."},
@@ -107,6 +109,16 @@ async def limit_body(request: Request, call_next: Callable[[Request], Awaitable[
     return await call_next(request)
 
 
+@api.middleware("http")
+async def demand_key(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    """Refuse who has no key, before anything is read."""
+    if is_admitted(request.headers, request.url.path, request.app.state.api_keys):
+        return await call_next(request)
+    message = "no API key, or a wrong one; send Authorization: Bearer KEY"
+    content = ErrorResponse(error=message, error_type="unauthorized")
+    return JSONResponse(content.model_dump(), status_code=401, headers={"WWW-Authenticate": "Bearer"})
+
+
 @serve.deployment(name="predictor")
 @serve.ingress(api)
 class Predictor:
@@ -114,7 +126,7 @@ class Predictor:
 
     async def __init__(self, job: ServeJob) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         self._settings = job.serve
-        api.state.max_body_bytes = job.serve.max_body_bytes
+        api.state.max_body_bytes, api.state.api_keys = job.serve.max_body_bytes, job.serve.api_keys
         self._folder = read_model_folder(job.model)
         self._name = job.serve.name or Path(job.model.rstrip("/")).name
         threads = job.compute.num_threads or max(1, (os.cpu_count() or 1) // job.serve.num_replicas)
@@ -160,6 +172,11 @@ class Predictor:
         """Whether this replica works."""
         await self.check_health()
         return {"status": "ok"}
+
+    @api.get("/livez")
+    async def alive(self) -> dict[str, str]:
+        """Whether this replica works, by the name that probes use."""
+        return await self.health()
 
     @api.get("/readyz")
     async def ready(self) -> dict[str, str]:

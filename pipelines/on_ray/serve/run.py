@@ -16,6 +16,7 @@ from pipelines.model_folder import read_model_folder
 from pipelines.on_ray.cluster import connected, root_cause
 from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.serve.app import ServeJob, application
+from pipelines.on_ray.serve.auth import check_exposure
 
 APPLICATION = "pipelines"
 
@@ -25,6 +26,7 @@ def run_server(job: ServeJob, *, address: str | None = None, report: Callable[[s
 
     Raises a UsageError before anything starts where the model folder or a setting does not fit.
     """
+    check_exposure(job.serve)
     read_model_folder(job.model)
     stop = threading.Event()
     with connected(address):
