@@ -29,8 +29,20 @@ from pipelines.on_ray.cluster import uses_gpus
 from pipelines.on_ray.serve.answers import as_table, predictions_of
 from pipelines.on_ray.serve.auth import is_admitted
 from pipelines.on_ray.serve.batcher import Batcher, QueueFullError
+from pipelines.on_ray.serve.protocols import (
+    ClassifyRequest,
+    InferenceRequest,
+    ModerationRequest,
+    classified,
+    moderated,
+    ranked,
+    texts_of_inference,
+    texts_of_moderation,
+)
 from pipelines.on_ray.serve.schema import (
     ErrorResponse,
+    Pair,
+    Prediction,
     PredictRequest,
     PredictResponse,
     Usage,
@@ -119,6 +131,14 @@ async def demand_key(request: Request, call_next: Callable[[Request], Awaitable[
     return JSONResponse(content.model_dump(), status_code=401, headers={"WWW-Authenticate": "Bearer"})
 
 
+def _read(function: Callable[[Any], Any], content: Any) -> Any:
+    """What function makes of a request's content; a DataError is the caller's mistake."""
+    try:
+        return function(content)
+    except DataError as error:
+        raise RequestError(422, "validation", str(error)) from error
+
+
 @serve.deployment(name="predictor")
 @serve.ingress(api)
 class Predictor:
@@ -155,17 +175,43 @@ class Predictor:
     @api.post("/v1/predict", response_model=PredictResponse, responses=ERRORS)
     async def predict(self, body: PredictRequest) -> Response:
         """Classify texts of any length: scores, decided labels, and on request what each window says."""
-        decision = self._decision(body)
-        scores, texts = await self._score(body)
-        predictions = await self._in_tokenizer(predictions_of, self._scorer, decision, scores, body.windows, texts)
+        predictions, usage = await self._predictions(body.inputs, self._decision(body), with_windows=body.windows)
         response = PredictResponse(
             model=self._name,
             model_hash=self._folder.weights_hash,
-            labels=list(decision.labels),
+            labels=list(self._folder.decision.labels),
             predictions=predictions,
-            usage=Usage(num_tokens=int(scores.num_tokens_D.sum()), num_windows=int(scores.num_windows_D.sum())),
+            usage=usage,
         )
         return JSONResponse(without_none(response))
+
+    @api.post("/predict", responses=ERRORS)
+    async def predict_as_inference(self, body: InferenceRequest) -> Response:
+        """text-embeddings-inference's route: labels with scores, the decided first; nested for a batch."""
+        return await self._infer(body, is_nested=body.parameters is not None)
+
+    @api.post("/models/{name:path}", responses=ERRORS)
+    async def predict_as_hub(self, name: str, body: InferenceRequest) -> Response:
+        """Hugging Face's route: always nested."""
+        return await self._infer(body.model_copy(update={"parameters": body.parameters or {}}), is_nested=True)
+
+    @api.post("/classify", responses=ERRORS)
+    @api.post("/v1/classify", responses=ERRORS)
+    async def classify(self, body: ClassifyRequest) -> Response:
+        """VLLM's route."""
+        inputs: list[str | Pair] = [body.input] if isinstance(body.input, str) else list(body.input)
+        predictions, usage = await self._predictions(inputs, self._folder.decision)
+        return JSONResponse(classified(predictions, usage, self._name))
+
+    @api.post("/v1/moderations", responses=ERRORS)
+    async def moderate(self, body: ModerationRequest) -> Response:
+        """OpenAI's route: a category per label."""
+        decision = self._folder.decision
+        if decision.kind == "regression":
+            raise RequestError(422, "validation", "a regression model has no categories; ask /v1/predict")
+        inputs = _read(texts_of_moderation, body)
+        predictions, _ = await self._predictions(inputs, decision)
+        return JSONResponse(moderated(predictions, decision.labels, decision.kind, self._name))
 
     @api.get("/health")
     async def health(self) -> dict[str, str]:
@@ -199,6 +245,21 @@ class Predictor:
             "limits": {name: value for name, value in asdict(self._settings).items() if name.startswith("max_")},
         }
 
+    async def _infer(self, body: InferenceRequest, *, is_nested: bool) -> Response:
+        inputs, is_batch = _read(texts_of_inference, body)
+        predictions, _ = await self._predictions(inputs, self._folder.decision)
+        top_k = (body.parameters or {}).get("top_k")
+        answers = [ranked(prediction, top_k=top_k if isinstance(top_k, int) else None) for prediction in predictions]
+        return JSONResponse(answers if is_batch or is_nested else answers[0])
+
+    async def _predictions(
+        self, inputs: list[str | Pair], decision: DecisionSettings, *, with_windows: bool = False
+    ) -> tuple[list[Prediction], Usage]:
+        scores, texts = await self._score(inputs)
+        predictions = await self._in_tokenizer(predictions_of, self._scorer, decision, scores, with_windows, texts)
+        usage = Usage(num_tokens=int(scores.num_tokens_D.sum()), num_windows=int(scores.num_windows_D.sum()))
+        return predictions, usage
+
     def _decision(self, body: PredictRequest) -> DecisionSettings:
         thresholds = tuple(body.thresholds) if isinstance(body.thresholds, list) else body.thresholds
         try:
@@ -206,16 +267,14 @@ class Predictor:
         except SettingsError as error:
             raise RequestError(422, "validation", str(error)) from error
 
-    async def _score(self, body: PredictRequest) -> tuple[DocumentScores, list[str]]:
+    async def _score(self, inputs: list[str | Pair]) -> tuple[DocumentScores, list[str]]:
         """Scores, and the texts that were cut into windows."""
-        if len(body.inputs) > self._settings.max_documents:
+        most = self._settings.max_documents
+        if not 1 <= len(inputs) <= most:
             raise RequestError(
-                422, "validation", f"{len(body.inputs)} inputs; at most {self._settings.max_documents} in one request"
+                422, "validation", f"{len(inputs)} inputs; at most {most} in one request, and one at least"
             )
-        try:
-            table = as_table(body.inputs)
-        except DataError as error:
-            raise RequestError(422, "validation", str(error)) from error
+        table = _read(as_table, inputs)
         documents: Documents = await self._in_tokenizer(self._scorer.tokenizer.documents, table, *table.column_names)
         longest = int(documents.num_tokens_D.max())
         if longest > self._settings.max_document_tokens:

@@ -1,0 +1,123 @@
+"""What clients of other servers send and need back: text-embeddings-inference, Hugging Face, vLLM, OpenAI moderation.
+
+Bodies in, texts out; predictions in, bodies out. Unknown fields are passed over, as those servers do. Knows no HTTP,
+no Ray.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from pipelines.errors import DataError
+from pipelines.on_ray.serve.schema import Pair, Prediction, Usage
+
+
+class InferenceRequest(BaseModel):
+    """text-embeddings-inference's /predict, and with `parameters` Hugging Face's text classification."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "Noon at the usual place."}]})
+
+    inputs: str | list[str] | list[list[str]]
+    raw_scores: bool = False
+    parameters: dict[str, Any] | None = None
+
+
+class ClassifyRequest(BaseModel):
+    """vLLM's /classify."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["Noon at the usual place."]}]})
+
+    input: str | list[str]
+    model: str | None = None
+
+
+class TextPart(BaseModel):
+    """One part of an OpenAI input; images have no text, and are refused."""
+
+    type: str
+    text: str | None = None
+
+
+class ModerationRequest(BaseModel):
+    """OpenAI's /v1/moderations."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"input": "Noon at the usual place."}]})
+
+    input: str | list[str] | list[TextPart]
+    model: str | None = None
+
+
+def texts_of_inference(body: InferenceRequest) -> tuple[list[str | Pair], bool]:
+    """The texts, and whether they are a batch: "x" and ["x"] are one text, [["a"], ["b"]] are two, [["a", "b"]] a pair.
+
+    Raises DataError for two bare strings, which one server takes for a pair and another for two texts.
+    """
+    if body.raw_scores:
+        raise DataError("raw_scores is not to be had: a document's scores are merged from probabilities of its windows")
+    if isinstance(body.inputs, str):
+        return [body.inputs], False
+    bare = [item for item in body.inputs if isinstance(item, str)]
+    if body.parameters is not None and bare:  # Hugging Face's client: a list is a batch
+        return list(bare), True
+    if len(bare) > 1:
+        raise DataError(
+            'bare strings may be a pair or a batch: send [["a"], ["b"]] for two texts, [["a", "b"]] for a pair'
+        )
+    if bare:
+        return list(bare), False
+    return [_text_or_pair(item) for item in body.inputs if not isinstance(item, str)], True
+
+
+def texts_of_moderation(body: ModerationRequest) -> list[str | Pair]:
+    """Its texts. Raises DataError for parts that are no text."""
+    if isinstance(body.input, str):
+        return [body.input]
+    texts: list[str | Pair] = []
+    for part in body.input:
+        if isinstance(part, TextPart) and part.text is None:
+            raise DataError(f"an input of type {part.type!r} has no text, and only texts are classified here")
+        texts.append(part if isinstance(part, str) else str(part.text))
+    return texts
+
+
+def ranked(prediction: Prediction, *, top_k: int | None = None) -> list[dict[str, Any]]:
+    """Labels with their scores, the decided ones first, then by score."""
+    decided = {prediction.label, *(prediction.labels or [])}
+    order = sorted(prediction.scores.items(), key=lambda item: (item[0] not in decided, -item[1]))
+    return [{"label": label, "score": score} for label, score in order[:top_k]]
+
+
+def classified(predictions: Sequence[Prediction], usage: Usage, model: str) -> dict[str, Any]:
+    """VLLM's answer; of several labels the best is `label`, where any holds."""
+    data = []
+    for index, prediction in enumerate(predictions):
+        probabilities = list(prediction.scores.values())
+        held = prediction.labels or []
+        label = max(held, key=prediction.scores.__getitem__) if held else prediction.label
+        data.append({"index": index, "label": label, "probs": probabilities, "num_classes": len(probabilities)})
+    counts = {"prompt_tokens": usage.num_tokens, "total_tokens": usage.num_tokens, "completion_tokens": 0}
+    head = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": model}
+    return {**head, "data": data, "usage": counts}
+
+
+def moderated(predictions: Sequence[Prediction], labels: Sequence[str], kind: str, model: str) -> dict[str, Any]:
+    """OpenAI's answer: a category per label, flagged where any holds; of binary the positive label alone."""
+    names = labels[1:] if kind == "binary" else labels
+    results = []
+    for prediction in predictions:
+        decided = {prediction.label, *(prediction.labels or [])}
+        categories = {name: name in decided for name in names}
+        scores = {name: prediction.scores[name] for name in names}
+        results.append({"flagged": any(categories.values()), "categories": categories, "category_scores": scores})
+    return {"id": f"modr-{uuid.uuid4().hex}", "model": model, "results": results}
+
+
+def _text_or_pair(item: list[str]) -> str | Pair:
+    if len(item) not in (1, 2):
+        raise DataError(f"an input has {len(item)} texts; a text is [text], a pair [text, text_pair]")
+    return item[0] if len(item) == 1 else Pair(text=item[0], text_pair=item[1])
