@@ -148,8 +148,8 @@ def test_where_things_run_is_said_by_flags(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("save_steps=5", "save_steps is for the facades"),
-        ("save_each_epoch=true", "`pipelines train` writes no checkpoints yet"),
+        ("metric=mcc", "metric='mcc' needs validation data: add --valid"),
+        ("evaluate_steps=5", "evaluate_steps=5 needs validation data: add --valid"),
         ("early_stopping_patience=2", "early_stopping_patience=2 needs validation data: add --valid"),
     ],
 )
