@@ -16,6 +16,15 @@ SPARE_CPUS = 2
 """A local Ray declares this many CPUs more than there are: small tasks run beside a model that uses them all."""
 
 
+class _State:
+    """Whether this process started the Ray that it uses."""
+
+    is_local = False
+
+
+_state = _State()
+
+
 @contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
     """Ray for the time of a job: the one at address or RAY_ADDRESS, one already connected, or a local one.
@@ -47,9 +56,11 @@ def connected(address: str | None = None) -> Iterator[None]:
             ) from error
         where = "a local Ray cannot be started" if address is None else f"no Ray cluster answers at {address}"
         raise JobError(f"{where}: {error}; `ray status` tells what runs") from error
+    _state.is_local = address is None
     try:
         yield
     finally:
+        _state.is_local = False
         ray.shutdown()
 
 
@@ -60,13 +71,20 @@ def uses_gpus(device: str) -> bool:
     return device.startswith("cuda")
 
 
-def report_shortage(needed: Mapping[str, float], report: Callable[[str], None]) -> None:
-    """Say what a job will wait for: Ray itself would wait for it in silence, and for ever without an autoscaler."""
+def check_resources(needed: Mapping[str, float], report: Callable[[str], None]) -> None:
+    """Say what a job will wait for: Ray itself would wait for it in silence, and for ever without an autoscaler.
+
+    Raises SettingsError on a local Ray, to which nothing ever comes.
+    """
     there = ray.cluster_resources()
     short = [name for name, amount in needed.items() if amount > there.get(name, 0)]
     if short:
         asked = ", ".join(f"{needed[name]:g} {name}" for name in short)
         found = ", ".join(f"{there.get(name, 0):g} {name}" for name in short)
+        if _state.is_local:
+            raise SettingsError(
+                f"this needs {asked} at once, and the local Ray has {found}: ask for less, or name a cluster"
+            )
         report(f"this needs {asked} at once, and the cluster has {found}: it waits until nodes come that bring them")
 
 

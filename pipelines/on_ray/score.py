@@ -22,7 +22,7 @@ from pipelines.filters import parse_filter
 from pipelines.labels import resolve_thresholds
 from pipelines.locations import absolute, commit_json, shown
 from pipelines.model_folder import ModelFolder, read_model_folder
-from pipelines.on_ray.cluster import connected, report_shortage, root_cause, uses_gpus
+from pipelines.on_ray.cluster import check_resources, connected, root_cause, uses_gpus
 from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.replica import PART, Attempts, ReplicaSetup, ScoreUnit
 from pipelines.on_ray.telemetry import Tally, watched
@@ -183,7 +183,7 @@ def _parts(checked: CheckedJob, run: Run, address: str | None, report: Report) -
     with connected(address):
         first = next(file.url for file in checked.files if file.error is None)
         check_nodes(model=job.model, files={"input": first}, output=job.output)
-        _report_shortage(job, report)
+        _check_resources(job, report)
         attempts = Attempts.remote()  # type: ignore[attr-defined]
         while wave := list(itertools.islice(left, UNITS_PER_WAVE)):
             try:
@@ -280,12 +280,12 @@ def _gpus_per_replica(job: ScoreJob) -> float:
     return 1.0 if uses_gpus(job.compute.device) else 0.0
 
 
-def _report_shortage(job: ScoreJob, report: Report) -> None:
+def _check_resources(job: ScoreJob, report: Report) -> None:
     fewest = (job.score.replica_range or (1, 1))[0]
     needed = {"GPU": fewest * _gpus_per_replica(job), "CPU": job.score.tokenize_cpus}
     for name, amount in (job.score.replica_resources or {}).items():
         needed[name] = fewest * amount
-    report_shortage(needed, report)
+    check_resources(needed, report)
 
 
 def _placed(resources: Mapping[str, float] | None, labels: Mapping[str, str] | None) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from pipelines.locations import absolute
 from pipelines.loop import HARMLESS
 from pipelines.losses import resolve_loss
 from pipelines.model import describe
-from pipelines.on_ray.cluster import connected, report_shortage, root_cause, uses_gpus
+from pipelines.on_ray.cluster import check_resources, connected, root_cause, uses_gpus
 from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.telemetry import Relay, relayed
 from pipelines.on_ray.tokenize import TokenizeStage, documents_of, tokenized, unpack
@@ -264,7 +264,7 @@ def _on_workers(
     with tempfile.TemporaryDirectory(prefix="pipelines-train-") as storage, relayed(relay, report):
         fewest, most = workers
         report(f"{fewest if fewest == most else f'{fewest} to {most}'} workers on {'GPUs' if gpus else 'CPUs'}")
-        report_shortage({"GPU" if gpus else "CPU": fewest}, report)
+        check_resources({"GPU" if gpus else "CPU": fewest}, report)
         try:
             trainer = TorchTrainer(
                 _worker,  # Ray keeps what it returns, and its annotation does not say so

@@ -94,7 +94,9 @@ def test_another_unit_size_and_filesystem_give_the_same(scored, spam_folder, inp
         ({"input": "/nowhere"}, DataError, "/nowhere does not exist"),
         ({"keep": ["nope"]}, DataError, "--keep names 'nope'"),
         ({"thresholds": [0.1, 0.2]}, SettingsError, "needs 1"),
-        ({"device": "cuda:7"}, JobError, "device='cuda:7' is not there"),
+        ({"device": "cuda:7"}, SettingsError, r"needs 1 GPU at once, and the local Ray has 0 GPU: ask for less"),
+        ({"device": "cuda:7", "gpus_per_replica": 0}, JobError, "device='cuda:7' is not there"),
+        ({"replicas": 2, "replica_resources": {"spot": 1}}, SettingsError, "needs 2 spot at once"),
     ],
 )
 def test_bad_jobs_say_why(spam_folder, input_folder, tmp_path, settings, error, message):

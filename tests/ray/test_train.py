@@ -67,6 +67,13 @@ def test_one_and_two_workers_take_the_same_steps_as_none(base, tmp_path):
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_more_workers_than_a_local_ray_can_hold_are_refused(base, tmp_path):
+    with pytest.raises(SettingsError, match="needs 500 CPU at once, and the local Ray has"):
+        train(request(base, tmp_path / "out", num_workers=500, limit=10))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_relative_paths_mean_the_same_to_workers(base, tmp_path, monkeypatch):
     monkeypatch.chdir(base)
     settings = {"train": "data", "valid": "data/1.parquet", "model": "base", "num_workers": 1, "limit": 20}
