@@ -25,6 +25,7 @@ from pipelines.checkpoints import Checkpoints, fetch_newest, publish, remove_all
 from pipelines.errors import DataError, SettingsError
 from pipelines.evaluation import HEADLINE, LESS_IS_BETTER, METRICS, evaluate, tune_thresholds
 from pipelines.labels import Decisions, decide, resolve_thresholds
+from pipelines.locations import shown
 from pipelines.loop import Evaluation, Report, TrainLoop, TrainState, Watch
 from pipelines.losses import Loss, resolve_loss
 from pipelines.model import WindowModel, new_classifier, resolve_dtype
@@ -135,7 +136,7 @@ def _fit(
     _barrier()
     cut = data.cut
     return {
-        "model": job.output,
+        "model": shown(job.output),
         "documents": len(usable.documents),
         "rows_in_error": bad + bad_valid,
         "documents_truncated": int(cut.windows.truncated_D.sum()),
@@ -184,7 +185,7 @@ def _page(
             "valid fingerprint": valid.fingerprint,
         },
         "Time": {"seconds": seconds, "steps": state.step, "tokens per second": tokens * state.epoch / seconds},
-        "Settings": {"model": job.model, **asdict(decision), **asdict(job.windows), **asdict(job.train)},
+        "Settings": {"model": shown(job.model), **asdict(decision), **asdict(job.windows), **asdict(job.train)},
     }
     data = ReportData(
         f"{Path(job.output).name} on its validation data", decision, valid.targets, scores_DL,

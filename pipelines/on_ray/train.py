@@ -27,7 +27,7 @@ from pipelines.checkpoints import open_training, remove_folder, steps_of
 from pipelines.errors import DataError, JobError, PipelinesError, SettingsError
 from pipelines.fields import parse
 from pipelines.labels import encode_labels, find_labels
-from pipelines.locations import absolute
+from pipelines.locations import absolute, shown
 from pipelines.loop import HARMLESS
 from pipelines.losses import resolve_loss
 from pipelines.model import describe
@@ -190,7 +190,7 @@ def _identity(
     settings = {name: value for group in groups for name, value in asdict(group).items() if name not in HARMLESS}
     files = {"train": train, "valid": valid}
     inputs = {name: fingerprint((file.url, file.size, file.version) for file in found) for name, found in files.items()}
-    found: dict[str, Any] = json.loads(json.dumps({**inputs, "model": request.paths.model, **settings}))
+    found: dict[str, Any] = json.loads(json.dumps({**inputs, "model": shown(request.paths.model), **settings}))
     return found
 
 

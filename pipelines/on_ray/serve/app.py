@@ -198,7 +198,7 @@ class Predictor:
     @api.post("/classify", responses=ERRORS)
     @api.post("/v1/classify", responses=ERRORS)
     async def classify(self, body: ClassifyRequest) -> Response:
-        """VLLM's route."""
+        """The route of vLLM."""
         inputs: list[str | Pair] = [body.input] if isinstance(body.input, str) else list(body.input)
         predictions, usage = await self._predictions(inputs, self._folder.decision)
         return JSONResponse(classified(predictions, usage, self._name))
