@@ -72,6 +72,8 @@ def publish(folder: Path, location: str, *, last: str) -> None:
         sync_folder(folder)
     filesystem.makedirs(target, exist_ok=True)
     for file in files:
+        if file.name == last and isinstance(filesystem, LocalFileSystem):
+            sync_folder(target)  # what it vouches for is on the disk before it
         there = posixpath.join(target, file.relative_to(folder).as_posix())
         partial = f"{there}.partial" if isinstance(filesystem, LocalFileSystem) else there
         retried(lambda file=file, partial=partial: filesystem.put_file(str(file), partial))  # type: ignore[misc]

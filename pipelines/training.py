@@ -111,12 +111,13 @@ def _fit(
         loop.restore(checkpoint)
         if rank() == 0:
             report(f"going on from step {loop.state.step}")
+    first_step = loop.state.step
     try:
         state = loop.run()
     finally:
         checkpoints.close()
     decision, metrics, histograms = job.decision, state.best_metrics, {}
-    scores_DL = None
+    scores_DL, steps_here = None, state.step - first_step
     if good is not None:
         scores_DL = evaluation().scores_DL if loop.best_scores_DL is None else loop.best_scores_DL
         assert scores_DL is not None
@@ -128,7 +129,9 @@ def _fit(
         model.save(folder)
         windows = replace(job.windows, max_length=plan.max_length)
         if good is not None and scores_DL is not None:
-            page = _page(job, decision, good, scores_DL, metrics, state, usable, time.perf_counter() - started)
+            page = _page(
+                job, decision, good, scores_DL, metrics, state, usable, steps_here, time.perf_counter() - started
+            )
             (folder / REPORT_FILE).write_text(page)
         seal(ModelFolder(folder, windows, decision, metrics=metrics, histograms=histograms))
         publish(folder, job.output, last=PIPELINE_FILE)
@@ -172,6 +175,7 @@ def _page(
     metrics: dict[str, Any],
     state: TrainState,
     train: LabelledDocuments,
+    steps_here: int,
     seconds: float,
 ) -> str:
     """The report on valid and on the run; merged scores decide, without the windows' votes."""
@@ -184,7 +188,12 @@ def _page(
             "valid documents": len(valid.documents),
             "valid fingerprint": valid.fingerprint,
         },
-        "Time": {"seconds": seconds, "steps": state.step, "tokens per second": tokens * state.epoch / seconds},
+        "Time": {
+            "steps": state.step,
+            "steps of the last process": steps_here,
+            "its seconds": seconds,
+            "its tokens per second": tokens * state.epoch * steps_here / max(state.step, 1) / seconds,
+        },
         "Settings": {"model": shown(job.model), **asdict(decision), **asdict(job.windows), **asdict(job.train)},
     }
     data = ReportData(
