@@ -20,6 +20,8 @@ from pipelines.on_ray.score import ScoreJob, score
 from pipelines.shards import list_files
 
 HERE = Path(__file__).parent
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""Azurite's own, known to everybody."""
 
 
 def read(output):
@@ -70,6 +72,27 @@ def test_nodes_that_cannot_reach_a_path_are_named(local_ray, spam_folder, input_
         check_nodes(model="/nowhere", files={"input": first})
 
 
+def score_in_store(protocol, store, folder, source, tmp_path):
+    """Score in a store's bucket `bulk`, twice, and compare with a disk; everything that was printed and written."""
+    store.put(str(source), "bulk/in", recursive=True)
+    store.put(str(folder.path), "bulk/model", recursive=True)
+    environment = {**{k: v for k, v in os.environ.items() if not k.startswith("RAY_")}, "XDG_CACHE_HOME": str(tmp_path)}
+    model, into, out = (f"{protocol}://bulk/{name}" for name in ("model", "in", "out"))
+    command = [sys.executable, "-m", "pipelines", "score", model, "--input", into, "--output", out, "--json",
+               "--set", "dtype=float32", "--set", "unit_bytes=9000"]  # fmt: skip
+    runs = [subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=environment)
+            for _ in range(2)]  # fmt: skip
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-3000:] + runs[1].stderr[-3000:]
+    assert "nothing to do" in runs[1].stderr
+    store.invalidate_cache()
+    store.get("bulk/out", str(tmp_path / "out"), recursive=True)
+    score(ScoreJob.parse(settings(folder, source, tmp_path / "here", replicas=0, unit_bytes=9000)))
+    found, expected = read(tmp_path / "out"), read(tmp_path / "here")
+    same(found.drop_columns(["source_file"]), expected.drop_columns(["source_file"]))
+    files = "".join(path.read_text() for path in (tmp_path / "out").glob("_*.json"))
+    return files + "".join(run.stdout + run.stderr for run in runs)
+
+
 @pytest.fixture
 def flaky_s3(monkeypatch):
     """An S3 server on loopback that answers every fifth request with 503."""
@@ -105,25 +128,10 @@ def flaky_s3(monkeypatch):
 def test_an_object_store_that_fails_now_and_then_gives_what_a_disk_gives(spam_folder, tmp_path, emails, flaky_s3):
     import fsspec
 
-    source = shards(tmp_path / "in", emails, count=2, rows=30)
     store = fsspec.filesystem("s3", skip_instance_cache=True)
     store.mkdir("bulk")
-    store.put(str(source), "bulk/in", recursive=True)
-    store.put(str(spam_folder.path), "bulk/model", recursive=True)
-    environment = {**{k: v for k, v in os.environ.items() if not k.startswith("RAY_")}, "XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "pipelines", "score", "s3://bulk/model", "--input", "s3://bulk/in", "--output",
-               "s3://bulk/out", "--json", "--set", "dtype=float32", "--set", "unit_bytes=9000"]  # fmt: skip
-    runs = [subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=environment)
-            for _ in range(2)]  # fmt: skip
-    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-3000:]
-    assert "nothing to do" in runs[1].stderr
+    written = score_in_store("s3", store, spam_folder, shards(tmp_path / "in", emails, count=2, rows=30), tmp_path)
     assert flaky_s3["failed"] > 10
-    store.invalidate_cache()
-    store.get("bulk/out", str(tmp_path / "out"), recursive=True)
-    score(ScoreJob.parse(settings(spam_folder, source, tmp_path / "here", replicas=0, unit_bytes=9000)))
-    found, expected = read(tmp_path / "out"), read(tmp_path / "here")
-    same(found.drop_columns(["source_file"]), expected.drop_columns(["source_file"]))
-    written = "".join(path.read_text() for path in (tmp_path / "out").glob("_*.json")) + runs[0].stderr + runs[0].stdout
     assert "secret-of-mine" not in written
     assert "key-of-mine" not in written
 
@@ -158,10 +166,9 @@ def azure_store(monkeypatch, tmp_path):
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break
         time.sleep(0.5)
-    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="  # azurite's own
     monkeypatch.setenv(
         "AZURE_STORAGE_CONNECTION_STRING",
-        f"DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={key};"
+        f"DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={AZURITE_KEY};"
         f"BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1;",
     )
     yield "abfs"
@@ -176,27 +183,12 @@ def test_other_object_stores_give_what_a_disk_gives(request, kind, spam_folder, 
     import fsspec
 
     protocol = request.getfixturevalue(kind)
-    source = shards(tmp_path / "in", emails, count=2, rows=30)
     store = fsspec.filesystem(protocol, skip_instance_cache=True)
     if protocol == "abfs":
         store.mkdir("bulk")
-    store.put(str(source), "bulk/in", recursive=True)
-    store.put(str(spam_folder.path), "bulk/model", recursive=True)
-    environment = {**{k: v for k, v in os.environ.items() if not k.startswith("RAY_")}, "XDG_CACHE_HOME": str(tmp_path)}
-    places = [f"{protocol}://bulk/{name}" for name in ("model", "in", "out")]
-    command = [sys.executable, "-m", "pipelines", "score", places[0], "--input", places[1], "--output", places[2],
-               "--json", "--set", "dtype=float32", "--set", "unit_bytes=9000"]  # fmt: skip
-    runs = [subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=environment)
-            for _ in range(2)]  # fmt: skip
-    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-3000:] + runs[1].stderr[-3000:]
-    assert "nothing to do" in runs[1].stderr
-    store.invalidate_cache()
-    store.get("bulk/out", str(tmp_path / "out"), recursive=True)
-    score(ScoreJob.parse(settings(spam_folder, source, tmp_path / "here", replicas=0, unit_bytes=9000)))
-    found, expected = read(tmp_path / "out"), read(tmp_path / "here")
-    same(found.drop_columns(["source_file"]), expected.drop_columns(["source_file"]))
-    written = "".join(path.read_text() for path in (tmp_path / "out").glob("_*.json")) + runs[0].stderr + runs[0].stdout
+    written = score_in_store(protocol, store, spam_folder, shards(tmp_path / "in", emails, count=2, rows=30), tmp_path)
     assert "AccountKey" not in written
+    assert AZURITE_KEY not in written
 
 
 @pytest.mark.timeout(400)
