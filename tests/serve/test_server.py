@@ -157,6 +157,15 @@ def test_bad_requests_are_told_what_is_wrong(server, content, status, message):
     assert answer.json()["error_type"]
 
 
+def test_a_bad_request_is_not_echoed(server):
+    secret = "the-patient-is-called"
+    for body in ({"inputs": secret}, {"inputs": [{"text": secret, "more": secret}]}, {"inputs": [[secret]]},
+                 {"inputs": ["a"], "thresholds": secret}):  # fmt: skip
+        answer = predict(server, **body)
+        assert answer.status_code == 422
+        assert secret not in answer.text
+
+
 def test_who_has_no_key_gets_no_answer(server):
     url = f"{server.base_url}/v1/predict"
     body = {"inputs": ["hello"]}

@@ -1,0 +1,36 @@
+"""Who gets into the Ray that a command starts for itself: its ports are open to the network, its door is not."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+ASK = """
+import sys
+from ray._raylet import GcsClient
+print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=9)))
+"""
+
+
+def ask(address, **more):
+    """Another process that asks the Ray at address for its nodes."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", ASK, address]
+    return subprocess.run(
+        command, env={**environment, **more}, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.timeout(400)
+def test_a_local_ray_lets_nobody_in_without_its_token(local_ray):
+    address = local_ray.get_runtime_context().gcs_address
+    assert ask(address, RAY_AUTH_MODE="token").stdout == "1\n", "this user, who can read the token"
+    for stranger in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x" * 64}):
+        done = ask(address, **stranger)
+        assert done.returncode != 0
+        assert "InvalidAuthToken" in done.stderr
+
+
+def test_a_local_ray_has_no_dashboard(local_ray):
+    assert not local_ray._private.worker.global_worker.node.webui_url
