@@ -70,9 +70,9 @@ def render(data: ReportData) -> str:
 
 
 def curve(positive_D: NDArray[np.bool_], score_D: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
-    """What every threshold does, from the highest score down: threshold, true and false positives, precision, recall.
+    """What every threshold does, from the highest score down: arrays by name, one value per distinct score.
 
-    A threshold takes all equal scores or none.
+    threshold, precision, recall and false_positive_rate. A threshold takes all equal scores or none.
     """
     if len(score_D) > EXACT_SCORES:
         score_D = np.round(score_D, 4)
@@ -82,8 +82,6 @@ def curve(positive_D: NDArray[np.bool_], score_D: NDArray[np.float32]) -> dict[s
     true, chosen = hits[last].astype(float), (np.flatnonzero(last) + 1).astype(float)
     return {
         "threshold": ranked[last].astype(float),
-        "tp": true,
-        "fp": chosen - true,
         "precision": true / chosen,
         "recall": true / max(positive_D.sum(), 1),
         "false_positive_rate": (chosen - true) / max((~positive_D).sum(), 1),
