@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -33,16 +34,20 @@ class Nodes:
         self.environment.update(HOME=str(home), RAY_AUTH_MODE="token", RAY_USAGE_STATS_ENABLED="0",
                                 RAY_API_SERVER_ADDRESS=f"http://127.0.0.1:{DASHBOARD}",
                                 PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # fmt: skip
-        self._home, self._raylets = home, []
+        self._temp, self._raylets = Path(tempfile.mkdtemp(prefix="ray-")), []  # short: it ends in socket names
         run([RAY, "get-auth-token", "--generate"], self.environment)
 
     def start(self, *options, **more):
-        """One more raylet; the first is the head."""
+        """One more raylet; the first is the head.
+
+        Each has a folder of its own, as machines do: in a shared one, a new node unpacks a job's package anew and
+        so pulls it from under the drivers that run from it.
+        """
         first = not self._raylets
-        where = ["--head", f"--port={PORT}", f"--dashboard-port={DASHBOARD}", f"--temp-dir={self._home}/ray"]
+        where = ["--head", f"--port={PORT}", f"--dashboard-port={DASHBOARD}"]
         join = [f"--address=127.0.0.1:{PORT}"]
         command = [RAY, "start", "--block", "--dashboard-agent-listen-port=0", "--object-store-memory=200000000",
-                   *(where if first else join), *options]  # fmt: skip
+                   f"--temp-dir={self._temp}/{len(self._raylets)}", *(where if first else join), *options]  # fmt: skip
         process = subprocess.Popen(command, env={**self.environment, **more}, stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         self._raylets.append(process)
@@ -64,6 +69,7 @@ class Nodes:
             if process.poll() is None:
                 process.terminate()
                 process.wait(timeout=60)
+        shutil.rmtree(self._temp, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

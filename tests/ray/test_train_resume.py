@@ -18,7 +18,7 @@ from pipelines.model_folder import read_model_folder
 from pipelines.on_ray.train import TrainRequest, train
 from tests.ray.test_train import base, request  # noqa: F401 (a fixture)
 
-STEPS = {"epochs": 3, "save_steps": 4}
+STEPS = {"epochs": 3, "save_steps": 4, "shuffle_buffer": 30}
 
 
 def values(base, output, **more):  # noqa: F811
@@ -45,9 +45,12 @@ def wait_for_checkpoint(output, process, number=1):
 
 
 def same_weights(left, right):
+    """All but the keys' biases: softmax does not see them, so that Adam blows their rounding up to full steps."""
     one, other = load_file(Path(left) / "model.safetensors"), load_file(Path(right) / "model.safetensors")
     assert one.keys() == other.keys()
     for name, weights in one.items():
+        if name.endswith("key.bias"):
+            continue
         np.testing.assert_allclose(weights, other[name], atol=2e-5, err_msg=name)
 
 
