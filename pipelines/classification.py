@@ -25,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipelines.arguments import BY_NAME, ClassificationArgs, MultiLabelClassificationArgs
 from pipelines.checkpoints import STATE_FILE
+from pipelines.corpus import Corpus, LabelledDocuments
 from pipelines.errors import DataError, ModelFolderError
 from pipelines.evaluation import evaluate
 from pipelines.folders import check_output, replace_files, replace_folder
@@ -58,7 +59,7 @@ from pipelines.scoring import DocumentScores, Scorer, plan_of
 from pipelines.settings import TrainSettings, WindowSettings
 from pipelines.steps import rank
 from pipelines.tokenization import Documents
-from pipelines.training import LabelledDocuments, cut_windows, mean_loss, measure, watch_of
+from pipelines.training import mean_loss, measure, watch_of, window_parts
 from pipelines.translation import (
     compute_settings,
     count_labels,
@@ -184,27 +185,30 @@ class ClassificationModel:
     ) -> TrainState:
         """The core of train_model, in this process or as one rank of a group; rank 0 writes the files."""
         scorer, settings = self._scorer(), self._train_settings()
-        data = cut_windows(scorer, train, settings)
-        loss = resolve_loss(settings, self._decision, data.targets)
+        corpus, validation = Corpus.of(train), None if valid is None else Corpus.of(valid)
+        loss = resolve_loss(settings, self._decision, corpus.targets)
         compute = compute_settings(self.args, self.device)
 
         def more(targets: NDArray[np.generic], decisions: Decisions, scores: DocumentScores) -> dict[str, Any]:
             return self._own_metrics(metrics, targets, decisions, scores)
 
         def evaluation() -> Evaluation:
-            assert valid is not None
-            return measure(scorer, valid, loss, compute, more)
+            assert validation is not None
+            return measure(scorer, validation, loss, compute, more)
 
         loop = TrainLoop(
             self._window_model,
-            data,
+            window_parts(scorer, corpus, settings),
             settings,
             loss,
             watch=watch_of(settings, self._decision, tuple(metrics)),
             evaluate=None if valid is None else evaluation,
             on_best=lambda loop: self._save_best(loop, output),
             on_checkpoint=lambda loop: self._save_checkpoint(loop, output),
-            also={"validation data": None if valid is None else valid.fingerprint, "metrics": sorted(metrics)},
+            also={
+                "validation data": None if validation is None else validation.fingerprint,
+                "metrics": sorted(metrics),
+            },
             report=report,
         )
         self._go_on(loop)

@@ -8,7 +8,6 @@ Shapes: D documents, L labels.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import time
@@ -29,7 +28,7 @@ from pipelines.errors import JobError, ModelFolderError, SettingsError
 from pipelines.losses import Loss
 from pipelines.model import WindowModel
 from pipelines.settings import TrainSettings
-from pipelines.steps import LabelledWindows, Step, Stepper, plan_steps, rank, steps_per_epoch, world_size
+from pipelines.steps import Step, Stepper, WindowParts, plan_steps, rank, steps_of_epoch, world_size
 
 TENSORS_FILE = "training_state.pt"
 """Of a checkpoint: optimizer, schedule and the best weights so far."""
@@ -110,7 +109,7 @@ class TrainLoop:
     def __init__(
         self,
         model: WindowModel,
-        data: LabelledWindows,
+        data: WindowParts,
         settings: TrainSettings,
         loss: Loss,
         *,
@@ -118,11 +117,11 @@ class TrainLoop:
         evaluate: Callable[[], Evaluation] | None = None,
         on_best: Callable[[TrainLoop], None] | None = None,
         on_checkpoint: Callable[[TrainLoop], None] | None = None,
-        plan: Callable[[int], Iterator[Step]] | None = None,
+        plan: Callable[[int, int], Iterator[Step]] | None = None,
         also: Mapping[str, Any] | None = None,
         report: Report = lambda line: None,
     ) -> None:
-        """The steps of an epoch come from plan(its number); by default they are drawn from settings.seed.
+        """The steps of an epoch after the first n come from plan(epoch, n); by default settings.seed draws them.
 
         evaluate looks at the model between steps; on_best follows an evaluation that was the best so far, and
         on_checkpoint each point that settings.save_steps and save_each_epoch name. also is what else, JSON-ready, must
@@ -135,10 +134,13 @@ class TrainLoop:
         self._evaluate, self._on_best, self._on_checkpoint = evaluate, on_best, on_checkpoint
         self._also = dict(also or {})
         self._report = report if rank() == 0 else _silent
-        self._per_epoch = steps_per_epoch(data, settings)
-        self._stepper = Stepper(model, data, settings, loss, self._per_epoch * settings.epochs)
+        lengths = [steps_of_epoch(data.num_windows_P, settings, epoch) for epoch in range(settings.epochs)]
+        self._ends = np.cumsum([0, *lengths]).tolist()
+        self._stepper = Stepper(model, data.first().cut, settings, loss, self._ends[-1])
         self._plan = plan or (
-            lambda epoch: plan_steps(data, settings, loss, epoch=epoch, rank=rank(), world_size=world_size())
+            lambda epoch, skip: plan_steps(
+                data, settings, loss, epoch=epoch, rank=rank(), world_size=world_size(), skip=skip
+            )
         )
         self._pending: list[Tensor] = []
         self._best_weights: dict[str, Tensor] | None = None
@@ -147,11 +149,11 @@ class TrainLoop:
     @property
     def is_epoch_end(self) -> bool:
         """Whether the last step ended an epoch."""
-        return self.state.step == self.state.epoch * self._per_epoch
+        return bool(self.state.step == self._ends[self.state.epoch])
 
     def run(self) -> TrainState:
         """Train from where the state is to the end; the model then has the best weights, or without valid the last."""
-        progress = _Progress(self._report, self.state.step, self._per_epoch * self._settings.epochs)
+        progress = _Progress(self._report, self.state.step, self._ends[-1])
         try:
             while self.state.epoch < self._settings.epochs and not self.state.stopped:
                 self._run_epoch(progress)
@@ -199,16 +201,14 @@ class TrainLoop:
 
     def _run_epoch(self, progress: _Progress) -> None:
         state, settings = self.state, self._settings
-        done = state.step - state.epoch * self._per_epoch
+        end = self._ends[state.epoch + 1]
         self._model.module.train()
-        for number, step in enumerate(self._plan(state.epoch)):
-            if number < done:
-                continue
+        for step in self._plan(state.epoch, state.step - self._ends[state.epoch]):
             self._pending.append(self._stepper(step, state.step))
             state.step += 1
-            is_end = number == self._per_epoch - 1
+            is_end = state.step == end
             state.epoch += is_end
-            progress.step(state, self._pending[-1], self._data.cut.length_W[step.index_W].sum(), self._learning_rate)
+            progress.step(state, self._pending[-1], step.data.length_W[step.index_W].sum(), self._learning_rate)
             if self._scalars.is_open and state.step % settings.logging_steps == 0:
                 self._flush()
                 self._scalars.add({"loss": state.losses[-1], "lr": self._learning_rate}, state.step)
@@ -277,13 +277,8 @@ class TrainLoop:
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on: the windows, their targets, the settings."""
-        digest = hashlib.sha256()
-        cut = self._data.cut
-        ids = [cut.tokens.ids, cut.windows.start_W, cut.windows.stop_W, self._data.targets]
-        for array in ids + ([] if cut.pair_tokens is None else [cut.pair_tokens.ids]):
-            digest.update(np.ascontiguousarray(array).data)
         settings = {k: v for k, v in dataclasses.asdict(self._settings).items() if k not in HARMLESS}
-        also = {"training data": digest.hexdigest(), **self._also}
+        also = {"training data": self._data.fingerprint, **self._also}
         return {"also": also, "settings": json.loads(json.dumps(settings))}
 
     def _differences(self, content: Mapping[str, Any]) -> list[str]:

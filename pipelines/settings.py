@@ -226,6 +226,8 @@ class TrainSettings:
     """window counts each window once; document gives each 1 / number of windows of its text."""
     train_max_windows: int | None = None
     """At most this many windows of one training document; what is cut is reported."""
+    shuffle_buffer: int = 131072
+    """Windows shuffled together; more data is shuffled part by part. Every worker holds the tokens of two buffers."""
     train_dtype: Dtype = "auto"
     """Arithmetic of the training forward and backward pass; weights are always kept in float32."""
     train_batch_tokens: int = 16384
@@ -263,8 +265,9 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "train_batch_tokens", "train_max_windows",
-                     "evaluate_steps", "save_steps", "keep_checkpoints", "logging_steps"):  # fmt: skip
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps", "train_max_windows", "train_batch_tokens",
+                     "shuffle_buffer", "evaluate_steps", "save_steps", "keep_checkpoints",
+                     "logging_steps"):  # fmt: skip
             check_range(self, name, getattr(self, name), low=1)
         check_range(self, "early_stopping_patience", self.early_stopping_patience, low=0)
         check_range(self, "max_failures", self.max_failures, low=0)

@@ -1,18 +1,23 @@
 """Optimizer steps: which windows each rank runs, forward and backward over them, the update.
 
 The same code runs in one process and in every worker of a process group: a seeded plan fixes the windows of each
-step, rank r takes every world-size-th of them, and the loss is averaged over the step's windows of all ranks, so
-that the number of workers changes nothing but rounding and the draws of dropout.
+step, the ranks take equal shares of them, and the loss is averaged over the step's windows of all ranks, so that the
+number of workers changes nothing but rounding and the draws of dropout.
+
+Each epoch draws the order of the parts anew, fills a shuffle buffer with one part after another, and draws the order
+of the windows in it; the next buffer is loaded meanwhile. So the tokens of two buffers are all that memory holds.
 Knows no files, no ray.
 
-Shapes: W windows, L labels.
+Shapes: P parts, W windows, L labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,11 +42,37 @@ class LabelledWindows:
     cut: CutDocuments
     targets: NDArray[np.generic]
 
+    @cached_property
+    def length_W(self) -> NDArray[np.int64]:
+        """Tokens of each window's input row, special tokens included."""
+        return self.cut.length_W
+
+
+@dataclass(frozen=True)
+class WindowParts:
+    """The windows of a corpus, in parts."""
+
+    num_windows_P: NDArray[np.int64]
+    num_tokens: int
+    """Of all input rows, special tokens included."""
+    num_truncated: int
+    """Documents of which some tokens are in no window."""
+    fingerprint: str
+    """Changes with any window or target."""
+    load: Callable[[tuple[int, ...]], LabelledWindows]
+    """The windows of the parts given, numbered through; called from another thread."""
+
+    def first(self) -> LabelledWindows:
+        """The first part that has a window."""
+        return self.load((int(np.flatnonzero(self.num_windows_P)[0]),))
+
 
 @dataclass(frozen=True)
 class Step:
     """One optimizer step of one rank."""
 
+    data: LabelledWindows
+    """What the buffer holds."""
     index_W: NDArray[np.int64]
     """This rank's windows of the step; where there are fewer than ranks, one window that counts nothing."""
     share_W: NDArray[np.float32]
@@ -50,20 +81,51 @@ class Step:
     """Denominator of the mean over all ranks."""
 
 
-def steps_per_epoch(data: LabelledWindows, settings: TrainSettings) -> int:
-    """Optimizer steps of one epoch; the last may be smaller."""
-    return -(-len(data.cut.length_W) // (settings.batch_size * settings.gradient_accumulation_steps))
+def steps_of_epoch(num_windows_P: NDArray[np.int64], settings: TrainSettings, epoch: int) -> int:
+    """Optimizer steps of an epoch; the last of each buffer may be smaller."""
+    return sum(_num_steps(num_windows_P, parts, settings) for parts in buffers_of(num_windows_P, settings, epoch))
+
+
+def buffers_of(num_windows_P: NDArray[np.int64], settings: TrainSettings, epoch: int) -> list[tuple[int, ...]]:
+    """Parts that are shuffled together in an epoch, one buffer after another; every part is in exactly one."""
+    if num_windows_P.sum() <= settings.shuffle_buffer:
+        return [tuple(range(len(num_windows_P)))]
+    buffers: list[list[int]] = [[]]
+    filled = 0
+    for part in np.random.default_rng([settings.seed, epoch]).permutation(len(num_windows_P)).tolist():
+        if buffers[-1] and filled + num_windows_P[part] > settings.shuffle_buffer:
+            buffers.append([])
+            filled = 0
+        buffers[-1].append(part)
+        filled += int(num_windows_P[part])
+    return [tuple(parts) for parts in buffers]
 
 
 def plan_steps(
-    data: LabelledWindows, settings: TrainSettings, loss: Loss, *, epoch: int, rank: int, world_size: int
+    data: WindowParts,
+    settings: TrainSettings,
+    loss: Loss,
+    *,
+    epoch: int,
+    rank: int,
+    world_size: int,
+    skip: int = 0,
 ) -> Iterator[Step]:
-    """The optimizer steps of one epoch, as rank sees them; every window is in exactly one step of one rank."""
-    num_windows = len(data.cut.length_W)
-    order = np.random.default_rng([settings.seed, epoch]).permutation(num_windows)
+    """The optimizer steps of one epoch after the first `skip`, as rank sees them.
+
+    Every window of the epoch is in exactly one step of one rank. Buffers that are skipped whole are not loaded.
+    """
+    buffers = buffers_of(data.num_windows_P, settings, epoch)
+    ends = np.cumsum([_num_steps(data.num_windows_P, parts, settings) for parts in buffers])
+    first = int(np.searchsorted(ends, skip, side="right"))
+    done = skip - (int(ends[first - 1]) if first else 0)
     size = settings.batch_size * settings.gradient_accumulation_steps
-    batches = [order[start : start + size] for start in range(0, num_windows, size)]
-    return steps_of(batches, data, settings, loss, rank=rank, world_size=world_size)
+    for number, windows in enumerate(_loaded_ahead(data.load, buffers[first:]), first):
+        draws = [settings.seed, epoch] if len(buffers) == 1 else [settings.seed, epoch, number]
+        order = np.random.default_rng(draws).permutation(len(windows.length_W))
+        batches = [order[start : start + size] for start in range(done * size, len(order), size)]
+        yield from steps_of(batches, windows, settings, loss, rank=rank, world_size=world_size)
+        done = 0
 
 
 def steps_of(
@@ -75,29 +137,32 @@ def steps_of(
     rank: int,
     world_size: int,
 ) -> Iterator[Step]:
-    """One step per batch of window numbers."""
+    """One step per batch of window numbers, which are dealt to the ranks by length, so that none waits for another."""
     document_W = data.cut.windows.document_W
     share_W = np.ones(len(document_W), np.float32)
     if settings.window_weight == "document":
         share_W = (1.0 / data.cut.windows.num_windows_D[document_W]).astype(np.float32)
     normalizer_W = share_W * loss.normalizers(data.targets[document_W])
     for together in batches:
-        mine = together[rank::world_size]
+        longest_first = np.argsort(-data.length_W[together], kind="stable")
+        mine = together[longest_first[rank::world_size]]
         shares = share_W[mine]
         if not len(mine):
             mine, shares = together[:1], np.zeros(1, np.float32)
-        yield Step(mine, shares, float(normalizer_W[together].sum()) or 1.0)  # 0: every weight is, and so the loss
+        yield Step(
+            data, mine, shares, float(normalizer_W[together].sum()) or 1.0
+        )  # 0: every weight is, and so the loss
 
 
 class Stepper:
     """A model in training with its optimizer, schedule and gradient scaler."""
 
     def __init__(
-        self, model: WindowModel, data: LabelledWindows, settings: TrainSettings, loss: Loss, num_steps: int
+        self, model: WindowModel, example: CutDocuments, settings: TrainSettings, loss: Loss, num_steps: int
     ) -> None:
-        """Model weights must be float32; num_steps is the length of the learning-rate schedule."""
-        self._model, self._data, self._settings, self._loss = model, data, settings, loss
-        self._frozen = _freeze_unreached(model, data.cut)
+        """Model weights must be float32; example has a window, num_steps is the length of the schedule."""
+        self._model, self._settings, self._loss = model, settings, loss
+        self._frozen = _freeze_unreached(model, example)
         self._forward = _distributed(model)
         self._dtype = resolve_dtype(settings.train_dtype, model.device)
         self._optimizer = make_optimizer(model.module, settings)
@@ -136,14 +201,14 @@ class Stepper:
             part.load_state_dict(state[type(part).__name__])
 
     def _backward(self, step: Step) -> Tensor:
-        model, cut = self._model, self._data.cut
+        model, data, cut = self._model, step.data, step.data.cut
         total = torch.zeros((), device=model.device)
-        lengths = cut.length_W[step.index_W]
+        lengths = data.length_W[step.index_W]
         parts = token_batches(lengths, batch_tokens=self._settings.train_batch_tokens, padded=not model.is_packed)
         for number, part in enumerate(parts):
             index_W = step.index_W[part]
             rows = assemble(cut, model.template, index_W)
-            target = torch.from_numpy(self._data.targets[cut.windows.document_W[index_W]]).to(model.device)
+            target = torch.from_numpy(data.targets[cut.windows.document_W[index_W]]).to(model.device)
             share = torch.from_numpy(step.share_W[part]).to(model.device)
             with self._synchronized(number == len(parts) - 1):
                 with torch.autocast(model.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
@@ -177,6 +242,22 @@ def rank() -> int:
 def world_size() -> int:
     """Processes in the group; 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _num_steps(num_windows_P: NDArray[np.int64], parts: Sequence[int], settings: TrainSettings) -> int:
+    return -(-int(num_windows_P[list(parts)].sum()) // (settings.batch_size * settings.gradient_accumulation_steps))
+
+
+def _loaded_ahead(
+    load: Callable[[tuple[int, ...]], LabelledWindows], buffers: Sequence[tuple[int, ...]]
+) -> Iterator[LabelledWindows]:
+    """Each buffer in turn; the next is loaded while the caller works on one."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(load, parts) for parts in buffers[:1]]
+        for number in range(len(buffers)):
+            windows = coming.pop().result()
+            coming += [pool.submit(load, parts) for parts in buffers[number + 1 : number + 2]]
+            yield windows
 
 
 class _Forward(nn.Module):

@@ -159,6 +159,8 @@ class Documents:
 
 def concat_documents(parts: Sequence[Documents]) -> Documents:
     """All documents of the parts, in order; all single texts, or all pairs."""
+    if len(parts) == 1:
+        return parts[0]
     pairs = [part.pair_tokens for part in parts if part.pair_tokens is not None]
     assert len(pairs) in (0, len(parts)), "single texts and pairs do not mix"
     return Documents(

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from pipelines.checkpoints import Checkpoints, fetch_newest, publish, remove_all
-from pipelines.errors import DataError, SettingsError
+from pipelines.corpus import Corpus, Part
+from pipelines.errors import SettingsError
 from pipelines.evaluation import HEADLINE, LESS_IS_BETTER, METRICS, evaluate, tune_thresholds
 from pipelines.labels import Decisions, decide, resolve_thresholds
 from pipelines.locations import shown
@@ -34,28 +36,13 @@ from pipelines.pretrained import save_tokenizer, uses_type_ids
 from pipelines.report import ReportData, render
 from pipelines.scoring import DocumentScores, Scorer, concat_scores, plan_of
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
-from pipelines.steps import LabelledWindows, rank, world_size
+from pipelines.steps import LabelledWindows, WindowParts, rank, world_size
 from pipelines.summary import histograms_of
-from pipelines.tokenization import Documents, Tokenizer, cut_documents
+from pipelines.tokenization import Tokenizer, Tokens, concat_documents, cut_documents, offsets_of
 
 REPORT_FILE = "report.html"
 MoreMetrics = Callable[[NDArray[np.generic], Decisions, DocumentScores], dict[str, Any]]
 """Metrics of one's own: targets, decisions and scores to numbers by name."""
-
-
-@dataclass(frozen=True)
-class LabelledDocuments:
-    """Tokenized documents with their targets: (D,) int64 label ids, (D, L) float32, or (D,) float32 values."""
-
-    documents: Documents
-    targets: NDArray[np.generic]
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes with any token or target."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.documents.tokens.ids).data)
-        digest.update(np.ascontiguousarray(self.targets).data)
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -70,7 +57,7 @@ class TrainJob:
     compute: ComputeSettings
 
 
-def fit(job: TrainJob, train: LabelledDocuments, valid: LabelledDocuments | None, report: Report) -> dict[str, Any]:
+def fit(job: TrainJob, train: Corpus, valid: Corpus | None, report: Report) -> dict[str, Any]:
     """Fine-tune, keep the best weights, tune thresholds on valid, write the model folder (rank 0), return a summary.
 
     A run that has checkpoints under job.output goes on from the newest. Every rank calls this with the same arguments;
@@ -80,9 +67,7 @@ def fit(job: TrainJob, train: LabelledDocuments, valid: LabelledDocuments | None
         return _fit(job, train, valid, report, Path(scratch))
 
 
-def _fit(
-    job: TrainJob, train: LabelledDocuments, valid: LabelledDocuments | None, report: Report, scratch: Path
-) -> dict[str, Any]:
+def _fit(job: TrainJob, train: Corpus, valid: Corpus | None, report: Report, scratch: Path) -> dict[str, Any]:
     started = time.perf_counter()
     folder = scratch / "model"
     tokenizer = save_tokenizer(job.model, folder)
@@ -92,19 +77,17 @@ def _fit(
     model = WindowModel(module, tokenizer.template, compute, uses_type_ids=uses_type_ids(folder))
     plan = plan_of(job.windows, tokenizer, model_type=model.model_type, model_limit=model.row_limit)
     scorer = Scorer(model, tokenizer, plan, job.decision)
-    usable, bad = _usable(train)
-    good, bad_valid = (None, 0) if valid is None else _usable(valid)
-    data = cut_windows(scorer, usable, job.train)
-    loss = resolve_loss(job.train, job.decision, data.targets)
+    data = window_parts(scorer, train, job.train)
+    loss = resolve_loss(job.train, job.decision, train.targets)
 
     def evaluation() -> Evaluation:
-        assert good is not None
-        return measure(scorer, good, loss, job.compute)
+        assert valid is not None
+        return measure(scorer, valid, loss, job.compute)
 
     checkpoints = Checkpoints(job.output, keep=job.train.keep_checkpoints)
     loop = TrainLoop(
         model, data, job.train, loss,
-        watch=watch_of(job.train, job.decision), evaluate=None if good is None else evaluation, report=report,
+        watch=watch_of(job.train, job.decision), evaluate=None if valid is None else evaluation, report=report,
         on_checkpoint=lambda loop: _save_checkpoint(loop, model, checkpoints, job.train),
     )  # fmt: skip
     if checkpoint is not None:
@@ -118,33 +101,32 @@ def _fit(
         checkpoints.close()
     decision, metrics, histograms = job.decision, state.best_metrics, {}
     scores_DL, steps_here = None, state.step - first_step
-    if good is not None:
+    if valid is not None:
         scores_DL = evaluation().scores_DL if loop.best_scores_DL is None else loop.best_scores_DL
         assert scores_DL is not None
         histograms = histograms_of(scores_DL, decision)
         if _has_tunable_thresholds(decision):
-            decision, tuned = _tune(decision, good, scores_DL, report if rank() == 0 else lambda line: None)
+            decision, tuned = _tune(decision, valid.targets, scores_DL, report if rank() == 0 else lambda line: None)
             metrics = {**metrics, **tuned}
     if rank() == 0:
         model.save(folder)
         windows = replace(job.windows, max_length=plan.max_length)
-        if good is not None and scores_DL is not None:
+        if valid is not None and scores_DL is not None:
             page = _page(
-                job, decision, good, scores_DL, metrics, state, usable, steps_here, time.perf_counter() - started
+                job, decision, valid, scores_DL, metrics, state, train, steps_here, time.perf_counter() - started
             )
             (folder / REPORT_FILE).write_text(page)
         seal(ModelFolder(folder, windows, decision, metrics=metrics, histograms=histograms))
         publish(folder, job.output, last=PIPELINE_FILE)
         remove_all(job.output)
     _barrier()
-    cut = data.cut
     return {
         "model": shown(job.output),
-        "documents": len(usable.documents),
-        "rows_in_error": bad + bad_valid,
-        "documents_truncated": int(cut.windows.truncated_D.sum()),
-        "windows": len(cut.length_W),
-        "tokens_per_epoch": int(cut.length_W.sum()),
+        "documents": len(train),
+        "rows_in_error": train.num_errors + (0 if valid is None else valid.num_errors),
+        "documents_truncated": data.num_truncated,
+        "windows": int(data.num_windows_P.sum()),
+        "tokens_per_epoch": data.num_tokens,
         "steps": state.step,
         "losses": state.losses,
         "evaluations": state.evaluations,
@@ -170,22 +152,22 @@ def prepare_folder(job: TrainJob) -> Tokenizer:
 def _page(
     job: TrainJob,
     decision: DecisionSettings,
-    valid: LabelledDocuments,
+    valid: Corpus,
     scores_DL: NDArray[np.float32],
     metrics: dict[str, Any],
     state: TrainState,
-    train: LabelledDocuments,
+    train: Corpus,
     steps_here: int,
     seconds: float,
 ) -> str:
     """The report on valid and on the run; merged scores decide, without the windows' votes."""
-    tokens = int(train.documents.num_tokens_D.sum())
+    tokens = int(train.num_tokens_D.sum())
     facts: dict[str, dict[str, Any]] = {
         "Data": {
-            "training documents": len(train.documents),
+            "training documents": len(train),
             "training tokens": tokens,
             "training fingerprint": train.fingerprint,
-            "valid documents": len(valid.documents),
+            "valid documents": len(valid),
             "valid fingerprint": valid.fingerprint,
         },
         "Time": {
@@ -199,7 +181,7 @@ def _page(
     data = ReportData(
         f"{Path(job.output).name} on its validation data", decision, valid.targets, scores_DL,
         decide(scores_DL, replace(decision, merge="mean") if decision.merge == "vote" else decision),
-        metrics, valid.documents.num_tokens_D, lambda row: f"valid document {row}",
+        metrics, valid.num_tokens_D, valid.name,
         losses=state.losses, evaluations=state.evaluations, facts=facts,
     )  # fmt: skip
     return render(data)
@@ -218,13 +200,42 @@ def _save_checkpoint(loop: TrainLoop, model: WindowModel, checkpoints: Checkpoin
     checkpoints.save(loop.state.step, write)
 
 
-def cut_windows(scorer: Scorer, train: LabelledDocuments, settings: TrainSettings) -> LabelledWindows:
-    """The training windows of documents, under the scorer's plan and the settings' cap."""
-    capped = scorer.plan
+def window_parts(scorer: Scorer, train: Corpus, settings: TrainSettings) -> WindowParts:
+    """The training windows of a corpus, under the scorer's plan and the settings' cap.
+
+    They are counted here, from the documents' lengths, and cut when a buffer is loaded.
+    """
+    plan, template = scorer.plan, scorer.tokenizer.template
     if settings.train_max_windows is not None:
-        capped = capped.with_max_windows(settings.train_max_windows)
-    cut = cut_documents(train.documents.tokens, capped, scorer.tokenizer.template, train.documents.pair_tokens)
-    return LabelledWindows(cut, train.targets)
+        plan = plan.with_max_windows(settings.train_max_windows)
+    counted = [
+        cut_documents(_lengths_alone(part.num_tokens_D), plan, template, _pairs_alone(part)) for part in train.parts
+    ]
+    digest = hashlib.sha256(f"{train.fingerprint} {plan}".encode()).hexdigest()
+
+    @lru_cache(maxsize=1)  # data that fits one buffer is loaded once
+    def load(numbers: tuple[int, ...]) -> LabelledWindows:
+        parts = [train.part(number) for number in numbers]
+        documents = concat_documents([part.documents for part in parts])
+        cut = cut_documents(documents.tokens, plan, template, documents.pair_tokens)
+        return LabelledWindows(cut, np.concatenate([part.targets for part in parts]))
+
+    return WindowParts(
+        np.array([len(cut.windows.document_W) for cut in counted]),
+        sum(int(cut.length_W.sum()) for cut in counted),
+        sum(int(cut.windows.truncated_D.sum()) for cut in counted),
+        digest,
+        load,
+    )
+
+
+def _lengths_alone(num_tokens_D: NDArray[np.integer]) -> Tokens:
+    """Texts of the given lengths, for who asks for their lengths only."""
+    return Tokens(np.zeros(0, np.int32), offsets_of(num_tokens_D))
+
+
+def _pairs_alone(part: Part) -> Tokens | None:
+    return None if part.pair_num_tokens_D is None else _lengths_alone(part.pair_num_tokens_D)
 
 
 def watch_of(settings: TrainSettings, decision: DecisionSettings, more: tuple[str, ...] = ()) -> Watch:
@@ -242,7 +253,7 @@ def watch_of(settings: TrainSettings, decision: DecisionSettings, more: tuple[st
 
 def measure(
     scorer: Scorer,
-    valid: LabelledDocuments,
+    valid: Corpus,
     loss: Loss,
     compute: ComputeSettings,
     more: MoreMetrics | None = None,
@@ -251,13 +262,14 @@ def measure(
 
     In the arithmetic in which the finished folder will be scored on this machine, by autocast.
     """
-    rows = np.array_split(np.arange(len(valid.documents)), world_size())[rank()]
+    share = np.linspace(0, len(valid), world_size() + 1).astype(int)
     dtype = resolve_dtype(compute.dtype, scorer.model.device)
     with torch.autocast(scorer.model.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        parts = [scorer.score_documents(valid.documents.take(rows))]
+        parts = [scorer.score_documents(some) for some in valid.between(share[rank()], share[rank() + 1])]
     if world_size() > 1:
-        mine, parts = parts[0], [parts[0]] * world_size()
-        dist.all_gather_object(parts, mine)
+        of_ranks = [parts] * world_size()
+        dist.all_gather_object(of_ranks, parts)
+        parts = [part for parts in of_ranks for part in parts]
     scores = concat_scores(parts)
     decisions = decide(scores.scores_DL, scorer.decision, scores.votes_DL)
     metrics = evaluate(valid.targets, scores.scores_DL, decisions, scorer.decision)
@@ -278,24 +290,15 @@ def _has_tunable_thresholds(decision: DecisionSettings) -> bool:
 
 
 def _tune(
-    decision: DecisionSettings, valid: LabelledDocuments, scores_DL: NDArray[np.float32], report: Report
+    decision: DecisionSettings, targets: NDArray[np.generic], scores_DL: NDArray[np.float32], report: Report
 ) -> tuple[DecisionSettings, dict[str, Any]]:
     """Thresholds for the best epoch's scores, and the metrics of valid under them."""
-    tuned = tune_thresholds(valid.targets, scores_DL, decision)
+    tuned = tune_thresholds(targets, scores_DL, decision)
     if tuned.untuned:
         report(f"thresholds of {', '.join(tuned.untuned)} stay as they are: valid says the same of every row")
     if len(tuned.untuned) < len(tuned.thresholds):
         decision = resolve_thresholds(tuned.thresholds, decision)
-    return decision, evaluate(valid.targets, scores_DL, decide(scores_DL, decision), decision)
-
-
-def _usable(train: LabelledDocuments) -> tuple[LabelledDocuments, int]:
-    """Without the documents whose text is null or invalid, and how many those are."""
-    good = np.flatnonzero([error is None for error in train.documents.errors])
-    if not len(good):
-        raise DataError("no row of the training or validation data has a text")
-    usable = LabelledDocuments(train.documents.take(good), train.targets[good])
-    return usable, len(train.documents) - len(good)
+    return decision, evaluate(targets, scores_DL, decide(scores_DL, decision), decision)
 
 
 def _rank_device(device: str) -> str:

@@ -16,10 +16,10 @@ from transformers import AutoModelForSequenceClassification
 
 from pipelines.arguments import BY_NAME, ClassificationArgs
 from pipelines.checkpoints import STATE_FILE
+from pipelines.corpus import LabelledDocuments
 from pipelines.loop import TENSORS_FILE, TrainState
 from pipelines.on_ray.train import run_workers
 from pipelines.pretrained import quiet_transformers
-from pipelines.training import LabelledDocuments
 
 Report = Callable[[str], None]
 

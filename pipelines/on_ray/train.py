@@ -1,8 +1,9 @@
 """Fine-tuning: in this process, or the same loop in Ray Train's workers, fed by Ray Data.
 
-Ray Data reads and tokenizes the Parquet shards in parallel; every worker holds the resulting ids and takes its slice
-of each step of the seeded plan, so that no row is dropped and the number of workers changes nothing but rounding and
-the draws of dropout.
+Ray Data reads and tokenizes the Parquet shards in parallel, once; the ids stay in Ray's object store, which spills to
+disk what memory does not hold (in this process: in files that are memory-mapped). Workers load them part by part and
+take their slices of each step of the seeded plan, so that no row is dropped and the number of workers changes nothing
+but rounding and the draws of dropout.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,17 +26,18 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.checkpoints import open_training, remove_folder, steps_of
+from pipelines.corpus import Corpus, Part
 from pipelines.errors import DataError, JobError, PipelinesError, SettingsError
 from pipelines.fields import parse
 from pipelines.labels import encode_labels, find_labels
 from pipelines.locations import absolute, shown
-from pipelines.loop import HARMLESS
+from pipelines.loop import HARMLESS, PROGRESS_SECONDS
 from pipelines.losses import resolve_loss
 from pipelines.model import describe
 from pipelines.on_ray.cluster import check_resources, connected, root_cause, uses_gpus
 from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.telemetry import Relay, relayed
-from pipelines.on_ray.tokenize import TokenizeStage, documents_of, tokenized, unpack
+from pipelines.on_ray.tokenize import TOKENIZE_CPUS, TokenizeStage, documents_of, tokenized, unpack
 from pipelines.reading import read_unit, together
 from pipelines.scoring import plan_of
 from pipelines.settings import (
@@ -45,13 +48,17 @@ from pipelines.settings import (
     TrainSettings,
     WindowSettings,
 )
-from pipelines.shards import InputFile, Plan, fingerprint, plan_units, read_footers
-from pipelines.tables import check_label_column, check_text_column
-from pipelines.tokenization import concat_documents
-from pipelines.training import LabelledDocuments, TrainJob, fit, prepare_folder, watch_of
+from pipelines.shards import InputFile, Plan, fingerprint, plan_units, read_footers, usual_unit_bytes
+from pipelines.tables import SOURCE_COLUMNS, check_label_column, check_text_column
+from pipelines.tokenization import Documents
+from pipelines.training import TrainJob, fit, prepare_folder, watch_of
 from pipelines.windows import leads_with_space
 
 Report = Callable[[str], None]
+BYTES_PER_TOKEN = 4
+"""Of text, about."""
+PARTS_PER_BUFFER = 8
+"""At least: a shuffle buffer that held one part would mix nothing but neighbours."""
 
 
 @dataclass(frozen=True)
@@ -124,18 +131,21 @@ def _prepared(
 ) -> dict[str, Any]:
     tokenizer = prepare_folder(job)
     model_limit, model_type = limits
-    plan_of(job.windows, tokenizer, model_type=model_type, model_limit=model_limit)
+    plan = plan_of(job.windows, tokenizer, model_type=model_type, model_limit=model_limit)
     lead_space = leads_with_space(job.windows, model_type)
-    train_split = _split(request, request.paths.train, train_files, targets, lead_space)
+    most_bytes = request.settings.shuffle_buffer * plan.max_length * BYTES_PER_TOKEN // PARTS_PER_BUFFER
+    unit_bytes = min(usual_unit_bytes(train_files), most_bytes)
+    train_split = _split(request, request.paths.train, train_files, targets, lead_space, unit_bytes)
     valid_split = None
     if request.paths.valid is not None and valid_targets is not None:
         valid_split = _split(request, request.paths.valid, valid_files, valid_targets, lead_space)
     names = ", ".join(job.decision.labels) or "regression"
     report(f"{len(targets):,} training rows, {0 if valid_targets is None else len(valid_targets):,} valid; {names}")
     if request.paths.worker_range == (0, 0):
-        here = [None if split is None else _read_here(split) for split in (train_split, valid_split)]
-        assert here[0] is not None
-        return fit(job, here[0], here[1], report)
+        with tempfile.TemporaryDirectory(prefix="pipelines-tokens-") as scratch:
+            train_corpus = _in_files(train_split, Path(scratch, "train"))
+            valid_corpus = None if valid_split is None else _in_files(valid_split, Path(scratch, "valid"))
+            return fit(job, train_corpus, valid_corpus, report)
     with connected(address):
         files = {"input": train_files[0].url}
         if Path(job.model).is_dir():
@@ -200,32 +210,87 @@ def _split(
     files: Sequence[InputFile],
     targets: NDArray[np.generic],
     lead_space: bool,
+    unit_bytes: int | None = None,
 ) -> Split:
     data = request.data
     texts = tuple(name for name in (data.text_column, data.text_pair_column) if name is not None)
     stage = TokenizeStage(location, texts, together(files, texts), request.paths.output, lead_space=lead_space)
-    return Split(stage, plan_units(files, limit=request.data.limit), targets)
+    return Split(stage, plan_units(files, unit_bytes=unit_bytes, limit=request.data.limit), targets)
 
 
-def _read_here(split: Split) -> LabelledDocuments:
-    return _labelled(list(split.stage(split.units)), split.targets)
+def _in_files(split: Split, folder: Path) -> Corpus:
+    """A corpus tokenized in this process; its parts are files that are mapped into memory when they are read."""
+    folder.mkdir()
+    parts = []
+    for number, table in enumerate(split.stage(split.units)):
+        with pa.OSFile(str(folder / f"{number}.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        parts.append(Part.of(documents_of(table)))
+    return _corpus(parts, split.targets, lambda number: _mapped(folder / f"{number}.arrow"))
 
 
-def _labelled(tables: Sequence[pa.Table], targets: NDArray[np.generic]) -> LabelledDocuments:
-    """Tokenized units in order with their targets."""
-    return LabelledDocuments(concat_documents([documents_of(table) for table in tables]), targets)
+def _mapped(file: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
 
 
-def _in_order(blocks: Sequence[pa.Table]) -> list[pa.Table]:
-    """The tokenized tables of blocks that came in any order."""
-    units = [unit for block in blocks for unit in unpack(block)]
-    return [table for _, _, table in sorted(units, key=lambda unit: unit[0])]
+def _in_object_store(split: Split, report: Report) -> Corpus:
+    """A corpus tokenized by Ray Data; its parts are the blocks, wherever in the cluster they are."""
+    survey = ray.remote(_survey).options(num_cpus=TOKENIZE_CPUS)
+    blocks, surveys = [], []
+    started = shown = time.monotonic()
+    for bundle in tokenized(split.stage, split.units).iter_internal_ref_bundles():
+        blocks += [entry.ref for entry in bundle.blocks]
+        surveys += [survey.remote(entry.ref) for entry in bundle.blocks]
+        now = time.monotonic()
+        if now - shown > PROGRESS_SECONDS:
+            shown = now
+            left = (now - started) / len(blocks) * (len(split.units) - len(blocks))
+            report(f"tokenized {len(blocks):,} of {len(split.units):,} units, {left:.0f} s to go")
+    found = [(number, part, block) for (number, part), block in zip(ray.get(surveys), blocks, strict=True)]
+    found.sort(key=lambda entry: entry[0])
+    return _corpus([part for _, part, _ in found], split.targets, _InStore([block for _, _, block in found]))
+
+
+def _survey(block: pa.Table) -> tuple[int, Part]:
+    """A block's unit number, and what is known of it without loading it."""
+    ((number, _, table),) = unpack(block)
+    return number, Part.of(documents_of(table))
+
+
+@dataclass(frozen=True)
+class _InStore:
+    """The tokenized table of a part, from any process of the cluster."""
+
+    blocks: Sequence[Any]
+
+    def __call__(self, number: int) -> pa.Table:
+        ((_, _, table),) = unpack(ray.get(self.blocks[number]))
+        return table
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """What a part's table holds: its documents, and what people call them."""
+
+    table: Callable[[int], pa.Table]
+
+    def __call__(self, number: int) -> Documents:
+        return documents_of(self.table(number))
+
+    def name(self, number: int, row: int) -> str:
+        file, source_row = (self.table(number).column(name)[row] for name in SOURCE_COLUMNS)
+        return f"{shown(str(file))} row {source_row}"
+
+
+def _corpus(parts: Sequence[Part], targets: NDArray[np.generic], table: Callable[[int], pa.Table]) -> Corpus:
+    documents = _Documents(table)
+    return Corpus(parts, targets, documents, documents.name)
 
 
 def run_workers(
     work: Callable[..., Any],
     config: Mapping[str, Any],
-    splits: Sequence[LabelledDocuments | None],
+    splits: Sequence[Any],
     *,
     num_workers: int,
     report: Report,
@@ -239,11 +304,18 @@ def run_workers(
 def _fit_on_workers(
     job: TrainJob, workers: tuple[int, int], train_split: Split, valid_split: Split | None, report: Report
 ) -> dict[str, Any]:
-    blocks = [None if s is None else tokenized(s.stage, s.units).to_arrow_refs() for s in (train_split, valid_split)]
-    targets = [None if s is None else s.targets for s in (train_split, valid_split)]
-    config = {"job": job, "blocks": blocks, "targets": targets}
+    try:
+        corpora = [None if s is None else _in_object_store(s, report) for s in (train_split, valid_split)]
+    except ray.exceptions.RayError as error:
+        raise JobError(f"tokenizing failed: {root_cause(error)}") from error
     summary: dict[str, Any] = _on_workers(
-        _fit_job, config, [], workers, report, device=job.compute.device, max_failures=job.train.max_failures
+        _fit_job,
+        {"job": job},
+        [ray.put(corpus) for corpus in corpora],
+        workers,
+        report,
+        device=job.compute.device,
+        max_failures=job.train.max_failures,
     )
     return summary
 
@@ -296,10 +368,5 @@ def _worker(loop_config: dict[str, Any]) -> Any:
         return error
 
 
-def _fit_job(config: dict[str, Any]) -> dict[str, Any]:
-    splits = [
-        None if refs is None else _labelled(_in_order(ray.get(refs)), targets)
-        for refs, targets in zip(config["blocks"], config["targets"], strict=True)
-    ]
-    assert splits[0] is not None
-    return fit(config["job"], splits[0], splits[1], lambda line: config["relay"].say.remote(line))
+def _fit_job(config: dict[str, Any], train: Corpus, valid: Corpus | None) -> dict[str, Any]:
+    return fit(config["job"], train, valid, lambda line: config["relay"].say.remote(line))

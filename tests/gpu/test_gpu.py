@@ -8,10 +8,9 @@ from pipelines.model import WindowModel
 from pipelines.packing import Packing, attention
 from pipelines.scoring import Scorer
 from pipelines.settings import ComputeSettings
-from pipelines.training import fit
 from tests import tiny
 from tests.model.test_packing import PACKED, TEMPLATE, ragged
-from tests.model.test_training import make_job
+from tests.model.test_training import make_job, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,7 +52,7 @@ def test_a_gpu_gives_the_cpus_logits(family):
 def test_training_runs_and_learns_in_every_arithmetic(tmp_path, emails, dtype):
     compute = ComputeSettings(device="cuda", dtype="auto")
     job, train, valid = make_job(tmp_path, emails, compute=compute, train_dtype=dtype, learning_rate=1e-3)
-    summary = fit(job, train, valid, lambda line: None)
+    summary = run(job, train, valid)
     assert summary["packed"]
     first, last = np.mean(summary["losses"][:10]), np.mean(summary["losses"][-10:])
     assert last < first

@@ -17,13 +17,14 @@ from pipelines.classification import (
     MultiLabelClassificationArgs,
     MultiLabelClassificationModel,
 )
+from pipelines.corpus import Corpus
 from pipelines.errors import DataError, ModelFolderError, OutputError, SettingsError
 from pipelines.frames import read_rows
 from pipelines.loop import TrainLoop
 from pipelines.losses import resolve_loss
 from pipelines.scoring import Scorer
 from pipelines.steps import steps_of
-from pipelines.training import cut_windows, watch_of
+from pipelines.training import watch_of, window_parts
 from tests.model.golden import freeze_simpletransformers as golden
 
 ANSWERS = json.loads((golden.HERE / "answers.json").read_text())
@@ -139,18 +140,21 @@ def test_losses_of_the_first_steps_are_theirs_in_their_order_of_samples(kind):
     model = open_model(kind, weights=golden.WEIGHTS[kind], **case)
     frame = train_frame(kind, 50)
     settings, scorer = model._train_settings(), model._scorer()
-    data = cut_windows(scorer, model._labelled(read_rows(frame)), settings)
+    corpus = Corpus.of(model._labelled(read_rows(frame)))
+    parts = window_parts(scorer, corpus, settings)
+    data = parts.first()
     order = np.array(ANSWERS[kind]["training"]["order"])
     num_windows = len(data.cut.length_W)
     assert len(order) == num_windows * settings.epochs
     loss = resolve_loss(settings, model._decision, data.targets)
 
-    def plan(epoch):
+    def plan(epoch, skip):
+        assert skip == 0
         mine = order[epoch * num_windows : (epoch + 1) * num_windows]
         batches = [mine[start : start + 8] for start in range(0, num_windows, 8)]
         return steps_of(batches, data, settings, loss, rank=0, world_size=1)
 
-    loop = TrainLoop(model._window_model, data, settings, loss, watch=watch_of(settings, model._decision), plan=plan)
+    loop = TrainLoop(model._window_model, parts, settings, loss, watch=watch_of(settings, model._decision), plan=plan)
     expected = ANSWERS[kind]["training"]["losses"]
     np.testing.assert_allclose(loop.run().losses[:10], expected, atol=1e-4)
 

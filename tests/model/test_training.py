@@ -1,3 +1,5 @@
+import collections
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -5,7 +7,10 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pipelines.corpus import Corpus, LabelledDocuments, Part
 from pipelines.errors import DataError, JobError, SettingsError
 from pipelines.labels import encode_labels
 from pipelines.losses import Loss, resolve_loss
@@ -13,9 +18,9 @@ from pipelines.model_folder import read_model_folder
 from pipelines.optimization import make_optimizer, make_schedule
 from pipelines.scoring import Scorer
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
-from pipelines.steps import LabelledWindows, plan_steps
-from pipelines.tokenization import Tokens, cut_documents, offsets_of
-from pipelines.training import LabelledDocuments, TrainJob, fit, prepare_folder
+from pipelines.steps import LabelledWindows, WindowParts, plan_steps, steps_of_epoch
+from pipelines.tokenization import Documents, Tokens, cut_documents, offsets_of
+from pipelines.training import TrainJob, fit, prepare_folder
 from pipelines.windows import WindowPlan
 from tests import tiny
 
@@ -156,32 +161,96 @@ def test_schedules_follow_their_formulas():
         learning_rates(scheduler="cosine", scheduler_args={"power": 2})
 
 
-@pytest.mark.parametrize("window_weight", ["window", "document"])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_every_window_is_seen_once_an_epoch_whatever_the_workers(world_size, window_weight):
-    lengths = np.array([5, 100, 0, 40, 9])
-    tokens = Tokens(np.zeros(lengths.sum(), np.int32), offsets_of(lengths))
-    cut = cut_documents(tokens, WindowPlan(22, 20, 10), tiny_template())
-    settings = TrainSettings(batch_size=3, window_weight=window_weight)
-    targets = np.array([0, 1, 0, 1, 1])
-    data, loss = LabelledWindows(cut, targets), Loss("binary")
+def window_parts(lengths_PD):
+    """Parts whose documents have these lengths and, as their only token id, the number of the document."""
+    first = np.cumsum([0, *map(len, lengths_PD)])
+    loaded = []
+
+    def load(parts):
+        loaded.append(parts)
+        lengths = np.concatenate([lengths_PD[part] for part in parts])
+        names = np.concatenate([first[part] + np.arange(len(lengths_PD[part])) for part in parts])
+        tokens = Tokens(np.repeat(names, lengths).astype(np.int32), offsets_of(lengths))
+        cut = cut_documents(tokens, WindowPlan(22, 20, 10), tiny_template())
+        return LabelledWindows(cut, names % 2)
+
+    counts = np.array([len(load((part,)).length_W) for part in range(len(lengths_PD))])
+    loaded.clear()
+    return WindowParts(counts, 0, 0, "", load), loaded
+
+
+def names_of(step):
+    """Document and start of each window of a step."""
+    cut = step.data.cut
+    document_W, start_W = cut.windows.document_W[step.index_W], cut.windows.start_W[step.index_W]
+    return list(zip(cut.tokens.ids[cut.tokens.offsets[document_W]].tolist(), start_W.tolist(), strict=True))
+
+
+@given(
+    lengths_PD=st.lists(st.lists(st.integers(1, 60), max_size=6), min_size=1, max_size=8).filter(any),
+    world_size=st.integers(1, 5),
+    buffer=st.integers(1, 60),
+    window_weight=st.sampled_from(["window", "document"]),
+)
+def test_every_window_is_seen_once_an_epoch_whatever_the_workers(lengths_PD, world_size, buffer, window_weight):
+    data, _ = window_parts([np.array(part, int) for part in lengths_PD])
+    settings = TrainSettings(batch_size=3, window_weight=window_weight, shuffle_buffer=buffer)
+    loss = Loss("binary")
     ranks = [
         list(plan_steps(data, settings, loss, epoch=1, rank=rank, world_size=world_size)) for rank in range(world_size)
     ]
-    assert len({len(steps) for steps in ranks}) == 1, "every rank takes every step"
-    counted = np.zeros(len(cut.length_W))
+    assert {len(steps) for steps in ranks} == {steps_of_epoch(data.num_windows_P, settings, 1)}
+    seen = collections.Counter()
     for together in zip(*ranks, strict=True):
         shares = np.concatenate([step.share_W for step in together])
         assert [step.normalizer for step in together] == pytest.approx([shares.sum()] * world_size)
         for step in together:
-            counted[step.index_W] += step.share_W
-    expected = np.ones_like(counted)
-    if window_weight == "document":
-        expected = 1 / cut.windows.num_windows_D[cut.windows.document_W]
-    np.testing.assert_allclose(counted, expected)
-    other = plan_steps(data, settings, loss, epoch=2, rank=0, world_size=1)
-    first = plan_steps(data, settings, loss, epoch=1, rank=0, world_size=1)
-    assert next(other).index_W.tolist() != next(first).index_W.tolist()
+            for name, share in zip(names_of(step), step.share_W, strict=True):
+                seen[name] += share
+    whole = window_parts([np.concatenate([np.array(part, int) for part in lengths_PD])])[0].first()
+    num_windows_W = whole.cut.windows.num_windows_D[whole.cut.windows.document_W]
+    expected = {
+        (document, start): 1 / count if window_weight == "document" else 1
+        for document, start, count in zip(
+            whole.cut.windows.document_W.tolist(), whole.cut.windows.start_W.tolist(), num_windows_W, strict=True
+        )
+    }
+    assert {name: share for name, share in seen.items() if share} == pytest.approx(expected)
+
+
+def test_a_buffer_holds_few_parts_and_epochs_mix_them_differently():
+    data, loaded = window_parts([np.full(20, 15)] * 50)
+    settings, loss = TrainSettings(batch_size=8, shuffle_buffer=100), Loss("binary")
+    epochs = []
+    for epoch in (0, 1):
+        steps = list(plan_steps(data, settings, loss, epoch=epoch, rank=0, world_size=1))
+        assert max(len(step.data.length_W) for step in steps) == 100
+        epochs.append([names_of(step) for step in steps])
+    assert sorted(part for parts in loaded for part in parts) == sorted([*range(50)] * 2)
+    assert epochs[0] != epochs[1]
+    parts_of_a_batch = [len({document // 20 for document, _ in names}) for names in epochs[0]]
+    assert np.mean(parts_of_a_batch) > 3, "a batch mixes the parts of its buffer"
+
+
+def test_skipped_steps_are_the_first_and_their_buffers_are_not_loaded():
+    data, loaded = window_parts([np.full(20, 15)] * 50)
+    settings, loss = TrainSettings(batch_size=8, shuffle_buffer=100), Loss("binary")
+    whole = [names_of(step) for step in plan_steps(data, settings, loss, epoch=0, rank=0, world_size=1)]
+    for skip in (0, 1, 12, 13, 14, 129, 130):
+        loaded.clear()
+        rest = plan_steps(data, settings, loss, epoch=0, rank=0, world_size=1, skip=skip)
+        assert [names_of(step) for step in rest] == whole[skip:]
+        assert len(loaded) == 10 - skip // 13
+
+
+def test_ranks_get_windows_of_like_lengths():
+    rng = np.random.default_rng(0)
+    data, _ = window_parts([rng.integers(1, 20, 400)])
+    settings, loss = TrainSettings(batch_size=40), Loss("binary")
+    ranks = [list(plan_steps(data, settings, loss, epoch=0, rank=rank, world_size=4)) for rank in range(4)]
+    for together in zip(*ranks, strict=True):
+        tokens = [step.data.length_W[step.index_W].sum() for step in together]
+        assert max(tokens) < 1.15 * min(tokens)
 
 
 def tiny_template():
@@ -217,6 +286,38 @@ def make_job(tmp_path, emails, decision=BINARY, *, epochs=2, family="bert", comp
     return job, documents(0, 60), documents(60, 100)
 
 
+def run(job, train, valid=None, report=lambda line: None):
+    return fit(job, Corpus.of(train), None if valid is None else Corpus.of(valid), report)
+
+
+def in_parts(data, ends):
+    """The same documents, in parts that end there."""
+    pieces = [data.documents.take(np.arange(*span)) for span in itertools.pairwise([0, *ends, len(data.documents)])]
+    return Corpus([Part.of(piece) for piece in pieces], data.targets, pieces.__getitem__)
+
+
+def test_parts_change_nothing_where_one_buffer_holds_all(tmp_path, emails):
+    job, train, valid = make_job(tmp_path / "one", emails, epochs=1)
+    valid.documents.errors[5] = train.documents.errors[30] = "the text is null"
+    whole = run(job, train, valid)
+    job = replace(job, output=str(tmp_path / "parts"))
+    prepare_folder(job)
+    parts = fit(job, in_parts(train, [7, 30, 31]), in_parts(valid, [5, 6, 6]), lambda line: None)
+    assert parts["losses"] == whole["losses"]
+    assert parts["valid"] == whole["valid"]
+    assert parts["rows_in_error"] == whole["rows_in_error"] == 2
+    assert parts["windows"] == whole["windows"]
+
+
+def test_a_corpus_names_documents_by_their_part_and_place():
+    tokens = Tokens(np.zeros(0, np.int32), np.zeros(4, np.int64))
+    bad = Documents(tokens, None, [None, "null", None])
+    corpus = Corpus([Part.of(bad), Part.of(bad)], np.arange(6), lambda part: bad, lambda part, row: f"{part}:{row}")
+    assert [corpus.name(row) for row in range(len(corpus))] == ["0:0", "0:2", "1:0", "1:2"]
+    assert corpus.targets.tolist() == [0, 2, 3, 5]
+    assert [len(some) for some in corpus.between(1, 4)] == [1, 2]
+
+
 KINDS = {
     "binary": BINARY,
     "multiclass": MULTICLASS,
@@ -228,7 +329,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_finished_folder_scores_as_the_model_did_in_training(tmp_path, emails, kind):
     job, train, valid = make_job(tmp_path, emails, KINDS[kind])
-    summary = fit(job, train, valid, lambda line: None)
+    summary = run(job, train, valid)
     assert summary["losses"][-1] < summary["losses"][0]
     folder = read_model_folder(job.output)
     assert folder.windows.max_length == 32
@@ -247,12 +348,12 @@ def test_a_finished_folder_scores_as_the_model_did_in_training(tmp_path, emails,
 
 def test_the_same_seed_gives_the_same_run(tmp_path, emails):
     losses = []
-    for run in range(2):
-        job, train, valid = make_job(tmp_path / str(run), emails, epochs=1)
-        losses.append(fit(job, train, valid, lambda line: None)["losses"])
+    for number in range(2):
+        job, train, valid = make_job(tmp_path / str(number), emails, epochs=1)
+        losses.append(run(job, train, valid)["losses"])
     assert losses[0] == losses[1]
     job, train, valid = make_job(tmp_path / "other", emails, epochs=1, seed=7)
-    assert fit(job, train, valid, lambda line: None)["losses"] != losses[0]
+    assert run(job, train, valid)["losses"] != losses[0]
 
 
 def test_accumulation_and_micro_batches_change_nothing_but_rounding(tmp_path, emails):
@@ -261,7 +362,7 @@ def test_accumulation_and_micro_batches_change_nothing_but_rounding(tmp_path, em
     losses = {}
     for name, settings in runs.items():
         job, train, _ = make_job(tmp_path / name, emails, epochs=1, weight=(1.0, 3.0), **settings)
-        losses[name] = fit(job, train, None, lambda line: None)["losses"]
+        losses[name] = run(job, train)["losses"]
     np.testing.assert_allclose(losses["plain"][:20], losses["accumulated"][:20], rtol=1e-4)
     np.testing.assert_allclose(losses["plain"][:20], losses["small"][:20], rtol=1e-4)
 
@@ -270,7 +371,7 @@ def test_packed_and_padded_training_agree(tmp_path, emails):
     losses = []
     for packing in ("auto", "off"):
         job, train, _ = make_job(tmp_path / packing, emails, epochs=1, compute=replace(FLOAT32, packing=packing))
-        summary = fit(job, train, None, lambda line: None)
+        summary = run(job, train)
         assert summary["packed"] == (packing == "auto")
         losses.append(summary["losses"])
     np.testing.assert_allclose(losses[0][:20], losses[1][:20], rtol=1e-3)
@@ -280,21 +381,21 @@ def test_rows_without_a_text_are_left_out_and_counted(tmp_path, emails):
     job, train, valid = make_job(tmp_path, emails, epochs=1)
     for part in (train, valid):
         part.documents.errors[3] = "the text is null"
-    summary = fit(job, train, valid, lambda line: None)
+    summary = run(job, train, valid)
     assert summary["rows_in_error"] == 2
     assert sum(summary["valid"][name] for name in ("tp", "tn", "fp", "fn")) == 39
 
 
 def test_windows_whose_weights_are_all_zero_do_not_spoil_the_run(tmp_path, emails):
     job, train, _ = make_job(tmp_path, emails, epochs=1, weight=(0.0, 1.0), batch_size=1)
-    losses = fit(job, train, None, lambda line: None)["losses"]
+    losses = run(job, train)["losses"]
     assert 0.0 in losses
     assert max(losses) > 0
 
 
 def test_a_cap_on_training_windows_is_reported_and_not_kept(tmp_path, emails):
     job, train, valid = make_job(tmp_path, emails, epochs=1, train_max_windows=1)
-    summary = fit(job, train, valid, lambda line: None)
+    summary = run(job, train, valid)
     assert summary["windows"] == summary["documents"] == 60
     assert summary["documents_truncated"] > 30
     assert read_model_folder(job.output).windows.max_windows is None
@@ -303,5 +404,5 @@ def test_a_cap_on_training_windows_is_reported_and_not_kept(tmp_path, emails):
 def test_a_diverged_loss_stops_the_run_and_leaves_no_finished_folder(tmp_path, emails):
     job, train, valid = make_job(tmp_path, emails, epochs=1, learning_rate=1e30, max_grad_norm=0.0)
     with pytest.raises(JobError, match=r"the loss is nan at step .*: lower learning_rate"):
-        fit(job, train, valid, lambda line: None)
+        run(job, train, valid)
     assert not (tmp_path / "out" / "pipeline.json").exists()
