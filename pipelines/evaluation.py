@@ -29,6 +29,8 @@ METRICS = {
     "regression": ("mae", "rmse", "pearson", "r2"),
 }
 """What `evaluate` returns for each kind."""
+FEWEST_POSITIVES = 10
+"""Of a label's own threshold; with fewer, chance would set it."""
 LESS_IS_BETTER = frozenset({"loss", "eval_loss", "mae", "rmse", "fp", "fn"})
 
 
@@ -125,6 +127,24 @@ class Tuned:
     untuned: tuple[str, ...]
     missed: tuple[str, ...] = ()
     """Labels for which no threshold reaches the precision or recall that was asked for."""
+    pooled: tuple[str, ...] = ()
+    """Labels with too few positives for a threshold of their own: they have the one that is best for all labels."""
+
+    def remarks(self, objective: str) -> list[str]:
+        """What a person should know of it."""
+        lines = []
+        if self.untuned:
+            lines.append(
+                f"thresholds of {', '.join(self.untuned)} stay as they are: the data says the same of every row"
+            )
+        if self.pooled:
+            lines.append(
+                f"{', '.join(self.pooled)}: fewer than {FEWEST_POSITIVES} positives, so that the threshold is the one "
+                "that is best for all labels together"
+            )
+        if self.missed:
+            lines.append(f"no threshold reaches {objective} for {', '.join(self.missed)}: what comes nearest was taken")
+        return lines
 
 
 def tune_thresholds(
@@ -134,6 +154,7 @@ def tune_thresholds(
 
     f1 and fbeta take their maximum; precision=P the highest recall at a precision of at least P; recall=R the
     highest precision at a recall of at least R. Each threshold lies midway between the scores that it parts.
+    A label of several that has fewer than FEWEST_POSITIVES takes the threshold that is best for all labels together.
     Raises SettingsError for kinds without thresholds and for an unknown objective.
     """
     goal = parse_objective(objective)
@@ -147,16 +168,20 @@ def tune_thresholds(
     thresholds: list[float] = []
     untuned: list[str] = []
     missed: list[str] = []
+    pooled: list[str] = []
     for column, label in enumerate(labels):
         positive_D = targets[:, column] == 1
-        if positive_D.all() or not positive_D.any():
+        if len(labels) > 1 and positive_D.sum() < FEWEST_POSITIVES and (targets == 1).any():
+            thresholds.append(_best_threshold((targets == 1).ravel(), scores_DL.ravel(), goal)[0])
+            pooled.append(label)
+        elif positive_D.all() or not positive_D.any():
             thresholds.append(current.get(label, DEFAULT_THRESHOLD))
             untuned.append(label)
         else:
             threshold, is_reached = _best_threshold(positive_D, scores_DL[:, column], goal)
             thresholds.append(threshold)
             missed += [] if is_reached else [label]
-    return Tuned(tuple(thresholds), tuple(untuned), tuple(missed))
+    return Tuned(tuple(thresholds), tuple(untuned), tuple(missed), tuple(pooled))
 
 
 def _best_threshold(

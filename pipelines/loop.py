@@ -13,13 +13,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -27,12 +27,15 @@ from pipelines.checkpoints import STATE_FILE
 from pipelines.errors import JobError, ModelFolderError, SettingsError
 from pipelines.losses import Loss
 from pipelines.model import WindowModel
+from pipelines.scoring import DocumentScores
 from pipelines.settings import TrainSettings
 from pipelines.steps import Step, Stepper, WindowParts, plan_steps, rank, steps_of_epoch, world_size
 
 TENSORS_FILE = "training_state.pt"
 """Of a checkpoint: optimizer, schedule and the best weights so far."""
 PROGRESS_SECONDS = 5.0
+NAMES_SHOWN = 8
+"""Documents of a step that went wrong."""
 HARMLESS = frozenset(
     {
         "train_batch_tokens",
@@ -54,7 +57,7 @@ class Evaluation:
     """What valid says of the weights as they are."""
 
     metrics: Mapping[str, Any]
-    scores_DL: NDArray[np.float32] | None = None
+    scores: DocumentScores | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ class TrainLoop:
         be the same for a run to go on from a checkpoint.
         """
         self.state = TrainState()
-        self.best_scores_DL: NDArray[np.float32] | None = None
+        self.best_scores: DocumentScores | None = None
         """Scores of the best evaluation, where it happened in this process."""
         self._model, self._data, self._settings, self._watch = model, data, settings, watch
         self._evaluate, self._on_best, self._on_checkpoint = evaluate, on_best, on_checkpoint
@@ -137,11 +140,9 @@ class TrainLoop:
         lengths = [steps_of_epoch(data.num_windows_P, settings, epoch) for epoch in range(settings.epochs)]
         self._ends = np.cumsum([0, *lengths]).tolist()
         self._stepper = Stepper(model, data.first().cut, settings, loss, self._ends[-1])
-        self._plan = plan or (
-            lambda epoch, skip: plan_steps(
-                data, settings, loss, epoch=epoch, rank=rank(), world_size=world_size(), skip=skip
-            )
-        )
+        draw = partial(plan_steps, data, settings, loss)
+        self._plan = plan or (lambda epoch, skip: draw(epoch=epoch, rank=rank(), world_size=world_size(), skip=skip))
+        self._whole_plan = plan or (lambda epoch, skip: draw(epoch=epoch, rank=0, world_size=1, skip=skip))
         self._pending: list[Tensor] = []
         self._best_weights: dict[str, Tensor] | None = None
         self._scalars = _Scalars(settings.tensorboard_dir if rank() == 0 else None)
@@ -246,7 +247,7 @@ class TrainLoop:
         numbers = {key: number for key, number in metrics.items() if isinstance(number, (int, float))}
         self._scalars.add({f"valid/{key}": number for key, number in numbers.items()}, state.step)
         if improves:
-            state.best, state.flat, self.best_scores_DL = len(state.evaluations) - 1, 0, evaluation.scores_DL
+            state.best, state.flat, self.best_scores = len(state.evaluations) - 1, 0, evaluation.scores
             weights = self._model.module.state_dict()
             self._best_weights = {key: tensor.detach().clone() for key, tensor in weights.items()}
             if self._on_best is not None:
@@ -270,10 +271,19 @@ class TrainLoop:
         self.state.losses += together.tolist()
         bad = np.flatnonzero(~np.isfinite(self.state.losses[first:]))
         if len(bad):
+            number = first + int(bad[0])
             raise JobError(
-                f"the loss is {self.state.losses[first + bad[0]]} at step {first + bad[0] + 1}: lower learning_rate, "
-                f"or train in float32 (train_dtype=float32; fp16=False in the facades)"
+                f"the loss is {self.state.losses[number]} at step {number + 1}: lower learning_rate, or train in "
+                f"float32 (train_dtype=float32; fp16=False in the facades); the step saw {self._documents(number)}"
             )
+
+    def _documents(self, number: int) -> str:
+        """Documents of the step of that number over all ranks, a few of them by name."""
+        epoch = int(np.searchsorted(self._ends, number, side="right")) - 1
+        step = next(self._whole_plan(epoch, number - self._ends[epoch]))
+        names = self._data.names(step.data, step.index_W)
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        return ", ".join(names[:NAMES_SHOWN]) + more
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on: the windows, their targets, the settings."""

@@ -38,6 +38,7 @@ PROBLEM_TYPES = {
     "multilabel": "multi_label_classification",
     "regression": "regression",
 }
+SHORTEST_STEP = 16
 PADDED_MULTIPLE = 8
 """Padded rows are a multiple of this long: fewer shapes, aligned memory."""
 ROUNDING, SLACK = 1e-6, 1e-3
@@ -141,10 +142,14 @@ class WindowModel:
 
     def run_packed(self, packed: PackedRows, rows: InputRows) -> Tensor:
         """Without padding: logits (W, L) of one row of all windows."""
+        num_windows = len(rows.length_W)
+        if self.device.type == "cpu":
+            rows = _rounded_up(rows, self.template.pad_id)
         types_T = None
         if self._takes_type_ids:  # a model's own default is made for rows no longer than its positions
             types_T = self._to_device(rows.type_ids if self._uses_type_ids else np.zeros_like(rows.type_ids))
-        return packed(self._to_device(rows.ids), types_T, Packing.of(rows.length_W.tolist(), self.device))
+        logits_WL = packed(self._to_device(rows.ids), types_T, Packing.of(rows.length_W.tolist(), self.device))
+        return logits_WL[:num_windows]
 
     def run_padded(self, rows: InputRows) -> Tensor:
         """The usual way: logits (W, L) of one padded batch with a mask."""
@@ -194,6 +199,24 @@ class WindowModel:
 
     def _to_device(self, values: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
+
+
+def _rounded_up(rows: InputRows, pad_id: int) -> InputRows:
+    """The windows, and behind them some of padding, so that the row has one of few lengths.
+
+    oneDNN compiles, and keeps, a kernel for each length that it meets. Lengths are multiples of SHORTEST_STEP, and of
+    a 32nd of the next lower power of two where that is more.
+    """
+    total, longest = len(rows.ids), int(rows.length_W.max())
+    step = max(SHORTEST_STEP, 2 ** (total.bit_length() - 6))
+    missing = -total % step
+    if not missing:
+        return rows
+    lengths = np.full(-(-missing // longest), longest, np.int64)
+    lengths[-1] -= lengths.sum() - missing
+    ids = np.concatenate([rows.ids, np.full(missing, pad_id, np.int64)])
+    types = np.concatenate([rows.type_ids, np.zeros(missing, np.int64)])
+    return InputRows(ids, types, np.concatenate([rows.offsets, total + np.cumsum(lengths)]))
 
 
 def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_labels: int) -> WindowModel:

@@ -144,8 +144,8 @@ def tune_folder(
     metrics = evaluate(scored.targets, scored.scores_DL, decide(scored.scores_DL, decision), decision)
     histograms = histograms_of(scored.scores_DL, decision)
     write_pipeline_file(replace(folder, decision=decision, metrics=metrics, histograms=histograms))
-    if tuned.missed:
-        report(f"no threshold reaches {objective} for {', '.join(tuned.missed)}: what comes nearest was taken")
+    for line in tuned.remarks(objective):
+        report(line)
     return {
         "rows_in_error": scored.rows_in_error,
         "objective": objective,
@@ -153,5 +153,6 @@ def tune_folder(
         "thresholds_before": folder.decision.thresholds,
         "untuned": list(tuned.untuned),
         "missed": list(tuned.missed),
+        "pooled": list(tuned.pooled),
         **metrics,
     }

@@ -8,7 +8,7 @@ Shapes: D documents, W windows of all documents, L labels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -156,13 +156,10 @@ class Scorer:
         for row in cut.windows.document_W[np.flatnonzero(~finite_W)]:
             errors[row] = errors[row] or "the model's output is not finite"
         logits_WL = np.where(finite_W[:, None], logits_WL, np.float32(0))
-        window_scores_WL = activate(logits_WL, self.decision.kind, self.temperature)
-        scores_DL = merge_windows(window_scores_WL, offsets, "max" if self.decision.merge == "max" else "mean")
         single = self.decision.kind in ("binary", "multiclass")
         votes_DL = count_votes(logits_WL, offsets) if single else None
-        return DocumentScores(
-            scores_DL, votes_DL, cut.windows, logits_WL, window_scores_WL, documents.num_tokens_D, errors
-        )
+        scored = _scores_of(logits_WL, offsets, self.decision, self.temperature)
+        return DocumentScores(scored[0], votes_DL, cut.windows, logits_WL, scored[1], documents.num_tokens_D, errors)
 
     def decide(self, scores: DocumentScores, decision: DecisionSettings | None = None) -> Decisions:
         """Labels for scores, under this scorer's thresholds or another decision's."""
@@ -179,6 +176,20 @@ class Scorer:
     def predict(self, texts: Sequence[str | None]) -> pa.Table:
         """Score a list of texts: one row of output columns per text; None gives a row with an error."""
         return self.score_table(pa.table({"text": pa.array(texts, pa.string())}))
+
+
+def rescored(scores: DocumentScores, decision: DecisionSettings, temperature: float) -> DocumentScores:
+    """The same logits under another temperature."""
+    merged, of_windows = _scores_of(scores.window_logits_WL, scores.windows.offsets, decision, temperature)
+    return replace(scores, scores_DL=merged, window_scores_WL=of_windows)
+
+
+def _scores_of(
+    logits_WL: NDArray[np.float32], offsets: NDArray[np.int64], decision: DecisionSettings, temperature: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Merged scores of documents, and those of their windows."""
+    window_scores_WL = activate(logits_WL, decision.kind, temperature)
+    return merge_windows(window_scores_WL, offsets, "max" if decision.merge == "max" else "mean"), window_scores_WL
 
 
 def plan_of(

@@ -232,12 +232,18 @@ class TrainSettings:
     """Arithmetic of the training forward and backward pass; weights are always kept in float32."""
     train_batch_tokens: int = 16384
     """Tokens in one forward and backward pass of one worker: a memory limit; changes only rounding and dropout."""
+    activation_checkpointing: bool = False
+    """Keep only each layer's input and compute the rest again for the gradients: less memory, a third more time."""
     seed: int = 42
     """Seed of the new head, the order of the windows and dropout."""
     metric: str | None = None
     """Metric of valid that chooses the best weights. Default: mcc, f1_macro (multilabel) or rmse (regression)."""
     metric_minimize: bool | None = None
     """Whether less is better. Default: for loss, eval_loss, mae and rmse, and no other."""
+    objective: str = "f1"
+    """What the thresholds tuned on valid are best for: f1, fbeta=B, precision=P or recall=R, as in `pipelines tune`."""
+    calibrate: bool = False
+    """Fit a temperature on valid, by which window logits are divided, so that scores say how often they are right."""
     evaluate_each_epoch: bool = True
     """Evaluate valid at the end of each epoch."""
     evaluate_steps: int | None = None

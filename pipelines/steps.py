@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.batching import token_batches
+from pipelines.errors import SettingsError
 from pipelines.losses import Loss
 from pipelines.model import WindowModel, resolve_dtype
 from pipelines.optimization import make_optimizer, make_schedule
@@ -41,6 +42,8 @@ class LabelledWindows:
 
     cut: CutDocuments
     targets: NDArray[np.generic]
+    row_D: NDArray[np.int64] | None = None
+    """Which documents of the corpus these are; None for all of them."""
 
     @cached_property
     def length_W(self) -> NDArray[np.int64]:
@@ -61,10 +64,17 @@ class WindowParts:
     """Changes with any window or target."""
     load: Callable[[tuple[int, ...]], LabelledWindows]
     """The windows of the parts given, numbered through; called from another thread."""
+    name: Callable[[int], str] = "document {}".format
+    """What people call a document of the corpus."""
 
     def first(self) -> LabelledWindows:
         """The first part that has a window."""
         return self.load((int(np.flatnonzero(self.num_windows_P)[0]),))
+
+    def names(self, data: LabelledWindows, index_W: NDArray[np.integer]) -> list[str]:
+        """What people call the documents of windows, each once."""
+        document = np.unique(data.cut.windows.document_W[index_W])
+        return [self.name(int(row)) for row in (document if data.row_D is None else data.row_D[document])]
 
 
 @dataclass(frozen=True)
@@ -162,6 +172,8 @@ class Stepper:
     ) -> None:
         """Model weights must be float32; example has a window, num_steps is the length of the schedule."""
         self._model, self._settings, self._loss = model, settings, loss
+        if settings.activation_checkpointing:
+            _checkpoint_activations(model.module)
         self._frozen = _freeze_unreached(model, example)
         self._forward = _distributed(model)
         self._dtype = resolve_dtype(settings.train_dtype, model.device)
@@ -189,6 +201,8 @@ class Stepper:
         """Let those parameters learn again that this run froze; the caller's own frozen ones stay so."""
         for parameter in self._frozen:
             parameter.requires_grad_(True)
+        if self._settings.activation_checkpointing:
+            _switch_checkpointing(self._model.module, "disable")()
 
     def state(self) -> dict[str, Any]:
         """What the next steps depend on beside the weights."""
@@ -283,6 +297,21 @@ def _freeze_unreached(model: WindowModel, cut: CutDocuments) -> list[nn.Paramete
         parameter.requires_grad_(False)
     model.module.zero_grad(set_to_none=True)
     return unreached
+
+
+def _checkpoint_activations(module: Any) -> None:
+    """Raise SettingsError where the architecture cannot."""
+    try:
+        _switch_checkpointing(module, "enable")({"use_reentrant": False})
+    except ValueError as error:  # transformers' word for it
+        raise SettingsError(f"activation_checkpointing=true: {module.config.model_type} cannot do it") from error
+
+
+def _switch_checkpointing(module: Any, verb: str) -> Callable[..., None]:
+    """The method of transformers, which has renamed it."""
+    new, old = f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"
+    switch: Callable[..., None] = getattr(module, new if hasattr(module, new) else old)
+    return switch
 
 
 def _distributed(model: WindowModel) -> nn.Module:

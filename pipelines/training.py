@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from pipelines.calibration import fit_temperature
 from pipelines.checkpoints import Checkpoints, fetch_newest, publish, remove_all
 from pipelines.corpus import Corpus, Part
 from pipelines.errors import SettingsError
@@ -34,7 +35,7 @@ from pipelines.model import WindowModel, new_classifier, resolve_dtype
 from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
 from pipelines.pretrained import save_tokenizer, uses_type_ids
 from pipelines.report import ReportData, render
-from pipelines.scoring import DocumentScores, Scorer, concat_scores, plan_of
+from pipelines.scoring import DocumentScores, Scorer, concat_scores, plan_of, rescored
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
 from pipelines.steps import LabelledWindows, WindowParts, rank, world_size
 from pipelines.summary import histograms_of
@@ -100,23 +101,27 @@ def _fit(job: TrainJob, train: Corpus, valid: Corpus | None, report: Report, scr
     finally:
         checkpoints.close()
     decision, metrics, histograms = job.decision, state.best_metrics, {}
-    scores_DL, steps_here = None, state.step - first_step
+    scores, temperature, steps_here = None, 1.0, state.step - first_step
     if valid is not None:
-        scores_DL = evaluation().scores_DL if loop.best_scores_DL is None else loop.best_scores_DL
-        assert scores_DL is not None
-        histograms = histograms_of(scores_DL, decision)
+        scores = loop.best_scores or evaluation().scores
+        assert scores is not None
+        say = report if rank() == 0 else lambda line: None
+        if job.train.calibrate:
+            temperature = fit_temperature(scores.window_logits_WL, scores.windows.offsets, valid.targets, decision)
+            say(f"temperature {temperature:.3f}")
+            scores = rescored(scores, decision, temperature)
+        histograms = histograms_of(scores.scores_DL, decision)
         if _has_tunable_thresholds(decision):
-            decision, tuned = _tune(decision, valid.targets, scores_DL, report if rank() == 0 else lambda line: None)
-            metrics = {**metrics, **tuned}
+            decision = _tune(decision, valid.targets, scores.scores_DL, job.train.objective, say)
+        decided = decide(scores.scores_DL, decision, scores.votes_DL)
+        metrics = {**metrics, **evaluate(valid.targets, scores.scores_DL, decided, decision)}
     if rank() == 0:
         model.save(folder)
         windows = replace(job.windows, max_length=plan.max_length)
-        if valid is not None and scores_DL is not None:
-            page = _page(
-                job, decision, valid, scores_DL, metrics, state, train, steps_here, time.perf_counter() - started
-            )
+        if valid is not None and scores is not None:
+            page = _page(job, decision, valid, scores, metrics, state, train, steps_here, time.perf_counter() - started)
             (folder / REPORT_FILE).write_text(page)
-        seal(ModelFolder(folder, windows, decision, metrics=metrics, histograms=histograms))
+        seal(ModelFolder(folder, windows, decision, temperature, metrics=metrics, histograms=histograms))
         publish(folder, job.output, last=PIPELINE_FILE)
         remove_all(job.output)
     _barrier()
@@ -133,6 +138,7 @@ def _fit(job: TrainJob, train: Corpus, valid: Corpus | None, report: Report, scr
         "best": state.best,
         "stopped_early": state.stopped,
         "thresholds": decision.thresholds,
+        "temperature": temperature,
         "valid": metrics,
         "workers": world_size(),
         "packed": model.is_packed,
@@ -153,14 +159,14 @@ def _page(
     job: TrainJob,
     decision: DecisionSettings,
     valid: Corpus,
-    scores_DL: NDArray[np.float32],
+    scores: DocumentScores,
     metrics: dict[str, Any],
     state: TrainState,
     train: Corpus,
     steps_here: int,
     seconds: float,
 ) -> str:
-    """The report on valid and on the run; merged scores decide, without the windows' votes."""
+    """The report on valid and on the run."""
     tokens = int(train.num_tokens_D.sum())
     facts: dict[str, dict[str, Any]] = {
         "Data": {
@@ -179,8 +185,8 @@ def _page(
         "Settings": {"model": shown(job.model), **asdict(decision), **asdict(job.windows), **asdict(job.train)},
     }
     data = ReportData(
-        f"{Path(job.output).name} on its validation data", decision, valid.targets, scores_DL,
-        decide(scores_DL, replace(decision, merge="mean") if decision.merge == "vote" else decision),
+        f"{Path(job.output).name} on its validation data", decision, valid.targets, scores.scores_DL,
+        decide(scores.scores_DL, decision, scores.votes_DL),
         metrics, valid.num_tokens_D, valid.name,
         losses=state.losses, evaluations=state.evaluations, facts=facts,
     )  # fmt: skip
@@ -218,7 +224,8 @@ def window_parts(scorer: Scorer, train: Corpus, settings: TrainSettings) -> Wind
         parts = [train.part(number) for number in numbers]
         documents = concat_documents([part.documents for part in parts])
         cut = cut_documents(documents.tokens, plan, template, documents.pair_tokens)
-        return LabelledWindows(cut, np.concatenate([part.targets for part in parts]))
+        rows = [np.arange(*train.offsets[number : number + 2]) for number in numbers]
+        return LabelledWindows(cut, np.concatenate([part.targets for part in parts]), np.concatenate(rows))
 
     return WindowParts(
         np.array([len(cut.windows.document_W) for cut in counted]),
@@ -226,6 +233,7 @@ def window_parts(scorer: Scorer, train: Corpus, settings: TrainSettings) -> Wind
         sum(int(cut.windows.truncated_D.sum()) for cut in counted),
         digest,
         load,
+        train.name,
     )
 
 
@@ -274,7 +282,7 @@ def measure(
     decisions = decide(scores.scores_DL, scorer.decision, scores.votes_DL)
     metrics = evaluate(valid.targets, scores.scores_DL, decisions, scorer.decision)
     own = {} if more is None else more(valid.targets, decisions, scores)
-    return Evaluation({"loss": mean_loss(scores, valid.targets, loss), **metrics, **own}, scores.scores_DL)
+    return Evaluation({"loss": mean_loss(scores, valid.targets, loss), **metrics, **own}, scores)
 
 
 def mean_loss(scores: DocumentScores, targets: NDArray[np.generic], loss: Loss) -> float:
@@ -290,15 +298,19 @@ def _has_tunable_thresholds(decision: DecisionSettings) -> bool:
 
 
 def _tune(
-    decision: DecisionSettings, targets: NDArray[np.generic], scores_DL: NDArray[np.float32], report: Report
-) -> tuple[DecisionSettings, dict[str, Any]]:
-    """Thresholds for the best epoch's scores, and the metrics of valid under them."""
-    tuned = tune_thresholds(targets, scores_DL, decision)
-    if tuned.untuned:
-        report(f"thresholds of {', '.join(tuned.untuned)} stay as they are: valid says the same of every row")
+    decision: DecisionSettings,
+    targets: NDArray[np.generic],
+    scores_DL: NDArray[np.float32],
+    objective: str,
+    report: Report,
+) -> DecisionSettings:
+    """The decision with thresholds for the best evaluation's scores."""
+    tuned = tune_thresholds(targets, scores_DL, decision, objective)
+    for line in tuned.remarks(objective):
+        report(line)
     if len(tuned.untuned) < len(tuned.thresholds):
         decision = resolve_thresholds(tuned.thresholds, decision)
-    return decision, evaluate(targets, scores_DL, decide(scores_DL, decision), decision)
+    return decision
 
 
 def _rank_device(device: str) -> str:

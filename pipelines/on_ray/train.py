@@ -28,6 +28,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipelines.checkpoints import open_training, remove_folder, steps_of
 from pipelines.corpus import Corpus, Part
 from pipelines.errors import DataError, JobError, PipelinesError, SettingsError
+from pipelines.evaluation import parse_objective
 from pipelines.fields import parse
 from pipelines.labels import encode_labels, find_labels
 from pipelines.locations import absolute, shown
@@ -180,6 +181,7 @@ def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, set
     """A loss and weights that do not fit, and training data with one class only."""
     resolve_loss(settings, decision, targets)
     watch_of(settings, decision)
+    parse_objective(settings.objective)
     if decision.kind in ("binary", "multiclass") and len(np.unique(targets)) < 2:
         only = decision.labels[int(targets[0])]
         raise DataError(f"every training row has the label {only!r}: a classifier needs at least two")
@@ -187,8 +189,8 @@ def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, set
 
 def _check_without_effect(settings: TrainSettings, *, has_valid: bool) -> None:
     """Refuse settings that this command would take and pass over in silence."""
-    for name in ("metric", "evaluate_steps", "early_stopping_patience"):
-        if getattr(settings, name) is not None and not has_valid:
+    for name in ("metric", "evaluate_steps", "early_stopping_patience", "calibrate", "objective"):
+        if getattr(settings, name) != getattr(TrainSettings, name) and not has_valid:
             raise SettingsError(f"{name}={getattr(settings, name)!r} needs validation data: add --valid")
 
 

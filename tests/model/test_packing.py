@@ -5,7 +5,7 @@ import torch
 from pipelines.model import WindowModel, resolve_dtype
 from pipelines.packing import Packing, attention
 from pipelines.settings import ComputeSettings
-from pipelines.tokenization import Template, Tokens, cut_documents, offsets_of
+from pipelines.tokenization import InputRows, Template, Tokens, cut_documents, offsets_of
 from pipelines.windows import WindowPlan
 from tests import tiny
 
@@ -80,3 +80,19 @@ def test_bfloat16_is_close_and_chosen_by_the_processor():
     capabilities = torch.cpu.get_capabilities()
     fast = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     assert resolve_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
+
+
+def test_packed_rows_have_few_lengths_and_padding_behind_them_changes_nothing():
+    from pipelines.model import _rounded_up
+
+    lengths = set()
+    for total in range(1, 5000):
+        rows = _rounded_up(InputRows(np.ones(total, np.int64), np.zeros(total, np.int64), np.array([0, total])), 0)
+        assert (rows.ids[:total] == 1).all()
+        assert rows.offsets[:2].tolist() == [0, total]
+        assert rows.offsets[-1] == len(rows.ids) == len(rows.type_ids)
+        assert rows.length_W.min() > 0
+        assert rows.length_W.max() == total, "no window is longer than what the model was asked for"
+        assert len(rows.ids) - total < max(16, total / 16)
+        lengths.add(len(rows.ids))
+    assert len(lengths) < 150

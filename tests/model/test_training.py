@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.calibration import fit_temperature, log_loss
 from pipelines.corpus import Corpus, LabelledDocuments, Part
 from pipelines.errors import DataError, JobError, SettingsError
 from pipelines.labels import encode_labels
@@ -375,6 +376,51 @@ def test_packed_and_padded_training_agree(tmp_path, emails):
         assert summary["packed"] == (packing == "auto")
         losses.append(summary["losses"])
     np.testing.assert_allclose(losses[0][:20], losses[1][:20], rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2"])
+def test_activation_checkpointing_changes_nothing_but_rounding(tmp_path, emails, family):
+    losses = []
+    for on in (False, True):
+        job, train, _ = make_job(tmp_path / str(on), emails, epochs=1, family=family, activation_checkpointing=on)
+        losses.append(run(job, train)["losses"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+
+
+def test_a_temperature_makes_scores_say_how_often_they_are_right(tmp_path, emails):
+    job, train, valid = make_job(tmp_path, emails, epochs=6, calibrate=True)
+    lines = []
+    summary = run(job, train, valid, lines.append)
+    folder = read_model_folder(job.output)
+    assert folder.temperature == summary["temperature"]
+    assert any(line.startswith("temperature ") for line in lines)
+    scored = Scorer.load(folder, compute=FLOAT32).score_documents(valid.documents)
+    losses = [
+        log_loss(scored.window_logits_WL, scored.windows.offsets, valid.targets, BINARY, temperature)
+        for temperature in (folder.temperature, folder.temperature * 0.9, folder.temperature * 1.1, 1.0)
+    ]
+    assert losses[0] == min(losses)
+    true_scores = scored.scores_DL[np.arange(len(valid.targets)), valid.targets]
+    assert -np.log(np.maximum(true_scores, 1e-7)).mean() == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_the_temperature_that_scores_were_made_with_is_found():
+    rng = np.random.default_rng(0)
+    logits_WL = rng.normal(0, 2, (20_000, 3)).astype(np.float32)
+    chances = np.exp(logits_WL / 1.7)
+    chances /= chances.sum(axis=1, keepdims=True)
+    targets = (chances.cumsum(axis=1) < rng.random((20_000, 1))).sum(axis=1)
+    assert fit_temperature(logits_WL, np.arange(20_001), targets, MULTICLASS) == pytest.approx(1.7, rel=0.05)
+    both = (1 / (1 + np.exp(-logits_WL / 0.6)) > rng.random(logits_WL.shape)).astype(np.float32)
+    assert fit_temperature(logits_WL, np.arange(20_001), both, MULTILABEL) == pytest.approx(0.6, rel=0.05)
+    with pytest.raises(SettingsError, match="kind regression has none"):
+        fit_temperature(logits_WL[:, :1], np.arange(20_001), chances[:, 0], KINDS["regression"])
+
+
+def test_a_loss_that_is_no_number_names_its_documents(tmp_path, emails):
+    job, train, _ = make_job(tmp_path, emails, epochs=1, learning_rate=1e30)
+    with pytest.raises(JobError, match=r"the loss is (nan|inf) at step \d+: .*; the step saw (document \d+(, )?)+"):
+        run(job, train)
 
 
 def test_rows_without_a_text_are_left_out_and_counted(tmp_path, emails):

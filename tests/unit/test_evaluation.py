@@ -93,3 +93,20 @@ def test_an_objective_out_of_reach_is_told():
 def test_unknown_objectives_are_refused(objective):
     with pytest.raises(SettingsError, match="is none of: f1, fbeta=B"):
         tune_thresholds(np.array([0, 1]), np.ones((2, 2), np.float32), BINARY, objective)
+
+
+def test_a_label_with_few_positives_takes_the_threshold_of_all_labels_together():
+    rng = np.random.default_rng(0)
+    decision = DecisionSettings(kind="multilabel", labels=("often", "rare", "never"))
+    scores = rng.random((200, 3), dtype=np.float32)
+    targets = np.zeros((200, 3), int)
+    targets[:, 0] = scores[:, 0] > 0.3
+    targets[:4, 1], scores[:4, 1] = 1, 0.2
+    tuned = tune_thresholds(targets, scores, decision)
+    assert tuned.pooled == ("rare", "never")
+    assert tuned.untuned == ()
+    pooled = DecisionSettings(kind="binary", labels=("no", "yes"))
+    together = np.stack([1 - scores.ravel(), scores.ravel()], axis=1)
+    expected = tune_thresholds(targets.ravel(), together, pooled).thresholds[0]
+    assert tuned.thresholds == (pytest.approx(0.3, abs=0.02), expected, expected)
+    assert "rare, never: fewer than 10 positives" in tuned.remarks("f1")[0]
