@@ -124,10 +124,14 @@ def _estimate(options: argparse.Namespace, job: Any) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from pipelines.on_ray.serve.proxy import prepare_proxy
+
+    values = _values(options)
+    prepare_proxy(str(values.get("proxy")))
     from pipelines.on_ray.serve.app import ServeJob
     from pipelines.on_ray.serve.run import run_server
 
-    run_server(ServeJob.parse(_values(options)), address=options.address, report=report)
+    run_server(ServeJob.parse(values), address=options.address, report=report)
     return DONE
 
 

@@ -20,7 +20,7 @@ from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.pretrained import load_tokenizer
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
 from pipelines.tables import result_columns
-from pipelines.tokenization import CutDocuments, Documents, Tokenizer, cut_documents
+from pipelines.tokenization import CutDocuments, Documents, Tokenizer, Tokens, cut_documents
 from pipelines.windows import (
     WindowPlan,
     Windows,
@@ -30,6 +30,8 @@ from pipelines.windows import (
     merge_windows,
     resolve_plan,
 )
+
+WARM_UP_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,12 @@ class Scorer:
         )
         plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type)
         return cls(model, tokenizer, plan, decision, temperature=folder.temperature)
+
+    def warm_up(self) -> None:
+        """Run one text of each length that a short request may have, so that none of them waits for a kernel."""
+        for num_tokens in range(0, self.plan.budget + 1, WARM_UP_STEP):
+            tokens = Tokens(np.full(num_tokens, self.tokenizer.template.pad_id, np.int32), np.array([0, num_tokens]))
+            self.score_documents(Documents(tokens, None, [None]))
 
     def score_documents(self, documents: Documents) -> DocumentScores:
         """Score tokenized documents. A document whose logits are not finite gets an error."""

@@ -367,8 +367,18 @@ class ServeSettings:
     """SHA-256 of each key that may ask (printf %s KEY | sha256sum). Without any, everybody who reaches the port may."""
     allow_without_key: bool = False
     """Listen beyond this machine though there are no api_keys."""
-    num_replicas: int = 1
-    """Replicas of the model."""
+    num_replicas: int | str = 1
+    """Replicas of the model: N, or MIN:MAX, between which their number follows the load; MIN may be 0."""
+    target_queued_tokens: int = 100_000
+    """With MIN:MAX: a replica for every so many tokens that wait, and more where the model runs 80 % of the time."""
+    upscale_delay_s: float = 5.0
+    """With MIN:MAX: for how long more replicas must be needed before they are started."""
+    downscale_delay_s: float = 120.0
+    """With MIN:MAX: for how long fewer must do before some are stopped."""
+    proxy: Literal["python", "haproxy"] = "python"
+    """Before the replicas: Ray Serve's own, or HAProxy, whose ports and the replicas' bind every interface."""
+    thresholds: float | tuple[float, ...] | dict[str, float] | None = None
+    """Instead of the model folder's. In a configuration file of Serve as user_config, which changes without a restart."""
     gpus_per_replica: float | None = None
     """GPUs that one replica takes. Default: 1 with device=cuda, or where the cluster has any now, else 0."""
     max_body_bytes: int = 4 * 2**20
@@ -387,9 +397,15 @@ class ServeSettings:
         for key in self.api_keys:
             if not re.fullmatch(r"(sha256:)?[0-9a-f]{64}", key):
                 raise SettingsError("api_keys takes SHA-256 in hex, one a key: what printf %s KEY | sha256sum prints")
-        for name in ("num_replicas", "max_body_bytes", "max_documents", "max_document_tokens"):
+        if parse_range("num_replicas", self.num_replicas)[1] < 1:
+            raise SettingsError(
+                f"num_replicas={self.num_replicas} serves nothing; use 1, or 0:1 to start at the first request"
+            )
+        for name in ("max_body_bytes", "max_documents", "max_document_tokens", "max_queued_tokens",
+                     "target_queued_tokens"):  # fmt: skip
             check_range(self, name, getattr(self, name), low=1)
-        check_range(self, "max_queued_tokens", self.max_queued_tokens, low=1)
+        for name in ("upscale_delay_s", "downscale_delay_s"):
+            check_range(self, name, getattr(self, name), low=0)
 
 
 def parse_range(name: str, value: int | str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -203,6 +204,53 @@ def test_health_readiness_info_and_docs(server, spam_folder):
     assert info["packed"] is True
     assert info["limits"]["max_documents"] == 40
     assert "/v1/predict" in server.get("/openapi.json").json()["paths"]
+
+
+def test_answers_carry_an_id_and_say_how_long_things_took(server):
+    answer = server.post("/v1/predict", json={"inputs": ["word " * 2000]}, headers={"x-request-id": "mine-7"})
+    assert answer.headers["x-request-id"] == "mine-7"
+    took = {name: float(answer.headers[f"x-{name}-time"]) for name in ("total", "tokenization", "queue", "inference")}
+    assert took["total"] >= took["tokenization"] + took["queue"] + took["inference"] > 0
+    assert took["inference"] > 0
+    assert server.get("/readyz").headers["x-request-id"] != server.get("/readyz").headers["x-request-id"]
+    refused = server.get("/nowhere")
+    assert refused.status_code == 404
+    assert refused.json()["error_type"] == "route"
+
+
+def test_a_request_may_have_a_deadline(server):
+    body = {"inputs": ["word " * 4900] * 8}
+    answer = server.post("/v1/predict", json=body, headers={"x-request-timeout-seconds": "0.01"})
+    assert answer.status_code == 408
+    assert predict(server, inputs=["hello"]).status_code == 200
+
+
+def test_metrics_count_requests_tokens_and_decisions_and_hold_no_text(server):
+    secret = "a-name-that-nobody-else-has"
+    predict(server, inputs=[secret], thresholds=0.0)
+    predict(server, inputs="wrong")
+
+    def numbers():
+        found = {}
+        for line in server.get("/metrics").text.splitlines():
+            if not line.startswith("#"):
+                series, _, value = line.rpartition(" ")
+                labels = dict(re.findall(r'(route|status|label)="([^"]*)"', series))
+                found[(series.partition("{")[0], *sorted(labels.items()))] = float(value)
+        return found
+
+    deadline = time.monotonic() + 60
+    route = ("route", "/v1/predict")
+    while ("ray_pipelines_requests_total", route, ("status", "422")) not in numbers():
+        assert time.monotonic() < deadline, numbers().keys()
+        time.sleep(1)
+    found = numbers()
+    assert found["ray_pipelines_requests_total", route, ("status", "200")] >= 1
+    assert found["ray_pipelines_decided_total", ("label", "spam")] >= 1
+    assert found[("ray_pipelines_documents_total",)] >= found["ray_pipelines_score_count", ("label", "spam")] >= 1
+    assert found[("ray_pipelines_tokens_total",)] > 1
+    assert found[("ray_pipelines_batch_fill_count",)] == found[("ray_pipelines_inference_seconds_count",)]
+    assert secret not in server.get("/metrics").text
 
 
 def test_it_listens_on_loopback_only(server):

@@ -7,6 +7,7 @@ be no strings.
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +19,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray import serve
 from ray.serve import Application
+from ray.serve.schema import LoggingConfig
+from starlette.exceptions import HTTPException
 
 from pipelines import __version__
 from pipelines.errors import DataError, SettingsError
@@ -28,7 +31,9 @@ from pipelines.model_folder import read_model_folder
 from pipelines.on_ray.cluster import uses_gpus
 from pipelines.on_ray.serve.answers import as_table, predictions_of
 from pipelines.on_ray.serve.auth import is_admitted
+from pipelines.on_ray.serve.autoscaling import BUSY, QUEUED, autoscaling_of
 from pipelines.on_ray.serve.batcher import Batcher, QueueFullError
+from pipelines.on_ray.serve.metrics import Metrics, begin_timings, collect, current_timings
 from pipelines.on_ray.serve.protocols import (
     ClassifyRequest,
     InferenceRequest,
@@ -49,7 +54,7 @@ from pipelines.on_ray.serve.schema import (
     without_none,
 )
 from pipelines.scoring import DocumentScores, Scorer
-from pipelines.settings import ComputeSettings, DecisionSettings, ServePaths, ServeSettings
+from pipelines.settings import ComputeSettings, DecisionSettings, ServePaths, ServeSettings, parse_range
 from pipelines.tokenization import Documents
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -93,6 +98,13 @@ async def answer_request_error(_: Request, error: RequestError) -> JSONResponse:
     return JSONResponse(content, status_code=error.status, headers=headers)
 
 
+@api.exception_handler(HTTPException)
+async def answer_http_exception(_: Request, error: HTTPException) -> JSONResponse:
+    """No such route, or not by this method."""
+    content = ErrorResponse(error=f"{error.detail}; the routes are at /docs", error_type="route").model_dump()
+    return JSONResponse(content, status_code=error.status_code, headers=error.headers)
+
+
 @api.exception_handler(RequestValidationError)
 async def answer_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
     """Where the body does not fit the schema; the input itself is not echoed."""
@@ -101,9 +113,8 @@ async def answer_validation_error(_: Request, error: RequestValidationError) -> 
     return JSONResponse(content, status_code=422)
 
 
-@api.middleware("http")
-async def limit_body(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Refuse a body above the limit, by its announced length or by counting it."""
+async def _body_problem(request: Request) -> str | None:
+    """Read the body; what is wrong where it is above the limit, by its announced length or by counting it."""
     limit: int = request.app.state.max_body_bytes
     announced = request.headers.get("content-length", "0")
     size = int(announced) if announced.isdigit() else 0
@@ -115,20 +126,30 @@ async def limit_body(request: Request, call_next: Callable[[Request], Awaitable[
                 break
             chunks.append(chunk)
         request._body = b"".join(chunks)
-    if size > limit:
-        content = ErrorResponse(error=f"the body has {size} bytes; at most {limit}", error_type="too_large")
-        return JSONResponse(content.model_dump(), status_code=413)
-    return await call_next(request)
+    return f"the body has {size} bytes; at most {limit}" if size > limit else None
 
 
 @api.middleware("http")
-async def demand_key(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Refuse who has no key, before anything is read."""
-    if is_admitted(request.headers, request.url.path, request.app.state.api_keys):
-        return await call_next(request)
-    message = "no API key, or a wrong one; send Authorization: Bearer KEY"
-    content = ErrorResponse(error=message, error_type="unauthorized")
-    return JSONResponse(content.model_dump(), status_code=401, headers={"WWW-Authenticate": "Bearer"})
+async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    """Refuse who has no key, before anything is read, and what is too large; say how long the rest took."""
+    timings = begin_timings()
+    response = await _guarded(request, call_next)
+    response.headers.update(timings.headers())
+    route = getattr(request.scope.get("route"), "path", "none")
+    request.app.state.metrics.count_request(route, response.status_code, timings)
+    return response
+
+
+async def _guarded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    if not is_admitted(request.headers, request.url.path, request.app.state.api_keys):
+        message = "no API key, or a wrong one; send Authorization: Bearer KEY"
+        content = ErrorResponse(error=message, error_type="unauthorized")
+        return JSONResponse(content.model_dump(), status_code=401, headers={"WWW-Authenticate": "Bearer"})
+    problem = await _body_problem(request)
+    if problem is not None:
+        content = ErrorResponse(error=problem, error_type="too_large")
+        return JSONResponse(content.model_dump(), status_code=413)
+    return await call_next(request)
 
 
 def _read(function: Callable[[Any], Any], content: Any) -> Any:
@@ -148,16 +169,39 @@ class Predictor:
         self._settings = job.serve
         api.state.max_body_bytes, api.state.api_keys = job.serve.max_body_bytes, job.serve.api_keys
         self._folder = read_model_folder(job.model)
+        self._decision = self._folder.decision
         self._name = job.serve.name or Path(job.model.rstrip("/")).name
-        threads = job.compute.num_threads or max(1, (os.cpu_count() or 1) // job.serve.num_replicas)
+        _, most = parse_range("num_replicas", job.serve.num_replicas)
+        threads = job.compute.num_threads or max(1, (os.cpu_count() or 1) // most)
         self._scorer = Scorer.load(self._folder, compute=replace(job.compute, num_threads=threads))
-        self._scorer.predict(["warm up"])
+        self._scorer.warm_up()
+        self._metrics = Metrics(self._decision.labels, self._scorer.model.batch_tokens)
+        api.state.metrics = self._metrics
+        self._busy_before, self._asked_before = 0.0, time.perf_counter()
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._batcher = Batcher(
             self._scorer.score_documents,
             batch_tokens=self._scorer.model.batch_tokens,
             max_queued_tokens=job.serve.max_queued_tokens,
+            on_pass=self._metrics.count_pass,
         )
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take other thresholds while running: Ray Serve calls this with `user_config`, at first and when it changes.
+
+        Raises SettingsError for thresholds that do not fit the labels, and for anything else in it.
+        """
+        (settings,) = parse(user_config, ServeSettings)
+        if others := user_config.keys() - {"thresholds"}:
+            raise SettingsError(f"user_config takes thresholds, and not {', '.join(sorted(others))}")
+        self._decision = resolve_thresholds(settings.thresholds, self._folder.decision)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy reads: tokens that wait, and the share of the time since in which a pass ran."""
+        busy, now = self._batcher.busy_seconds, time.perf_counter()
+        share = (busy - self._busy_before) / max(now - self._asked_before, 1e-3)
+        self._busy_before, self._asked_before = busy, now
+        return {QUEUED: self._batcher.queued_tokens, BUSY: min(share, 1.0)}
 
     async def score_documents(self, documents: Documents) -> DocumentScores:
         """Scores of tokenized documents, for a bulk job of the cluster; it waits where a request would be refused."""
@@ -175,11 +219,11 @@ class Predictor:
     @api.post("/v1/predict", response_model=PredictResponse, responses=ERRORS)
     async def predict(self, body: PredictRequest) -> Response:
         """Classify texts of any length: scores, decided labels, and on request what each window says."""
-        predictions, usage = await self._predictions(body.inputs, self._decision(body), with_windows=body.windows)
+        predictions, usage = await self._predictions(body.inputs, self._decision_for(body), with_windows=body.windows)
         response = PredictResponse(
             model=self._name,
             model_hash=self._folder.weights_hash,
-            labels=list(self._folder.decision.labels),
+            labels=list(self._decision.labels),
             predictions=predictions,
             usage=usage,
         )
@@ -200,13 +244,13 @@ class Predictor:
     async def classify(self, body: ClassifyRequest) -> Response:
         """The route of vLLM."""
         inputs: list[str | Pair] = [body.input] if isinstance(body.input, str) else list(body.input)
-        predictions, usage = await self._predictions(inputs, self._folder.decision)
+        predictions, usage = await self._predictions(inputs, self._decision)
         return JSONResponse(classified(predictions, usage, self._name))
 
     @api.post("/v1/moderations", responses=ERRORS)
     async def moderate(self, body: ModerationRequest) -> Response:
         """OpenAI's route: a category per label."""
-        decision = self._folder.decision
+        decision = self._decision
         if decision.kind == "regression":
             raise RequestError(422, "validation", "a regression model has no categories; ask /v1/predict")
         inputs = _read(texts_of_moderation, body)
@@ -229,15 +273,22 @@ class Predictor:
         """Whether this replica can answer; it is routed to only after its model is loaded."""
         return {"status": "ready"}
 
+    @api.get("/metrics")
+    async def metrics(self) -> Response:
+        """What all replicas have counted, for Prometheus."""
+        text = await asyncio.get_running_loop().run_in_executor(None, collect)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
     @api.get("/info")
     async def info(self) -> dict[str, Any]:
         """The model, how it decides, and this server's limits."""
         return {
             "model": self._name,
             "version": __version__,
+            "replica": serve.get_replica_context().replica_id.unique_id,
             "model_hash": self._folder.weights_hash,
             "settings_hash": self._folder.settings_hash,
-            "decision": asdict(self._folder.decision),
+            "decision": asdict(self._decision),
             "windows": asdict(self._folder.windows),
             "dtype": str(self._scorer.model.dtype).removeprefix("torch."),
             "device": str(self._scorer.model.device),
@@ -247,7 +298,7 @@ class Predictor:
 
     async def _infer(self, body: InferenceRequest, *, is_nested: bool) -> Response:
         inputs, is_batch = _read(texts_of_inference, body)
-        predictions, _ = await self._predictions(inputs, self._folder.decision)
+        predictions, _ = await self._predictions(inputs, self._decision)
         top_k = (body.parameters or {}).get("top_k")
         answers = [ranked(prediction, top_k=top_k if isinstance(top_k, int) else None) for prediction in predictions]
         return JSONResponse(answers if is_batch or is_nested else answers[0])
@@ -257,13 +308,14 @@ class Predictor:
     ) -> tuple[list[Prediction], Usage]:
         scores, texts = await self._score(inputs)
         predictions = await self._in_tokenizer(predictions_of, self._scorer, decision, scores, with_windows, texts)
+        self._metrics.count_predictions(predictions)
         usage = Usage(num_tokens=int(scores.num_tokens_D.sum()), num_windows=int(scores.num_windows_D.sum()))
         return predictions, usage
 
-    def _decision(self, body: PredictRequest) -> DecisionSettings:
+    def _decision_for(self, body: PredictRequest) -> DecisionSettings:
         thresholds = tuple(body.thresholds) if isinstance(body.thresholds, list) else body.thresholds
         try:
-            return resolve_thresholds(thresholds, self._folder.decision)
+            return resolve_thresholds(thresholds, self._decision)
         except SettingsError as error:
             raise RequestError(422, "validation", str(error)) from error
 
@@ -275,14 +327,18 @@ class Predictor:
                 422, "validation", f"{len(inputs)} inputs; at most {most} in one request, and one at least"
             )
         table = _read(as_table, inputs)
-        documents: Documents = await self._in_tokenizer(self._scorer.tokenizer.documents, table, *table.column_names)
+        timings = current_timings()
+        with timings.tokenizing():
+            documents: Documents = await self._in_tokenizer(
+                self._scorer.tokenizer.documents, table, *table.column_names
+            )
         longest = int(documents.num_tokens_D.max())
         if longest > self._settings.max_document_tokens:
             raise RequestError(
                 422, "validation", f"an input has {longest} tokens; at most {self._settings.max_document_tokens}"
             )
         try:
-            scores = await self._batcher.submit(documents)
+            scores = await self._batcher.submit(documents, timings)
         except QueueFullError as error:
             raise RequestError(429, "overloaded", str(error)) from error
         except Exception as error:
@@ -303,14 +359,19 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(job: ServeJob) -> Application:
     """The Serve application of a job; the model folder is read first, so that a bad one fails here."""
-    read_model_folder(job.model)
     num_gpus = job.serve.gpus_per_replica
     if num_gpus is None:
         num_gpus = 1.0 if uses_gpus(job.compute.device) else 0.0
+    autoscaling = autoscaling_of(job.serve)
+    fewest, _ = parse_range("num_replicas", job.serve.num_replicas)
+    resolve_thresholds(job.serve.thresholds, read_model_folder(job.model).decision)
+    started = replace(job, serve=replace(job.serve, thresholds=None))  # what changes alone restarts no replica
     app: Application = Predictor.options(  # type: ignore[attr-defined]
-        num_replicas=job.serve.num_replicas,
+        **({"num_replicas": fewest} if autoscaling is None else {"autoscaling_config": autoscaling}),
+        user_config={"thresholds": job.serve.thresholds},
+        logging_config=LoggingConfig(encoding="JSON"),
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 1, "num_gpus": num_gpus},
         health_check_period_s=5,
-    ).bind(job)
+    ).bind(started)
     return app

@@ -29,9 +29,12 @@ def is_admitted(headers: Mapping[str, str], path: str, key_hashes: Sequence[str]
 
 def check_exposure(settings: ServeSettings) -> None:
     """Raise SettingsError where a server without keys would listen beyond this machine and nobody said that it may."""
-    if settings.api_keys or settings.allow_without_key or settings.host.startswith(LOOPBACK):
+    if settings.api_keys or settings.allow_without_key:
         return
+    if settings.host.startswith(LOOPBACK) and settings.proxy == "python":
+        return
+    where = f"host={settings.host}" if settings.proxy == "python" else "proxy=haproxy, which binds every interface,"
     raise SettingsError(
-        f"host={settings.host} lets other machines ask without a key; set api_keys to the SHA-256 of each key "
+        f"{where} lets other machines ask without a key; set api_keys to the SHA-256 of each key "
         "(printf %s KEY | sha256sum), or allow_without_key where something in front checks who asks"
     )

@@ -7,10 +7,12 @@ them; no HTTP, no Ray.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from pipelines.scoring import DocumentScores
 from pipelines.tokenization import Documents, concat_documents
@@ -23,20 +25,36 @@ class QueueFullError(Exception):
         super().__init__(f"{queued:,} tokens are waiting and at most {limit:,} may; try again later")
 
 
+class Clock(Protocol):
+    """Where a request's waiting and the pass that answered it are noted, in seconds."""
+
+    queue: float
+    inference: float
+
+
 @dataclass(eq=False)
 class _Waiting:
     documents: Documents
     num_tokens: int
     answer: asyncio.Future[DocumentScores]
+    clock: Clock | None
+    since: float = field(default_factory=time.perf_counter)
 
 
 class Batcher:
     """A queue of tokenized requests in front of one model. Lives on one event loop."""
 
     def __init__(
-        self, score: Callable[[Documents], DocumentScores], *, batch_tokens: int, max_queued_tokens: int
+        self,
+        score: Callable[[Documents], DocumentScores],
+        *,
+        batch_tokens: int,
+        max_queued_tokens: int,
+        on_pass: Callable[[int, float], None] = lambda num_tokens, seconds: None,
     ) -> None:
-        self._score = score
+        """on_pass hears of every forward pass: tokens and seconds."""
+        self._score, self._on_pass = score, on_pass
+        self._busy_seconds, self._pass_began = 0.0, 0.0
         self._batch_tokens, self._max_queued_tokens = batch_tokens, max_queued_tokens
         self._queue: deque[_Waiting] = deque()
         self._queued_tokens = 0
@@ -51,11 +69,16 @@ class Batcher:
         return self._queued_tokens
 
     @property
+    def busy_seconds(self) -> float:
+        """Time so far in which a forward pass ran."""
+        return self._busy_seconds + (time.perf_counter() - self._pass_began if self._pass_began else 0.0)
+
+    @property
     def is_alive(self) -> bool:
         """Whether anything will still be answered."""
         return not self._task.done()
 
-    async def submit(self, documents: Documents) -> DocumentScores:
+    async def submit(self, documents: Documents, clock: Clock | None = None) -> DocumentScores:
         """Scores of one request's documents. Raises QueueFullError, or what the forward pass raised.
 
         A caller that is cancelled while it waits is dropped before its turn.
@@ -63,7 +86,7 @@ class Batcher:
         num_tokens = int(documents.num_tokens_D.sum()) + len(documents)
         if self._queue and self._queued_tokens + num_tokens > self._max_queued_tokens:
             raise QueueFullError(self._queued_tokens, self._max_queued_tokens)
-        waiting = _Waiting(documents, num_tokens, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(documents, num_tokens, asyncio.get_running_loop().create_future(), clock)
         self._queue.append(waiting)
         self._queued_tokens += num_tokens
         self._arrived.set()
@@ -99,6 +122,7 @@ class Batcher:
                 self._arrived.clear()
                 continue
             documents = concat_documents([waiting.documents for waiting in batch])
+            self._pass_began = time.perf_counter()
             try:
                 scores = await loop.run_in_executor(self._executor, self._score, documents)
             except Exception as error:  # noqa: BLE001  one bad pass must not end the loop: its requests are told
@@ -106,6 +130,13 @@ class Batcher:
                     if not waiting.answer.done():
                         waiting.answer.set_exception(error)
                 continue
+            finally:
+                began, seconds = self._pass_began, time.perf_counter() - self._pass_began
+                self._busy_seconds, self._pass_began = self._busy_seconds + seconds, 0.0
+            for waiting in batch:
+                if waiting.clock is not None:
+                    waiting.clock.queue, waiting.clock.inference = began - waiting.since, seconds
+            self._on_pass(sum(waiting.num_tokens for waiting in batch), seconds)
             _answer(batch, scores)
 
     def _gather(self) -> list[_Waiting]:

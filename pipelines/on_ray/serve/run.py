@@ -17,6 +17,7 @@ from pipelines.on_ray.cluster import connected, root_cause
 from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.serve.app import ServeJob, application
 from pipelines.on_ray.serve.auth import check_exposure
+from pipelines.on_ray.serve.proxy import check_proxy
 
 APPLICATION = "pipelines"
 
@@ -27,6 +28,7 @@ def run_server(job: ServeJob, *, address: str | None = None, report: Callable[[s
     Raises a UsageError before anything starts where the model folder or a setting does not fit.
     """
     check_exposure(job.serve)
+    check_proxy(job.serve.proxy)
     read_model_folder(job.model)
     stop = threading.Event()
     with connected(address):
