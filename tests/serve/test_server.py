@@ -2,10 +2,12 @@
 
 import contextlib
 import hashlib
+import html
 import itertools
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +15,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -30,6 +33,7 @@ from pipelines.settings import ComputeSettings, ServeSettings
 from pipelines.shards import list_files
 
 KEYS = ("first-key", "clef-&+%")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
 
 
@@ -216,6 +220,42 @@ def test_haproxy_may_stand_before_the_replicas(spam_folder):
         assert {answer.status_code for answer in answers} == {200}
         assert client.get("/info").json()["limits"]
         assert httpx.get(f"{client.base_url}/info", timeout=30).status_code == 401
+
+
+def test_the_page_comes_without_a_key_and_loads_nothing_else(server):
+    answer = httpx.get(f"{server.base_url}/", timeout=30)
+    assert answer.status_code == 200
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'; ")
+    assert not re.search(r"(src|href)=|@import|https?://", answer.text)
+    assert ".innerHTML" not in answer.text, "texts and labels are no markup"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
+def test_the_page_shows_scores_windows_and_calls(spam_folder):
+    text = "a <b>cheap</b> offer, 50% off 💰 & more. " * 30
+    with started(spam_folder, "api_keys=[]", "dtype=float32") as client:
+        (prediction,) = predict(client, inputs=[text], windows=True).json()["predictions"]
+        url = f"{client.base_url}/#{quote(text)}"
+        command = [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--virtual-time-budget=8000",
+            "--dump-dom",
+            url,
+        ]
+        page = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+    shown = html.unescape(re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL))
+    plain = re.sub(r"<[^b/][^>]*>|</(?!b>)[^>]*>", "", shown)
+    assert f"{prediction['num_tokens']} tokens, {prediction['num_windows']} windows" in plain
+    for value in prediction["scores"].values():
+        assert f"{value:.4f}" in plain
+    assert "0.400" in plain, "the threshold"
+    assert text in plain, "the whole text, in pieces"
+    assert page.count("--share:") >= prediction["num_windows"]
+    assert f"curl {client.base_url}/v1/predict" in plain
+    assert "import httpx" in plain
 
 
 def test_answers_carry_an_id_and_say_how_long_things_took(server):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     422: {"model": ErrorResponse, "description": "The request does not fit the schema or a limit."},
     424: {"model": ErrorResponse, "description": "The model failed on this batch."},
     429: {"model": ErrorResponse, "description": "Too much is waiting; see Retry-After."},
+}
+PAGE = resources.files("pipelines").joinpath("on_ray/serve/page.html").read_bytes()
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
 }
 api = FastAPI(title="pipelines", version=__version__, docs_url="/docs", redoc_url=None)
 
@@ -215,6 +223,11 @@ class Predictor:
         """Ray Serve replaces the replica when this raises."""
         if not self._batcher.is_alive:
             raise RuntimeError("the batcher stopped")
+
+    @api.get("/", include_in_schema=False)
+    async def page(self) -> Response:
+        """A page to try the model on."""
+        return Response(PAGE, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
     @api.post("/v1/predict", response_model=PredictResponse, responses=ERRORS)
     async def predict(self, body: PredictRequest) -> Response:

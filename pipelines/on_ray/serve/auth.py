@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pipelines.errors import SettingsError
 from pipelines.settings import ServeSettings
 
-OPEN_PATHS = frozenset({"/health", "/livez", "/readyz"})
-"""What probes ask, without a key."""
+OPEN_PATHS = frozenset({"/", "/health", "/livez", "/readyz"})
+"""What needs no key: the probes, and the page, which says nothing and sends the key that is typed into it."""
 LOOPBACK = ("127.", "localhost", "::1")
 
 

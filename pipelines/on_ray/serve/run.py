@@ -38,7 +38,9 @@ def run_server(job: ServeJob, *, address: str | None = None, report: Callable[[s
             serve.run(application(job), name=APPLICATION, route_prefix="/")
             for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which has handlers of its own
                 signal.signal(number, lambda *_: stop.set())
-            report(f"ready on http://{job.serve.host}:{job.serve.port} (POST /v1/predict, docs at /docs)")
+            report(
+                f"ready on http://{job.serve.host}:{job.serve.port} (a page to try it, POST /v1/predict, docs at /docs)"
+            )
             stop.wait()
             report("stopping: running requests finish first")
         except (ray.exceptions.RayError, RuntimeError) as error:

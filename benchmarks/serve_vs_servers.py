@@ -1,0 +1,141 @@
+"""Requests per second of servers of the same classifier on one machine, asked by the same client.
+
+    python benchmarks/serve_vs_servers.py MODEL [--dtype float32] [--seconds 10] [--servers ours,haproxy,fastapi,batch]
+
+- fastapi: FastAPI with a Hugging Face pipeline, a thread per request, as tutorials have it.
+- batch: Ray Serve with @serve.batch around the same pipeline, as Ray's documentation has it; two replicas.
+- ours, haproxy: `pipelines serve`, two replicas, behind Ray's proxy and behind HAProxy.
+
+Texts of 60 tokens (all servers do the same work), and of 2,000: those the pipelines cut at 512 tokens and ours reads
+whole. Closed loop: so many clients ask, each again as soon as it is answered. The client shares the cores.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import aiohttp
+import numpy as np
+
+FASTAPI = """
+import sys, torch, uvicorn
+from fastapi import FastAPI
+from pydantic import BaseModel
+from transformers import pipeline
+model, port, dtype = sys.argv[1:]
+classify = pipeline("text-classification", model=model, dtype=getattr(torch, dtype), truncation=True, max_length=512)
+app = FastAPI()
+class Body(BaseModel):
+    inputs: list[str]
+@app.post("/v1/predict")
+def predict(body: Body):
+    return classify(body.inputs)
+uvicorn.run(app, port=int(port), log_level="warning")
+"""
+BATCH = """
+import sys, time, torch
+from ray import serve
+from starlette.requests import Request
+from transformers import pipeline
+model, port, dtype = sys.argv[1:]
+@serve.deployment(num_replicas=2, max_ongoing_requests=100)
+class Classifier:
+    def __init__(self):
+        torch.set_num_threads(1)
+        self.classify = pipeline("text-classification", model=model, dtype=getattr(torch, dtype),
+                                 truncation=True, max_length=512)
+        self.classify("warm up")
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.01)
+    async def answer(self, texts):
+        return self.classify(texts, batch_size=len(texts))
+    async def __call__(self, request: Request):
+        return await self.answer((await request.json())["inputs"][0])
+serve.start(http_options={"port": int(port)})
+serve.run(Classifier.bind(), route_prefix="/v1/predict")
+time.sleep(10_000)
+"""
+WORDS = "we meet at noon near the office and bring the papers that were sent to you on monday by the lawyer of "
+
+
+def command_of(server, model, port, dtype):
+    """How a server is started."""
+    if server in ("fastapi", "batch"):
+        return [sys.executable, "-c", FASTAPI if server == "fastapi" else BATCH, model, str(port), dtype]
+    proxy = "haproxy" if server == "haproxy" else "python"
+    settings = (f"dtype={dtype}", "num_replicas=2", "num_threads=1", f"proxy={proxy}", "allow_without_key=true")
+    command = [sys.executable, "-m", "pipelines", "serve", model, "--port", str(port)]
+    return [*command, *(word for setting in settings for word in ("--set", setting))]
+
+
+async def ask(url, text, clients, seconds):
+    """Latencies of every answer within the time, in ms."""
+    latencies = []
+    async with aiohttp.ClientSession() as session:
+        body = json.dumps({"inputs": [text]}).encode()
+        end = time.perf_counter() + seconds
+
+        async def client():
+            while (began := time.perf_counter()) < end:
+                async with session.post(url, data=body, headers={"content-type": "application/json"}) as answer:
+                    assert answer.status == 200, await answer.text()
+                    await answer.read()
+                latencies.append(1000 * (time.perf_counter() - began))
+
+        await asyncio.gather(*(client() for _ in range(clients)))
+    return latencies
+
+
+def wait_for(url, process):
+    """Until it answers."""
+    for _ in range(240):
+        assert process.poll() is None, "the server ended"
+        try:
+            asyncio.run(ask(url, "ready?", 1, 0.1))
+        except (aiohttp.ClientError, AssertionError):
+            time.sleep(0.5)
+        else:
+            return
+    raise TimeoutError(url)
+
+
+def main():
+    """One line of JSON per server, text length and number of clients."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--servers", default="fastapi,batch,ours,haproxy")
+    options = parser.parse_args()
+    texts = {60: WORDS * 3, 2000: WORDS * 100}
+    for server in options.servers.split(","):
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        url = f"http://127.0.0.1:{port}/v1/predict"
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+        process = subprocess.Popen(command_of(server, options.model, port, options.dtype), env=environment, **quiet)
+        try:
+            wait_for(url, process)
+            for tokens, text in texts.items():
+                for clients in (1, 8, 32):
+                    asyncio.run(ask(url, text, clients, options.seconds / 5))
+                    found = asyncio.run(ask(url, text, clients, options.seconds))
+                    p50, p99 = np.percentile(found, [50, 99])
+                    print(json.dumps({"server": server, "dtype": options.dtype, "tokens": tokens, "clients": clients,
+                                      "per_s": round(len(found) / options.seconds, 1), "p50_ms": round(p50, 1),
+                                      "p99_ms": round(p99, 1)}), flush=True)  # fmt: skip
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout=60)
+            time.sleep(3)
+
+
+if __name__ == "__main__":
+    main()
