@@ -6,7 +6,7 @@
 - batch: Ray Serve with @serve.batch around the same pipeline, as Ray's documentation has it; two replicas.
 - ours, haproxy: `pipelines serve`, two replicas, behind Ray's proxy and behind HAProxy.
 
-Texts of 60 tokens (all servers do the same work), and of 2,000: those the pipelines cut at 512 tokens and ours reads
+Texts of 66 tokens (all servers do the same work), and of 2,200: those the pipelines cut at 512 tokens and ours reads
 whole. Closed loop: so many clients ask, each again as soon as it is answered. The client shares the cores.
 """
 
@@ -39,7 +39,7 @@ def predict(body: Body):
 uvicorn.run(app, port=int(port), log_level="warning")
 """
 BATCH = """
-import sys, time, torch
+import ray, sys, time, torch
 from ray import serve
 from starlette.requests import Request
 from transformers import pipeline
@@ -56,6 +56,7 @@ class Classifier:
         return self.classify(texts, batch_size=len(texts))
     async def __call__(self, request: Request):
         return await self.answer((await request.json())["inputs"][0])
+ray.init("local", include_dashboard=False)
 serve.start(http_options={"port": int(port)})
 serve.run(Classifier.bind(), route_prefix="/v1/predict")
 time.sleep(10_000)
@@ -112,7 +113,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--servers", default="fastapi,batch,ours,haproxy")
     options = parser.parse_args()
-    texts = {60: WORDS * 3, 2000: WORDS * 100}
+    texts = {66: WORDS * 3, 2200: WORDS * 100}
     for server in options.servers.split(","):
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
