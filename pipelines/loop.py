@@ -34,6 +34,8 @@ from pipelines.steps import Step, Stepper, WindowParts, plan_steps, rank, steps_
 TENSORS_FILE = "training_state.pt"
 """Of a checkpoint: optimizer, schedule and the best weights so far."""
 PROGRESS_SECONDS = 5.0
+PREEMPTION_STEPS = 10
+"""Every so many steps all ranks ask together whether a machine will be taken away."""
 NAMES_SHOWN = 8
 """Documents of a step that went wrong."""
 HARMLESS = frozenset(
@@ -122,13 +124,15 @@ class TrainLoop:
         on_checkpoint: Callable[[TrainLoop], None] | None = None,
         plan: Callable[[int, int], Iterator[Step]] | None = None,
         also: Mapping[str, Any] | None = None,
+        is_preempted: Callable[[], bool] | None = None,
         report: Report = lambda line: None,
     ) -> None:
         """The steps of an epoch after the first n come from plan(epoch, n); by default settings.seed draws them.
 
         evaluate looks at the model between steps; on_best follows an evaluation that was the best so far, and
-        on_checkpoint each point that settings.save_steps and save_each_epoch name. also is what else, JSON-ready, must
-        be the same for a run to go on from a checkpoint.
+        on_checkpoint each point that settings.save_steps and save_each_epoch name, and the first time that
+        is_preempted says that a machine will be taken away; every rank calls that as often. also is what else,
+        JSON-ready, must be the same for a run to go on from a checkpoint.
         """
         self.state = TrainState()
         self.best_scores: DocumentScores | None = None
@@ -136,6 +140,7 @@ class TrainLoop:
         self._model, self._data, self._settings, self._watch = model, data, settings, watch
         self._evaluate, self._on_best, self._on_checkpoint = evaluate, on_best, on_checkpoint
         self._also = dict(also or {})
+        self._is_preempted, self._was_preempted = is_preempted, False
         self._report = report if rank() == 0 else _silent
         lengths = [steps_of_epoch(data.num_windows_P, settings, epoch) for epoch in range(settings.epochs)]
         self._ends = np.cumsum([0, *lengths]).tolist()
@@ -220,7 +225,7 @@ class TrainLoop:
                 self._judge(self._evaluate(), counts=by_steps or settings.early_stopping_consider_epochs)
                 self._model.module.train()
             wanted = settings.save_each_epoch if is_end else settings.save_evaluations and is_evaluated
-            if self._is_due(wanted, settings.save_steps) and self._on_checkpoint is not None:
+            if (self._is_due(wanted, settings.save_steps) or self._must_hurry()) and self._on_checkpoint is not None:
                 self._flush()
                 self._on_checkpoint(self)
             if state.stopped:
@@ -230,6 +235,15 @@ class TrainLoop:
     @property
     def _learning_rate(self) -> float:
         return self._stepper.learning_rate
+
+    def _must_hurry(self) -> bool:
+        """Whether a machine will be taken away, as this run hears for the first time."""
+        if self._is_preempted is None or self._was_preempted or self.state.step % PREEMPTION_STEPS:
+            return False
+        self._was_preempted = self._is_preempted()
+        if self._was_preempted:
+            self._report(f"a machine of this run will be taken away: checkpoint at step {self.state.step}")
+        return self._was_preempted
 
     def _is_due(self, at_end: bool, every: int | None) -> bool:
         return at_end or (every is not None and self.state.step % every == 0)

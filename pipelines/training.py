@@ -58,17 +58,30 @@ class TrainJob:
     compute: ComputeSettings
 
 
-def fit(job: TrainJob, train: Corpus, valid: Corpus | None, report: Report) -> dict[str, Any]:
+def fit(
+    job: TrainJob,
+    train: Corpus,
+    valid: Corpus | None,
+    report: Report,
+    is_preempted: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
     """Fine-tune, keep the best weights, tune thresholds on valid, write the model folder (rank 0), return a summary.
 
-    A run that has checkpoints under job.output goes on from the newest. Every rank calls this with the same arguments;
-    the summary is the same on each.
+    A run that has checkpoints under job.output goes on from the newest. is_preempted says whether a machine of the run
+    will be taken away. Every rank calls this with the same arguments; the summary is the same on each.
     """
     with tempfile.TemporaryDirectory(prefix="pipelines-train-") as scratch:
-        return _fit(job, train, valid, report, Path(scratch))
+        return _fit(job, train, valid, report, is_preempted, Path(scratch))
 
 
-def _fit(job: TrainJob, train: Corpus, valid: Corpus | None, report: Report, scratch: Path) -> dict[str, Any]:
+def _fit(
+    job: TrainJob,
+    train: Corpus,
+    valid: Corpus | None,
+    report: Report,
+    is_preempted: Callable[[], bool] | None,
+    scratch: Path,
+) -> dict[str, Any]:
     started = time.perf_counter()
     folder = scratch / "model"
     tokenizer = save_tokenizer(job.model, folder)
@@ -89,7 +102,7 @@ def _fit(job: TrainJob, train: Corpus, valid: Corpus | None, report: Report, scr
     loop = TrainLoop(
         model, data, job.train, loss,
         watch=watch_of(job.train, job.decision), evaluate=None if valid is None else evaluation, report=report,
-        on_checkpoint=lambda loop: _save_checkpoint(loop, model, checkpoints, job.train),
+        on_checkpoint=lambda loop: _save_checkpoint(loop, model, checkpoints, job.train), is_preempted=is_preempted,
     )  # fmt: skip
     if checkpoint is not None:
         loop.restore(checkpoint)

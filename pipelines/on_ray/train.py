@@ -371,4 +371,7 @@ def _worker(loop_config: dict[str, Any]) -> Any:
 
 
 def _fit_job(config: dict[str, Any], train: Corpus, valid: Corpus | None) -> dict[str, Any]:
-    return fit(config["job"], train, valid, lambda line: config["relay"].say.remote(line))
+    def report(line: str) -> None:
+        config["relay"].say.remote(line)
+
+    return fit(config["job"], train, valid, report, lambda: ray.train.get_preemption_info() is not None)

@@ -135,6 +135,29 @@ def test_only_the_newest_checkpoints_stay(base, tmp_path, monkeypatch):  # noqa:
     assert all(steps == sorted(steps) for steps in seen)
 
 
+def test_a_machine_that_will_be_taken_away_is_a_reason_for_a_checkpoint(base, tmp_path, monkeypatch):  # noqa: F811
+    import pipelines.checkpoints as checkpoints
+    import pipelines.training as training
+
+    written = []
+    real = checkpoints.publish
+
+    def publish(folder, location, *, last):
+        written.append(Path(location).name)
+        real(folder, location, last=last)
+
+    def fit(*arguments):
+        return training.fit(*arguments, is_preempted=lambda: True)
+
+    monkeypatch.setattr(checkpoints, "publish", publish)
+    monkeypatch.setattr("pipelines.on_ray.train.fit", fit)
+    lines = []
+    settings = values(base, tmp_path / "out", save_steps=None, save_each_epoch=False)
+    train(TrainRequest.parse(settings), report=lines.append)
+    assert written == ["step-000000010"], "once, and no other"
+    assert "a machine of this run will be taken away: checkpoint at step 10" in lines
+
+
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(base, tmp_path):  # noqa: F811
     output = tmp_path / "nan"
     with pytest.raises(JobError, match=r"the loss is (nan|inf) at step \d+: lower learning_rate"):

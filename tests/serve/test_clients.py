@@ -1,15 +1,22 @@
 """Clients of other servers, unchanged, over a real socket; and what their protocols say where they differ."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 
 import httpx
+import numpy as np
 import openai
 import pytest
+import tritonclient.http
+import tritonclient.utils
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from pipelines.errors import DataError
+from pipelines.on_ray.serve.inference_protocol import answered, texts_of_tensors
 from pipelines.on_ray.serve.protocols import (
     InferenceRequest,
     ModerationRequest,
@@ -20,6 +27,7 @@ from pipelines.on_ray.serve.protocols import (
     texts_of_moderation,
 )
 from pipelines.on_ray.serve.schema import Pair, Prediction, Usage
+from pipelines.settings import DecisionSettings
 from tests.serve.test_server import KEYS, predict, server  # noqa: F401 (a fixture)
 
 TEXTS = ["Noon at the usual place?", "WIN a free cruise now!!! " * 300]
@@ -63,8 +71,8 @@ def test_huggingfaces_client(server, truth):  # noqa: F811
 
 def test_openais_client(server, truth):  # noqa: F811
     client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key=KEYS[0], max_retries=0)
-    for given in (TEXTS, [{"type": "text", "text": text} for text in TEXTS]):
-        answer = client.moderations.create(input=given, model="spam")
+    for texts in (TEXTS, [{"type": "text", "text": text} for text in TEXTS]):
+        answer = client.moderations.create(input=texts, model="spam")
         assert answer.model == "spam"
         for found, expected in zip(answer.results, truth, strict=True):
             assert found.flagged == (expected["label"] == "spam")
@@ -75,6 +83,56 @@ def test_openais_client(server, truth):  # noqa: F811
     assert "has no text" in refused.value.response.json()["error"]
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="wrong", max_retries=0).moderations.create(input="x")
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritons_client(server, truth, binary):  # noqa: F811
+    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    with contextlib.closing(tritonclient.http.InferenceServerClient(server.base_url.netloc.decode())) as client:
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("spam", headers=headers)
+        metadata = client.get_model_metadata("spam", headers=headers)
+        assert metadata["parameters"]["labels"] == ["ham", "spam"]
+        tensor = tritonclient.http.InferInput("text", [2], "BYTES")
+        tensor.set_data_from_numpy(np.array(TEXTS, dtype=object), binary_data=binary)
+        answer = client.infer("spam", [tensor], request_id="mine", headers=headers)
+        assert answer.get_response()["id"] == "mine"
+        for output in metadata["outputs"]:
+            found = answer.as_numpy(output["name"])
+            assert [2, *found.shape[1:]] == [2, *output["shape"][1:]]
+        expected = [list(prediction["scores"].values()) for prediction in truth]
+        np.testing.assert_allclose(answer.as_numpy("scores"), expected, atol=1e-5)
+        assert answer.as_numpy("label").tolist() == [prediction["label"] for prediction in truth]
+        assert answer.as_numpy("num_windows").tolist() == [prediction["num_windows"] for prediction in truth]
+        with pytest.raises(tritonclient.utils.InferenceServerException, match="there is one model here, spam"):
+            client.infer("ham", [tensor], headers=headers)
+        with pytest.raises(tritonclient.utils.InferenceServerException, match="no API key"):
+            client.infer("spam", [tensor])
+
+
+@given(st.binary(max_size=200), st.one_of(st.none(), st.text(max_size=5), st.integers(0, 250).map(str)))
+@example(b'{"inputs":[{"name":"text","datatype":"BYTES","parameters":{"binary_data_size":4}}]}\xff\xff\xff\xff', "83")
+@example(b'{"inputs":[{"name":["text"],"datatype":"BYTES"}]}', None)
+@example(b'{"inputs":[{"name":"text","datatype":"BYTES","parameters":{"binary_data_size":true}}]}x', "83")
+def test_no_tensors_break_the_protocol(body, header_length):
+    with contextlib.suppress(DataError):
+        texts_of_tensors(body, header_length)
+
+
+def test_tensors_of_every_kind():
+    many = Prediction(labels=["b"], scores={"a": 0.1, "b": 0.9}, num_tokens=1, num_windows=2, truncated=False)
+    decision = DecisionSettings(kind="multilabel", labels=("a", "b"))
+    outputs = {output["name"]: output for output in answered([many, many], decision, "m", None)["outputs"]}
+    assert outputs["held"] == {"name": "held", "datatype": "BOOL", "shape": [2, 2], "data": [False, True] * 2}
+    value = Prediction(value=2.5, scores={"value": 2.5}, num_tokens=1, num_windows=1, truncated=False)
+    answer = answered([value], DecisionSettings(kind="regression"), "m", "7")
+    assert answer["id"] == "7"
+    assert {"name": "value", "datatype": "FP32", "shape": [1], "data": [2.5]} in answer["outputs"]
+    pairs = {
+        "inputs": [{"name": name, "datatype": "BYTES", "shape": [1], "data": [name]} for name in ("text", "text_pair")]
+    }
+    assert texts_of_tensors(json.dumps(pairs).encode(), None)[1] == [Pair(text="text", text_pair="text_pair")]
 
 
 def test_text_embeddings_inferences_route(server, truth):  # noqa: F811

@@ -34,6 +34,7 @@ from pipelines.on_ray.serve.answers import as_table, predictions_of
 from pipelines.on_ray.serve.auth import is_admitted
 from pipelines.on_ray.serve.autoscaling import BUSY, QUEUED, autoscaling_of
 from pipelines.on_ray.serve.batcher import Batcher, QueueFullError
+from pipelines.on_ray.serve.inference_protocol import HEADER_LENGTH, answered, described, texts_of_tensors
 from pipelines.on_ray.serve.metrics import Metrics, begin_timings, collect, current_timings
 from pipelines.on_ray.serve.protocols import (
     ClassifyRequest,
@@ -270,6 +271,37 @@ class Predictor:
         predictions, _ = await self._predictions(inputs, decision)
         return JSONResponse(moderated(predictions, decision.labels, decision.kind, self._name))
 
+    @api.post("/v2/models/{name}/infer", responses=ERRORS)
+    @api.post("/v2/models/{name}/versions/{version}/infer", include_in_schema=False)
+    async def infer_tensors(self, name: str, request: Request) -> Response:
+        """The Open Inference Protocol's route: tensors of texts in, of scores and labels out."""
+        self._check_name(name)
+        content = await request.body()
+        request_id, inputs = _read(lambda body: texts_of_tensors(body, request.headers.get(HEADER_LENGTH)), content)
+        predictions, _ = await self._predictions(inputs, self._decision)
+        return JSONResponse(answered(predictions, self._decision, self._name, request_id))
+
+    @api.get("/v2")
+    async def describe_server(self) -> dict[str, Any]:
+        """The Open Inference Protocol's word on this server."""
+        return {"name": "pipelines", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+    @api.get("/v2/models/{name}")
+    async def describe_model(self, name: str) -> dict[str, Any]:
+        """The Open Inference Protocol's word on the model: its tensors and labels."""
+        self._check_name(name)
+        return described(self._decision, self._name)
+
+    @api.get("/v2/models/{name}/ready")
+    @api.get("/v2/health/ready")
+    @api.get("/v2/health/live")
+    async def protocol_health(self, name: str | None = None) -> dict[str, bool]:
+        """Whether this replica works, as the Open Inference Protocol asks it."""
+        if name is not None:
+            self._check_name(name)
+        await self.check_health()
+        return {"live": True, "ready": True}
+
     @api.get("/health")
     async def health(self) -> dict[str, str]:
         """Whether this replica works."""
@@ -324,6 +356,10 @@ class Predictor:
         self._metrics.count_predictions(predictions)
         usage = Usage(num_tokens=int(scores.num_tokens_D.sum()), num_windows=int(scores.num_windows_D.sum()))
         return predictions, usage
+
+    def _check_name(self, name: str) -> None:
+        if name != self._name:
+            raise RequestError(404, "route", f"there is one model here, {self._name}")
 
     def _decision_for(self, body: PredictRequest) -> DecisionSettings:
         thresholds = tuple(body.thresholds) if isinstance(body.thresholds, list) else body.thresholds

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pipelines.errors import SettingsError
 from pipelines.settings import ServeSettings
 
-OPEN_PATHS = frozenset({"/", "/health", "/livez", "/readyz"})
+OPEN_PATHS = frozenset({"/", "/health", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 """What needs no key: the probes, and the page, which says nothing and sends the key that is typed into it."""
 LOOPBACK = ("127.", "localhost", "::1")
 
