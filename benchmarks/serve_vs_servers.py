@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -133,8 +132,8 @@ def main():
                                       "per_s": round(len(found) / options.seconds, 1), "p50_ms": round(p50, 1),
                                       "p99_ms": round(p99, 1)}), flush=True)  # fmt: skip
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=60)
+            process.terminate()
+            process.wait(timeout=120)
             time.sleep(3)
 
 

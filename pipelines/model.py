@@ -116,15 +116,17 @@ class WindowModel:
             return self.run_padded(rows)
         return self.run_packed(self._packed, rows)
 
-    def logits(self, cut: CutDocuments) -> NDArray[np.float32]:
-        """Logits (W, L) of every window of the documents, in window order, computed batch by batch."""
-        logits_WL = np.empty((len(cut.length_W), self.num_labels), dtype=np.float32)
+    def logits(self, cut: CutDocuments, index_W: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Logits (W, L) of every window of the documents, or of those asked for, computed batch by batch."""
+        length_W = cut.length_W
+        index_W = np.arange(len(length_W)) if index_W is None else index_W
+        logits_WL = np.empty((len(length_W), self.num_labels), dtype=np.float32)
         if self.module.training:  # left so by a run that broke off, or by its owner
             self.module.eval()
         with torch.inference_mode():
-            for index_W in token_batches(cut.length_W, batch_tokens=self.batch_tokens, padded=not self.is_packed):
-                self._fill(logits_WL, cut, index_W)
-        return logits_WL
+            for batch in token_batches(length_W[index_W], batch_tokens=self.batch_tokens, padded=not self.is_packed):
+                self._fill(logits_WL, cut, index_W[batch])
+        return logits_WL[index_W]
 
     def _fill(self, logits_WL: NDArray[np.float32], cut: CutDocuments, index_W: NDArray[np.int64]) -> None:
         """Logits of some windows; where they do not fit into memory, half of them at a time, from now on."""

@@ -152,9 +152,16 @@ class Scorer:
 
     def score_documents(self, documents: Documents) -> DocumentScores:
         """Score tokenized documents. A document whose logits are not finite gets an error."""
-        cut = cut_documents(documents.tokens, self.plan, self.tokenizer.template, documents.pair_tokens)
-        logits_WL = self.model.logits(cut)
-        return self.merge(documents, cut, logits_WL)
+        cut = self.cut(documents)
+        return self.merge(documents, cut, self.model.logits(cut))
+
+    def cut(self, documents: Documents) -> CutDocuments:
+        """The windows of tokenized documents."""
+        return cut_documents(documents.tokens, self.plan, self.tokenizer.template, documents.pair_tokens)
+
+    def window_logits(self, cut: CutDocuments, index_W: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits of some windows, in the order given; `merge` takes those of all."""
+        return self.model.logits(cut, index_W)
 
     def merge(self, documents: Documents, cut: CutDocuments, logits_WL: NDArray[np.float32]) -> DocumentScores:
         """Window logits to document scores and votes."""

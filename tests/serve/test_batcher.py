@@ -1,13 +1,14 @@
 import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from pipelines.on_ray.serve.batcher import Batcher, QueueFullError
 from pipelines.scoring import DocumentScores
-from pipelines.tokenization import Documents, Tokens, offsets_of
-from pipelines.windows import WindowPlan, plan_windows
+from pipelines.tokenization import Documents, Template, Tokens, cut_documents, offsets_of
+from pipelines.windows import WindowPlan
 
 PLAN = WindowPlan(12, 10, 10)
 
@@ -18,27 +19,43 @@ def documents(*lengths, start=0):
     return Documents(Tokens(ids, offsets_of(lengths)), None, [None] * len(lengths))
 
 
-def first_ids(batch):
-    """Stands in for a model: a document's score is its first id."""
-    windows = plan_windows(batch.num_tokens_D, PLAN)
-    scores = batch.tokens.ids[batch.tokens.offsets[:-1]].astype(np.float32)[:, None]
-    zeros = np.zeros((windows.offsets[-1], 1), np.float32)
-    return DocumentScores(scores, None, windows, zeros, zeros, batch.num_tokens_D, list(batch.errors))
+class Model:
+    """Stands in for a scorer: a window's logit is the first id of its document."""
+
+    def cut(self, batch):
+        return cut_documents(batch.tokens, PLAN, Template((2,), (3,)), batch.pair_tokens)
+
+    def window_logits(self, cut, index_W):
+        document_W = cut.windows.document_W[index_W]
+        return cut.tokens.ids[cut.tokens.offsets[document_W]].astype(np.float32)[:, None]
+
+    def merge(self, batch, cut, logits_WL):
+        offsets = cut.windows.offsets
+        assert len(logits_WL) == offsets[-1], "every window, once"
+        return DocumentScores(logits_WL[offsets[:-1]], None, cut.windows, logits_WL, logits_WL, batch.num_tokens_D,
+                              list(batch.errors))  # fmt: skip
 
 
-class Slow:
-    """Scores when it is released, and remembers the batches."""
+class Slow(Model):
+    """Scores when it is released, and remembers the windows of each pass by the first id of their document."""
 
     def __init__(self):
         self.release = threading.Semaphore(0)
-        self.batches = []
+        self.passes = []
 
-    def __call__(self, batch):
-        self.batches.append(len(batch))
+    def window_logits(self, cut, index_W):
+        logits_WL = super().window_logits(cut, index_W)
+        self.passes.append(logits_WL[:, 0].astype(int).tolist())
         assert self.release.acquire(timeout=10)
-        if -1 in batch.tokens.ids:
+        if -1 in cut.tokens.ids:
             raise ValueError("a bad batch")
-        return first_ids(batch)
+        return logits_WL
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Passes are as large as batch_tokens says, however long a test holds them."""
+    monkeypatch.setattr("pipelines.on_ray.serve.batcher.PASS_SECONDS", 1e9)
 
 
 def run(scenario):
@@ -58,25 +75,89 @@ def test_requests_gather_while_the_model_is_busy_and_each_gets_its_own():
         await settle()
         tasks += [asyncio.create_task(batcher.submit(documents(3, 25, start=100 * n))) for n in range(1, 6)]
         await settle()
-        assert model.batches == [2], "the first goes at once, alone"
+        assert model.passes == [[0, 3, 3, 3]], "the first goes at once, alone"
         model.release.release(6)
         for n, task in enumerate(tasks):
             scores = await task
             assert scores.scores_DL[:, 0].tolist() == [100 * n, 100 * n + 3]
             assert scores.num_windows_D.tolist() == [1, 3]
-        assert model.batches == [2, 10], "the rest went together"
+        assert len(model.passes) == 2, "the rest went together"
+        assert len(model.passes[1]) == 20
         await batcher.close()
 
     run(scenario)
 
 
-def test_a_batch_stays_within_its_tokens_but_takes_one_request_of_any_size():
+def test_a_pass_stays_within_its_tokens_but_takes_one_window_of_any_size():
+    async def scenario():
+        for batch_tokens, most in ((50, 4), (5, 1)):
+            model = Slow()
+            model.release.release(100)
+            batcher = Batcher(model, batch_tokens=batch_tokens, max_queued_tokens=10_000)
+            await asyncio.gather(*(batcher.submit(documents(30)) for _ in range(5)), batcher.submit(documents(300)))
+            assert max(map(len, model.passes)) == most
+            assert sum(map(len, model.passes)) == 5 * 3 + 30
+            assert batcher.queued_tokens == 0
+            await batcher.close()
+
+    run(scenario)
+
+
+def test_a_long_document_keeps_no_short_one_waiting():
     async def scenario():
         model = Slow()
+        batcher = Batcher(model, batch_tokens=50, max_queued_tokens=100_000)
+        long = asyncio.create_task(batcher.submit(documents(4000, start=100_000)))
+        await settle()
+        short = [asyncio.create_task(batcher.submit(documents(10, start=20 * n))) for n in range(8)]
+        await settle()
+        for _ in range(4):
+            model.release.release()
+            await settle()
+        assert all(task.done() for task in short), "in the passes after the one that ran"
+        assert not long.done()
+        assert 100_000 in model.passes[-1], "and it goes on itself"
+        model.release.release(1000)
+        assert (await long).scores_DL.item() == 100_000
+        await batcher.close()
+
+    run(scenario)
+
+
+def test_a_pass_holds_what_the_model_does_in_its_time(monkeypatch):
+    monkeypatch.setattr("pipelines.on_ray.serve.batcher.PASS_SECONDS", 0.2)
+
+    class Timed(Slow):
+        def window_logits(self, cut, index_W):
+            time.sleep(0.01 * len(index_W))
+            return super().window_logits(cut, index_W)
+
+    async def scenario():
+        model = Timed()
+        model.release.release(1000)
+        batcher = Batcher(model, batch_tokens=100_000, max_queued_tokens=100_000)
+        await batcher.submit(documents(10))
+        await batcher.submit(documents(1000))
+        assert len(model.passes[0]) == 1
+        assert 10 <= len(model.passes[1]) <= 20, "about 20 windows in 0.2 s"
+        await batcher.close()
+
+    run(scenario)
+
+
+def test_singles_and_pairs_take_turns():
+    async def scenario():
+        model = Slow()
+        batcher = Batcher(model, batch_tokens=40, max_queued_tokens=10_000)
+        singles = documents(100, start=1000)
+        pairs = Documents(documents(3, start=5).tokens, documents(60).tokens, [None])
+        tasks = [asyncio.create_task(batcher.submit(some)) for some in (singles, pairs)]
+        await settle()
+        model.release.release(3)
+        await settle()
+        assert [windows[0] for windows in model.passes[:4]] == [1000, 5, 1000, 5]
         model.release.release(100)
-        batcher = Batcher(model, batch_tokens=50, max_queued_tokens=10_000)
-        await asyncio.gather(*(batcher.submit(documents(30)) for _ in range(5)), batcher.submit(documents(500)))
-        assert model.batches == [1] * 6
+        await asyncio.gather(*tasks)
         await batcher.close()
 
     run(scenario)
@@ -100,20 +181,20 @@ def test_a_failing_batch_tells_its_requests_and_the_next_one_works():
 def test_too_much_waiting_is_refused_and_abandoned_requests_make_room():
     async def scenario():
         model = Slow()
-        batcher = Batcher(model, batch_tokens=10, max_queued_tokens=100)
+        batcher = Batcher(model, batch_tokens=100, max_queued_tokens=120)
         running = asyncio.create_task(batcher.submit(documents(5)))
         await settle()
         waiting = [asyncio.create_task(batcher.submit(documents(40, start=n))) for n in (0, 50)]
         await settle()
-        with pytest.raises(QueueFullError, match="82 tokens are waiting and at most 100 may"):
+        with pytest.raises(QueueFullError, match="96 tokens are waiting and at most 120 may"):
             await batcher.submit(documents(40))
         waiting[0].cancel()
         await settle()
-        assert batcher.queued_tokens == 41, "the room is free at once"
+        assert batcher.queued_tokens == 48, "the room is free at once"
         model.release.release(100)
         await running
         assert (await waiting[1]).scores_DL.item() == 50
-        assert model.batches == [1, 1], "the abandoned request was never scored"
+        assert [set(windows) for windows in model.passes] == [{0}, {50}], "the abandoned request was never scored"
         assert batcher.queued_tokens == 0
         await batcher.close()
 

@@ -189,7 +189,7 @@ class Predictor:
         self._busy_before, self._asked_before = 0.0, time.perf_counter()
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._batcher = Batcher(
-            self._scorer.score_documents,
+            self._scorer,
             batch_tokens=self._scorer.model.batch_tokens,
             max_queued_tokens=job.serve.max_queued_tokens,
             on_pass=self._metrics.count_pass,

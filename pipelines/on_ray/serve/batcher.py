@@ -1,21 +1,27 @@
-"""Coalesce concurrent requests into one forward pass: gather while the model is busy, go at once when it is idle.
+"""Coalesce concurrent requests into forward passes: gather while the model is busy, go at once when it is idle.
 
-A request waits only for the pass that is running, never for a timer. Knows documents and a function that scores
-them; no HTTP, no Ray.
+A request waits only for the pass that is running, never for a timer. What is shared out are windows: every pass takes
+some of each request that waits, so that a long document does not keep short ones waiting, and a pass holds what the
+model does in PASS_SECONDS. Knows windows and who computes their logits; no HTTP, no Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipelines.scoring import DocumentScores
-from pipelines.tokenization import Documents, concat_documents
+from pipelines.tokenization import CutDocuments, Documents, concat_documents
+
+PASS_SECONDS = 0.2
+"""Of forward pass at most, as far as the passes before tell: what a short request may have to wait for."""
 
 
 class QueueFullError(Exception):
@@ -25,8 +31,21 @@ class QueueFullError(Exception):
         super().__init__(f"{queued:,} tokens are waiting and at most {limit:,} may; try again later")
 
 
+class WindowScorer(Protocol):
+    """What the batcher needs of a `Scorer`."""
+
+    def cut(self, documents: Documents) -> CutDocuments:
+        """The windows of documents."""
+
+    def window_logits(self, cut: CutDocuments, index_W: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits of some windows, in the order given."""
+
+    def merge(self, documents: Documents, cut: CutDocuments, logits_WL: NDArray[np.float32]) -> DocumentScores:
+        """Scores of documents from the logits of all their windows."""
+
+
 class Clock(Protocol):
-    """Where a request's waiting and the pass that answered it are noted, in seconds."""
+    """Where a request's waiting and the passes that answered it are noted, in seconds."""
 
     queue: float
     inference: float
@@ -34,11 +53,30 @@ class Clock(Protocol):
 
 @dataclass(eq=False)
 class _Waiting:
+    """A request, and how far it is."""
+
     documents: Documents
-    num_tokens: int
+    cut: CutDocuments
     answer: asyncio.Future[DocumentScores]
     clock: Clock | None
+    lengths: list[int]
+    """Tokens of each window."""
+    taken: int = 0
+    """Windows that are, or have been, in a pass."""
+    tokens_left: int = 0
+    """Of the windows that are not."""
+    logits: list[NDArray[np.float32]] = field(default_factory=list)
+    inference: float = 0.0
     since: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Windows [first, last) of a request, in a pass."""
+
+    waiting: _Waiting
+    first: int
+    last: int
 
 
 class Batcher:
@@ -46,18 +84,20 @@ class Batcher:
 
     def __init__(
         self,
-        score: Callable[[Documents], DocumentScores],
+        scorer: WindowScorer,
         *,
         batch_tokens: int,
         max_queued_tokens: int,
         on_pass: Callable[[int, float], None] = lambda num_tokens, seconds: None,
     ) -> None:
-        """on_pass hears of every forward pass: tokens and seconds."""
-        self._score, self._on_pass = score, on_pass
-        self._busy_seconds, self._pass_began = 0.0, 0.0
+        """batch_tokens is the most that a pass holds; on_pass hears of every pass: tokens and seconds."""
+        self._scorer, self._on_pass = scorer, on_pass
         self._batch_tokens, self._max_queued_tokens = batch_tokens, max_queued_tokens
-        self._queue: deque[_Waiting] = deque()
+        self._tokens_per_second: float | None = None
+        self._busy_seconds, self._pass_began = 0.0, 0.0
+        self._queue: list[_Waiting] = []
         self._queued_tokens = 0
+        self._takes_pairs = True
         self._is_closing = False
         self._arrived = asyncio.Event()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="forward")
@@ -65,7 +105,7 @@ class Batcher:
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens that wait for a forward pass."""
+        """Tokens, of windows, that wait for a forward pass."""
         return self._queued_tokens
 
     @property
@@ -79,14 +119,17 @@ class Batcher:
         return not self._task.done()
 
     async def submit(self, documents: Documents, clock: Clock | None = None) -> DocumentScores:
-        """Scores of one request's documents. Raises QueueFullError, or what the forward pass raised.
+        """Scores of one request's documents. Raises QueueFullError, or what a forward pass raised.
 
         A caller that is cancelled while it waits is dropped before its turn.
         """
-        num_tokens = int(documents.num_tokens_D.sum()) + len(documents)
+        cut = self._scorer.cut(documents)
+        lengths = cut.length_W.tolist()
+        num_tokens = sum(lengths)
         if self._queue and self._queued_tokens + num_tokens > self._max_queued_tokens:
             raise QueueFullError(self._queued_tokens, self._max_queued_tokens)
-        waiting = _Waiting(documents, num_tokens, asyncio.get_running_loop().create_future(), clock)
+        answer: asyncio.Future[DocumentScores] = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(documents, cut, answer, clock, lengths, tokens_left=num_tokens)
         self._queue.append(waiting)
         self._queued_tokens += num_tokens
         self._arrived.set()
@@ -101,15 +144,15 @@ class Batcher:
         self._is_closing = True
         self._arrived.set()
         await asyncio.gather(self._task, return_exceptions=True)
-        for waiting in list(self._queue):
+        for waiting in self._queue:
             waiting.answer.cancel()
         self._executor.shutdown(wait=True)
 
     def _forget(self, waiting: _Waiting) -> None:
-        """Make room at once where a caller went away before its turn."""
+        """Make room at once where a caller went away, or was told of an error."""
         if waiting in self._queue:
             self._queue.remove(waiting)
-            self._queued_tokens -= waiting.num_tokens
+            self._queued_tokens -= waiting.tokens_left
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -117,49 +160,90 @@ class Batcher:
             await self._arrived.wait()
             if self._is_closing:
                 return
-            batch = self._gather()
-            if not batch:
+            shares = self._gather()
+            if not shares:
                 self._arrived.clear()
                 continue
-            documents = concat_documents([waiting.documents for waiting in batch])
             self._pass_began = time.perf_counter()
             try:
-                scores = await loop.run_in_executor(self._executor, self._score, documents)
+                scores = await loop.run_in_executor(self._executor, self._compute, shares)
             except Exception as error:  # noqa: BLE001  one bad pass must not end the loop: its requests are told
-                for waiting in batch:
-                    if not waiting.answer.done():
-                        waiting.answer.set_exception(error)
+                for share in shares:
+                    self._forget(share.waiting)
+                    if not share.waiting.answer.done():
+                        share.waiting.answer.set_exception(error)
                 continue
             finally:
-                began, seconds = self._pass_began, time.perf_counter() - self._pass_began
+                seconds = time.perf_counter() - self._pass_began
                 self._busy_seconds, self._pass_began = self._busy_seconds + seconds, 0.0
-            for waiting in batch:
-                if waiting.clock is not None:
-                    waiting.clock.queue, waiting.clock.inference = began - waiting.since, seconds
-            self._on_pass(sum(waiting.num_tokens for waiting in batch), seconds)
-            _answer(batch, scores)
+            self._end(shares, scores, seconds)
 
-    def _gather(self) -> list[_Waiting]:
-        """Requests in order of arrival, up to batch_tokens but at least one; single texts and pairs apart."""
-        batch: list[_Waiting] = []
-        tokens = 0
-        while self._queue:
-            first = self._queue[0]
-            is_other_form = bool(batch) and batch[0].documents.is_pair != first.documents.is_pair
-            if batch and (tokens + first.num_tokens > self._batch_tokens or is_other_form):
-                break
-            self._queue.popleft()
-            self._queued_tokens -= first.num_tokens
-            if not first.answer.done():  # done: its caller went away
-                batch.append(first)
-                tokens += first.num_tokens
-        return batch
+    def _gather(self) -> list[_Share]:
+        """One window of each that waits, again and again, until the pass is full; single texts and pairs take turns."""
+        self._queue = [waiting for waiting in self._queue if not waiting.answer.done()]  # done: its caller went away
+        if not self._queue:
+            return []
+        alike = [waiting for waiting in self._queue if waiting.documents.is_pair != self._takes_pairs] or self._queue
+        self._takes_pairs = alike[0].documents.is_pair
+        room = self._batch_tokens
+        if self._tokens_per_second is not None:
+            room = min(room, max(int(self._tokens_per_second * PASS_SECONDS), 1))
+        ends: dict[_Waiting, int] = {}
+        went_on = True
+        while room > 0 and went_on:
+            went_on = False
+            for waiting in alike:
+                end = ends.get(waiting, waiting.taken)
+                if end == len(waiting.lengths) or (waiting.lengths[end] > room and ends):
+                    continue
+                ends[waiting], room, went_on = end + 1, room - waiting.lengths[end], True
+        return [self._take(waiting, end) for waiting, end in ends.items()]
 
+    def _take(self, waiting: _Waiting, end: int) -> _Share:
+        """Windows of a request up to an end leave the queue; the request goes behind the others, or with the last."""
+        share = _Share(waiting, waiting.taken, end)
+        tokens = sum(waiting.lengths[share.first : end])
+        waiting.taken, waiting.tokens_left = end, waiting.tokens_left - tokens
+        self._queued_tokens -= tokens
+        self._queue.remove(waiting)
+        if end < len(waiting.lengths):
+            self._queue.append(waiting)
+        return share
 
-def _answer(batch: list[_Waiting], scores: DocumentScores) -> None:
-    start = 0
-    for waiting in batch:
-        stop = start + len(waiting.documents)
-        if not waiting.answer.done():
-            waiting.answer.set_result(scores.part(start, stop))
-        start = stop
+    def _compute(self, shares: Sequence[_Share]) -> list[DocumentScores | None]:
+        """One pass, in the executor's thread: the scores of the requests that it finishes."""
+        starts = np.cumsum([0, *(len(share.waiting.lengths) for share in shares)])
+        index_W = np.concatenate(
+            [np.arange(share.first, share.last) + start for share, start in zip(shares, starts, strict=False)]
+        )
+        together = self._scorer.cut(concat_documents([share.waiting.documents for share in shares]))
+        logits_WL = self._scorer.window_logits(together, index_W)
+        scores: list[DocumentScores | None] = []
+        begin = 0
+        for share in shares:
+            waiting, end = share.waiting, begin + share.last - share.first
+            waiting.logits.append(logits_WL[begin:end])
+            begin = end
+            is_finished = share.last == len(waiting.lengths)
+            scores.append(
+                self._scorer.merge(waiting.documents, waiting.cut, np.concatenate(waiting.logits))
+                if is_finished
+                else None
+            )
+        return scores
+
+    def _end(self, shares: Sequence[_Share], scores: Sequence[DocumentScores | None], seconds: float) -> None:
+        """A pass is over: note how long it took, and answer the requests that it finished."""
+        num_tokens = sum(sum(share.waiting.lengths[share.first : share.last]) for share in shares)
+        rate = num_tokens / max(seconds, 1e-6)
+        self._tokens_per_second = rate if self._tokens_per_second is None else (self._tokens_per_second + rate) / 2
+        self._on_pass(num_tokens, seconds)
+        for share, found in zip(shares, scores, strict=True):
+            waiting = share.waiting
+            waiting.inference += seconds
+            if found is None or waiting.answer.done():
+                continue
+            if waiting.clock is not None:
+                waiting.clock.inference = waiting.inference
+                waiting.clock.queue = max(time.perf_counter() - waiting.since - waiting.inference, 0.0)
+            waiting.answer.set_result(found)
