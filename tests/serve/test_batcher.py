@@ -111,12 +111,12 @@ def test_a_long_document_keeps_no_short_one_waiting():
         await settle()
         short = [asyncio.create_task(batcher.submit(documents(10, start=20 * n))) for n in range(8)]
         await settle()
-        for _ in range(4):
+        for _ in range(5):
             model.release.release()
             await settle()
-        assert all(task.done() for task in short), "in the passes after the one that ran"
+        assert all(task.done() for task in short), "in the passes after the one that ran, half of each"
         assert not long.done()
-        assert 100_000 in model.passes[-1], "and it goes on itself"
+        assert all(windows.count(100_000) >= 2 for windows in model.passes), "and it goes on itself"
         model.release.release(1000)
         assert (await long).scores_DL.item() == 100_000
         await batcher.close()

@@ -377,6 +377,11 @@ class Predictor:
             )
         table = _read(as_table, inputs)
         timings = current_timings()
+        words = sum(len(text.split()) for column in table.columns for text in column.to_pylist())
+        try:
+            self._batcher.check_room(words)  # a word is a token at least: refused before it costs any work
+        except QueueFullError as error:
+            raise RequestError(429, "overloaded", str(error)) from error
         with timings.tokenizing():
             documents: Documents = await self._in_tokenizer(
                 self._scorer.tokenizer.documents, table, *table.column_names

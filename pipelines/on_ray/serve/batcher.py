@@ -1,8 +1,8 @@
 """Coalesce concurrent requests into forward passes: gather while the model is busy, go at once when it is idle.
 
-A request waits only for the pass that is running, never for a timer. What is shared out are windows: every pass takes
-some of each request that waits, so that a long document does not keep short ones waiting, and a pass holds what the
-model does in PASS_SECONDS. Knows windows and who computes their logits; no HTTP, no Ray.
+A request waits only for the pass that is running, never for a timer. What is shared out are windows, so that a long
+document does not keep short ones waiting, and a pass holds what the model does in PASS_SECONDS. Knows windows and who
+computes their logits; no HTTP, no Ray.
 """
 
 from __future__ import annotations
@@ -118,6 +118,11 @@ class Batcher:
         """Whether anything will still be answered."""
         return not self._task.done()
 
+    def check_room(self, num_tokens: int) -> None:
+        """Raise QueueFullError where a request of so many tokens, or of more, would be refused."""
+        if self._queue and self._queued_tokens + num_tokens > self._max_queued_tokens:
+            raise QueueFullError(self._queued_tokens, self._max_queued_tokens)
+
     async def submit(self, documents: Documents, clock: Clock | None = None) -> DocumentScores:
         """Scores of one request's documents. Raises QueueFullError, or what a forward pass raised.
 
@@ -126,8 +131,7 @@ class Batcher:
         cut = self._scorer.cut(documents)
         lengths = cut.length_W.tolist()
         num_tokens = sum(lengths)
-        if self._queue and self._queued_tokens + num_tokens > self._max_queued_tokens:
-            raise QueueFullError(self._queued_tokens, self._max_queued_tokens)
+        self.check_room(num_tokens)
         answer: asyncio.Future[DocumentScores] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(documents, cut, answer, clock, lengths, tokens_left=num_tokens)
         self._queue.append(waiting)
@@ -179,7 +183,10 @@ class Batcher:
             self._end(shares, scores, seconds)
 
     def _gather(self) -> list[_Share]:
-        """One window of each that waits, again and again, until the pass is full; single texts and pairs take turns."""
+        """Half of a pass, and one window at least, for who waits longest, the rest for who has least left.
+
+        Single texts and pairs take turns.
+        """
         self._queue = [waiting for waiting in self._queue if not waiting.answer.done()]  # done: its caller went away
         if not self._queue:
             return []
@@ -189,25 +196,26 @@ class Batcher:
         if self._tokens_per_second is not None:
             room = min(room, max(int(self._tokens_per_second * PASS_SECONDS), 1))
         ends: dict[_Waiting, int] = {}
-        went_on = True
-        while room > 0 and went_on:
-            went_on = False
-            for waiting in alike:
+        least_left = sorted(alike, key=lambda waiting: waiting.tokens_left)
+        for order, kept_back in ((alike, room // 2), (least_left, 0)):
+            for waiting in order:
                 end = ends.get(waiting, waiting.taken)
-                if end == len(waiting.lengths) or (waiting.lengths[end] > room and ends):
-                    continue
-                ends[waiting], room, went_on = end + 1, room - waiting.lengths[end], True
+                while end < len(waiting.lengths) and (waiting.lengths[end] <= room - kept_back or not ends):
+                    room -= waiting.lengths[end]
+                    end += 1
+                    ends[waiting] = end
+                if room <= kept_back:
+                    break
         return [self._take(waiting, end) for waiting, end in ends.items()]
 
     def _take(self, waiting: _Waiting, end: int) -> _Share:
-        """Windows of a request up to an end leave the queue; the request goes behind the others, or with the last."""
+        """Windows of a request up to an end leave the queue, and the request with the last of them."""
         share = _Share(waiting, waiting.taken, end)
         tokens = sum(waiting.lengths[share.first : end])
         waiting.taken, waiting.tokens_left = end, waiting.tokens_left - tokens
         self._queued_tokens -= tokens
-        self._queue.remove(waiting)
-        if end < len(waiting.lengths):
-            self._queue.append(waiting)
+        if end == len(waiting.lengths):
+            self._queue.remove(waiting)
         return share
 
     def _compute(self, shares: Sequence[_Share]) -> list[DocumentScores | None]:
