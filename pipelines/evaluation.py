@@ -169,11 +169,15 @@ def tune_thresholds(
     untuned: list[str] = []
     missed: list[str] = []
     pooled: list[str] = []
+    together, is_met = 0.0, True
+    if len(labels) > 1 and (targets == 1).any():
+        together, is_met = _best_threshold((targets == 1).ravel(), scores_DL.ravel(), goal)
     for column, label in enumerate(labels):
         positive_D = targets[:, column] == 1
         if len(labels) > 1 and positive_D.sum() < FEWEST_POSITIVES and (targets == 1).any():
-            thresholds.append(_best_threshold((targets == 1).ravel(), scores_DL.ravel(), goal)[0])
+            thresholds.append(together)
             pooled.append(label)
+            missed += [] if is_met else [label]
         elif positive_D.all() or not positive_D.any():
             thresholds.append(current.get(label, DEFAULT_THRESHOLD))
             untuned.append(label)

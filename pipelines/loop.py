@@ -215,7 +215,7 @@ class TrainLoop:
             is_end = state.step == end
             state.epoch += is_end
             progress.step(state, self._pending[-1], step.data.length_W[step.index_W].sum(), self._learning_rate)
-            if self._scalars.is_open and state.step % settings.logging_steps == 0:
+            if settings.tensorboard_dir is not None and state.step % settings.logging_steps == 0:  # on every rank
                 self._flush()
                 self._scalars.add({"loss": state.losses[-1], "lr": self._learning_rate}, state.step)
             by_steps = self._is_due(False, settings.evaluate_steps)
@@ -344,11 +344,6 @@ class _Scalars:
             from tensorboardX import SummaryWriter  # comes with Ray Train; only where it is asked for
 
             self._writer = SummaryWriter(folder)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether anything is written."""
-        return self._writer is not None
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         """Points of several curves at one step."""

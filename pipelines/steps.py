@@ -192,7 +192,7 @@ class Stepper:
         The draws of dropout depend on seed, number and rank alone, so that a run that goes on from a checkpoint
         draws what the unbroken one would have drawn.
         """
-        torch.manual_seed((self._settings.seed * 1_000_003 + number) * 65_536 + rank())
+        torch.manual_seed(((self._settings.seed * 1_000_003 + number) * 65_536 + rank()) % 2**63)
         loss = self._backward(step)
         self._update()
         return loss

@@ -227,9 +227,12 @@ def window_parts(scorer: Scorer, train: Corpus, settings: TrainSettings) -> Wind
     plan, template = scorer.plan, scorer.tokenizer.template
     if settings.train_max_windows is not None:
         plan = plan.with_max_windows(settings.train_max_windows)
-    counted = [
-        cut_documents(_lengths_alone(part.num_tokens_D), plan, template, _pairs_alone(part)) for part in train.parts
-    ]
+    counts, num_tokens, num_truncated = [], 0, 0
+    for part in train.parts:
+        cut = cut_documents(_lengths_alone(part.num_tokens_D), plan, template, _pairs_alone(part))
+        counts.append(len(cut.windows.document_W))
+        num_tokens += int(cut.length_W.sum())
+        num_truncated += int(cut.windows.truncated_D.sum())
     digest = hashlib.sha256(f"{train.fingerprint} {plan}".encode()).hexdigest()
 
     @lru_cache(maxsize=1)  # data that fits one buffer is loaded once
@@ -240,14 +243,7 @@ def window_parts(scorer: Scorer, train: Corpus, settings: TrainSettings) -> Wind
         rows = [np.arange(*train.offsets[number : number + 2]) for number in numbers]
         return LabelledWindows(cut, np.concatenate([part.targets for part in parts]), np.concatenate(rows))
 
-    return WindowParts(
-        np.array([len(cut.windows.document_W) for cut in counted]),
-        sum(int(cut.length_W.sum()) for cut in counted),
-        sum(int(cut.windows.truncated_D.sum()) for cut in counted),
-        digest,
-        load,
-        train.name,
-    )
+    return WindowParts(np.array(counts), num_tokens, num_truncated, digest, load, train.name)
 
 
 def _lengths_alone(num_tokens_D: NDArray[np.integer]) -> Tokens:

@@ -134,8 +134,7 @@ def _prepared(
     model_limit, model_type = limits
     plan = plan_of(job.windows, tokenizer, model_type=model_type, model_limit=model_limit)
     lead_space = leads_with_space(job.windows, model_type)
-    most_bytes = request.settings.shuffle_buffer * plan.max_length * BYTES_PER_TOKEN // PARTS_PER_BUFFER
-    unit_bytes = min(usual_unit_bytes(train_files), most_bytes)
+    unit_bytes = _part_bytes(train_files, request.settings.shuffle_buffer // PARTS_PER_BUFFER, plan.max_length)
     train_split = _split(request, request.paths.train, train_files, targets, lead_space, unit_bytes)
     valid_split = None
     if request.paths.valid is not None and valid_targets is not None:
@@ -182,6 +181,10 @@ def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, set
     resolve_loss(settings, decision, targets)
     watch_of(settings, decision)
     parse_objective(settings.objective)
+    if settings.objective != TrainSettings.objective and decision.kind not in ("binary", "multilabel"):
+        raise SettingsError(f"objective={settings.objective!r} tunes thresholds, which kind {decision.kind} has not")
+    if settings.calibrate and decision.kind == "regression":
+        raise SettingsError("calibrate=true needs probabilities, and kind regression has none")
     if decision.kind in ("binary", "multiclass") and len(np.unique(targets)) < 2:
         only = decision.labels[int(targets[0])]
         raise DataError(f"every training row has the label {only!r}: a classifier needs at least two")
@@ -204,6 +207,13 @@ def _identity(
     inputs = {name: fingerprint((file.url, file.size, file.version) for file in found) for name, found in files.items()}
     found: dict[str, Any] = json.loads(json.dumps({**inputs, "model": shown(request.paths.model), **settings}))
     return found
+
+
+def _part_bytes(files: Sequence[InputFile], num_windows: int, max_length: int) -> int:
+    """Text bytes of a part of about so many windows at most: full ones, or one for each of many short texts."""
+    num_rows, num_bytes = sum(file.num_rows for file in files), sum(sum(file.row_group_bytes) for file in files)
+    of_short = num_windows * num_bytes // max(num_rows, 1)
+    return max(min(usual_unit_bytes(files), num_windows * max_length * BYTES_PER_TOKEN, of_short), 1)
 
 
 def _split(

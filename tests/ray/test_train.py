@@ -7,7 +7,8 @@ import pytest
 
 from pipelines.errors import DataError, ModelFolderError, OutputError, SettingsError
 from pipelines.model_folder import read_model_folder
-from pipelines.on_ray.train import TrainRequest, train
+from pipelines.on_ray.train import TrainRequest, _part_bytes, train
+from pipelines.shards import InputFile
 from tests import tiny
 
 
@@ -51,7 +52,8 @@ def request(base, output, **settings):
 def test_workers_take_the_same_steps_as_none(base, tmp_path):
     lines, summaries = [], []
     for num_workers in (0, 2, 4):
-        settings = request(base, tmp_path / str(num_workers), num_workers=num_workers, shuffle_buffer=30)
+        logs = {"tensorboard_dir": str(tmp_path / f"logs-{num_workers}"), "logging_steps": 3}
+        settings = request(base, tmp_path / str(num_workers), num_workers=num_workers, shuffle_buffer=30, **logs)
         summaries.append(train(settings, report=lines.append))
     assert [summary["workers"] for summary in summaries] == [1, 2, 4]
     assert [summary["rows_in_error"] for summary in summaries] == [1, 1, 1]
@@ -65,6 +67,30 @@ def test_workers_take_the_same_steps_as_none(base, tmp_path):
     assert "valid mcc" in page
     assert "training fingerprint" in page
     assert "1.parquet row" in page, "documents are named by file and row"
+
+
+def test_settings_that_would_fail_or_be_passed_over_at_the_end_are_refused_at_once(base, tmp_path):
+    numbers = tmp_path / "numbers.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [1.0, 2.0]}), numbers)
+    for kind, settings, message in (
+        ("regression", {"calibrate": True, "train": str(numbers), "valid": str(numbers)}, "needs probabilities"),
+        ("multiclass", {"objective": "precision=0.9"}, "kind multiclass has not"),
+        ("binary", {"objective": "precision"}, "is none of: f1, fbeta=B"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            train(request(base, tmp_path / "out", kind=kind, weight=None, **settings))
+    with pytest.raises(SettingsError, match="calibrate=True needs validation data"):
+        train(request(base, tmp_path / "out", valid=None, calibrate=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_are_small_enough_to_be_mixed():
+    def of(rows, size):
+        return [InputFile("a", "a", 1, "v", None, (rows,), (size,))]
+
+    assert _part_bytes(of(1000, 10**12), 16_384, 512) == 16_384 * 512 * 4
+    assert _part_bytes(of(600_000_000, 60 * 10**9), 16_384, 512) == 16_384 * 100
+    assert _part_bytes(of(0, 0), 16_384, 512) == 1
 
 
 @pytest.mark.usefixtures("local_ray")

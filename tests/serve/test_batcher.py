@@ -145,6 +145,57 @@ def test_a_pass_holds_what_the_model_does_in_its_time(monkeypatch):
     run(scenario)
 
 
+def test_nothing_to_score_is_answered_at_once():
+    async def scenario():
+        model = Slow()
+        batcher = Batcher(model, batch_tokens=50, max_queued_tokens=100)
+        model.release.release()
+        assert (await batcher.submit(documents())).scores_DL.shape == (0, 1)
+        assert batcher.queued_tokens == 0
+        await batcher.close()
+
+    run(scenario)
+
+
+def test_callers_who_go_away_at_any_moment_leave_no_tokens_behind():
+    async def scenario():
+        model = Model()
+        batcher = Batcher(model, batch_tokens=30, max_queued_tokens=1_000_000)
+        random = np.random.default_rng(0)
+        for _ in range(200):
+            tasks = [asyncio.create_task(batcher.submit(documents(int(n)))) for n in random.integers(1, 60, 8)]
+            for _ in range(int(random.integers(0, 6))):
+                await asyncio.sleep(0)
+            for number in random.permutation(8)[:5]:
+                tasks[number].cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        await batcher.submit(documents(1))
+        assert batcher.queued_tokens == 0
+        assert batcher.is_alive
+        await batcher.close()
+
+    run(scenario)
+
+
+def test_one_large_request_leaves_room_for_others():
+    async def scenario():
+        model = Slow()
+        batcher = Batcher(model, batch_tokens=20, max_queued_tokens=200)
+        large = asyncio.create_task(batcher.submit(documents(3000)))
+        await settle()
+        assert batcher.queued_tokens == 100
+        small = asyncio.create_task(batcher.submit(documents(60)))
+        await settle()
+        with pytest.raises(QueueFullError):
+            await batcher.submit(documents(60))
+        model.release.release(1000)
+        await asyncio.gather(large, small)
+        assert batcher.queued_tokens == 0
+        await batcher.close()
+
+    run(scenario)
+
+
 def test_singles_and_pairs_take_turns():
     async def scenario():
         model = Slow()

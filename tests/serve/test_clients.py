@@ -155,6 +155,8 @@ def test_text_embeddings_inferences_route(server, truth):  # noqa: F811
         assert answer.status_code == 422
         assert message in answer.json()["error"]
     assert "raw_scores" in ask("a", raw_scores=True).json()["error"]
+    for top_k in (0, -1, "one", True):
+        assert "top_k is a number" in ask("a", parameters={"top_k": top_k}).json()["error"]
 
 
 def test_vllms_route(server, truth):  # noqa: F811

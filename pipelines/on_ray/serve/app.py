@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -24,14 +25,14 @@ from ray.serve.schema import LoggingConfig
 from starlette.exceptions import HTTPException
 
 from pipelines import __version__
-from pipelines.errors import DataError, SettingsError
+from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.fields import parse
 from pipelines.labels import resolve_thresholds
 from pipelines.locations import absolute
 from pipelines.model_folder import read_model_folder
 from pipelines.on_ray.cluster import uses_gpus
 from pipelines.on_ray.serve.answers import as_table, predictions_of
-from pipelines.on_ray.serve.auth import is_admitted
+from pipelines.on_ray.serve.auth import check_exposure, is_admitted
 from pipelines.on_ray.serve.autoscaling import BUSY, QUEUED, autoscaling_of
 from pipelines.on_ray.serve.batcher import Batcher, QueueFullError
 from pipelines.on_ray.serve.inference_protocol import HEADER_LENGTH, answered, described, texts_of_tensors
@@ -142,10 +143,17 @@ async def _body_problem(request: Request) -> str | None:
 async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
     """Refuse who has no key, before anything is read, and what is too large; say how long the rest took."""
     timings = begin_timings()
-    response = await _guarded(request, call_next)
+    status = 500  # of what is raised; 499, as nginx has it, of callers who went away
+    try:
+        response = await _guarded(request, call_next)
+        status = response.status_code
+    except asyncio.CancelledError:
+        status = 499
+        raise
+    finally:
+        route = getattr(request.scope.get("route"), "path", "none")
+        request.app.state.metrics.count_request(route, status, timings)
     response.headers.update(timings.headers())
-    route = getattr(request.scope.get("route"), "path", "none")
-    request.app.state.metrics.count_request(route, response.status_code, timings)
     return response
 
 
@@ -200,7 +208,7 @@ class Predictor:
 
         Raises SettingsError for thresholds that do not fit the labels, and for anything else in it.
         """
-        (settings,) = parse(user_config, ServeSettings)
+        (settings,) = parse({"thresholds": self._settings.thresholds, **user_config}, ServeSettings)
         if others := user_config.keys() - {"thresholds"}:
             raise SettingsError(f"user_config takes thresholds, and not {', '.join(sorted(others))}")
         self._decision = resolve_thresholds(settings.thresholds, self._folder.decision)
@@ -343,17 +351,22 @@ class Predictor:
 
     async def _infer(self, body: InferenceRequest, *, is_nested: bool) -> Response:
         inputs, is_batch = _read(texts_of_inference, body)
-        predictions, _ = await self._predictions(inputs, self._decision)
         top_k = (body.parameters or {}).get("top_k")
-        answers = [ranked(prediction, top_k=top_k if isinstance(top_k, int) else None) for prediction in predictions]
+        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+            raise RequestError(422, "validation", "top_k is a number of labels, 1 at least")
+        predictions, _ = await self._predictions(inputs, self._decision)
+        answers = [ranked(prediction, top_k=top_k) for prediction in predictions]
         return JSONResponse(answers if is_batch or is_nested else answers[0])
 
     async def _predictions(
         self, inputs: list[str | Pair], decision: DecisionSettings, *, with_windows: bool = False
     ) -> tuple[list[Prediction], Usage]:
         scores, texts = await self._score(inputs)
-        predictions = await self._in_tokenizer(predictions_of, self._scorer, decision, scores, with_windows, texts)
-        self._metrics.count_predictions(predictions)
+        try:
+            predictions = await self._in_tokenizer(predictions_of, self._scorer, decision, scores, with_windows, texts)
+        except ModelFolderError as error:  # a tokenizer that tells no character positions
+            raise RequestError(422, "validation", str(error)) from error
+        await self._in_tokenizer(self._metrics.count_predictions, predictions)
         usage = Usage(num_tokens=int(scores.num_tokens_D.sum()), num_windows=int(scores.num_windows_D.sum()))
         return predictions, usage
 
@@ -377,11 +390,7 @@ class Predictor:
             )
         table = _read(as_table, inputs)
         timings = current_timings()
-        words = sum(len(text.split()) for column in table.columns for text in column.to_pylist())
-        try:
-            self._batcher.check_room(words)  # a word is a token at least: refused before it costs any work
-        except QueueFullError as error:
-            raise RequestError(429, "overloaded", str(error)) from error
+        await self._refuse_early(table)
         with timings.tokenizing():
             documents: Documents = await self._in_tokenizer(
                 self._scorer.tokenizer.documents, table, *table.column_names
@@ -402,13 +411,30 @@ class Predictor:
             raise RequestError(424, "inference", bad)
         return scores, table.column(table.column_names[-1]).to_pylist()
 
+    async def _refuse_early(self, table: pa.Table) -> None:
+        """Refuse before it is tokenized what surely cannot wait here: a word is a token at least, where none is cut."""
+        plan = self._scorer.plan
+        is_whole = plan.sliding and plan.max_windows is None and table.num_columns == 1
+        if not is_whole or self._batcher.queued_tokens < self._settings.max_queued_tokens // 2:
+            return
+        texts = table.column(0).to_pylist()
+        loop = asyncio.get_running_loop()
+        words = await loop.run_in_executor(None, lambda: sum(len(text.split()) for text in texts))
+        try:
+            self._batcher.check_room(words)
+        except QueueFullError as error:
+            raise RequestError(429, "overloaded", str(error)) from error
+
     async def _in_tokenizer(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *arguments)
 
 
 def build(args: dict[str, Any]) -> Application:
     """Application builder for Serve configuration files: `model`, and any serve or compute setting beside it."""
-    return application(ServeJob.parse(args))
+    job = ServeJob.parse(args)
+    if job.serve.proxy == "haproxy":
+        check_exposure(job.serve)
+    return application(job)
 
 
 def application(job: ServeJob) -> Application:
@@ -419,7 +445,6 @@ def application(job: ServeJob) -> Application:
     autoscaling = autoscaling_of(job.serve)
     fewest, _ = parse_range("num_replicas", job.serve.num_replicas)
     resolve_thresholds(job.serve.thresholds, read_model_folder(job.model).decision)
-    started = replace(job, serve=replace(job.serve, thresholds=None))  # what changes alone restarts no replica
     app: Application = Predictor.options(  # type: ignore[attr-defined]
         **({"num_replicas": fewest} if autoscaling is None else {"autoscaling_config": autoscaling}),
         user_config={"thresholds": job.serve.thresholds},
@@ -427,5 +452,5 @@ def application(job: ServeJob) -> Application:
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 1, "num_gpus": num_gpus},
         health_check_period_s=5,
-    ).bind(started)
+    ).bind(job)
     return app

@@ -120,7 +120,7 @@ class Batcher:
 
     def check_room(self, num_tokens: int) -> None:
         """Raise QueueFullError where a request of so many tokens, or of more, would be refused."""
-        if self._queue and self._queued_tokens + num_tokens > self._max_queued_tokens:
+        if self._queue and self._queued_tokens + self._counted(num_tokens) > self._max_queued_tokens:
             raise QueueFullError(self._queued_tokens, self._max_queued_tokens)
 
     async def submit(self, documents: Documents, clock: Clock | None = None) -> DocumentScores:
@@ -131,11 +131,13 @@ class Batcher:
         cut = self._scorer.cut(documents)
         lengths = cut.length_W.tolist()
         num_tokens = sum(lengths)
+        if not lengths:
+            return self._scorer.merge(documents, cut, self._scorer.window_logits(cut, np.arange(0)))
         self.check_room(num_tokens)
         answer: asyncio.Future[DocumentScores] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(documents, cut, answer, clock, lengths, tokens_left=num_tokens)
         self._queue.append(waiting)
-        self._queued_tokens += num_tokens
+        self._queued_tokens += self._counted(num_tokens)
         self._arrived.set()
         try:
             return await waiting.answer
@@ -152,11 +154,15 @@ class Batcher:
             waiting.answer.cancel()
         self._executor.shutdown(wait=True)
 
+    def _counted(self, num_tokens: int) -> int:
+        """What a request counts in the queue: half of it at most, so that one alone does not shut out all others."""
+        return min(num_tokens, self._max_queued_tokens // 2)
+
     def _forget(self, waiting: _Waiting) -> None:
         """Make room at once where a caller went away, or was told of an error."""
         if waiting in self._queue:
             self._queue.remove(waiting)
-            self._queued_tokens -= waiting.tokens_left
+            self._queued_tokens -= self._counted(waiting.tokens_left)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -187,7 +193,8 @@ class Batcher:
 
         Single texts and pairs take turns.
         """
-        self._queue = [waiting for waiting in self._queue if not waiting.answer.done()]  # done: its caller went away
+        for waiting in [waiting for waiting in self._queue if waiting.answer.done()]:
+            self._forget(waiting)  # its caller went away, and has not had its turn to say so
         if not self._queue:
             return []
         alike = [waiting for waiting in self._queue if waiting.documents.is_pair != self._takes_pairs] or self._queue
@@ -212,8 +219,9 @@ class Batcher:
         """Windows of a request up to an end leave the queue, and the request with the last of them."""
         share = _Share(waiting, waiting.taken, end)
         tokens = sum(waiting.lengths[share.first : end])
+        before = self._counted(waiting.tokens_left)
         waiting.taken, waiting.tokens_left = end, waiting.tokens_left - tokens
-        self._queued_tokens -= tokens
+        self._queued_tokens -= before - self._counted(waiting.tokens_left)
         if end == len(waiting.lengths):
             self._queue.remove(waiting)
         return share

@@ -18,18 +18,20 @@ from pipelines.on_ray.serve.schema import Pair, Prediction
 from pipelines.settings import DecisionSettings
 
 HEADER_LENGTH = "inference-header-content-length"
+MOST_DIGITS = 18
 INPUTS = ("text", "text_pair")
 
 
 def texts_of_tensors(body: bytes, header_length: str | None) -> tuple[str | None, list[str | Pair]]:
     """The request's id and its texts. Raises DataError for what is no request for texts."""
-    if header_length is not None and not (header_length.isdecimal() and int(header_length) <= len(body)):
-        raise DataError(f"{HEADER_LENGTH} is {header_length!r}, and the body has {len(body)} bytes")
-    split = len(body) if header_length is None else int(header_length)
+    digits = str(len(body)) if header_length is None else header_length
+    if not digits.isdecimal() or len(digits) > MOST_DIGITS or int(digits) > len(body):
+        raise DataError(f"{HEADER_LENGTH} is no number up to {len(body)}, the bytes of the body")
+    split = int(digits)
     try:
         request = json.loads(body[:split])
-    except ValueError as error:
-        raise DataError("the body is no JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError("the body is no JSON, or too deep") from error
     tensors = request.get("inputs") if isinstance(request, dict) else None
     if not isinstance(tensors, list) or not all(isinstance(tensor, dict) for tensor in tensors):
         raise DataError("the body has no list `inputs` of tensors")
