@@ -3,9 +3,10 @@
     python benchmarks/bulk_memory.py
 
 A tiny random BERT, so that the job is mostly reading, tokenizing and moving. Peaks are proportional set sizes, sampled
-every half second: the driver alone, and everything that Ray started (its object store is shared memory in both).
+four times a second: the driver alone, and everything that Ray started (its object store is shared memory in both).
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -22,18 +23,28 @@ from random_model import make_model
 EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails" / "test"
 
 
-def peaks(process, found):
-    """Put the highest megabytes of the driver and of its descendants into found, until it ends."""
-    driver, workers = 0, 0
-    while process.poll() is None:
-        try:
-            root = psutil.Process(process.pid)
-            driver = max(driver, root.memory_full_info().pss)
-            workers = max(workers, sum(member.memory_full_info().pss for member in root.children(recursive=True)))
-        except psutil.Error:
-            pass
-        time.sleep(0.5)
-    found += [driver >> 20, workers >> 20]
+def watched(command, sample):
+    """The summary that a command prints as JSON, and what sample(its psutil.Process) found while it ran."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    found = []
+
+    def watch():
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                found.append(sample(psutil.Process(process.pid)))
+            time.sleep(0.25)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    summary = json.loads(process.communicate()[0])
+    watcher.join()
+    return summary, found
+
+
+def proportional_mb(root):
+    """Megabytes of the driver, and of all its descendants."""
+    workers = sum(member.memory_full_info().pss for member in root.children(recursive=True))
+    return root.memory_full_info().pss >> 20, workers >> 20
 
 
 def main():
@@ -49,15 +60,11 @@ def main():
                 pq.write_table(block, source / f"{number}.parquet", row_group_size=1000)
             command = [sys.executable, "-m", "pipelines", "score", f"{base}/model", "--input", str(source), "--json",
                        "--output", f"{base}/out{times}", "--set", "unit_bytes=1000000"]  # fmt: skip
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            found = []
-            watcher = threading.Thread(target=peaks, args=(process, found))
-            watcher.start()
-            summary = json.loads(process.communicate()[0])
-            watcher.join()
+            summary, found = watched(command, proportional_mb)
+            driver, workers = (max(peaks) for peaks in zip(*found, strict=True))
             size = sum(file.stat().st_size for file in source.iterdir())
             print(json.dumps({"times": times, "parquet_mb": size >> 20, "text_mb": block["text"].nbytes * times >> 20,
-                              "units": summary["units"], "driver_mb": found[0], "workers_mb": found[1],
+                              "units": summary["units"], "driver_mb": driver, "workers_mb": workers,
                               "wall_s": summary["wall_seconds"]}), flush=True)  # fmt: skip
 
 

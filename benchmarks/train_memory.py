@@ -9,30 +9,21 @@ of tokens.
 """
 
 import json
-import re
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from bulk_memory import watched
 from random_model import make_model
 
 EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails" / "test"
 
 
-def watch(process, found):
-    """Put the megabytes of anonymous memory that the process has into found, until it ends."""
-    while process.poll() is None:
-        try:
-            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-            found.append(int(re.search(r"^Anonymous: +(\d+) kB", rollup, re.MULTILINE)[1]) >> 10)
-        except (OSError, TypeError):
-            pass
-        time.sleep(0.25)
+def anonymous_mb(process):
+    """Megabytes of anonymous memory, as Linux tells it."""
+    return sum(area.anonymous for area in process.memory_maps()) >> 20
 
 
 def main():
@@ -49,12 +40,7 @@ def main():
                        "--kind", "binary", "--output", f"{base}/out{times}", "--json", "--num-workers", "0",
                        "--set", "train_dtype=float32", "--set", "epochs=1", "--set", "batch_size=64",
                        "--set", "shuffle_buffer=2048"]  # fmt: skip
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            found = []
-            watcher = threading.Thread(target=watch, args=(process, found))
-            watcher.start()
-            summary = json.loads(process.communicate()[0])
-            watcher.join()
+            summary, found = watched(command, anonymous_mb)
             print(json.dumps({"times": times, "windows": summary["windows"], "steps": summary["steps"],
                               "ids_mb": summary["tokens_per_epoch"] * 4 >> 20, "peak_mb": max(found),
                               "seconds": summary["seconds"]}), flush=True)  # fmt: skip
