@@ -20,6 +20,12 @@ LEAST = 1e-7
 """A probability of 0 would cost infinitely much."""
 
 
+def check_calibration(decision: DecisionSettings) -> None:
+    """Raise SettingsError for a kind without probabilities."""
+    if decision.kind == "regression":
+        raise SettingsError("calibrate=true needs probabilities, and kind regression has none")
+
+
 def fit_temperature(
     logits_WL: NDArray[np.float32], offsets: NDArray[np.int64], targets: NDArray[np.generic], decision: DecisionSettings
 ) -> float:
@@ -28,8 +34,7 @@ def fit_temperature(
     Document d owns windows offsets[d] to offsets[d + 1]. Searched on ever finer grids between LOWEST and HIGHEST.
     Raises SettingsError for a regression.
     """
-    if decision.kind == "regression":
-        raise SettingsError("calibrate=true needs probabilities, and kind regression has none")
+    check_calibration(decision)
     low, high = np.log(LOWEST), np.log(HIGHEST)
     best = 0.0
     for _ in range(3):

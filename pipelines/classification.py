@@ -205,10 +205,7 @@ class ClassificationModel:
             evaluate=None if valid is None else evaluation,
             on_best=lambda loop: self._save_best(loop, output),
             on_checkpoint=lambda loop: self._save_checkpoint(loop, output),
-            also={
-                "validation data": None if validation is None else validation.fingerprint,
-                "metrics": sorted(metrics),
-            },
+            also={"validation data": validation and validation.fingerprint, "metrics": sorted(metrics)},
             report=report,
         )
         self._go_on(loop)

@@ -159,9 +159,8 @@ def steps_of(
         shares = share_W[mine]
         if not len(mine):
             mine, shares = together[:1], np.zeros(1, np.float32)
-        yield Step(
-            data, mine, shares, float(normalizer_W[together].sum()) or 1.0
-        )  # 0: every weight is, and so the loss
+        normalizer = float(normalizer_W[together].sum()) or 1.0  # 0: every weight is, and so the loss
+        yield Step(data, mine, shares, normalizer)
 
 
 class Stepper:

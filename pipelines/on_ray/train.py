@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from pipelines.calibration import check_calibration
 from pipelines.checkpoints import open_training, remove_folder, steps_of
 from pipelines.corpus import Corpus, Part
 from pipelines.errors import DataError, JobError, PipelinesError, SettingsError
@@ -177,14 +178,14 @@ def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray) -> Decisio
 
 
 def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, settings: TrainSettings) -> None:
-    """A loss and weights that do not fit, and training data with one class only."""
+    """Raise for a loss, weights, a metric, an objective that do not fit, and for training data with one class only."""
     resolve_loss(settings, decision, targets)
     watch_of(settings, decision)
     parse_objective(settings.objective)
     if settings.objective != TrainSettings.objective and decision.kind not in ("binary", "multilabel"):
         raise SettingsError(f"objective={settings.objective!r} tunes thresholds, which kind {decision.kind} has not")
-    if settings.calibrate and decision.kind == "regression":
-        raise SettingsError("calibrate=true needs probabilities, and kind regression has none")
+    if settings.calibrate:
+        check_calibration(decision)
     if decision.kind in ("binary", "multiclass") and len(np.unique(targets)) < 2:
         only = decision.labels[int(targets[0])]
         raise DataError(f"every training row has the label {only!r}: a classifier needs at least two")
@@ -249,13 +250,13 @@ def _in_object_store(split: Split, report: Report) -> Corpus:
     """A corpus tokenized by Ray Data; its parts are the blocks, wherever in the cluster they are."""
     survey = ray.remote(_survey).options(num_cpus=TOKENIZE_CPUS)
     blocks, surveys = [], []
-    started = shown = time.monotonic()
+    started = told = time.monotonic()
     for bundle in tokenized(split.stage, split.units).iter_internal_ref_bundles():
         blocks += [entry.ref for entry in bundle.blocks]
         surveys += [survey.remote(entry.ref) for entry in bundle.blocks]
         now = time.monotonic()
-        if now - shown > PROGRESS_SECONDS:
-            shown = now
+        if now - told > PROGRESS_SECONDS:
+            told = now
             left = (now - started) / len(blocks) * (len(split.units) - len(blocks))
             report(f"tokenized {len(blocks):,} of {len(split.units):,} units, {left:.0f} s to go")
     found = [(number, part, block) for (number, part), block in zip(ray.get(surveys), blocks, strict=True)]

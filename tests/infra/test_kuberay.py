@@ -15,9 +15,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from pipelines.errors import SettingsError
 from pipelines.fields import parse
 from pipelines.on_ray.score import ScoreJob
-from pipelines.on_ray.serve.app import ServeJob
+from pipelines.on_ray.serve.app import ServeJob, build
 from pipelines.on_ray.serve.autoscaling import autoscaling_of
 from pipelines.on_ray.serve.proxy import HAPROXY
 from pipelines.on_ray.train import TrainRequest
@@ -158,6 +159,8 @@ def test_the_serve_config_fits_serves_schema_and_names_what_exists(rendered):
     assert callable(getattr(importlib.import_module(module), name))
     job = ServeJob.parse(application["args"])
     assert job.serve.proxy == "haproxy"
+    with pytest.raises(SettingsError, match="set api_keys"):  # as it stands, until somebody puts keys in
+        build(application["args"])
     for spec in pods(rendered["serve"]):
         for container in spec["containers"]:
             if container["name"] in ("ray-head", "ray-worker"):

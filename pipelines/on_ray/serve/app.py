@@ -437,14 +437,19 @@ def build(args: dict[str, Any]) -> Application:
     return application(job)
 
 
+def check_job(job: ServeJob) -> None:
+    """Raise a UsageError where the model folder is none, or the thresholds do not fit its labels."""
+    resolve_thresholds(job.serve.thresholds, read_model_folder(job.model).decision)
+
+
 def application(job: ServeJob) -> Application:
-    """The Serve application of a job; the model folder is read first, so that a bad one fails here."""
+    """The Serve application of a job; what does not fit fails here (`check_job`)."""
+    check_job(job)
     num_gpus = job.serve.gpus_per_replica
     if num_gpus is None:
         num_gpus = 1.0 if uses_gpus(job.compute.device) else 0.0
     autoscaling = autoscaling_of(job.serve)
     fewest, _ = parse_range("num_replicas", job.serve.num_replicas)
-    resolve_thresholds(job.serve.thresholds, read_model_folder(job.model).decision)
     app: Application = Predictor.options(  # type: ignore[attr-defined]
         **({"num_replicas": fewest} if autoscaling is None else {"autoscaling_config": autoscaling}),
         user_config={"thresholds": job.serve.thresholds},

@@ -12,10 +12,9 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from pipelines.errors import JobError
-from pipelines.model_folder import read_model_folder
 from pipelines.on_ray.cluster import connected, root_cause
 from pipelines.on_ray.nodes import check_nodes
-from pipelines.on_ray.serve.app import ServeJob, application
+from pipelines.on_ray.serve.app import ServeJob, application, check_job
 from pipelines.on_ray.serve.auth import check_exposure
 from pipelines.on_ray.serve.proxy import check_proxy
 
@@ -29,7 +28,7 @@ def run_server(job: ServeJob, *, address: str | None = None, report: Callable[[s
     """
     check_exposure(job.serve)
     check_proxy(job.serve.proxy)
-    read_model_folder(job.model)
+    check_job(job)
     stop = threading.Event()
     with connected(address):
         check_nodes(model=job.model)
