@@ -154,6 +154,13 @@ def test_replicas_follow_the_load(url, spam_folder):
     assert httpx.post(f"{url}/v1/predict", json={"inputs": ["still there"]}).status_code == 200
 
 
+def test_an_idle_server_may_have_no_replica_and_the_next_request_brings_one(url, spam_folder):
+    run(spam_folder, num_replicas="0:1", upscale_delay_s=0, downscale_delay_s=1)
+    wait_until(lambda: replicas() == 0)
+    answer = httpx.post(f"{url}/v1/predict", json={"inputs": ["who is there"]}, timeout=60)
+    assert answer.status_code == 200
+
+
 def test_how_many_replicas_a_load_needs():
     assert replicas_needed(0, 0.0, 1000) == 0
     assert replicas_needed(0, 0.1, 1000) == 1
