@@ -38,6 +38,8 @@ PROBLEM_TYPES = {
     "multilabel": "multi_label_classification",
     "regression": "regression",
 }
+ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+"""What configs of transformers call the dropout of attention's weights."""
 SHORTEST_STEP = 16
 PADDED_MULTIPLE = 8
 """Padded rows are a multiple of this long: fewer shapes, aligned memory."""
@@ -246,10 +248,13 @@ def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_
     return WindowModel(module, template, compute, uses_type_ids=uses_type_ids(path))
 
 
-def new_classifier(name: str, decision: DecisionSettings, *, seed: int) -> nn.Module:
+def new_classifier(
+    name: str, decision: DecisionSettings, *, seed: int, attention_dropout: float | None = None
+) -> nn.Module:
     """Pretrained weights under a new head for the decision's labels, seeded; name is a hub name or a folder.
 
-    A head of the right shape that the weights already have is kept.
+    A head of the right shape that the weights already have is kept. attention_dropout replaces the config's; raises
+    SettingsError where the architecture has none.
     """
     torch.manual_seed(seed)
     names = list(decision.labels) or ["value"]
@@ -263,6 +268,7 @@ def new_classifier(name: str, decision: DecisionSettings, *, seed: int) -> nn.Mo
                 problem_type=PROBLEM_TYPES[decision.kind],
                 trust_remote_code=False,
             )
+            _set_attention_dropout(config, attention_dropout)
             module: nn.Module = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 config=config,
@@ -279,11 +285,22 @@ def new_classifier(name: str, decision: DecisionSettings, *, seed: int) -> nn.Mo
     return module
 
 
-def describe(name: str) -> tuple[int | None, str]:
+def _set_attention_dropout(config: Any, share: float | None) -> None:
+    if share is None:
+        return
+    names = [name for name in ATTENTION_DROPOUTS if hasattr(config, name)]
+    if not names:
+        raise SettingsError(f"attention_dropout={share}: {config.model_type} has no dropout of attention's weights")
+    for name in names:
+        setattr(config, name, share)
+
+
+def describe(name: str, *, attention_dropout: float | None = None) -> tuple[int | None, str]:
     """Longest input row (None for no limit) and model type of pretrained weights: a hub name or a folder.
 
     RoBERTa's kin count positions from padding_idx + 1, which costs them as many. Reads the config alone; raises
-    ModelFolderError where there is none, or where a folder's weights are no safetensors.
+    ModelFolderError where there is none, or where a folder's weights are no safetensors, and SettingsError where
+    attention_dropout is given for an architecture that has none.
     """
     if Path(name).is_dir():
         check_weights(Path(name))
@@ -292,6 +309,7 @@ def describe(name: str) -> tuple[int | None, str]:
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"--model {name} is no folder and no hub name: {_first_line(error)}") from error
+    _set_attention_dropout(config, attention_dropout)
     with torch.device("meta"):
         return row_limit(AutoModelForSequenceClassification.from_config(config)), str(config.model_type)
 

@@ -98,18 +98,43 @@ def _attention_by_length(
             states[0, :, start:stop].view(states.shape[1], count, length, -1).transpose(0, 1)
             for states in (query, key, value)
         )
-        out_NHSD = F.scaled_dot_product_attention(
-            query_NHSD,
-            key_NHSD,
-            value_NHSD,
-            attn_mask=_band(length, reach, query.device),
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        band_SS = _band(length, reach, query.device)
+        if dropout and query.device.type == "cpu":
+            out_NHSD = _attention_with_dropout(query_NHSD, key_NHSD, value_NHSD, band_SS, dropout, scaling)
+        else:
+            out_NHSD = F.scaled_dot_product_attention(
+                query_NHSD,
+                key_NHSD,
+                value_NHSD,
+                attn_mask=band_SS,
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         pieces.append(out_NHSD.transpose(1, 2).flatten(0, 1))
         start = stop
     return torch.cat(pieces).unsqueeze(0)
+
+
+def _attention_with_dropout(
+    query: Tensor, key: Tensor, value: Tensor, band_SS: Tensor | None, dropout: float, scaling: float | None
+) -> Tensor:
+    """What F.scaled_dot_product_attention says of (N, H, S, D), on a CPU in a third of its time in bf16.
+
+    Drawing a number for every weight is what it spends that on; here 16 random bits decide.
+    """
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = (states.repeat_interleave(shared, dim=1) for states in (key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores_NHSS = query @ (key * scaling).transpose(-1, -2)
+    if band_SS is not None:
+        scores_NHSS = scores_NHSS.masked_fill(~band_SS, float("-inf"))
+    dropped = round(dropout * 2**16)  # of all values that 16 bits can have
+    bits = torch.empty(-(-scores_NHSS.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept_NHSS = bits[: scores_NHSS.numel()].view_as(scores_NHSS) >= dropped - 2**15
+    weights_NHSS = scores_NHSS.softmax(-1) * kept_NHSS.to(scores_NHSS.dtype)
+    return weights_NHSS @ (value / (1 - dropped / 2**16))
 
 
 def _band(length: int, reach: int, device: torch.device) -> Tensor | None:

@@ -232,6 +232,8 @@ class TrainSettings:
     """Arithmetic of the training forward and backward pass; weights are always kept in float32."""
     train_batch_tokens: int = 16384
     """Tokens in one forward and backward pass of one worker: a memory limit; changes only rounding and dropout."""
+    attention_dropout: float | None = None
+    """Dropout of attention's weights, instead of what the model's config says; 0 trains much faster on CPUs."""
     activation_checkpointing: bool = False
     """Keep only each layer's input and compute the rest again for the gradients: less memory, a third more time."""
     seed: int = 42
@@ -284,6 +286,7 @@ class TrainSettings:
         check_range(self, "warmup_steps", self.warmup_steps, low=0)
         check_range(self, "adam_epsilon", self.adam_epsilon, low=0)
         check_range(self, "label_smoothing", self.label_smoothing, low=0, high=1)
+        check_range(self, "attention_dropout", self.attention_dropout, low=0, high=1)
         if len(self.adam_betas) != 2:
             raise SettingsError(f"adam_betas has {len(self.adam_betas)} values and needs 2")
         for beta in self.adam_betas:

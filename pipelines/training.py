@@ -86,7 +86,9 @@ def _fit(
     folder = scratch / "model"
     tokenizer = save_tokenizer(job.model, folder)
     checkpoint = fetch_newest(job.output, scratch)
-    module = new_classifier(str(checkpoint or job.model), job.decision, seed=job.train.seed)
+    module = new_classifier(
+        str(checkpoint or job.model), job.decision, seed=job.train.seed, attention_dropout=job.train.attention_dropout
+    )
     compute = replace(job.compute, dtype="float32", device=_rank_device(job.compute.device))
     model = WindowModel(module, tokenizer.template, compute, uses_type_ids=uses_type_ids(folder))
     plan = plan_of(job.windows, tokenizer, model_type=model.model_type, model_limit=model.row_limit)

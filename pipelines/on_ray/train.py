@@ -109,7 +109,7 @@ def train(request: TrainRequest, *, address: str | None = None, report: Report =
     valid_targets = None if valid_labels is None else encode_labels(valid_labels, decision)
     _check_targets(targets, decision, request.settings)
     _check_without_effect(request.settings, has_valid=paths.valid is not None)
-    limits = describe(paths.model)
+    limits = describe(paths.model, attention_dropout=request.settings.attention_dropout)
     is_new = not open_training(paths.output, _identity(request, decision, train_files, valid_files))
     job = TrainJob(paths.model, paths.output, request.windows, decision, request.settings, request.compute)
     try:

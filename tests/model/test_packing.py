@@ -74,6 +74,34 @@ def test_grouped_key_heads_are_shared():
     torch.testing.assert_close(grouped, whole)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dropout_leaves_out_its_share_of_the_weights_and_makes_up_for_it(dtype):
+    torch.manual_seed(0)
+    lengths, share = [32, 32], 0.3
+    query, key = (torch.randn(1, 4, 64, 32, dtype=dtype) for _ in range(2))
+    value = torch.eye(32, dtype=dtype).repeat(1, 2, 1, 1).expand(1, 2, 32, 32).repeat(1, 1, 2, 1)  # shows the weights
+    key = key[:, :2]  # shared by two heads each
+
+    def weights(dropout):
+        packing = Packing.of(lengths, torch.device("cpu"))
+        return attention(torch.nn.Identity(), query, key, value, None, packing=packing, dropout=dropout,
+                         sliding_window=20)[0]  # fmt: skip
+
+    whole = weights(0.0)
+    draws = torch.stack([weights(share) for _ in range(50)])
+    allowed = (whole > 0).expand_as(draws)
+    assert (draws[~allowed] == 0).all(), "out of reach stays out"
+    kept = draws[allowed] != 0
+    assert abs(kept.double().mean() - (1 - share)) < 0.005
+    assert abs(kept.view(50, -1).double().std(0).mean() - (share * (1 - share)) ** 0.5) < 0.01, "anew in each draw"
+    torch.testing.assert_close(draws[allowed][kept], (whole / (1 - share)).expand_as(draws)[allowed][kept],
+                               rtol=1e-4 if dtype == torch.float64 else 0.03, atol=0)  # fmt: skip
+    torch.manual_seed(1)
+    first = weights(share)
+    torch.manual_seed(1)
+    assert (weights(share) == first).all()
+
+
 def test_bfloat16_is_close_and_chosen_by_the_processor():
     difference = np.abs(load("bert", dtype="bfloat16").logits(ragged()) - load("bert").logits(ragged())).max()
     assert 0 < difference < 0.1

@@ -15,6 +15,7 @@ from pipelines.corpus import Corpus, LabelledDocuments, Part
 from pipelines.errors import DataError, JobError, SettingsError
 from pipelines.labels import encode_labels
 from pipelines.losses import Loss, resolve_loss
+from pipelines.model import describe
 from pipelines.model_folder import read_model_folder
 from pipelines.optimization import make_optimizer, make_schedule
 from pipelines.scoring import Scorer
@@ -289,6 +290,23 @@ def make_job(tmp_path, emails, decision=BINARY, *, epochs=2, family="bert", comp
 
 def run(job, train, valid=None, report=lambda line: None):
     return fit(job, Corpus.of(train), None if valid is None else Corpus.of(valid), report)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_attention_dropout_is_the_runs_own(tmp_path, emails, family):
+    losses = {}
+    for share in (None, 0.0, 0.5):
+        job, train, _ = make_job(tmp_path / str(share), emails, epochs=1, family=family, attention_dropout=share)
+        losses[share] = run(job, train)["losses"]
+    assert (losses[0.0] == losses[None]) == (family == "bert"), "the base has none as bert, and 0.1 as distilbert"
+    assert losses[0.5] != losses[0.0]
+
+
+def test_a_model_without_attention_dropout_is_no_place_for_it(tmp_path, emails):
+    job, _, _ = make_job(tmp_path, emails, family="xlnet")
+    assert describe(job.model)
+    with pytest.raises(SettingsError, match=r"attention_dropout=0\.0: xlnet has no dropout of attention's weights"):
+        describe(job.model, attention_dropout=0.0)
 
 
 def in_parts(data, ends):
