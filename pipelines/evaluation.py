@@ -31,6 +31,9 @@ METRICS = {
 """What `evaluate` returns for each kind."""
 FEWEST_POSITIVES = 10
 """Of a label's own threshold; with fewer, chance would set it."""
+EXACT_SCORES = 10_000_000
+"""More scores than that are rounded to SCORE_DECIMALS for a curve, which then is one of a histogram."""
+SCORE_DECIMALS = 4
 LESS_IS_BETTER = frozenset({"loss", "eval_loss", "mae", "rmse", "fp", "fn"})
 
 
@@ -93,15 +96,35 @@ def matthews(matrix: NDArray[np.int64]) -> float:
 
 
 def curve_areas(positive_D: NDArray[np.bool_], score_D: NDArray[np.float32]) -> dict[str, float | None]:
-    """Areas under the ROC and the precision-recall curve (average precision); None with one class only."""
+    """Areas under the ROC and the precision-recall curve (average precision); None with one class only.
+
+    With more than EXACT_SCORES they are of a histogram, whose number of bins is then there as histogram_bins.
+    """
     from sklearn.metrics import average_precision_score, roc_auc_score  # a second of imports, only where needed
 
     if positive_D.all() or not positive_D.any():
         return {"auroc": None, "auprc": None}
+    count_D: NDArray[np.int64] | None = None
+    named = {}
+    if len(score_D) > EXACT_SCORES:
+        positive_D, score_D, count_D = _histogram(positive_D, score_D)
+        named = {"histogram_bins": 10**SCORE_DECIMALS + 1}
     return {
-        "auroc": float(roc_auc_score(positive_D, score_D)),
-        "auprc": float(average_precision_score(positive_D, score_D)),
+        "auroc": float(roc_auc_score(positive_D, score_D, sample_weight=count_D)),
+        "auprc": float(average_precision_score(positive_D, score_D, sample_weight=count_D)),
+        **named,
     }
+
+
+def _histogram(
+    positive_D: NDArray[np.bool_], score_D: NDArray[np.float32]
+) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.int64]]:
+    """Truth, score and count of each bin of rounded scores that has any: as many rows as say the same."""
+    last = 10**SCORE_DECIMALS
+    bin_D = np.rint(score_D * np.float32(last)).astype(np.int64)
+    counts = np.bincount(bin_D + positive_D * (last + 1), minlength=2 * (last + 1))
+    bins = np.flatnonzero(counts)
+    return bins > last, (bins % (last + 1) / last).astype(np.float32), counts[bins]
 
 
 def parse_objective(text: str) -> tuple[str, float]:

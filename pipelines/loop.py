@@ -34,14 +34,15 @@ from pipelines.steps import Step, Stepper, WindowParts, plan_steps, rank, steps_
 TENSORS_FILE = "training_state.pt"
 """Of a checkpoint: optimizer, schedule and the best weights so far."""
 PROGRESS_SECONDS = 5.0
-PREEMPTION_STEPS = 10
-"""Every so many steps all ranks ask together whether a machine will be taken away."""
+CHECK_STEPS = 10
+"""Every so many steps all ranks ask together whether a checkpoint is due: by the clock, or for a lost machine."""
 NAMES_SHOWN = 8
 """Documents of a step that went wrong."""
 HARMLESS = frozenset(
     {
         "train_batch_tokens",
         "save_steps",
+        "save_minutes",
         "save_each_epoch",
         "save_evaluations",
         "keep_checkpoints",
@@ -125,14 +126,16 @@ class TrainLoop:
         plan: Callable[[int, int], Iterator[Step]] | None = None,
         also: Mapping[str, Any] | None = None,
         is_preempted: Callable[[], bool] | None = None,
+        on_progress: Callable[[Mapping[str, float]], None] | None = None,
         report: Report = lambda line: None,
     ) -> None:
         """The steps of an epoch after the first n come from plan(epoch, n); by default settings.seed draws them.
 
         evaluate looks at the model between steps; on_best follows an evaluation that was the best so far, and
-        on_checkpoint each point that settings.save_steps and save_each_epoch name, and the first time that
-        is_preempted says that a machine will be taken away; every rank calls that as often. also is what else,
-        JSON-ready, must be the same for a run to go on from a checkpoint.
+        on_checkpoint each point that settings.save_steps, save_minutes and save_each_epoch name, and the first time
+        that is_preempted says that a machine will be taken away; every rank calls that as often. on_progress gets
+        step, loss, learning rate and rate every few seconds, on rank 0. also is what else, JSON-ready, must be the
+        same for a run to go on from a checkpoint.
         """
         self.state = TrainState()
         self.best_scores: DocumentScores | None = None
@@ -141,6 +144,8 @@ class TrainLoop:
         self._evaluate, self._on_best, self._on_checkpoint = evaluate, on_best, on_checkpoint
         self._also = dict(also or {})
         self._is_preempted, self._was_preempted = is_preempted, False
+        self._saved_at = time.monotonic()
+        self._on_progress = on_progress if rank() == 0 else None
         self._report = report if rank() == 0 else _silent
         lengths = [steps_of_epoch(data.num_windows_P, settings, epoch) for epoch in range(settings.epochs)]
         self._ends = np.cumsum([0, *lengths]).tolist()
@@ -159,7 +164,7 @@ class TrainLoop:
 
     def run(self) -> TrainState:
         """Train from where the state is to the end; the model then has the best weights, or without valid the last."""
-        progress = _Progress(self._report, self.state.step, self._ends[-1])
+        progress = _Progress(self._report, self._on_progress, self.state.step, self._ends[-1])
         try:
             while self.state.epoch < self._settings.epochs and not self.state.stopped:
                 self._run_epoch(progress)
@@ -225,9 +230,11 @@ class TrainLoop:
                 self._judge(self._evaluate(), counts=by_steps or settings.early_stopping_consider_epochs)
                 self._model.module.train()
             wanted = settings.save_each_epoch if is_end else settings.save_evaluations and is_evaluated
-            if (self._is_due(wanted, settings.save_steps) or self._must_hurry()) and self._on_checkpoint is not None:
+            is_due = self._is_due(wanted, settings.save_steps)
+            if self._on_checkpoint is not None and (self._is_time() or is_due):  # all ranks ask for the time
                 self._flush()
                 self._on_checkpoint(self)
+                self._saved_at = time.monotonic()
             if state.stopped:
                 return
         self._flush()
@@ -236,14 +243,24 @@ class TrainLoop:
     def _learning_rate(self) -> float:
         return self._stepper.learning_rate
 
-    def _must_hurry(self) -> bool:
-        """Whether a machine will be taken away, as this run hears for the first time."""
-        if self._is_preempted is None or self._was_preempted or self.state.step % PREEMPTION_STEPS:
+    def _is_time(self) -> bool:
+        """Whether the clock calls for a checkpoint, or the first word that a machine will be taken away."""
+        if self.state.step % CHECK_STEPS:
             return False
-        self._was_preempted = self._is_preempted()
-        if self._was_preempted:
+        if self._is_preempted is not None and not self._was_preempted and self._is_preempted():
+            self._was_preempted = True
             self._report(f"a machine of this run will be taken away: checkpoint at step {self.state.step}")
-        return self._was_preempted
+            return True
+        minutes = self._settings.save_minutes
+        return minutes is not None and self._of_rank_0(time.monotonic() - self._saved_at >= 60 * minutes)
+
+    def _of_rank_0(self, answer: bool) -> bool:
+        """Rank 0's answer on every rank: clocks differ."""
+        if world_size() == 1:
+            return answer
+        shared = torch.tensor(int(answer), device=self._model.device)
+        dist.broadcast(shared, src=0)
+        return bool(shared)
 
     def _is_due(self, at_end: bool, every: int | None) -> bool:
         return at_end or (every is not None and self.state.step % every == 0)
@@ -260,6 +277,8 @@ class TrainLoop:
         self._report(f"step {state.step}, epoch {state.epoch}: valid {name} {shown}{', the best' * improves}")
         numbers = {key: number for key, number in metrics.items() if isinstance(number, (int, float))}
         self._scalars.add({f"valid/{key}": number for key, number in numbers.items()}, state.step)
+        if self._on_progress is not None:
+            self._on_progress({f"valid_{key}": number for key, number in numbers.items()})
         if improves:
             state.best, state.flat, self.best_scores = len(state.evaluations) - 1, 0, evaluation.scores
             weights = self._model.module.state_dict()
@@ -316,8 +335,10 @@ class TrainLoop:
 class _Progress:
     """A line every few seconds: step, rate, time to go, loss, learning rate."""
 
-    def __init__(self, report: Report, first: int, total: int) -> None:
-        self._report, self._first, self._total = report, first, total
+    def __init__(
+        self, report: Report, tell: Callable[[Mapping[str, float]], None] | None, first: int, total: int
+    ) -> None:
+        self._report, self._tell, self._first, self._total = report, tell, first, total
         self._started = self._shown = time.monotonic()
         self._tokens = 0
 
@@ -329,10 +350,14 @@ class _Progress:
             return
         self._shown = now
         seconds_left = (now - self._started) / (state.step - self._first) * (self._total - state.step)
+        mean_loss, rate = float(loss) * world_size(), self._tokens / (now - self._started)
         self._report(
-            f"step {state.step}/{self._total} loss {float(loss) * world_size():.3f} lr {learning_rate:.1e} "
-            f"{self._tokens / (now - self._started):,.0f} tokens/s, {seconds_left:.0f} s to go"
+            f"step {state.step}/{self._total} loss {mean_loss:.3f} lr {learning_rate:.1e} "
+            f"{rate:,.0f} tokens/s, {seconds_left:.0f} s to go"
         )
+        if self._tell is not None:
+            self._tell({"step": state.step, "loss": mean_loss, "learning_rate": learning_rate,
+                        "tokens_per_second": rate, "seconds_left": seconds_left})  # fmt: skip
 
 
 class _Scalars:

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 NAME = "pipelines_packed"
+MOST_WRITTEN_OUT = 1024
+"""Tokens of a window whose attention weights are all held for the gradient where that is faster."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ def _attention_by_length(
             for states in (query, key, value)
         )
         band_SS = _band(length, reach, query.device)
-        if dropout and query.device.type == "cpu":
-            out_NHSD = _attention_with_dropout(query_NHSD, key_NHSD, value_NHSD, band_SS, dropout, scaling)
+        if query.device.type == "cpu" and (dropout or _trains_in_bfloat16(query, length)):
+            out_NHSD = _attention_written_out(query_NHSD, key_NHSD, value_NHSD, band_SS, dropout, scaling)
         else:
             out_NHSD = F.scaled_dot_product_attention(
                 query_NHSD,
@@ -116,12 +118,17 @@ def _attention_by_length(
     return torch.cat(pieces).unsqueeze(0)
 
 
-def _attention_with_dropout(
+def _trains_in_bfloat16(query: Tensor, length: int) -> bool:
+    """Where the gradient of PyTorch's kernel takes longer on a CPU than what is written out; beyond, memory counts."""
+    return query.requires_grad and query.dtype == torch.bfloat16 and length <= MOST_WRITTEN_OUT
+
+
+def _attention_written_out(
     query: Tensor, key: Tensor, value: Tensor, band_SS: Tensor | None, dropout: float, scaling: float | None
 ) -> Tensor:
     """What F.scaled_dot_product_attention says of (N, H, S, D), on a CPU in a third of its time in bf16.
 
-    Drawing a number for every weight is what it spends that on; here 16 random bits decide.
+    With dropout it spends that on drawing a number for every weight; here 16 random bits decide.
     """
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
@@ -130,11 +137,14 @@ def _attention_with_dropout(
     scores_NHSS = query @ (key * scaling).transpose(-1, -2)
     if band_SS is not None:
         scores_NHSS = scores_NHSS.masked_fill(~band_SS, float("-inf"))
-    dropped = round(dropout * 2**16)  # of all values that 16 bits can have
-    bits = torch.empty(-(-scores_NHSS.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    kept_NHSS = bits[: scores_NHSS.numel()].view_as(scores_NHSS) >= dropped - 2**15
-    weights_NHSS = scores_NHSS.softmax(-1) * kept_NHSS.to(scores_NHSS.dtype)
-    return weights_NHSS @ (value / (1 - dropped / 2**16))
+    weights_NHSS = scores_NHSS.softmax(-1)
+    if dropout:
+        dropped = round(dropout * 2**16)  # of all values that 16 bits can have
+        bits = torch.empty(-(-weights_NHSS.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept_NHSS = bits[: weights_NHSS.numel()].view_as(weights_NHSS) >= dropped - 2**15
+        weights_NHSS = weights_NHSS * kept_NHSS.to(weights_NHSS.dtype)
+        value = value / (1 - dropped / 2**16)
+    return weights_NHSS @ value
 
 
 def _band(length: int, reach: int, device: torch.device) -> Tensor | None:

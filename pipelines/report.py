@@ -19,14 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.evaluation import confusion_matrix
+from pipelines.evaluation import EXACT_SCORES, SCORE_DECIMALS, confusion_matrix
 from pipelines.labels import Decisions, thresholds_by_label
 from pipelines.plots import MOST_POINTS, histogram_plot, line_plot
 from pipelines.settings import DecisionSettings
 from pipelines.summary import HISTOGRAM_BINS
 
-EXACT_SCORES = 10_000_000
-"""Up to so many scores curves are exact; beyond, scores are rounded to 1e-4 first, and the page says so."""
 MOST_DOCUMENTS = 10
 CALIBRATION_BINS = 10
 
@@ -75,7 +73,7 @@ def curve(positive_D: NDArray[np.bool_], score_D: NDArray[np.float32]) -> dict[s
     threshold, precision, recall and false_positive_rate. A threshold takes all equal scores or none.
     """
     if len(score_D) > EXACT_SCORES:
-        score_D = np.round(score_D, 4)
+        score_D = np.round(score_D, SCORE_DECIMALS)
     order = np.argsort(-score_D, kind="stable")
     ranked, hits = score_D[order], np.cumsum(positive_D[order])
     last = np.append(ranked[1:] != ranked[:-1], True)
@@ -154,7 +152,7 @@ def _label(data: ReportData, column: int) -> str:
         histogram_plot(f"scores: {label} (blue), others (orange)", counts),
     ]
     grid = sorted({round(0.1 * step, 1) for step in range(1, 10)} | ({threshold} if threshold is not None else set()))
-    rounded = "<p>Scores were rounded to 1e-4 for the curves.</p>" if len(score_D) > EXACT_SCORES else ""
+    rounded = f"<p>Scores were rounded to 1e-{SCORE_DECIMALS} for the curves.</p>" * (len(score_D) > EXACT_SCORES)
     note = "" if threshold is None else f"<p>The dot and the bold row are the threshold in force, {threshold:.4g}.</p>"
     costs = _rows(threshold_costs(positive_D, score_D, grid), bold=None if threshold is None else grid.index(threshold))
     return _section(heading, f"<div class=plots>{''.join(plots)}</div>{rounded}{note}{costs}")

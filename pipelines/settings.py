@@ -132,9 +132,12 @@ class TrainPaths:
     """Parquet for choosing the best epoch and tuning thresholds."""
     num_workers: int | str = 0
     """Ray Train workers: N, or MIN:MAX to take as many as there are at the time; 0 trains in this process."""
+    resize_seconds: float = 60.0
+    """How often a run of MIN:MAX workers looks for more; with more, all go on from the newest checkpoint."""
 
     def __post_init__(self) -> None:
         check_types(self)
+        check_range(self, "resize_seconds", self.resize_seconds, low=1)
         _ = self.worker_range
 
     @property
@@ -260,6 +263,8 @@ class TrainSettings:
     """Write a checkpoint at the end of each epoch, from which a run that was cut off goes on."""
     save_steps: int | None = None
     """Write a checkpoint every so many optimizer steps too."""
+    save_minutes: float | None = 10.0
+    """Write a checkpoint when the last is so old, beside those at the ends of epochs."""
     save_evaluations: bool = False
     """Write a checkpoint at each evaluation between the ends of epochs too."""
     keep_checkpoints: int = 2
@@ -279,6 +284,7 @@ class TrainSettings:
             check_range(self, name, getattr(self, name), low=1)
         check_range(self, "early_stopping_patience", self.early_stopping_patience, low=0)
         check_range(self, "max_failures", self.max_failures, low=0)
+        check_range(self, "save_minutes", self.save_minutes, low=0)
         check_range(self, "early_stopping_delta", self.early_stopping_delta, low=0)
         check_range(self, "learning_rate", self.learning_rate, above=0)
         check_range(self, "weight_decay", self.weight_decay, low=0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -64,14 +64,16 @@ def fit(
     valid: Corpus | None,
     report: Report,
     is_preempted: Callable[[], bool] | None = None,
+    on_progress: Callable[[Mapping[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune, keep the best weights, tune thresholds on valid, write the model folder (rank 0), return a summary.
 
     A run that has checkpoints under job.output goes on from the newest. is_preempted says whether a machine of the run
-    will be taken away. Every rank calls this with the same arguments; the summary is the same on each.
+    will be taken away; on_progress gets numbers by name as the run goes, on rank 0. Every rank calls this with the
+    same arguments; the summary is the same on each.
     """
     with tempfile.TemporaryDirectory(prefix="pipelines-train-") as scratch:
-        return _fit(job, train, valid, report, is_preempted, Path(scratch))
+        return _fit(job, train, valid, report, is_preempted, on_progress, Path(scratch))
 
 
 def _fit(
@@ -80,6 +82,7 @@ def _fit(
     valid: Corpus | None,
     report: Report,
     is_preempted: Callable[[], bool] | None,
+    on_progress: Callable[[Mapping[str, float]], None] | None,
     scratch: Path,
 ) -> dict[str, Any]:
     started = time.perf_counter()
@@ -105,6 +108,7 @@ def _fit(
         model, data, job.train, loss,
         watch=watch_of(job.train, job.decision), evaluate=None if valid is None else evaluation, report=report,
         on_checkpoint=lambda loop: _save_checkpoint(loop, model, checkpoints, job.train), is_preempted=is_preempted,
+        on_progress=on_progress,
     )  # fmt: skip
     if checkpoint is not None:
         loop.restore(checkpoint)

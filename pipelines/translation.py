@@ -195,6 +195,7 @@ def train_settings(args: ClassificationArgs, device: str, **weights: Any) -> Tra
         evaluate_steps=_every(args.evaluate_during_training_steps),
         save_each_epoch=args.save_model_every_epoch,
         save_steps=_every(args.save_steps),
+        save_minutes=None,
         save_evaluations=args.save_eval_checkpoints,
         tensorboard_dir=args.tensorboard_dir,
         logging_steps=_every(args.logging_steps) or 1,

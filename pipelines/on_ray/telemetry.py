@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
+from ray.util.metrics import Gauge
 
 from pipelines.errors import JobError
 from pipelines.outputs import Run
@@ -80,6 +81,22 @@ class Tally:
                 f"stopped: {bad:,} of {self.total['rows_in']:,} rows have errors and max_errors={limit} allows "
                 f"{most:,.0f} ({named})"
             )
+
+
+class Gauges:
+    """Numbers by name, which Ray's agents export to Prometheus as pipelines_KIND_NAME."""
+
+    def __init__(self, kind: str, tags: dict[str, str]) -> None:
+        self._kind, self._tags = kind, tags
+        self._gauges: dict[str, Gauge] = {}
+
+    def __call__(self, values: Mapping[str, float]) -> None:
+        """The newest values."""
+        for name, value in values.items():
+            if name not in self._gauges:
+                full = f"pipelines_{self._kind}_{name}"
+                self._gauges[name] = Gauge(full, "As the progress line has it.", tuple(self._tags))
+            self._gauges[name].set(value, self._tags)
 
 
 @ray.remote(num_cpus=0)

@@ -38,7 +38,7 @@ from pipelines.losses import resolve_loss
 from pipelines.model import describe
 from pipelines.on_ray.cluster import check_resources, connected, root_cause, uses_gpus
 from pipelines.on_ray.nodes import check_nodes
-from pipelines.on_ray.telemetry import Relay, relayed
+from pipelines.on_ray.telemetry import Gauges, Relay, relayed
 from pipelines.on_ray.tokenize import TOKENIZE_CPUS, TokenizeStage, documents_of, tokenized, unpack
 from pipelines.reading import read_unit, together
 from pipelines.scoring import plan_of
@@ -51,6 +51,7 @@ from pipelines.settings import (
     WindowSettings,
 )
 from pipelines.shards import InputFile, Plan, fingerprint, plan_units, read_footers, usual_unit_bytes
+from pipelines.steps import rank, world_size
 from pipelines.tables import SOURCE_COLUMNS, check_label_column, check_text_column
 from pipelines.tokenization import Documents
 from pipelines.training import TrainJob, fit, prepare_folder, watch_of
@@ -152,7 +153,7 @@ def _prepared(
         if Path(job.model).is_dir():
             files["pretrained weights"] = str(Path(job.model, "config.json"))
         check_nodes(files=files, output=job.output)
-        return _fit_on_workers(job, request.paths.worker_range, train_split, valid_split, report)
+        return _fit_on_workers(job, request.paths, train_split, valid_split, report)
 
 
 def _read_labels(location: str, data: DataSettings) -> tuple[list[InputFile], pa.ChunkedArray]:
@@ -315,7 +316,7 @@ def run_workers(
 
 
 def _fit_on_workers(
-    job: TrainJob, workers: tuple[int, int], train_split: Split, valid_split: Split | None, report: Report
+    job: TrainJob, paths: TrainPaths, train_split: Split, valid_split: Split | None, report: Report
 ) -> dict[str, Any]:
     try:
         corpora = [None if s is None else _in_object_store(s, report) for s in (train_split, valid_split)]
@@ -325,10 +326,11 @@ def _fit_on_workers(
         _fit_job,
         {"job": job},
         [ray.put(corpus) for corpus in corpora],
-        workers,
+        paths.worker_range,
         report,
         device=job.compute.device,
         max_failures=job.train.max_failures,
+        resize_seconds=paths.resize_seconds,
     )
     return summary
 
@@ -342,6 +344,7 @@ def _on_workers(
     *,
     device: str,
     max_failures: int,
+    resize_seconds: float = 60.0,
 ) -> Any:
     """What rank 0 returns; workers that are lost are replaced, and then all begin work again."""
     gpus = uses_gpus(device)
@@ -357,6 +360,7 @@ def _on_workers(
                 scaling_config=ScalingConfig(
                     num_workers=fewest if fewest == most else workers,  # type: ignore[arg-type]  # as V2 takes it
                     use_gpu=gpus,
+                    elastic_resize_monitor_interval_s=resize_seconds,  # type: ignore[call-arg]
                 ),
                 torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
                 run_config=RunConfig(
@@ -385,4 +389,7 @@ def _fit_job(config: dict[str, Any], train: Corpus, valid: Corpus | None) -> dic
     def report(line: str) -> None:
         config["relay"].say.remote(line)
 
-    return fit(config["job"], train, valid, report, lambda: ray.train.get_preemption_info() is not None)
+    if rank() == 0:
+        report(f"training on {world_size()} of them")
+    gauges = Gauges("train", {"model": shown(config["job"].output)})
+    return fit(config["job"], train, valid, report, lambda: ray.train.get_preemption_info() is not None, gauges)

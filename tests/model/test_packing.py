@@ -65,6 +65,20 @@ def test_attention_stays_within_windows_and_within_reach():
     torch.testing.assert_close(found, (scores.softmax(-1) @ value).transpose(1, 2))
 
 
+def test_attention_written_out_says_and_learns_what_the_kernel_does():
+    from pipelines.packing import _attention_written_out
+
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 2, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    torch.testing.assert_close(_attention_written_out(*inputs, None, 0.0, None), kernel(*inputs))
+    gradients = [
+        torch.autograd.grad(run().square().sum(), inputs)
+        for run in (lambda: _attention_written_out(*inputs, None, 0.0, None), lambda: kernel(*inputs))
+    ]
+    torch.testing.assert_close(*gradients)
+
+
 def test_grouped_key_heads_are_shared():
     query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
     packing = Packing.of([6], torch.device("cpu"))

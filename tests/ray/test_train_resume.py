@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pipelines.model_folder import read_model_folder
 from pipelines.on_ray.train import TrainRequest, train
 from tests.ray.test_train import base, request  # noqa: F401 (a fixture)
 
+HERE = Path(__file__).parent
 STEPS = {"epochs": 3, "save_steps": 4, "shuffle_buffer": 30}
 
 
@@ -90,14 +92,14 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(base, tmp_path, und
 @pytest.mark.timeout(400)
 def test_a_lost_worker_is_replaced_and_the_run_goes_on(base, tmp_path, undisturbed):  # noqa: F811
     output = tmp_path / "lost"
-    process = start(tmp_path, values(base, output, num_workers=2))
+    process = start(tmp_path, values(base, output, num_workers=2, save_steps=None, save_minutes=0))
     wait_for_checkpoint(output, process)
     workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "TrainWorker" in title(child)]
     assert workers
     workers[-1].kill()
     out, err = process.communicate(timeout=300)
     assert process.returncode == 3, err[-3000:]  # done, with a row without a text
-    assert "going on from step" in err
+    assert re.search(r"going on from step \d*0$", err, re.MULTILINE), "the clock is looked at every ten steps"
     _, expected = undisturbed
     summary = json.loads(out)
     assert summary["steps"] == expected["steps"]
@@ -156,6 +158,27 @@ def test_a_machine_that_will_be_taken_away_is_a_reason_for_a_checkpoint(base, tm
     train(TrainRequest.parse(settings), report=lines.append)
     assert written == ["step-000000010"], "once, and no other"
     assert "a machine of this run will be taken away: checkpoint at step 10" in lines
+
+
+@pytest.mark.timeout(400)
+def test_workers_come_and_go(base, tmp_path):  # noqa: F811
+    settings = values(base, tmp_path / "elastic", num_workers="1:2", resize_seconds=3, save_steps=None, epochs=100)
+    del settings["valid"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "elastic.py"), json.dumps(settings)],
+        capture_output=True, text=True, timeout=380, check=False, env=environment, cwd=HERE.parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = done.stderr.splitlines()
+    taken_up = [line for line in lines if line.startswith("training on")]
+    assert taken_up == [f"training on {count} of them" for count in (1, 2, 1)], "up, and down again"
+    (notice,) = [line for line in lines if line.startswith("a machine of this run will be taken away")]
+    went_on = [line.split()[-1] for line in lines if line.startswith("going on from step")]
+    assert int(went_on[-1]) >= int(notice.split()[-1])
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert len(summary["losses"]) == summary["steps"], "no step is missing, none was taken twice"
+    assert np.mean(summary["losses"][-100:]) < 0.01
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(base, tmp_path):  # noqa: F811

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 
+from pipelines import evaluation
 from pipelines.errors import SettingsError
 from pipelines.evaluation import confusion_matrix, evaluate, f1_per_label, matthews, tune_thresholds
 from pipelines.labels import activate, decide, resolve_thresholds
@@ -110,3 +111,19 @@ def test_a_label_with_few_positives_takes_the_threshold_of_all_labels_together()
     expected = tune_thresholds(targets.ravel(), together, pooled).thresholds[0]
     assert tuned.thresholds == (pytest.approx(0.3, abs=0.02), expected, expected)
     assert "rare, never: fewer than 10 positives" in tuned.remarks("f1")[0]
+
+
+def test_areas_of_very_many_scores_are_those_of_a_histogram_and_say_so(monkeypatch):
+    random = np.random.default_rng(0)
+    positive_D = random.random(5000) < 0.3
+    score_D = np.clip(random.normal(0.4 + 0.2 * positive_D, 0.2), 0, 1).astype(np.float32)
+    exact = evaluation.curve_areas(positive_D, score_D)
+    monkeypatch.setattr(evaluation, "EXACT_SCORES", 1000)
+    found = evaluation.curve_areas(positive_D, score_D)
+    assert found.pop("histogram_bins") == 10_001
+    assert found == pytest.approx(exact, abs=2e-4)
+    assert found != exact
+    rounded = np.round(score_D, 2)
+    binned = evaluation.curve_areas(positive_D, rounded)
+    monkeypatch.undo()
+    assert {**evaluation.curve_areas(positive_D, rounded), "histogram_bins": 10_001} == pytest.approx(binned, abs=1e-12)
