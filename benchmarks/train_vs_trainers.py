@@ -139,7 +139,7 @@ def main():
     parser.add_argument("python")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--skip", action="append", default=[], help="a system to leave out")
+    parser.add_argument("--skip", action="append", default=[], help="how names of runs to leave out begin")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
@@ -151,7 +151,7 @@ def main():
             return timed(globals()[options.run], options)
     for name, settings in RUNS.items():
         system = name.split()[0]
-        if system in options.skip:
+        if name.startswith(tuple(options.skip)):
             continue
         command = [sys.executable if system == "pipelines" else options.python, __file__, options.weights, "-",
                    "--run", system, "--batch-size", str(options.batch_size), "--steps", str(options.steps),

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,10 +11,15 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import schemathesis
 import tritonclient.http
 import tritonclient.utils
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
 from pipelines.errors import DataError
 from pipelines.on_ray.serve.inference_protocol import answered, texts_of_tensors
@@ -30,6 +36,8 @@ from pipelines.on_ray.serve.schema import Pair, Prediction, Usage
 from pipelines.settings import DecisionSettings
 from tests.serve.test_server import KEYS, predict, server  # noqa: F401 (a fixture)
 
+CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]
+NPM_PACKAGE = "@huggingface/inference@4.13.30"
 TEXTS = ["Noon at the usual place?", "WIN a free cruise now!!! " * 300]
 
 
@@ -67,6 +75,63 @@ def test_huggingfaces_client(server, truth):  # noqa: F811
             assert dict(answer) == pytest.approx(expected["scores"], abs=1e-5)
             assert answer[0][0] == expected["label"], "the decided label comes first"
         assert (top, refused) == (1, 401)
+
+
+NPM = """
+import { InferenceClient } from "@huggingface/inference";
+const [url, key, ...texts] = process.argv.slice(2);
+const client = new InferenceClient(key);
+const more = url.endsWith("/predict") ? { parameters: {} } : {};
+for (const inputs of texts)
+  console.log(JSON.stringify(await client.textClassification({ endpointUrl: url, inputs, ...more })));
+try {
+  await new InferenceClient("hf_wrong").textClassification({ endpointUrl: url, inputs: "x" });
+} catch (error) {
+  console.log(error.httpResponse.status);
+}
+"""
+
+
+def test_huggingfaces_client_for_javascript(server, truth, tmp_path):  # noqa: F811
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("needs Node.js")
+    install = [npm, "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(tmp_path), NPM_PACKAGE]
+    if subprocess.run(install, capture_output=True, timeout=120, check=False).returncode:
+        pytest.skip(f"npm cannot get {NPM_PACKAGE}")
+    (tmp_path / "ask.mjs").write_text(NPM)
+    for route in ("/models/spam", "/predict"):
+        command = ["node", str(tmp_path / "ask.mjs"), f"{server.base_url}{route}", KEYS[0], *TEXTS]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        *answers, refused = map(json.loads, done.stdout.splitlines())
+        for answer, expected in zip(answers, truth, strict=True):
+            scores = {item["label"]: item["score"] for item in answer}
+            assert scores == pytest.approx(expected["scores"], abs=1e-5)
+            assert answer[0]["label"] == expected["label"]
+        assert refused == 401
+
+
+@pytest.mark.parametrize("mode", GenerationMode)
+def test_nothing_that_fits_the_schema_or_does_not_breaks_the_server(server, mode):  # noqa: F811
+    headers = dict(server.headers)
+    schema = schemathesis.openapi.from_url(f"{server.base_url}/openapi.json", headers=headers)
+    asked = 0
+    for operation in schema.get_all_operations():
+        try:
+            cases = operation.ok().as_strategy(generation_mode=mode)
+
+            @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @given(cases)
+            def check(case):
+                nonlocal asked
+                asked += 1
+                case.call_and_validate(headers=headers, checks=CHECKS)
+
+            check()
+        except Unsatisfiable:
+            continue
+    assert asked > 100
 
 
 def test_openais_client(server, truth):  # noqa: F811

@@ -62,6 +62,7 @@ from pipelines.tokenization import Documents
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorResponse, "description": "No key, or a wrong one."},
+    404: {"model": ErrorResponse, "description": "There is one model here, and it has another name."},
     413: {"model": ErrorResponse, "description": "The body is too large."},
     422: {"model": ErrorResponse, "description": "The request does not fit the schema or a limit."},
     424: {"model": ErrorResponse, "description": "The model failed on this batch."},
@@ -110,7 +111,10 @@ async def answer_request_error(_: Request, error: RequestError) -> JSONResponse:
 
 @api.exception_handler(HTTPException)
 async def answer_http_exception(_: Request, error: HTTPException) -> JSONResponse:
-    """No such route, or not by this method."""
+    """No such route, or not by this method; FastAPI's 400 is a body that is no JSON."""
+    if error.status_code == 400:
+        content = ErrorResponse(error="the body is no JSON in UTF-8", error_type="validation").model_dump()
+        return JSONResponse(content, status_code=422)
     content = ErrorResponse(error=f"{error.detail}; the routes are at /docs", error_type="route").model_dump()
     return JSONResponse(content, status_code=error.status_code, headers=error.headers)
 
@@ -294,21 +298,24 @@ class Predictor:
         """The Open Inference Protocol's word on this server."""
         return {"name": "pipelines", "version": __version__, "extensions": ["binary_tensor_data"]}
 
-    @api.get("/v2/models/{name}")
+    @api.get("/v2/models/{name}", responses=ERRORS)
     async def describe_model(self, name: str) -> dict[str, Any]:
         """The Open Inference Protocol's word on the model: its tensors and labels."""
         self._check_name(name)
         return described(self._decision, self._name)
 
-    @api.get("/v2/models/{name}/ready")
     @api.get("/v2/health/ready")
     @api.get("/v2/health/live")
-    async def protocol_health(self, name: str | None = None) -> dict[str, bool]:
+    async def protocol_health(self) -> dict[str, bool]:
         """Whether this replica works, as the Open Inference Protocol asks it."""
-        if name is not None:
-            self._check_name(name)
         await self.check_health()
         return {"live": True, "ready": True}
+
+    @api.get("/v2/models/{name}/ready", responses=ERRORS)
+    async def protocol_readiness(self, name: str) -> dict[str, bool]:
+        """Whether this replica works and has that model."""
+        self._check_name(name)
+        return await self.protocol_health()
 
     @api.get("/health")
     async def health(self) -> dict[str, str]:
