@@ -204,7 +204,7 @@ class Predictor:
             self._scorer,
             batch_tokens=self._scorer.model.batch_tokens,
             max_queued_tokens=job.serve.max_queued_tokens,
-            on_pass=self._metrics.count_pass,
+            on_pass=lambda tokens, seconds: self._metrics.count_pass(tokens, seconds, self._batcher.queued_tokens),
         )
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:

@@ -83,6 +83,7 @@ class Metrics:
             f"{PREFIX}request_seconds", "Time in the replica.", boundaries=SECONDS, tag_keys=("route",)
         )
         self._queue = metrics.Histogram(f"{PREFIX}queue_seconds", "Waiting for a pass.", boundaries=SECONDS)
+        self._queued = metrics.Gauge(f"{PREFIX}queued_tokens", "Tokens that waited when the last pass ended.")
         self._inference = metrics.Histogram(f"{PREFIX}inference_seconds", "A forward pass.", boundaries=SECONDS)
         self._fill = metrics.Histogram(
             f"{PREFIX}batch_fill", "Tokens of a pass, as a share of batch_tokens.", boundaries=SHARES
@@ -101,8 +102,9 @@ class Metrics:
         if timings.inference:
             self._queue.observe(timings.queue)
 
-    def count_pass(self, num_tokens: int, seconds: float) -> None:
-        """A forward pass ended."""
+    def count_pass(self, num_tokens: int, seconds: float, queued_tokens: int) -> None:
+        """A forward pass ended, and so many tokens wait for the next."""
+        self._queued.set(queued_tokens)
         self._inference.observe(seconds)
         self._fill.observe(min(num_tokens / self._batch_tokens, 1.0))
         self._tokens.inc(max(num_tokens, 1))
