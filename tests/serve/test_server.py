@@ -222,6 +222,17 @@ def test_haproxy_may_stand_before_the_replicas(spam_folder):
         assert httpx.get(f"{client.base_url}/info", timeout=30).status_code == 401
 
 
+def test_a_request_that_runs_is_answered_before_the_server_ends(spam_folder):
+    with ThreadPoolExecutor(1) as pool, started(spam_folder, "dtype=float32", "max_document_tokens=1000000") as client:
+        answer = pool.submit(predict, client, inputs=["word " * 400_000])
+        time.sleep(1)
+        assert not answer.done(), "it runs when the signal comes"
+        stopping = time.monotonic()
+    assert answer.result().status_code == 200
+    assert answer.result().json()["predictions"][0]["num_tokens"] == 400_000
+    assert time.monotonic() - stopping < 60
+
+
 def test_the_page_comes_without_a_key_and_loads_nothing_else(server):
     answer = httpx.get(f"{server.base_url}/", timeout=30)
     assert answer.status_code == 200
