@@ -124,7 +124,7 @@ def ours(task, weights, data, seed, epochs, scratch):
     seconds = time.perf_counter() - started
     found = Scorer.load(str(scratch / "model")).predict(test)
     if task["kind"] == "regression":
-        return seconds, found["score"].to_pylist()
+        return seconds, found["value"].to_pylist()
     if task["kind"] == "multilabel":
         return seconds, [[int(str(n) in row) for n in range(10)] for row in found["labels"].to_pylist()]
     return seconds, list(map(int, found["label"].to_pylist()))

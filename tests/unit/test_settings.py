@@ -1,3 +1,6 @@
+import datetime
+import math
+
 import pytest
 
 from pipelines.errors import SettingsError
@@ -27,6 +30,22 @@ GROUPS = [
     TrainSettings,
     WindowSettings,
 ]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1:8", "1:8"), ("0:1", "0:1"), ("190:20:30", "190:20:30"), ("off", "off"), ("no", "no"), ("true", True),
+        ("12", 12), ("-3", -3), ("0", 0), ("007", "007"), ("1e-4", 1e-4), ("2.5", 2.5), (".5", 0.5), ("1.", 1.0),
+        ("1_000", "1_000"), ("null", None), ("0x1f", "0x1f"), ("e5", "e5"), ("-.inf", -math.inf), ("10", 10),
+        ("{spam: 0.4, ham: 1}", {"spam": 0.4, "ham": 1}), ("'1'", "1"), ("2026-11-23", datetime.date(2026, 11, 23)),
+    ],
+)  # fmt: skip
+def test_scalars_are_those_of_yaml_1_2(text, value):
+    from pipelines.cli import _yaml
+
+    found = _yaml(text, "here")
+    assert (found, type(found)) == (value, type(value))
 
 
 def test_a_flat_mapping_is_dealt_out_and_yaml_kinds_are_coerced():
