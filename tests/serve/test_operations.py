@@ -15,6 +15,7 @@ from pipelines.errors import SettingsError
 from pipelines.on_ray.serve.app import ServeJob, application
 from pipelines.on_ray.serve.autoscaling import autoscaling_of, replicas_needed
 from pipelines.on_ray.serve.proxy import check_proxy
+from pipelines.on_ray.serve.run import start_proxies
 from pipelines.settings import DecisionSettings, ServeSettings
 from tests import tiny
 from tests.serve.test_server import free_port
@@ -159,6 +160,11 @@ def test_an_idle_server_may_have_no_replica_and_the_next_request_brings_one(url,
     wait_until(lambda: replicas() == 0)
     answer = httpx.post(f"{url}/v1/predict", json={"inputs": ["who is there"]}, timeout=60)
     assert answer.status_code == 200
+
+
+def test_a_second_server_of_a_cluster_says_that_the_address_is_the_firsts(url):
+    assert start_proxies(ServeSettings(port=1)).endswith("runs on this cluster already, and not 127.0.0.1:1")
+    assert httpx.get(f"{url}/-/healthz").status_code == 200
 
 
 def test_how_many_replicas_a_load_needs():

@@ -17,6 +17,7 @@ from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.serve.app import ServeJob, application, check_job
 from pipelines.on_ray.serve.auth import check_exposure
 from pipelines.on_ray.serve.proxy import check_proxy
+from pipelines.settings import ServeSettings
 
 APPLICATION = "pipelines"
 
@@ -33,13 +34,11 @@ def run_server(job: ServeJob, *, address: str | None = None, report: Callable[[s
     with connected(address):
         check_nodes(model=job.model)
         try:
-            serve.start(http_options={"host": job.serve.host, "port": job.serve.port})
+            where = start_proxies(job.serve)
             serve.run(application(job), name=APPLICATION, route_prefix="/")
             for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which has handlers of its own
                 signal.signal(number, lambda *_: stop.set())
-            report(
-                f"ready on http://{job.serve.host}:{job.serve.port} (a page to try it, POST /v1/predict, docs at /docs)"
-            )
+            report(f"ready on {where} (a page to try it, POST /v1/predict, docs at /docs)")
             stop.wait()
             report("stopping: running requests finish first")
         except (ray.exceptions.RayError, RuntimeError) as error:
@@ -49,3 +48,11 @@ def run_server(job: ServeJob, *, address: str | None = None, report: Callable[[s
         finally:
             with suppress(RayServeException):  # where it never started
                 serve.delete(APPLICATION)
+
+
+def start_proxies(settings: ServeSettings) -> str:
+    """Start Ray Serve at the settings' address; where it listens: a cluster has one Serve, whoever started it."""
+    if serve.status().proxies:
+        return f"the address of the Serve that runs on this cluster already, and not {settings.host}:{settings.port}"
+    serve.start(http_options={"host": settings.host, "port": settings.port})
+    return f"http://{settings.host}:{settings.port}"
