@@ -6,8 +6,9 @@
 The second argument is the Python of the virtual environment that benchmarks/simpletransformers_run.py describes. Four
 tasks: the demo's emails (binary; MCC), Reuters-21578's ten largest topics (multi-label; micro F1), the party
 (multiclass; accuracy) and the year (regression; mean absolute error) of the openings of State of the Union speeches.
-Topics are read from the first window alone, since the multi-label model there has no windows. No valid data:
-thresholds stay where they are. "twice" is ours with twice the epochs, for what the same time buys.
+Topics are read from the first window alone, since the multi-label model there has no windows. Ours tunes the emails'
+threshold on the demo's valid emails, as the demo does, and no other; there thresholds are not tuned. "twice" is ours
+with twice the epochs, for what the same time buys.
 
 The difference is over the five seeds' mean, its 95 % interval from 2,000 draws of test documents, the same for both
 systems. What is in the third argument's folder is not run again.
@@ -17,6 +18,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -115,6 +117,10 @@ def ours(task, weights, data, seed, epochs, scratch):
                 "max_length": task["max_length"], "batch_size": BATCH_SIZE, "num_workers": 0}  # fmt: skip
     if task["windows"] == "predict":
         settings["train_max_windows"] = 1
+        valid = pq.read_table(EMAILS / "valid").select(["text", "label"])
+        numbers = pa.array([str(int(label == "spam")) for label in valid["label"].to_pylist()])
+        pq.write_table(valid.set_column(1, "label", numbers), scratch / "valid.parquet")
+        settings["valid"] = str(scratch / "valid.parquet")
     settings["sliding_window"] = task["windows"] != "none"
     if task["kind"] in ("multiclass", "multilabel"):
         numbers = labels if task["kind"] == "multiclass" else [label for row in labels for label in row]
@@ -124,10 +130,10 @@ def ours(task, weights, data, seed, epochs, scratch):
     seconds = time.perf_counter() - started
     found = Scorer.load(str(scratch / "model")).predict(test)
     if task["kind"] == "regression":
-        return seconds, found["value"].to_pylist()
+        return seconds, found["predicted_value"].to_pylist()
     if task["kind"] == "multilabel":
-        return seconds, [[int(str(n) in row) for n in range(10)] for row in found["labels"].to_pylist()]
-    return seconds, list(map(int, found["label"].to_pylist()))
+        return seconds, [[int(str(n) in row) for n in range(10)] for row in found["predicted_labels"].to_pylist()]
+    return seconds, list(map(int, found["predicted_label"].to_pylist()))
 
 
 def theirs(task, weights, data, seed, epochs, scratch, what):
@@ -242,6 +248,7 @@ def main():
                 result = folder / f"{name}-{system}-{seed}.json"
                 if result.exists():
                     continue
+                shutil.rmtree(folder / f"{name}-{system}-{seed}", ignore_errors=True)  # of a run that was cut off
                 found = {"seconds": 0.0}
                 for what in ("train", "predict") if system == "theirs" else ("both",):
                     python = options.python if system == "theirs" else sys.executable
