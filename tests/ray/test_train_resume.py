@@ -160,14 +160,14 @@ def test_a_machine_that_will_be_taken_away_is_a_reason_for_a_checkpoint(base, tm
     assert "a machine of this run will be taken away: checkpoint at step 10" in lines
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 def test_workers_come_and_go(base, tmp_path):  # noqa: F811
     settings = values(base, tmp_path / "elastic", num_workers="1:2", resize_seconds=3, save_steps=None, epochs=100)
     del settings["valid"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
         [sys.executable, str(HERE / "elastic.py"), json.dumps(settings)],
-        capture_output=True, text=True, timeout=380, check=False, env=environment, cwd=HERE.parent.parent,
+        capture_output=True, text=True, timeout=680, check=False, env=environment, cwd=HERE.parent.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     lines = done.stderr.splitlines()

@@ -225,12 +225,14 @@ def test_haproxy_may_stand_before_the_replicas(spam_folder):
 def test_a_request_that_runs_is_answered_before_the_server_ends(spam_folder):
     with ThreadPoolExecutor(1) as pool, started(spam_folder, "dtype=float32", "max_document_tokens=1000000") as client:
         url, headers = f"{client.base_url}/v1/predict", dict(client.headers)
-        answer = pool.submit(httpx.post, url, headers=headers, json={"inputs": ["word " * 400_000]}, timeout=60)
+        answer = pool.submit(httpx.post, url, headers=headers, json={"inputs": ["word " * 300_000]}, timeout=60)
         time.sleep(1)
         assert not answer.done(), "it runs when the signal comes"
         stopping = time.monotonic()
     assert answer.result().status_code == 200
-    assert answer.result().json()["predictions"][0]["num_tokens"] == 400_000
+    (prediction,) = answer.result().json()["predictions"]
+    assert prediction["num_tokens"] >= 300_000
+    assert not prediction["truncated"]
     assert time.monotonic() - stopping < 60
 
 
