@@ -196,7 +196,7 @@ def compare(name, folder, seeds):
         line[system] = {"mean": round(np.mean(each), 4), "sd": round(np.std(each, ddof=1), 4),
                         "train_s": round(np.mean([run["seconds"] for run in runs]), 1)}  # fmt: skip
     random, truth = np.random.default_rng(0), np.asarray(truth)
-    for system in found.keys() - {"theirs"}:
+    for system in found.keys() - {"theirs"} if "theirs" in found else ():
         differences = []
         for _ in range(2000):
             drawn = random.integers(0, len(truth), len(truth))

@@ -186,6 +186,7 @@ class ClassificationModel:
         """The core of train_model, in this process or as one rank of a group; rank 0 writes the files."""
         scorer, settings = self._scorer(), self._train_settings()
         corpus, validation = Corpus.of(train), None if valid is None else Corpus.of(valid)
+        validated = None if validation is None else validation.fingerprint
         loss = resolve_loss(settings, self._decision, corpus.targets)
         compute = compute_settings(self.args, self.device)
 
@@ -205,7 +206,7 @@ class ClassificationModel:
             evaluate=None if valid is None else evaluation,
             on_best=lambda loop: self._save_best(loop, output),
             on_checkpoint=lambda loop: self._save_checkpoint(loop, output),
-            also={"validation data": validation and validation.fingerprint, "metrics": sorted(metrics)},
+            also={"validation data": validated, "metrics": sorted(metrics)},
             report=report,
         )
         self._go_on(loop)

@@ -110,6 +110,7 @@ def test_dropout_leaves_out_its_share_of_the_weights_and_makes_up_for_it(dtype):
     assert abs(kept.view(50, -1).double().std(0).mean() - (share * (1 - share)) ** 0.5) < 0.01, "anew in each draw"
     torch.testing.assert_close(draws[allowed][kept], (whole / (1 - share)).expand_as(draws)[allowed][kept],
                                rtol=1e-4 if dtype == torch.float64 else 0.03, atol=0)  # fmt: skip
+    assert torch.isfinite(weights(1.0)).all(), "no division by zero"
     torch.manual_seed(1)
     first = weights(share)
     torch.manual_seed(1)

@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from pipelines.cli import read_config
 from pipelines.errors import SettingsError
 from pipelines.fields import field_help, parse
 from pipelines.settings import (
@@ -41,10 +42,9 @@ GROUPS = [
         ("{spam: 0.4, ham: 1}", {"spam": 0.4, "ham": 1}), ("'1'", "1"), ("2026-11-23", datetime.date(2026, 11, 23)),
     ],
 )  # fmt: skip
-def test_scalars_are_those_of_yaml_1_2(text, value):
-    from pipelines.cli import _yaml
-
-    found = _yaml(text, "here")
+def test_scalars_are_those_of_yaml_1_2(text, value, tmp_path):
+    (tmp_path / "settings.yaml").write_text(f"name: {text}\n")
+    found = read_config(str(tmp_path / "settings.yaml"))["name"]
     assert (found, type(found)) == (value, type(value))
 
 
