@@ -1,7 +1,8 @@
-"""Labelled documents in parts that are loaded when their turn comes.
+"""Labelled documents in parts, each of which is waited for and loaded when its turn comes.
 
 What stays in memory is a few numbers per document. The tokens of a part are wherever `load` finds them: in this
-process, in files, in Ray's object store. Documents without a text are left out and counted. Knows no model, no ray.
+process, in files, in Ray's object store, where they may still be on their way. Documents without a text are left out
+and counted. Knows no model, no ray.
 
 Shapes: D documents, P parts.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,97 +33,127 @@ class LabelledDocuments:
 class Part:
     """What is known of a part without loading it."""
 
-    num_documents: int
     good: NDArray[np.int32]
     """Numbers of the documents that have a text; the lengths below are theirs."""
     num_tokens_D: NDArray[np.int32]
     pair_num_tokens_D: NDArray[np.int32] | None
     """Of second texts."""
-    fingerprint: str
-    """Changes with any token."""
 
     @classmethod
     def of(cls, documents: Documents) -> Part:
         """Survey a part that is at hand."""
         good = np.flatnonzero([error is None for error in documents.errors]).astype(np.int32)
         sides = [side for side in (documents.tokens, documents.pair_tokens) if side is not None]
-        digest = hashlib.sha256()
-        for side in sides:
-            digest.update(np.ascontiguousarray(side.offsets).data)
-            digest.update(np.ascontiguousarray(side.ids).data)
         lengths = [side.num_tokens_D[good].astype(np.int32) for side in sides]
-        return cls(len(documents), good, lengths[0], lengths[1] if len(lengths) > 1 else None, digest.hexdigest())
+        return cls(good, lengths[0], lengths[1] if len(lengths) > 1 else None)
 
 
 class Corpus:
-    """The documents that have a text, numbered through all parts, and their targets."""
+    """The documents of an input and their targets. What asks for all of them waits for all parts."""
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        num_documents_P: Sequence[int],
         targets: NDArray[np.generic],
+        survey: Callable[[int], Part],
         load: Callable[[int], Documents],
+        *,
+        fingerprint: str,
         name: Callable[[int, int], str] | None = None,
+        order: Sequence[int] | None = None,
     ) -> None:
-        """Targets are of all documents, those without a text too. load reads the documents of a part.
+        """A part is told of by survey and read by load, which wait for one that has not come yet.
 
-        name says what people call a document of a part, given both numbers. Raises DataError where no document has
-        a text.
+        num_documents_P and targets are of all documents, those without a text too. fingerprint changes with any text
+        or target. name says what people call a document of a part, given both numbers; order is the one in which the
+        parts come.
         """
-        first = np.cumsum([0, *(part.num_documents for part in parts)])
-        good = [start + part.good for start, part in zip(first, parts, strict=False)]
-        self.parts = list(parts)
-        self.offsets = np.cumsum([0, *map(len, good)])
-        """Part p holds documents offsets[p] to offsets[p + 1]."""
-        if not self.offsets[-1]:
-            raise DataError("no row of the training or validation data has a text")
-        self.num_errors = int(first[-1] - self.offsets[-1])
-        """Documents without a text."""
-        self.targets = targets if not self.num_errors else targets[np.concatenate(good)]
-        self._load, self._name = load, name
+        self.first_P = np.cumsum([0, *num_documents_P])
+        """Part p holds the input's rows first_P[p] to first_P[p + 1]."""
+        self.all_targets = targets
+        self.fingerprint = fingerprint
+        self.order = None if order is None else tuple(order)
+        self._survey, self._load, self._name = survey, load, name
 
     @classmethod
     def of(cls, data: LabelledDocuments) -> Corpus:
         """Documents at hand, as one part."""
-        return cls([Part.of(data.documents)], data.targets, lambda number: data.documents)
-
-    def __len__(self) -> int:
-        return int(self.offsets[-1])
+        documents = data.documents
+        digest = hashlib.sha256(np.ascontiguousarray(data.targets).data)
+        for side in (documents.tokens, documents.pair_tokens):
+            if side is not None:
+                digest.update(np.ascontiguousarray(side.offsets).data)
+                digest.update(np.ascontiguousarray(side.ids).data)
+        part = Part.of(documents)
+        fingerprint = digest.hexdigest()
+        return cls([len(documents)], data.targets, lambda _: part, lambda _: documents, fingerprint=fingerprint)
 
     @property
-    def fingerprint(self) -> str:
-        """Changes with any token or target."""
-        digest = hashlib.sha256("".join(part.fingerprint for part in self.parts).encode())
-        digest.update(np.ascontiguousarray(self.targets).data)
-        return digest.hexdigest()
+    def num_parts(self) -> int:
+        """How many, those on their way too."""
+        return len(self.first_P) - 1
+
+    def survey(self, number: int) -> Part:
+        """What is known of a part without loading it."""
+        return self._survey(number)
+
+    def part(self, number: int) -> LabelledDocuments:
+        """One part's documents that have a text."""
+        documents, good = self._load(number), self.survey(number).good
+        if len(good) < len(documents):
+            documents = documents.take(good)
+        return LabelledDocuments(documents, self.all_targets[self.rows(number)])
+
+    def rows(self, number: int) -> NDArray[np.int64]:
+        """The input's rows that one part's documents with a text are."""
+        return np.asarray(self.first_P[number] + self.survey(number).good, np.int64)
+
+    def name(self, row: int) -> str:
+        """What people call an input's row."""
+        number = int(np.searchsorted(self.first_P, row, side="right")) - 1
+        return f"document {row}" if self._name is None else self._name(number, int(row - self.first_P[number]))
+
+    def __len__(self) -> int:
+        """Documents that have a text."""
+        return int(self._offsets[-1])
+
+    @property
+    def num_errors(self) -> int:
+        """Documents without a text."""
+        return int(self.first_P[-1]) - len(self)
+
+    @cached_property
+    def rows_D(self) -> NDArray[np.int64]:
+        """The input's row of each document that has a text."""
+        return np.concatenate([self.rows(number) for number in range(self.num_parts)])
+
+    @cached_property
+    def targets(self) -> NDArray[np.generic]:
+        """Of the documents that have a text."""
+        return self.all_targets if not self.num_errors else self.all_targets[self.rows_D]
 
     @property
     def num_tokens_D(self) -> NDArray[np.int64]:
         """Tokens of each document, both texts of a pair together, without special tokens."""
         parts = [
             part.num_tokens_D + (0 if part.pair_num_tokens_D is None else part.pair_num_tokens_D.astype(np.int64))
-            for part in self.parts
+            for part in map(self.survey, range(self.num_parts))
         ]
         return np.concatenate(parts).astype(np.int64)
 
-    def part(self, number: int) -> LabelledDocuments:
-        """One part, loaded."""
-        documents, good = self._load(number), self.parts[number].good
-        if len(good) < len(documents):
-            documents = documents.take(good)
-        return LabelledDocuments(documents, self.targets[self.offsets[number] : self.offsets[number + 1]])
-
     def between(self, start: int, stop: int) -> Iterator[Documents]:
-        """Documents [start, stop) in order, from one part after another."""
-        for number, (begin, end) in enumerate(zip(self.offsets, self.offsets[1:], strict=False)):
+        """Documents [start, stop) of those with a text in order, from one part after another."""
+        for number, (begin, end) in enumerate(zip(self._offsets, self._offsets[1:], strict=False)):
             first, last = max(start, begin) - begin, min(stop, end) - begin
             if first >= last:
                 continue
             documents = self.part(number).documents
             yield documents if (first, last) == (0, len(documents)) else documents.take(np.arange(first, last))
 
-    def name(self, row: int) -> str:
-        """What people call a document."""
-        number = int(np.searchsorted(self.offsets, row, side="right")) - 1
-        inside = int(self.parts[number].good[row - self.offsets[number]])
-        return f"document {row}" if self._name is None else self._name(number, inside)
+    @cached_property
+    def _offsets(self) -> NDArray[np.int64]:
+        """Documents with a text before each part. Raises DataError where there are none at all."""
+        offsets = np.cumsum([0, *(len(self.survey(number).good) for number in range(self.num_parts))])
+        if not offsets[-1]:
+            raise DataError("no row of the training or validation data has a text")
+        return offsets

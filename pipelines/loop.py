@@ -29,7 +29,17 @@ from pipelines.losses import Loss
 from pipelines.model import WindowModel
 from pipelines.scoring import DocumentScores
 from pipelines.settings import TrainSettings
-from pipelines.steps import Step, Stepper, WindowParts, plan_steps, rank, steps_of_epoch, world_size
+from pipelines.steps import (
+    Step,
+    Stepper,
+    WindowParts,
+    buffers_of,
+    plan_steps,
+    rank,
+    steps_of_epoch,
+    steps_of_run,
+    world_size,
+)
 
 TENSORS_FILE = "training_state.pt"
 """Of a checkpoint: optimizer, schedule and the best weights so far."""
@@ -147,9 +157,10 @@ class TrainLoop:
         self._saved_at = time.monotonic()
         self._on_progress = on_progress if rank() == 0 else None
         self._report = report if rank() == 0 else _silent
-        lengths = [steps_of_epoch(data.num_windows_P, settings, epoch) for epoch in range(settings.epochs)]
-        self._ends = np.cumsum([0, *lengths]).tolist()
-        self._stepper = Stepper(model, data.first().cut, settings, loss, self._ends[-1])
+        self._num_steps = steps_of_run(data, settings, next(buffers_of(data, settings, 0)))
+        self._stepper = Stepper(model, data.first().cut, settings, loss, self._num_steps)
+        self.is_epoch_end = False
+        """Whether the last step ended an epoch."""
         draw = partial(plan_steps, data, settings, loss)
         self._plan = plan or (lambda epoch, skip: draw(epoch=epoch, rank=rank(), world_size=world_size(), skip=skip))
         self._whole_plan = plan or (lambda epoch, skip: draw(epoch=epoch, rank=0, world_size=1, skip=skip))
@@ -157,14 +168,9 @@ class TrainLoop:
         self._best_weights: dict[str, Tensor] | None = None
         self._scalars = _Scalars(settings.tensorboard_dir if rank() == 0 else None)
 
-    @property
-    def is_epoch_end(self) -> bool:
-        """Whether the last step ended an epoch."""
-        return bool(self.state.step == self._ends[self.state.epoch])
-
     def run(self) -> TrainState:
         """Train from where the state is to the end; the model then has the best weights, or without valid the last."""
-        progress = _Progress(self._report, self._on_progress, self.state.step, self._ends[-1])
+        progress = _Progress(self._report, self._on_progress, self.state.step)
         try:
             while self.state.epoch < self._settings.epochs and not self.state.stopped:
                 self._run_epoch(progress)
@@ -209,17 +215,19 @@ class TrainLoop:
         self._stepper.load_state(tensors["stepper"])
         self._best_weights = tensors["best"]
         self.state = TrainState(**content["state"])
+        self._num_steps = 0  # the learning rate there is of the step that was next then
 
     def _run_epoch(self, progress: _Progress) -> None:
         state, settings = self.state, self._settings
-        end = self._ends[state.epoch + 1]
         self._model.module.train()
-        for step in self._plan(state.epoch, state.step - self._ends[state.epoch]):
+        for step in self._plan(state.epoch, state.step - self._first_step(state.epoch)):
+            self._lay_out(step.num_steps)
             self._pending.append(self._stepper(step, state.step))
             state.step += 1
-            is_end = state.step == end
+            self.is_epoch_end = is_end = step.ends_epoch
             state.epoch += is_end
-            progress.step(state, self._pending[-1], step.data.length_W[step.index_W].sum(), self._learning_rate)
+            num_tokens = step.data.length_W[step.index_W].sum()
+            progress.step(state, self._num_steps, self._pending[-1], num_tokens, self._learning_rate)
             if settings.tensorboard_dir is not None and state.step % settings.logging_steps == 0:  # on every rank
                 self._flush()
                 self._scalars.add({"loss": state.losses[-1], "lr": self._learning_rate}, state.step)
@@ -242,6 +250,16 @@ class TrainLoop:
     @property
     def _learning_rate(self) -> float:
         return self._stepper.learning_rate
+
+    def _first_step(self, epoch: int) -> int:
+        """Steps before an epoch; of all but the first, the parts have come."""
+        return sum(steps_of_epoch(self._data, self._settings, before) for before in range(epoch))
+
+    def _lay_out(self, num_steps: int | None) -> None:
+        """Follow what is known of the number of steps."""
+        if num_steps is not None and num_steps != self._num_steps:
+            self._num_steps = num_steps
+            self._stepper.lay_out(num_steps)
 
     def _is_time(self) -> bool:
         """Whether the clock calls for a checkpoint, or the first word that a machine will be taken away."""
@@ -312,8 +330,9 @@ class TrainLoop:
 
     def _documents(self, number: int) -> str:
         """Documents of the step of that number over all ranks, a few of them by name."""
-        epoch = int(np.searchsorted(self._ends, number, side="right")) - 1
-        step = next(self._whole_plan(epoch, number - self._ends[epoch]))
+        epoch = self.state.epoch  # or the one before, which has just ended
+        epoch -= number < self._first_step(epoch)
+        step = next(self._whole_plan(epoch, number - self._first_step(epoch)))
         names = self._data.names(step.data, step.index_W)
         more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
         return ", ".join(names[:NAMES_SHOWN]) + more
@@ -335,24 +354,22 @@ class TrainLoop:
 class _Progress:
     """A line every few seconds: step, rate, time to go, loss, learning rate."""
 
-    def __init__(
-        self, report: Report, tell: Callable[[Mapping[str, float]], None] | None, first: int, total: int
-    ) -> None:
-        self._report, self._tell, self._first, self._total = report, tell, first, total
+    def __init__(self, report: Report, tell: Callable[[Mapping[str, float]], None] | None, first: int) -> None:
+        self._report, self._tell, self._first = report, tell, first
         self._started = self._shown = time.monotonic()
         self._tokens = 0
 
-    def step(self, state: TrainState, loss: Tensor, num_tokens: int, learning_rate: float) -> None:
-        """Count a step; its tokens and loss are this rank's, so they are scaled to all ranks."""
+    def step(self, state: TrainState, total: int, loss: Tensor, num_tokens: int, learning_rate: float) -> None:
+        """Count a step of so many; its tokens and loss are this rank's, so they are scaled to all ranks."""
         self._tokens += int(num_tokens) * world_size()
         now = time.monotonic()
         if now - self._shown < PROGRESS_SECONDS:
             return
         self._shown = now
-        seconds_left = (now - self._started) / (state.step - self._first) * (self._total - state.step)
+        seconds_left = (now - self._started) / (state.step - self._first) * (total - state.step)
         mean_loss, rate = float(loss) * world_size(), self._tokens / (now - self._started)
         self._report(
-            f"step {state.step}/{self._total} loss {mean_loss:.3f} lr {learning_rate:.1e} "
+            f"step {state.step}/{total} loss {mean_loss:.3f} lr {learning_rate:.1e} "
             f"{rate:,.0f} tokens/s, {seconds_left:.0f} s to go"
         )
         if self._tell is not None:

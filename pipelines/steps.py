@@ -5,18 +5,18 @@ step, the ranks take equal shares of them, and the loss is averaged over the ste
 number of workers changes nothing but rounding and the draws of dropout.
 
 Each epoch draws the order of the parts anew, fills a shuffle buffer with one part after another, and draws the order
-of the windows in it; the next buffer is loaded meanwhile. So the tokens of two buffers are all that memory holds.
-Knows no files, no ray.
+of the windows in it; the next buffer is loaded meanwhile. So the tokens of two buffers are all that memory holds, and
+the first epoch begins when the first buffer's parts have come. Knows no files, no ray.
 
 Shapes: P parts, W windows, L labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.batching import token_batches
-from pipelines.errors import SettingsError
+from pipelines.errors import DataError, SettingsError
 from pipelines.losses import Loss
 from pipelines.model import WindowModel, resolve_dtype
 from pipelines.optimization import make_optimizer, make_schedule
@@ -52,24 +52,48 @@ class LabelledWindows:
 
 
 @dataclass(frozen=True)
-class WindowParts:
-    """The windows of a corpus, in parts."""
+class PartCounts:
+    """What is known of a part's windows without cutting them."""
 
-    num_windows_P: NDArray[np.int64]
-    num_tokens: int
+    num_windows: int
+    num_tokens: int = 0
     """Of all input rows, special tokens included."""
-    num_truncated: int
+    num_truncated: int = 0
     """Documents of which some tokens are in no window."""
+
+
+@dataclass(frozen=True)
+class WindowParts:
+    """The windows of a corpus, in parts that may still be on their way."""
+
+    num_documents_P: NDArray[np.int64]
+    """Documents of each part, which are known before it has come."""
+    counts: Callable[[int], PartCounts]
+    """Of a part; waits until it has come."""
     fingerprint: str
     """Changes with any window or target."""
     load: Callable[[tuple[int, ...]], LabelledWindows]
     """The windows of the parts given, numbered through; called from another thread."""
     name: Callable[[int], str] = "document {}".format
     """What people call a document of the corpus."""
+    order: tuple[int, ...] | None = None
+    """Parts in the order in which they come: the first epoch takes them so."""
+
+    @property
+    def num_parts(self) -> int:
+        """How many, those on their way too."""
+        return len(self.num_documents_P)
+
+    def num_windows(self, parts: Iterable[int]) -> int:
+        """Of these parts together."""
+        return sum(self.counts(part).num_windows for part in parts)
 
     def first(self) -> LabelledWindows:
-        """The first part that has a window."""
-        return self.load((int(np.flatnonzero(self.num_windows_P)[0]),))
+        """The first part that has a window. Raises DataError where none has."""
+        for part in self.order or range(self.num_parts):
+            if self.num_windows([part]):
+                return self.load((part,))
+        raise DataError("no row of the training data has a text")
 
     def names(self, data: LabelledWindows, index_W: NDArray[np.integer]) -> list[str]:
         """What people call the documents of windows, each once."""
@@ -89,26 +113,43 @@ class Step:
     """Weight of each in the mean."""
     normalizer: float
     """Denominator of the mean over all ranks."""
+    ends_epoch: bool
+    """Whether it is the last of its epoch."""
+    num_steps: int | None = None
+    """Of the whole run, as far as it is known here; None: as before."""
 
 
-def steps_of_epoch(num_windows_P: NDArray[np.int64], settings: TrainSettings, epoch: int) -> int:
-    """Optimizer steps of an epoch; the last of each buffer may be smaller."""
-    return sum(_num_steps(num_windows_P, parts, settings) for parts in buffers_of(num_windows_P, settings, epoch))
-
-
-def buffers_of(num_windows_P: NDArray[np.int64], settings: TrainSettings, epoch: int) -> list[tuple[int, ...]]:
+def buffers_of(data: WindowParts, settings: TrainSettings, epoch: int) -> Iterator[tuple[int, ...]]:
     """Parts that are shuffled together in an epoch, one buffer after another; every part is in exactly one."""
-    if num_windows_P.sum() <= settings.shuffle_buffer:
-        return [tuple(range(len(num_windows_P)))]
-    buffers: list[list[int]] = [[]]
+    drawn = np.random.default_rng([settings.seed, epoch]).permutation(data.num_parts).tolist()
+    buffer: list[int] = []
     filled = 0
-    for part in np.random.default_rng([settings.seed, epoch]).permutation(len(num_windows_P)).tolist():
-        if buffers[-1] and filled + num_windows_P[part] > settings.shuffle_buffer:
-            buffers.append([])
-            filled = 0
-        buffers[-1].append(part)
-        filled += int(num_windows_P[part])
-    return [tuple(parts) for parts in buffers]
+    for part in drawn if epoch or data.order is None else data.order:
+        num_windows = data.num_windows([part])
+        if buffer and filled + num_windows > settings.shuffle_buffer:
+            yield tuple(buffer)
+            buffer, filled = [], 0
+        buffer.append(part)
+        filled += num_windows
+    yield tuple(
+        sorted(buffer) if len(buffer) == data.num_parts else buffer
+    )  # so that parts of one buffer are no matter
+
+
+def steps_of_epoch(data: WindowParts, settings: TrainSettings, epoch: int) -> int:
+    """Optimizer steps of an epoch; the last of each buffer may be smaller. Waits for all parts."""
+    return sum(_num_steps(data, parts, settings) for parts in buffers_of(data, settings, epoch))
+
+
+def steps_of_run(data: WindowParts, settings: TrainSettings, read: Collection[int]) -> int:
+    """Optimizer steps of all epochs, judged by the parts read so far: as if the others had as many windows a document.
+
+    The same on every rank and in every run, since it looks at no other part; exact when all are read.
+    """
+    if len(read) == data.num_parts:
+        return sum(steps_of_epoch(data, settings, epoch) for epoch in range(settings.epochs))
+    share = float(data.num_documents_P[list(read)].sum() / data.num_documents_P.sum())
+    return max(1, round(_num_steps(data, read, settings) / share)) * settings.epochs
 
 
 def plan_steps(
@@ -125,17 +166,13 @@ def plan_steps(
 
     Every window of the epoch is in exactly one step of one rank. Buffers that are skipped whole are not loaded.
     """
-    buffers = buffers_of(data.num_windows_P, settings, epoch)
-    ends = np.cumsum([_num_steps(data.num_windows_P, parts, settings) for parts in buffers])
-    first = int(np.searchsorted(ends, skip, side="right"))
-    done = skip - (int(ends[first - 1]) if first else 0)
     size = settings.batch_size * settings.gradient_accumulation_steps
-    for number, windows in enumerate(_loaded_ahead(data.load, buffers[first:]), first):
-        draws = [settings.seed, epoch] if len(buffers) == 1 else [settings.seed, epoch, number]
-        order = np.random.default_rng(draws).permutation(len(windows.length_W))
-        batches = [order[start : start + size] for start in range(done * size, len(order), size)]
-        yield from steps_of(batches, windows, settings, loss, rank=rank, world_size=world_size)
-        done = 0
+    for buffer, windows, is_last in _loaded_ahead(data.load, _buffers_after(data, settings, epoch, skip)):
+        order = np.random.default_rng([settings.seed, epoch, buffer.number]).permutation(len(windows.length_W))
+        batches = [order[start : start + size] for start in range(buffer.skip * size, len(order), size)]
+        for step in steps_of(batches, windows, settings, loss, rank=rank, world_size=world_size):
+            ends_epoch = step.ends_epoch and is_last()
+            yield replace(step, ends_epoch=ends_epoch, num_steps=buffer.num_steps)
 
 
 def steps_of(
@@ -153,14 +190,14 @@ def steps_of(
     if settings.window_weight == "document":
         share_W = (1.0 / data.cut.windows.num_windows_D[document_W]).astype(np.float32)
     normalizer_W = share_W * loss.normalizers(data.targets[document_W])
-    for together in batches:
+    for number, together in enumerate(batches, 1):
         longest_first = np.argsort(-data.length_W[together], kind="stable")
         mine = together[longest_first[rank::world_size]]
         shares = share_W[mine]
         if not len(mine):
             mine, shares = together[:1], np.zeros(1, np.float32)
         normalizer = float(normalizer_W[together].sum()) or 1.0  # 0: every weight is, and so the loss
-        yield Step(data, mine, shares, normalizer)
+        yield Step(data, mine, shares, normalizer, ends_epoch=number == len(batches))
 
 
 class Stepper:
@@ -169,7 +206,7 @@ class Stepper:
     def __init__(
         self, model: WindowModel, example: CutDocuments, settings: TrainSettings, loss: Loss, num_steps: int
     ) -> None:
-        """Model weights must be float32; example has a window, num_steps is the length of the schedule."""
+        """Model weights must be float32; example has a window; the schedule is one for num_steps (`lay_out`)."""
         self._model, self._settings, self._loss = model, settings, loss
         if settings.activation_checkpointing:
             _checkpoint_activations(model.module)
@@ -184,6 +221,14 @@ class Stepper:
     def learning_rate(self) -> float:
         """Of the next step, in the last group of parameters: the one without options of its own."""
         return float(self._schedule.get_last_lr()[-1])
+
+    def lay_out(self, num_steps: int) -> None:
+        """Go on with the schedule of a run of so many steps, at the step that is next."""
+        state = self._schedule.state_dict()
+        self._schedule = make_schedule(self._optimizer, self._settings, num_steps)
+        if state["last_epoch"] > 0:  # torch's word for steps done
+            self._schedule.load_state_dict({**state, "last_epoch": state["last_epoch"] - 1})
+            self._schedule.step()
 
     def __call__(self, step: Step, number: int) -> Tensor:
         """Run optimizer step `number` of the run; this rank's part of its global mean loss, on the device.
@@ -257,20 +302,53 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _num_steps(num_windows_P: NDArray[np.int64], parts: Sequence[int], settings: TrainSettings) -> int:
-    return -(-int(num_windows_P[list(parts)].sum()) // (settings.batch_size * settings.gradient_accumulation_steps))
+@dataclass(frozen=True)
+class _Buffer:
+    """Parts that are shuffled together."""
+
+    number: int
+    """In its epoch."""
+    parts: tuple[int, ...]
+    skip: int
+    """Steps of it that are done."""
+    num_steps: int
+    """Of the run, as far as the parts up to here tell."""
+
+
+def _buffers_after(data: WindowParts, settings: TrainSettings, epoch: int, skip: int) -> Iterator[_Buffer]:
+    """The buffers of an epoch, without the first `skip` steps."""
+    read: list[int] = []
+    for number, parts in enumerate(buffers_of(data, settings, epoch)):
+        read += parts
+        num_steps = _num_steps(data, parts, settings)
+        if num_steps > skip:
+            known = range(data.num_parts) if epoch else read
+            yield _Buffer(number, parts, skip, steps_of_run(data, settings, known))
+        skip = max(0, skip - num_steps)
+
+
+def _num_steps(data: WindowParts, parts: Collection[int], settings: TrainSettings) -> int:
+    return -(-data.num_windows(parts) // (settings.batch_size * settings.gradient_accumulation_steps))
 
 
 def _loaded_ahead(
-    load: Callable[[tuple[int, ...]], LabelledWindows], buffers: Sequence[tuple[int, ...]]
-) -> Iterator[LabelledWindows]:
-    """Each buffer in turn; the next is loaded while the caller works on one."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = [pool.submit(load, parts) for parts in buffers[:1]]
-        for number in range(len(buffers)):
-            windows = coming.pop().result()
-            coming += [pool.submit(load, parts) for parts in buffers[number + 1 : number + 2]]
-            yield windows
+    load: Callable[[tuple[int, ...]], LabelledWindows], buffers: Iterator[_Buffer]
+) -> Iterator[tuple[_Buffer, LabelledWindows, Callable[[], bool]]]:
+    """Each buffer in turn, loaded, and whether it is the last; the next is loaded while the caller works on one."""
+
+    def fetch() -> tuple[_Buffer, LabelledWindows] | None:
+        buffer = next(buffers, None)
+        return None if buffer is None else (buffer, load(buffer.parts))
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        found = pool.submit(fetch).result()
+        while found is not None:
+            coming = pool.submit(fetch)
+            yield *found, lambda coming=coming: coming.result() is None  # type: ignore[misc]
+            found = coming.result()
+    finally:
+        pool.shutdown(wait=False)  # who stops early does not wait for parts that may never come
 
 
 class _Forward(nn.Module):

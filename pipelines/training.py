@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from pipelines.pretrained import save_tokenizer, uses_type_ids
 from pipelines.report import ReportData, render
 from pipelines.scoring import DocumentScores, Scorer, concat_scores, plan_of, rescored
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
-from pipelines.steps import LabelledWindows, WindowParts, rank, world_size
+from pipelines.steps import LabelledWindows, PartCounts, WindowParts, rank, world_size
 from pipelines.summary import histograms_of
 from pipelines.tokenization import Tokenizer, Tokens, concat_documents, cut_documents, offsets_of
 
@@ -97,7 +97,7 @@ def _fit(
     plan = plan_of(job.windows, tokenizer, model_type=model.model_type, model_limit=model.row_limit)
     scorer = Scorer(model, tokenizer, plan, job.decision)
     data = window_parts(scorer, train, job.train)
-    loss = resolve_loss(job.train, job.decision, train.targets)
+    loss = resolve_loss(job.train, job.decision, train.all_targets)
 
     def evaluation() -> Evaluation:
         assert valid is not None
@@ -144,13 +144,14 @@ def _fit(
         publish(folder, job.output, last=PIPELINE_FILE)
         remove_all(job.output)
     _barrier()
+    counts = [data.counts(number) for number in range(data.num_parts)]
     return {
         "model": shown(job.output),
         "documents": len(train),
         "rows_in_error": train.num_errors + (0 if valid is None else valid.num_errors),
-        "documents_truncated": data.num_truncated,
-        "windows": int(data.num_windows_P.sum()),
-        "tokens_per_epoch": data.num_tokens,
+        "documents_truncated": sum(part.num_truncated for part in counts),
+        "windows": sum(part.num_windows for part in counts),
+        "tokens_per_epoch": sum(part.num_tokens for part in counts),
         "steps": state.step,
         "losses": state.losses,
         "evaluations": state.evaluations,
@@ -206,7 +207,7 @@ def _page(
     data = ReportData(
         f"{Path(job.output).name} on its validation data", decision, valid.targets, scores.scores_DL,
         decide(scores.scores_DL, decision, scores.votes_DL),
-        metrics, valid.num_tokens_D, valid.name,
+        metrics, valid.num_tokens_D, lambda number: valid.name(int(valid.rows_D[number])),
         losses=state.losses, evaluations=state.evaluations, facts=facts,
     )  # fmt: skip
     return render(data)
@@ -228,28 +229,28 @@ def _save_checkpoint(loop: TrainLoop, model: WindowModel, checkpoints: Checkpoin
 def window_parts(scorer: Scorer, train: Corpus, settings: TrainSettings) -> WindowParts:
     """The training windows of a corpus, under the scorer's plan and the settings' cap.
 
-    They are counted here, from the documents' lengths, and cut when a buffer is loaded.
+    They are counted from the documents' lengths, and cut when a buffer is loaded.
     """
     plan, template = scorer.plan, scorer.tokenizer.template
     if settings.train_max_windows is not None:
         plan = plan.with_max_windows(settings.train_max_windows)
-    counts, num_tokens, num_truncated = [], 0, 0
-    for part in train.parts:
-        cut = cut_documents(_lengths_alone(part.num_tokens_D), plan, template, _pairs_alone(part))
-        counts.append(len(cut.windows.document_W))
-        num_tokens += int(cut.length_W.sum())
-        num_truncated += int(cut.windows.truncated_D.sum())
     digest = hashlib.sha256(f"{train.fingerprint} {plan}".encode()).hexdigest()
+
+    @cache
+    def counts(number: int) -> PartCounts:
+        part = train.survey(number)
+        cut = cut_documents(_lengths_alone(part.num_tokens_D), plan, template, _pairs_alone(part))
+        return PartCounts(len(cut.windows.document_W), int(cut.length_W.sum()), int(cut.windows.truncated_D.sum()))
 
     @lru_cache(maxsize=1)  # data that fits one buffer is loaded once
     def load(numbers: tuple[int, ...]) -> LabelledWindows:
         parts = [train.part(number) for number in numbers]
         documents = concat_documents([part.documents for part in parts])
         cut = cut_documents(documents.tokens, plan, template, documents.pair_tokens)
-        rows = [np.arange(*train.offsets[number : number + 2]) for number in numbers]
+        rows = [train.rows(number) for number in numbers]
         return LabelledWindows(cut, np.concatenate([part.targets for part in parts]), np.concatenate(rows))
 
-    return WindowParts(np.array(counts), num_tokens, num_truncated, digest, load, train.name)
+    return WindowParts(np.diff(train.first_P), counts, digest, load, train.name, train.order)
 
 
 def _lengths_alone(num_tokens_D: NDArray[np.integer]) -> Tokens:

@@ -12,6 +12,8 @@ import ray
 from pipelines.errors import JobError, SettingsError
 
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+REMARKS = ("Failed to apply UDF transform", "To change retry attempts")
+"""Lines that Ray Data puts after what went wrong."""
 SPARE_CPUS = 2
 """A local Ray declares this many CPUs more than there are: small tasks run beside a model that uses them all."""
 
@@ -92,7 +94,7 @@ def root_cause(error: BaseException) -> str:
     """The line that says what went wrong on a worker: Ray puts the worker's whole traceback into its message."""
     while error.__cause__ is not None and str(error.__cause__).strip():
         error = error.__cause__
-    lines = str(error).strip().splitlines()
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith(REMARKS)]
     return lines[-1].strip() if lines else type(error).__name__
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,19 +26,20 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.calibration import check_calibration
 from pipelines.checkpoints import open_training, remove_folder, steps_of
-from pipelines.corpus import Corpus, Part
+from pipelines.corpus import Corpus
 from pipelines.errors import DataError, JobError, PipelinesError, SettingsError
 from pipelines.evaluation import parse_objective
 from pipelines.fields import parse
 from pipelines.labels import encode_labels, find_labels
 from pipelines.locations import absolute, shown
-from pipelines.loop import HARMLESS, PROGRESS_SECONDS
+from pipelines.loop import HARMLESS
 from pipelines.losses import resolve_loss
 from pipelines.model import describe
 from pipelines.on_ray.cluster import check_resources, connected, root_cause, uses_gpus
+from pipelines.on_ray.corpora import Split, in_files, on_their_way
 from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.telemetry import Gauges, Relay, relayed
-from pipelines.on_ray.tokenize import TOKENIZE_CPUS, TokenizeStage, documents_of, tokenized, unpack
+from pipelines.on_ray.tokenize import TOKENIZE_CPUS, TokenizeStage
 from pipelines.reading import read_unit, together
 from pipelines.scoring import plan_of
 from pipelines.settings import (
@@ -50,10 +50,9 @@ from pipelines.settings import (
     TrainSettings,
     WindowSettings,
 )
-from pipelines.shards import InputFile, Plan, fingerprint, plan_units, read_footers, usual_unit_bytes
+from pipelines.shards import InputFile, fingerprint, plan_units, read_footers, usual_unit_bytes
 from pipelines.steps import rank, world_size
-from pipelines.tables import SOURCE_COLUMNS, check_label_column, check_text_column
-from pipelines.tokenization import Documents
+from pipelines.tables import check_label_column, check_text_column
 from pipelines.training import TrainJob, fit, prepare_folder, watch_of
 from pipelines.windows import leads_with_space
 
@@ -86,15 +85,6 @@ class TrainRequest:
         if settings.tensorboard_dir is not None:  # as workers with another working folder find it
             settings = replace(settings, tensorboard_dir=absolute(settings.tensorboard_dir))
         return cls(paths, decision, data, windows, settings, compute)
-
-
-@dataclass(frozen=True)
-class Split:
-    """One labelled input: how to tokenize it, its work units, and its targets in the same row order."""
-
-    stage: TokenizeStage
-    units: Plan
-    targets: NDArray[np.generic]
 
 
 def train(request: TrainRequest, *, address: str | None = None, report: Report = lambda line: None) -> dict[str, Any]:
@@ -145,8 +135,8 @@ def _prepared(
     report(f"{len(targets):,} training rows, {0 if valid_targets is None else len(valid_targets):,} valid; {names}")
     if request.paths.worker_range == (0, 0):
         with tempfile.TemporaryDirectory(prefix="pipelines-tokens-") as scratch:
-            train_corpus = _in_files(train_split, Path(scratch, "train"))
-            valid_corpus = None if valid_split is None else _in_files(valid_split, Path(scratch, "valid"))
+            train_corpus = in_files(train_split, Path(scratch, "train"))
+            valid_corpus = None if valid_split is None else in_files(valid_split, Path(scratch, "valid"))
             return fit(job, train_corpus, valid_corpus, report)
     with connected(address):
         files = {"input": train_files[0].url}
@@ -229,76 +219,8 @@ def _split(
     data = request.data
     texts = tuple(name for name in (data.text_column, data.text_pair_column) if name is not None)
     stage = TokenizeStage(location, texts, together(files, texts), request.paths.output, lead_space=lead_space)
-    return Split(stage, plan_units(files, unit_bytes=unit_bytes, limit=request.data.limit), targets)
-
-
-def _in_files(split: Split, folder: Path) -> Corpus:
-    """A corpus tokenized in this process; its parts are files that are mapped into memory when they are read."""
-    folder.mkdir()
-    parts = []
-    for number, table in enumerate(split.stage(split.units)):
-        with pa.OSFile(str(folder / f"{number}.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        parts.append(Part.of(documents_of(table)))
-    return _corpus(parts, split.targets, lambda number: _mapped(folder / f"{number}.arrow"))
-
-
-def _mapped(file: Path) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-
-
-def _in_object_store(split: Split, report: Report) -> Corpus:
-    """A corpus tokenized by Ray Data; its parts are the blocks, wherever in the cluster they are."""
-    survey = ray.remote(_survey).options(num_cpus=TOKENIZE_CPUS)
-    blocks, surveys = [], []
-    started = told = time.monotonic()
-    for bundle in tokenized(split.stage, split.units).iter_internal_ref_bundles():
-        blocks += [entry.ref for entry in bundle.blocks]
-        surveys += [survey.remote(entry.ref) for entry in bundle.blocks]
-        now = time.monotonic()
-        if now - told > PROGRESS_SECONDS:
-            told = now
-            left = (now - started) / len(blocks) * (len(split.units) - len(blocks))
-            report(f"tokenized {len(blocks):,} of {len(split.units):,} units, {left:.0f} s to go")
-    found = [(number, part, block) for (number, part), block in zip(ray.get(surveys), blocks, strict=True)]
-    found.sort(key=lambda entry: entry[0])
-    return _corpus([part for _, part, _ in found], split.targets, _InStore([block for _, _, block in found]))
-
-
-def _survey(block: pa.Table) -> tuple[int, Part]:
-    """A block's unit number, and what is known of it without loading it."""
-    ((number, _, table),) = unpack(block)
-    return number, Part.of(documents_of(table))
-
-
-@dataclass(frozen=True)
-class _InStore:
-    """The tokenized table of a part, from any process of the cluster."""
-
-    blocks: Sequence[Any]
-
-    def __call__(self, number: int) -> pa.Table:
-        ((_, _, table),) = unpack(ray.get(self.blocks[number]))
-        return table
-
-
-@dataclass(frozen=True)
-class _Documents:
-    """What a part's table holds: its documents, and what people call them."""
-
-    table: Callable[[int], pa.Table]
-
-    def __call__(self, number: int) -> Documents:
-        return documents_of(self.table(number))
-
-    def name(self, number: int, row: int) -> str:
-        file, source_row = (self.table(number).column(name)[row] for name in SOURCE_COLUMNS)
-        return f"{shown(str(file))} row {source_row}"
-
-
-def _corpus(parts: Sequence[Part], targets: NDArray[np.generic], table: Callable[[int], pa.Table]) -> Corpus:
-    documents = _Documents(table)
-    return Corpus(parts, targets, documents, documents.name)
+    units = plan_units(files, unit_bytes=unit_bytes, limit=request.data.limit)
+    return Split(stage, units, targets, request.settings.seed)
 
 
 def run_workers(
@@ -318,20 +240,25 @@ def run_workers(
 def _fit_on_workers(
     job: TrainJob, paths: TrainPaths, train_split: Split, valid_split: Split | None, report: Report
 ) -> dict[str, Any]:
-    try:
-        corpora = [None if s is None else _in_object_store(s, report) for s in (train_split, valid_split)]
-    except ray.exceptions.RayError as error:
-        raise JobError(f"tokenizing failed: {root_cause(error)}") from error
-    summary: dict[str, Any] = _on_workers(
-        _fit_job,
-        {"job": job},
-        [ray.put(corpus) for corpus in corpora],
-        paths.worker_range,
-        report,
-        device=job.compute.device,
-        max_failures=job.train.max_failures,
-        resize_seconds=paths.resize_seconds,
-    )
+    """Train while Ray Data tokenizes, or after it where the cluster has no room for both."""
+    splits = {"train": train_split} if valid_split is None else {"train": train_split, "valid": valid_split}
+    fewest, most = paths.worker_range
+    there, gpus = ray.cluster_resources(), uses_gpus(job.compute.device)
+    left = there.get("CPU", 0) - (0 if gpus else most)
+    is_room = left >= TOKENIZE_CPUS and (not gpus or there.get("GPU", 0) >= fewest)
+    with on_their_way(splits, report, num_cpus=left if is_room else None) as (corpora, done):
+        if not is_room:
+            done.result()
+        summary: dict[str, Any] = _on_workers(
+            _fit_job,
+            {"job": job},
+            [ray.put(corpora.get(name)) for name in ("train", "valid")],
+            paths.worker_range,
+            report,
+            device=job.compute.device,
+            max_failures=job.train.max_failures,
+            resize_seconds=paths.resize_seconds,
+        )
     return summary
 
 

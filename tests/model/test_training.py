@@ -1,5 +1,6 @@
 import collections
 import itertools
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from pipelines.model_folder import read_model_folder
 from pipelines.optimization import make_optimizer, make_schedule
 from pipelines.scoring import Scorer
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
-from pipelines.steps import LabelledWindows, WindowParts, plan_steps, steps_of_epoch
+from pipelines.steps import LabelledWindows, PartCounts, WindowParts, plan_steps, steps_of_epoch
 from pipelines.tokenization import Documents, Tokens, cut_documents, offsets_of
 from pipelines.training import TrainJob, fit, prepare_folder
 from pipelines.windows import WindowPlan
@@ -178,7 +179,8 @@ def window_parts(lengths_PD):
 
     counts = np.array([len(load((part,)).length_W) for part in range(len(lengths_PD))])
     loaded.clear()
-    return WindowParts(counts, 0, 0, "", load), loaded
+    num_documents_P = np.array([len(lengths) for lengths in lengths_PD])
+    return WindowParts(num_documents_P, lambda part: PartCounts(counts[part]), "", load), loaded
 
 
 def names_of(step):
@@ -201,7 +203,7 @@ def test_every_window_is_seen_once_an_epoch_whatever_the_workers(lengths_PD, wor
     ranks = [
         list(plan_steps(data, settings, loss, epoch=1, rank=rank, world_size=world_size)) for rank in range(world_size)
     ]
-    assert {len(steps) for steps in ranks} == {steps_of_epoch(data.num_windows_P, settings, 1)}
+    assert {len(steps) for steps in ranks} == {steps_of_epoch(data, settings, 1)}
     seen = collections.Counter()
     for together in zip(*ranks, strict=True):
         shares = np.concatenate([step.share_W for step in together])
@@ -243,6 +245,54 @@ def test_skipped_steps_are_the_first_and_their_buffers_are_not_loaded():
         rest = plan_steps(data, settings, loss, epoch=0, rank=0, world_size=1, skip=skip)
         assert [names_of(step) for step in rest] == whole[skip:]
         assert len(loaded) == 10 - skip // 13
+
+
+def test_the_first_epoch_begins_when_its_first_buffer_has_come():
+    data, _ = window_parts([np.full(20, 15)] * 50)
+    settings, loss = TrainSettings(batch_size=8, shuffle_buffer=100), Loss("binary")
+    order = tuple(np.random.default_rng(1).permutation(50).tolist())
+    come = [threading.Event() for _ in order]
+
+    def counts(part):
+        assert come[part].wait(30)
+        return data.counts(part)
+
+    def steps_of(data, epoch):
+        steps = plan_steps(data, settings, loss, epoch=epoch, rank=0, world_size=1)
+        return ((names_of(step), step.ends_epoch, step.num_steps) for step in steps)
+
+    late = replace(data, counts=counts, order=order)
+    for part in order[:6]:  # a buffer of five, and the first of the next
+        come[part].set()
+    found = steps_of(late, 0)
+    begun = [next(found) for _ in range(12)]
+    assert not come[order[6]].is_set()
+    for event in come:
+        event.set()
+    there = replace(data, order=order)
+    for epoch in range(2):
+        steps = list(steps_of(there, epoch))
+        assert steps == [*begun, *found] if epoch == 0 else list(steps_of(late, epoch))
+        assert [ends for _, ends, _ in steps] == [False] * 129 + [True]
+    assert sorted({document // 20 for document, _ in begun[0][0]}) == sorted(
+        {document // 20 for document, _ in begun[0][0]} & set(order[:5])
+    )
+
+
+@given(
+    counts=st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any),
+    buffer=st.integers(1, 80),
+    skip=st.integers(0, 200),
+)
+def test_the_length_of_a_run_is_judged_by_what_was_read_and_exact_at_the_end(counts, buffer, skip):
+    data, _ = window_parts([np.full(count, 15) for count in counts])
+    settings, loss = TrainSettings(batch_size=3, shuffle_buffer=buffer, epochs=3), Loss("binary")
+    steps = [list(plan_steps(data, settings, loss, epoch=n, rank=0, world_size=1)) for n in range(3)]
+    exact = sum(map(len, steps))
+    assert steps[0][-1].num_steps == exact
+    assert {step.num_steps for epoch in steps[1:] for step in epoch} == {exact}
+    rest = plan_steps(data, settings, loss, epoch=0, rank=0, world_size=1, skip=skip)
+    assert [step.num_steps for step in rest] == [step.num_steps for step in steps[0][skip:]]
 
 
 def test_ranks_get_windows_of_like_lengths():
@@ -312,7 +362,8 @@ def test_a_model_without_attention_dropout_is_no_place_for_it(tmp_path):
 def in_parts(data, ends):
     """The same documents, in parts that end there."""
     pieces = [data.documents.take(np.arange(*span)) for span in itertools.pairwise([0, *ends, len(data.documents)])]
-    return Corpus([Part.of(piece) for piece in pieces], data.targets, pieces.__getitem__)
+    parts = [Part.of(piece) for piece in pieces]
+    return Corpus(list(map(len, pieces)), data.targets, parts.__getitem__, pieces.__getitem__, fingerprint="")
 
 
 def test_parts_change_nothing_where_one_buffer_holds_all(tmp_path, emails):
@@ -328,11 +379,41 @@ def test_parts_change_nothing_where_one_buffer_holds_all(tmp_path, emails):
     assert parts["windows"] == whole["windows"]
 
 
+@pytest.mark.parametrize("last", [3, 4, 5, 9])
+def test_a_run_that_ends_within_or_between_buffers_goes_on_as_if_it_had_not(tmp_path, emails, monkeypatch, last):
+    from pipelines import training
+
+    job, train, _ = make_job(tmp_path, emails, shuffle_buffer=32, save_steps=1, warmup_ratio=0.5)
+    corpus = in_parts(train, range(3, 60, 3))
+    rates, save = [], training._save_checkpoint
+
+    def watched(loop, model, checkpoints, settings):
+        rates.append(loop._learning_rate)
+        save(loop, model, checkpoints, settings)
+        if len(rates) == last:
+            checkpoints.close()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_save_checkpoint", watched)
+    with pytest.raises(KeyboardInterrupt):
+        fit(job, corpus, None, lambda line: None)
+    went_on = fit(job, corpus, None, lambda line: None)
+    interrupted, rates[:] = rates[:], [0.0] * last
+    job = replace(job, output=str(tmp_path / "whole"))
+    prepare_folder(job)
+    whole = fit(job, corpus, None, lambda line: None)
+    assert went_on["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+    assert interrupted == pytest.approx(rates[last:], rel=1e-12)
+    assert interrupted[-1] < 0.2 * max(interrupted), "down to nothing at the end"
+
+
 def test_a_corpus_names_documents_by_their_part_and_place():
     tokens = Tokens(np.zeros(0, np.int32), np.zeros(4, np.int64))
     bad = Documents(tokens, None, [None, "null", None])
-    corpus = Corpus([Part.of(bad), Part.of(bad)], np.arange(6), lambda part: bad, lambda part, row: f"{part}:{row}")
-    assert [corpus.name(row) for row in range(len(corpus))] == ["0:0", "0:2", "1:0", "1:2"]
+    corpus = Corpus([3, 3], np.arange(6), lambda part: Part.of(bad), lambda part: bad, fingerprint="",
+                    name=lambda part, row: f"{part}:{row}")  # fmt: skip
+    assert [corpus.name(row) for row in corpus.rows_D] == ["0:0", "0:2", "1:0", "1:2"]
+    assert (len(corpus), corpus.num_errors) == (4, 2)
     assert corpus.targets.tolist() == [0, 2, 3, 5]
     assert [len(some) for some in corpus.between(1, 4)] == [1, 2]
 

@@ -1,11 +1,12 @@
 import json
+import time
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.errors import DataError, ModelFolderError, OutputError, SettingsError
+from pipelines.errors import DataError, JobError, ModelFolderError, OutputError, SettingsError
 from pipelines.model_folder import read_model_folder
 from pipelines.on_ray.train import TrainRequest, _part_bytes, train
 from pipelines.shards import InputFile
@@ -68,6 +69,52 @@ def test_workers_take_the_same_steps_as_none(base, tmp_path):
     assert "valid mcc" in page
     assert "training fingerprint" in page
     assert "1.parquet row" in page, "documents are named by file and row"
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_training_begins_before_all_is_tokenized(base, tmp_path, monkeypatch, ends_well):
+    import pipelines.on_ray.train as module
+
+    output, begun = tmp_path / "out", tmp_path / "begun"
+    begun.mkdir()
+
+    class Late(module.TokenizeStage):
+        """Has the second half of the units wait for a checkpoint, which only training writes."""
+
+        def __call__(self, units):
+            for unit, table in zip(units, super().__call__(units), strict=True):
+                yield table
+                (begun / f"{len(self.text_columns)}-{unit.number}").touch()
+                if len(list(begun.iterdir())) > 8:
+                    deadline = time.monotonic() + 100
+                    while not list(output.glob("checkpoints/*/training_state.json")):
+                        assert time.monotonic() < deadline, "nobody trains"
+                        time.sleep(0.1)
+                    if not ends_well:
+                        raise ValueError("this unit is bad")
+
+    settings = {"shuffle_buffer": 30, "save_steps": 1}
+    expected = train(request(base, tmp_path / "alone", num_workers=0, **settings))
+    monkeypatch.setattr(module, "TokenizeStage", Late)
+    if ends_well:
+        found = train(request(base, output, num_workers=1, **settings))
+        np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-4)
+        assert found["windows"] == expected["windows"]
+        return
+    with pytest.raises(JobError, match=r"^tokenizing failed: .*this unit is bad$"):
+        train(request(base, output, num_workers=1, **settings))
+    assert list(output.glob("checkpoints/*")), "what was trained is kept"
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_without_any_text_is_refused(base, tmp_path, num_workers):
+    empty = pa.table({"text": pa.nulls(9, pa.string()), "label": ["ham", "spam", "ham"] * 3})
+    pq.write_table(empty, tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match=r"no row .*has a text"):
+        train(request(base, tmp_path / "out", num_workers=num_workers, train=str(tmp_path / "empty.parquet")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings_that_would_fail_or_be_passed_over_at_the_end_are_refused_at_once(base, tmp_path):
