@@ -1,12 +1,15 @@
 """Requests per second of servers of the same classifier on one machine, asked by the same client.
 
     python benchmarks/serve_vs_servers.py MODEL [--dtype float32] [--seconds 10] [--servers ours,haproxy,fastapi,batch]
+    python3 -m venv inf && inf/bin/pip install torch==2.13.0 "infinity-emb[server,torch]==0.0.78"
+    python benchmarks/serve_vs_servers.py MODEL --infinity inf/bin/infinity_emb --servers infinity,haproxy
 
 - fastapi: FastAPI with a Hugging Face pipeline, a thread per request, as tutorials have it.
 - batch: Ray Serve with @serve.batch around the same pipeline, as Ray's documentation has it; two replicas.
+- infinity: Infinity's /classify, which batches by itself, in one process with all threads.
 - ours, haproxy: `pipelines serve`, two replicas, behind Ray's proxy and behind HAProxy.
 
-Texts of 66 tokens (all servers do the same work), and of 2,200: those the pipelines cut at 512 tokens and ours reads
+Texts of 66 tokens (all servers do the same work), and of 2,200: those the others cut at 512 tokens and ours reads
 whole. Closed loop: so many clients ask, each again as soon as it is answered. The client shares the cores.
 """
 
@@ -63,8 +66,12 @@ time.sleep(10_000)
 WORDS = "we meet at noon near the office and bring the papers that were sent to you on monday by the lawyer of "
 
 
-def command_of(server, model, port, dtype):
+def command_of(server, model, port, dtype, infinity):
     """How a server is started."""
+    if server == "infinity":
+        options = {"model-id": model, "served-model-name": "it", "engine": "torch", "device": "cpu", "dtype": dtype}
+        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        return [infinity, "v2", *words, "--no-bettertransformer", "--host", "127.0.0.1", "--port", str(port)]
     if server in ("fastapi", "batch"):
         return [sys.executable, "-c", FASTAPI if server == "fastapi" else BATCH, model, str(port), dtype]
     proxy = "haproxy" if server == "haproxy" else "python"
@@ -73,11 +80,10 @@ def command_of(server, model, port, dtype):
     return [*command, *(word for setting in settings for word in ("--set", setting))]
 
 
-async def ask(url, text, clients, seconds):
+async def ask(url, body, clients, seconds):
     """Latencies of every answer within the time, in ms."""
     latencies = []
     async with aiohttp.ClientSession() as session:
-        body = json.dumps({"inputs": [text]}).encode()
         end = time.perf_counter() + seconds
 
         async def client():
@@ -91,12 +97,17 @@ async def ask(url, text, clients, seconds):
     return latencies
 
 
-def wait_for(url, process):
+def body_of(server, text):
+    """What a server is asked."""
+    return json.dumps({"model": "it", "input": [text]} if server == "infinity" else {"inputs": [text]}).encode()
+
+
+def wait_for(url, body, process):
     """Until it answers."""
     for _ in range(240):
         assert process.poll() is None, "the server ended"
         try:
-            asyncio.run(ask(url, "ready?", 1, 0.1))
+            asyncio.run(ask(url, body, 1, 0.1))
         except (aiohttp.ClientError, AssertionError):
             time.sleep(0.5)
         else:
@@ -111,22 +122,25 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--servers", default="fastapi,batch,ours,haproxy")
+    parser.add_argument("--infinity", help="Infinity's command, in a virtual environment of its own")
     options = parser.parse_args()
     texts = {66: WORDS * 3, 2200: WORDS * 100}
     for server in options.servers.split(","):
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
-        url = f"http://127.0.0.1:{port}/v1/predict"
+        url = f"http://127.0.0.1:{port}/" + ("classify" if server == "infinity" else "v1/predict")
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-        process = subprocess.Popen(command_of(server, options.model, port, options.dtype), env=environment, **quiet)
+        command = command_of(server, options.model, port, options.dtype, options.infinity)
+        process = subprocess.Popen(command, env=environment, **quiet)
         try:
-            wait_for(url, process)
+            wait_for(url, body_of(server, "ready?"), process)
             for tokens, text in texts.items():
                 for clients in (1, 8, 32):
-                    asyncio.run(ask(url, text, clients, options.seconds / 5))
-                    found = asyncio.run(ask(url, text, clients, options.seconds))
+                    asyncio.run(ask(url, body_of(server, text), clients, options.seconds / 5))
+                    found = asyncio.run(ask(url, body_of(server, text), clients, options.seconds))
                     p50, p99 = np.percentile(found, [50, 99])
                     print(json.dumps({"server": server, "dtype": options.dtype, "tokens": tokens, "clients": clients,
                                       "per_s": round(len(found) / options.seconds, 1), "p50_ms": round(p50, 1),
