@@ -22,7 +22,7 @@ import aiohttp
 import matplotlib
 import numpy as np
 import psutil
-from serve_vs_servers import WORDS, wait_for
+from serve_vs_servers import WORDS, body_of, wait_for
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -46,7 +46,7 @@ def replicas(process):
 async def follow(url, process, low, high):
     """Rows of (second, rate, replicas, queued tokens), and (second, milliseconds, status) of every request."""
     random, rows, answers = np.random.default_rng(0), [], []
-    body, began = json.dumps({"inputs": [WORDS * 3]}).encode(), time.perf_counter()
+    body, began = body_of("ours", WORDS * 3), time.perf_counter()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         def now():
@@ -126,7 +126,7 @@ def main():
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}/v1/predict"
     try:
-        wait_for(url, process)
+        wait_for(url, body_of("ours", "ready?"), process)
         rows, answers = asyncio.run(follow(url, process, options.low, options.high))
     finally:
         process.send_signal(signal.SIGTERM)

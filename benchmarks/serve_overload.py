@@ -21,7 +21,7 @@ import time
 import aiohttp
 import numpy as np
 import psutil
-from serve_vs_servers import WORDS, ask, wait_for
+from serve_vs_servers import WORDS, ask, body_of, wait_for
 
 QUEUED_TOKENS, BATCH_TOKENS = 50_000, 4096
 WINDOW_TOKENS = {66: 68, 2200: 2722}
@@ -33,7 +33,7 @@ async def flood(url, text, rate, seconds):
 
     And the seconds until the last was answered.
     """
-    found, body = [], json.dumps({"inputs": [text]}).encode()
+    found, body = [], body_of("ours", text)
     waits = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds))
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
@@ -63,12 +63,13 @@ def memory_mb(root):
 
 def measure(url, process, tokens, text, factor, seconds):
     """One flood, as a line of JSON."""
-    asyncio.run(ask(url, text, 16, 3))
-    sustained = len(asyncio.run(ask(url, text, 16, 8))) / 8
+    body = body_of("ours", text)
+    asyncio.run(ask(url, body, 16, 3))
+    sustained = len(asyncio.run(ask(url, body, 16, 8))) / 8
     before = memory_mb(process.pid)
     found, elapsed = asyncio.run(flood(url, text, factor * sustained, seconds))
     after, began = memory_mb(process.pid), time.perf_counter()
-    asyncio.run(ask(url, "well?", 1, 0.01))
+    asyncio.run(ask(url, body_of("ours", "well?"), 1, 0.01))
     recovered = time.perf_counter() - began
     statuses = {status: [ms for code, ms in found if code == status] for status in {code for code, _ in found}}
     good, refused = statuses.get(200, [0.0]), statuses.get(429, [0.0])
@@ -110,7 +111,7 @@ def main():
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}/v1/predict"
     try:
-        wait_for(url, process)
+        wait_for(url, body_of("ours", "ready?"), process)
         measure(url, process, 66, WORDS * 3, 3, options.seconds)
         measure(url, process, 2200, WORDS * 100, 10, options.seconds)
     finally:
