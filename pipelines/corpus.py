@@ -122,6 +122,11 @@ class Corpus:
         """Documents without a text."""
         return int(self.first_P[-1]) - len(self)
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether documents are pairs of texts."""
+        return self.survey(0).pair_num_tokens_D is not None
+
     @cached_property
     def rows_D(self) -> NDArray[np.int64]:
         """The input's row of each document that has a text."""

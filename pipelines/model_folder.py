@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.fields import parse
 from pipelines.locations import filesystem_of, retried, shown, sync_folder
 from pipelines.settings import DecisionSettings, WindowSettings
@@ -53,6 +53,8 @@ class ModelFolder:
     weights_hash: str = ""
     histograms: Mapping[str, Any] = field(default_factory=dict)
     """Scores of the validation data by label, as `summary.histograms_of` counts them."""
+    reads_pairs: bool | None = None
+    """Whether it was trained on pairs of texts; None where nobody said."""
 
     @property
     def model_type(self) -> str:
@@ -63,6 +65,13 @@ class ModelFolder:
     def settings_hash(self) -> str:
         """Identity of everything but the weights that changes a result."""
         return _sha256(json.dumps(self._settings(), sort_keys=True).encode())
+
+    def check_texts(self, *, are_pairs: bool) -> None:
+        """Raise DataError for single texts where it learnt from pairs, and for pairs where it did not."""
+        if self.reads_pairs and not are_pairs:
+            raise DataError("the model was trained on pairs of texts: give the second one too, as text_pair")
+        if self.reads_pairs is False and are_pairs:
+            raise DataError("the model was trained on single texts, and these are pairs: leave text_pair out")
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -78,6 +87,7 @@ class ModelFolder:
             **self._settings(),
             "metrics": dict(self.metrics),
             "histograms": dict(self.histograms),
+            "reads_pairs": self.reads_pairs,
             "weights_hash": self.weights_hash,
             "settings_hash": self.settings_hash,
         }
@@ -113,6 +123,7 @@ def read_model_folder(location: str | Path) -> ModelFolder:
             content["metrics"],
             content["weights_hash"],
             content.get("histograms", {}),
+            content.get("reads_pairs"),
         )
     except (ValueError, KeyError, TypeError, SettingsError) as error:
         raise ModelFolderError(f"{file} cannot be read: {error!r}; it may have been edited by hand") from error

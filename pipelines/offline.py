@@ -65,6 +65,7 @@ def score_labelled(
 ) -> tuple[ModelFolder, ScoredLabels]:
     """Score every labelled row; all labels are checked before the first is scored."""
     folder = read_model_folder(model)
+    folder.check_texts(are_pairs=data.text_pair_column is not None)
     files = read_footers(location, data.text_column)
     texts = [name for name in (data.text_column, data.text_pair_column) if name is not None]
     for file in files:

@@ -140,7 +140,12 @@ def _fit(
         if valid is not None and scores is not None:
             page = _page(job, decision, valid, scores, metrics, state, train, steps_here, time.perf_counter() - started)
             (folder / REPORT_FILE).write_text(page)
-        seal(ModelFolder(folder, windows, decision, temperature, metrics=metrics, histograms=histograms))
+        seal(
+            ModelFolder(
+                folder, windows, decision, temperature, metrics=metrics, histograms=histograms,
+                reads_pairs=train.has_pairs,
+            )
+        )  # fmt: skip
         publish(folder, job.output, last=PIPELINE_FILE)
         remove_all(job.output)
     _barrier()

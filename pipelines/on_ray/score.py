@@ -121,6 +121,7 @@ def score(job: ScoreJob, *, address: str | None = None, report: Report = lambda 
 def check_job(job: ScoreJob, *, report: Report = lambda line: None) -> CheckedJob:
     """Read the model folder and the footers of the input, and check that columns and settings fit."""
     folder = read_model_folder(job.model)
+    folder.check_texts(are_pairs=job.data.text_pair_column is not None)
     folder = replace(folder, decision=resolve_thresholds(job.score.thresholds, folder.decision))
     load_tokenizer(folder.path)
     if job.score.replica_range != (0, 0) and "memory://" in (job.input[:9], job.output[:9]):

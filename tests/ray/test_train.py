@@ -8,7 +8,10 @@ import pytest
 
 from pipelines.errors import DataError, JobError, ModelFolderError, OutputError, SettingsError
 from pipelines.model_folder import read_model_folder
+from pipelines.offline import score_labelled
+from pipelines.on_ray.score import ScoreJob, score
 from pipelines.on_ray.train import TrainRequest, _part_bytes, train
+from pipelines.settings import ComputeSettings, DataSettings
 from pipelines.shards import InputFile
 from tests import tiny
 
@@ -115,6 +118,28 @@ def test_data_without_any_text_is_refused(base, tmp_path, num_workers):
     with pytest.raises(DataError, match=r"no row .*has a text"):
         train(request(base, tmp_path / "out", num_workers=num_workers, train=str(tmp_path / "empty.parquet")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_pairs_are_trained_on_and_scored_as_pairs_alone(base, tmp_path, emails):
+    texts = [text[:200] for text in emails["text"].to_pylist()[:24]]
+    table = pa.table({"text": ["is it spam?"] * 24, "mail": texts, "label": emails["label"].slice(0, 24)})
+    pq.write_table(table, tmp_path / "pairs.parquet", row_group_size=8)
+    pairs = {"train": str(tmp_path / "pairs.parquet"), "valid": None, "text_pair_column": "mail"}
+    alone = train(request(base, tmp_path / "0", num_workers=0, **pairs))
+    shared = train(request(base, tmp_path / "2", num_workers=2, **pairs))
+    np.testing.assert_allclose(alone["losses"], shared["losses"], rtol=1e-4)
+    assert alone["windows"] > 24, "the second text is cut into windows"
+    folder = str(tmp_path / "2")
+    scoring = {"model": folder, "input": pairs["train"], "output": str(tmp_path / "scored"), "replicas": 0}
+    with pytest.raises(DataError, match="trained on pairs of texts: give the second one too"):
+        score(ScoreJob.parse(scoring))
+    assert score(ScoreJob.parse({**scoring, "text_pair_column": "mail"}))["rows_in_error"] == 0
+    data = DataSettings(text_pair_column="mail")
+    _, found = score_labelled(folder, pairs["train"], data, ComputeSettings(device="cpu"), report=print)
+    assert len(found.targets) == 24
+    with pytest.raises(DataError, match="trained on pairs of texts"):
+        score_labelled(folder, pairs["train"], DataSettings(), ComputeSettings(device="cpu"), report=print)
 
 
 def test_settings_that_would_fail_or_be_passed_over_at_the_end_are_refused_at_once(base, tmp_path):

@@ -267,13 +267,17 @@ def test_several_labels():
 
 
 def test_inputs_of_all_shapes():
-    def read(**body):
-        return texts_of_inference(InferenceRequest(**body))
+    def read(reads_pairs=None, **body):
+        return texts_of_inference(InferenceRequest(**body), reads_pairs=reads_pairs)
 
     assert read(inputs="a") == (["a"], False)
     assert read(inputs=["a"], parameters={}) == (["a"], True)
     assert read(inputs=["a", "b"], parameters={}) == (["a", "b"], True)
     assert read(inputs=[["a"], ["b", "c"]]) == (["a", Pair(text="b", text_pair="c")], True)
+    for reads_pairs in (None, False):
+        with pytest.raises(DataError, match="may be a pair or a batch"):
+            read(inputs=["a", "b"], reads_pairs=reads_pairs)
+    assert read(inputs=["a", "b"], reads_pairs=True) == ([Pair(text="a", text_pair="b")], False)
     with pytest.raises(DataError, match="may be a pair or a batch"):
-        read(inputs=["a", "b"])
+        read(inputs=["a", "b", "c"], reads_pairs=True)
     assert texts_of_moderation(ModerationRequest(input="a")) == ["a"]

@@ -4,7 +4,7 @@ from dataclasses import replace
 import fsspec
 import pytest
 
-from pipelines.errors import ModelFolderError
+from pipelines.errors import DataError, ModelFolderError
 from pipelines.model_folder import ModelFolder, hash_weights, read_model_folder, seal, write_pipeline_file
 from pipelines.settings import DecisionSettings, WindowSettings
 
@@ -26,6 +26,19 @@ def test_what_is_sealed_is_read(folder):
     assert read.settings_hash == folder.settings_hash
     assert read.windows.stride == 4
     assert read.decision.thresholds == (0.25,)
+
+
+def test_who_learnt_from_pairs_reads_pairs(folder):
+    for reads_pairs, refused in ((None, []), (True, [False]), (False, [True])):
+        write_pipeline_file(replace(folder, reads_pairs=reads_pairs))
+        found = read_model_folder(folder.path)
+        assert (found.reads_pairs, found.settings_hash) == (reads_pairs, folder.settings_hash)
+        for are_pairs in (True, False):
+            if are_pairs in refused:
+                with pytest.raises(DataError, match=r"was trained on (pairs|single texts)"):
+                    found.check_texts(are_pairs=are_pairs)
+            else:
+                found.check_texts(are_pairs=are_pairs)
 
 
 def test_a_url_is_fetched(folder, tmp_path, monkeypatch):

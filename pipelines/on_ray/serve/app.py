@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -359,7 +360,7 @@ class Predictor:
         }
 
     async def _infer(self, body: InferenceRequest, *, is_nested: bool) -> Response:
-        inputs, is_batch = _read(texts_of_inference, body)
+        inputs, is_batch = _read(partial(texts_of_inference, reads_pairs=self._folder.reads_pairs), body)
         top_k = (body.parameters or {}).get("top_k")
         if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
             raise RequestError(422, "validation", "top_k is a number of labels, 1 at least")
@@ -398,6 +399,7 @@ class Predictor:
                 422, "validation", f"{len(inputs)} inputs; at most {most} in one request, and one at least"
             )
         table = _read(as_table, inputs)
+        _read(lambda table: self._folder.check_texts(are_pairs=table.num_columns == 2), table)
         timings = current_timings()
         await self._refuse_early(table)
         with timings.tokenizing():

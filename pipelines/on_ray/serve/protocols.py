@@ -52,10 +52,11 @@ class ModerationRequest(BaseModel):
     model: str | None = None
 
 
-def texts_of_inference(body: InferenceRequest) -> tuple[list[str | Pair], bool]:
+def texts_of_inference(body: InferenceRequest, *, reads_pairs: bool | None = None) -> tuple[list[str | Pair], bool]:
     """The texts, and whether they are a batch: "x" and ["x"] are one text, [["a"], ["b"]] are two, [["a", "b"]] a pair.
 
-    Raises DataError for two bare strings, which one server takes for a pair and another for two texts.
+    Two bare strings are a pair where the model reads pairs. Raises DataError for them elsewhere: one server takes them
+    for a pair and another for two texts.
     """
     if body.raw_scores:
         raise DataError("raw_scores is not to be had: a document's scores are merged from probabilities of its windows")
@@ -64,6 +65,8 @@ def texts_of_inference(body: InferenceRequest) -> tuple[list[str | Pair], bool]:
     bare = [item for item in body.inputs if isinstance(item, str)]
     if body.parameters is not None and bare:  # Hugging Face's client: a list is a batch
         return list(bare), True
+    if reads_pairs and len(bare) == len(body.inputs) == 2:
+        return [_text_or_pair(bare)], False
     if len(bare) > 1:
         raise DataError(
             'bare strings may be a pair or a batch: send [["a"], ["b"]] for two texts, [["a", "b"]] for a pair'
