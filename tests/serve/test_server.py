@@ -24,13 +24,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.errors import SettingsError
+from pipelines.model_folder import ModelFolder, seal
 from pipelines.on_ray.score import ScoreJob, score
 from pipelines.on_ray.serve.app import ServeJob
 from pipelines.on_ray.serve.auth import check_exposure
 from pipelines.on_ray.serve.run import run_server
 from pipelines.scoring import Scorer
-from pipelines.settings import ComputeSettings, ServeSettings
+from pipelines.settings import ComputeSettings, DecisionSettings, ServeSettings, WindowSettings
 from pipelines.shards import list_files
+from tests import tiny
 
 KEYS = ("first-key", "clef-&+%")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -244,23 +246,19 @@ def test_the_page_comes_without_a_key_and_loads_nothing_else(server):
     assert ".innerHTML" not in answer.text, "texts and labels are no markup"
 
 
+def rendered(url):
+    """A page after its scripts ran, and its text alone."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom", url]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+    return page, html.unescape(re.sub(r"<script>.*?</script>|<[^>]*>", "", page, flags=re.DOTALL))
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
 def test_the_page_shows_scores_windows_and_calls(spam_folder):
     text = "a <b>cheap</b> offer, 50% off 💰 & more. " * 30
     with started(spam_folder, "api_keys=[]", "dtype=float32") as client:
         (prediction,) = predict(client, inputs=[text], windows=True).json()["predictions"]
-        url = f"{client.base_url}/#{quote(text)}"
-        command = [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--virtual-time-budget=8000",
-            "--dump-dom",
-            url,
-        ]
-        page = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
-    plain = html.unescape(re.sub(r"<script>.*?</script>|<[^>]*>", "", page, flags=re.DOTALL))
+        page, plain = rendered(f"{client.base_url}/#{quote(text)}")
     assert f"{prediction['num_tokens']} tokens, {prediction['num_windows']} windows" in plain
     for value in prediction["scores"].values():
         assert f"{value:.4f}" in plain
@@ -269,6 +267,21 @@ def test_the_page_shows_scores_windows_and_calls(spam_folder):
     assert page.count("--share:") >= prediction["num_windows"]
     assert f"curl {client.base_url}/v1/predict" in plain
     assert "import httpx" in plain
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
+def test_the_page_does_without_windows_where_a_tokenizer_tells_no_characters(tmp_path):
+    decision = DecisionSettings(kind="binary", labels=("ham", "spam"))
+    tiny.classifier("flaubert", num_labels=2, id2label={0: "ham", 1: "spam"}).save_pretrained(tmp_path)
+    tiny.save_python_tokenizer(tmp_path, "flaubert")
+    with started(seal(ModelFolder(tmp_path, WindowSettings(max_length=32), decision)), "api_keys=[]") as client:
+        refused = predict(client, inputs=["a"], windows=True)
+        assert (refused.status_code, "no character positions" in refused.json()["error"]) == (422, True)
+        (prediction,) = predict(client, inputs=["a cheap offer"]).json()["predictions"]
+        _, plain = rendered(f"{client.base_url}/#{quote('a cheap offer')}")
+    assert f"{prediction['num_tokens']} tokens, 1 windows" in plain
+    assert f"{prediction['scores']['spam']:.4f}" in plain
+    assert "does not tell where in the text" in plain
 
 
 def test_answers_carry_an_id_and_say_how_long_things_took(server):
