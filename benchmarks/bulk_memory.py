@@ -23,9 +23,9 @@ from random_model import make_model
 EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails" / "test"
 
 
-def watched(command, sample):
+def watched(command, sample, environment=None):
     """The summary that a command prints as JSON, and what sample(its psutil.Process) found while it ran."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     found = []
 
     def watch():

@@ -57,7 +57,9 @@ def connected(address: str | None = None) -> Iterator[None]:
                 "(ray job submit), which runs it on the cluster"
             ) from error
         where = "a local Ray cannot be started" if address is None else f"no Ray cluster answers at {address}"
-        raise JobError(f"{where}: {error}; `ray status` tells what runs") from error
+        is_open = address is None or "RAY_AUTH_MODE" in os.environ
+        hint = "" if is_open else "; clusters of `ray start` want a token, which RAY_AUTH_MODE=token sends"
+        raise JobError(f"{where}: {error}; `ray status` tells what runs{hint}") from error
     _state.is_local = address is None
     try:
         yield

@@ -262,6 +262,14 @@ def test_a_driver_of_another_ray_is_told_so(cluster, spam_folder, source, tmp_pa
     assert not list((tmp_path / "out").glob("part-*"))
 
 
+def test_a_driver_without_a_token_is_told_that_the_cluster_wants_one(cluster, spam_folder, source, tmp_path):
+    environment = {name: value for name, value in cluster.items() if name != "RAY_AUTH_MODE"}
+    command = [sys.executable, "-m", "pipelines", "score", str(spam_folder.path), "--input", str(source),
+               "--output", str(tmp_path / "out"), "--address", f"127.0.0.1:{PORT}"]  # fmt: skip
+    assert "want a token, which RAY_AUTH_MODE=token sends" in run(command, environment, code=1)
+    run(command, {**environment, "RAY_AUTH_MODE": "token"})
+
+
 def test_a_node_without_the_package_or_with_another_version_is_named(nodes, spam_folder, source, tmp_path):
     job = write(tmp_path / "job.yaml", model=str(spam_folder.path), input=str(source), output=str(tmp_path / "out"))
     version = "import pipelines; pipelines.__version__ = '0.0.9'"
