@@ -242,11 +242,8 @@ def _fit_on_workers(
 ) -> dict[str, Any]:
     """Train while Ray Data tokenizes, or after it where the cluster has no room for both."""
     splits = {"train": train_split} if valid_split is None else {"train": train_split, "valid": valid_split}
-    fewest, most = paths.worker_range
-    there, gpus = ray.cluster_resources(), uses_gpus(job.compute.device)
-    left = there.get("CPU", 0) - (0 if gpus else most)
-    is_room = left >= TOKENIZE_CPUS and (not gpus or there.get("GPU", 0) >= fewest)
-    with on_their_way(splits, report, num_cpus=left if is_room else None) as (corpora, done):
+    is_room, num_cpus = _room_beside(paths.worker_range, uses_gpus(job.compute.device))
+    with on_their_way(splits, report, num_cpus=num_cpus) as (corpora, done):
         if not is_room:
             done.result()
         summary: dict[str, Any] = _on_workers(
@@ -260,6 +257,15 @@ def _fit_on_workers(
             resize_seconds=paths.resize_seconds,
         )
     return summary
+
+
+def _room_beside(workers: tuple[int, int], gpus: bool) -> tuple[bool, float | None]:
+    """Whether workers and tokenizing fit the cluster together, and how many CPUs tokenizing may then take at most."""
+    there, (fewest, most) = ray.cluster_resources(), workers
+    if gpus:  # their workers hold no CPUs; where they are still to come, they are not wanted before there is data
+        return there.get("GPU", 0) >= fewest, None
+    left = there.get("CPU", 0) - most
+    return left >= TOKENIZE_CPUS, left if left >= TOKENIZE_CPUS else None
 
 
 def _on_workers(
