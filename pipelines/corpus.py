@@ -71,6 +71,7 @@ class Corpus:
         self.first_P = np.cumsum([0, *num_documents_P])
         """Part p holds the input's rows first_P[p] to first_P[p + 1]."""
         self.all_targets = targets
+        """Of all documents, those without a text too: known before any part has come."""
         self.fingerprint = fingerprint
         self.order = None if order is None else tuple(order)
         self._survey, self._load, self._name = survey, load, name

@@ -33,7 +33,6 @@ from pipelines.steps import (
     Step,
     Stepper,
     WindowParts,
-    buffers_of,
     plan_steps,
     rank,
     steps_of_epoch,
@@ -157,8 +156,9 @@ class TrainLoop:
         self._saved_at = time.monotonic()
         self._on_progress = on_progress if rank() == 0 else None
         self._report = report if rank() == 0 else _silent
-        self._num_steps = steps_of_run(data, settings, next(buffers_of(data, settings, 0)))
-        self._stepper = Stepper(model, data.first().cut, settings, loss, self._num_steps)
+        example = data.first().cut
+        self._num_steps = steps_of_run(data, settings)
+        self._stepper = Stepper(model, example, settings, loss, self._num_steps)
         self.is_epoch_end = False
         """Whether the last step ended an epoch."""
         draw = partial(plan_steps, data, settings, loss)

@@ -131,9 +131,9 @@ def buffers_of(data: WindowParts, settings: TrainSettings, epoch: int) -> Iterat
             buffer, filled = [], 0
         buffer.append(part)
         filled += num_windows
-    yield tuple(
-        sorted(buffer) if len(buffer) == data.num_parts else buffer
-    )  # so that parts of one buffer are no matter
+    if len(buffer) == data.num_parts:  # where one buffer holds all, how they are cut into parts is no matter
+        buffer.sort()
+    yield tuple(buffer)
 
 
 def steps_of_epoch(data: WindowParts, settings: TrainSettings, epoch: int) -> int:
@@ -141,15 +141,9 @@ def steps_of_epoch(data: WindowParts, settings: TrainSettings, epoch: int) -> in
     return sum(_num_steps(data, parts, settings) for parts in buffers_of(data, settings, epoch))
 
 
-def steps_of_run(data: WindowParts, settings: TrainSettings, read: Collection[int]) -> int:
-    """Optimizer steps of all epochs, judged by the parts read so far: as if the others had as many windows a document.
-
-    The same on every rank and in every run, since it looks at no other part; exact when all are read.
-    """
-    if len(read) == data.num_parts:
-        return sum(steps_of_epoch(data, settings, epoch) for epoch in range(settings.epochs))
-    share = float(data.num_documents_P[list(read)].sum() / data.num_documents_P.sum())
-    return max(1, round(_num_steps(data, read, settings) / share)) * settings.epochs
+def steps_of_run(data: WindowParts, settings: TrainSettings) -> int:
+    """Optimizer steps of all epochs, as far as the first buffer that has windows tells."""
+    return next(_buffers_after(data, settings, 0, 0)).num_steps
 
 
 def plan_steps(
@@ -316,15 +310,29 @@ class _Buffer:
 
 
 def _buffers_after(data: WindowParts, settings: TrainSettings, epoch: int, skip: int) -> Iterator[_Buffer]:
-    """The buffers of an epoch, without the first `skip` steps."""
-    read: list[int] = []
+    """The buffers of an epoch, without the first `skip` steps.
+
+    The run's length is judged by what was read up to a buffer, as if all other documents had as many windows: the same
+    on every rank and in every run, since no other part is looked at, and exact when all are read.
+    """
+    left = num_documents = int(data.num_documents_P.sum())
+    exact = _exact_steps(data, settings) if epoch else None
+    steps_read = 0
     for number, parts in enumerate(buffers_of(data, settings, epoch)):
-        read += parts
         num_steps = _num_steps(data, parts, settings)
+        steps_read += num_steps
+        left -= int(data.num_documents_P[list(parts)].sum())
         if num_steps > skip:
-            known = range(data.num_parts) if epoch else read
-            yield _Buffer(number, parts, skip, steps_of_run(data, settings, known))
+            if exact is None and not left:
+                exact = _exact_steps(data, settings)
+            judged = max(1, round(steps_read * num_documents / (num_documents - left))) * settings.epochs
+            yield _Buffer(number, parts, skip, judged if exact is None else exact)
         skip = max(0, skip - num_steps)
+
+
+def _exact_steps(data: WindowParts, settings: TrainSettings) -> int:
+    """Optimizer steps of all epochs. Waits for all parts."""
+    return sum(steps_of_epoch(data, settings, epoch) for epoch in range(settings.epochs))
 
 
 def _num_steps(data: WindowParts, parts: Collection[int], settings: TrainSettings) -> int:

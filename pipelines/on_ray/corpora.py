@@ -125,6 +125,8 @@ def on_their_way(
                 _tokenize(split, arrivals[name], report, stop, num_cpus)
             done.set_result(None)
         except Exception as error:  # noqa: BLE001  # of a thread: whatever it is, people wait for it
+            if stop.is_set():  # nobody waits any more, and Ray may be gone
+                return
             known = isinstance(error, PipelinesError)
             reason = error if known else JobError(f"tokenizing failed: {root_cause(error)}")
             done.set_exception(reason)
@@ -156,7 +158,7 @@ def _tokenize(split: Split, arrivals: Any, report: Report, stop: threading.Event
             number, num_documents, part = survey.remote(entry.ref)
             surveyed.append((num_documents, arrivals.add.remote(number, [part, entry.ref])))
         if stop.is_set():
-            return
+            raise JobError("tokenizing was stopped")
         now = time.monotonic()
         if now - told > PROGRESS_SECONDS:
             told = now

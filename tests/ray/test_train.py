@@ -75,8 +75,8 @@ def test_workers_take_the_same_steps_as_none(base, tmp_path):
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize("ends_well", [True, False])
-def test_training_begins_before_all_is_tokenized(base, tmp_path, monkeypatch, ends_well):
+@pytest.mark.parametrize("fault", [None, "unit", "loss"])
+def test_training_begins_before_all_is_tokenized(base, tmp_path, monkeypatch, fault):
     import pipelines.on_ray.train as module
 
     output, begun = tmp_path / "out", tmp_path / "begun"
@@ -94,18 +94,21 @@ def test_training_begins_before_all_is_tokenized(base, tmp_path, monkeypatch, en
                     while not list(output.glob("checkpoints/*/training_state.json")):
                         assert time.monotonic() < deadline, "nobody trains"
                         time.sleep(0.1)
-                    if not ends_well:
+                    if fault == "unit":
                         raise ValueError("this unit is bad")
 
     settings = {"shuffle_buffer": 30, "save_steps": 1}
     expected = train(request(base, tmp_path / "alone", num_workers=0, **settings))
     monkeypatch.setattr(module, "TokenizeStage", Late)
-    if ends_well:
+    if fault is None:
         found = train(request(base, output, num_workers=1, **settings))
         np.testing.assert_allclose(found["losses"], expected["losses"], rtol=1e-4)
         assert found["windows"] == expected["windows"]
         return
-    with pytest.raises(JobError, match=r"^tokenizing failed: .*this unit is bad$"):
+    if fault == "loss":
+        settings |= {"learning_rate": 1e30, "warmup_ratio": 0.9}
+    said = {"unit": "^tokenizing failed: .*this unit is bad$", "loss": "^the loss is (nan|inf) at step"}[fault]
+    with pytest.raises(JobError, match=said):
         train(request(base, output, num_workers=1, **settings))
     assert list(output.glob("checkpoints/*")), "what was trained is kept"
 
