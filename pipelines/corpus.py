@@ -59,14 +59,15 @@ class Corpus:
         load: Callable[[int], Documents],
         *,
         fingerprint: str,
+        source: str = "the data",
         name: Callable[[int, int], str] | None = None,
         order: Sequence[int] | None = None,
     ) -> None:
         """A part is told of by survey and read by load, which wait for one that has not come yet.
 
         num_documents_P and targets are of all documents, those without a text too. fingerprint changes with any text
-        or target. name says what people call a document of a part, given both numbers; order is the one in which the
-        parts come.
+        or target. source is what people call the input, and name a document of a part, given both numbers; order is
+        the one in which the parts come.
         """
         self.first_P = np.cumsum([0, *num_documents_P])
         """Part p holds the input's rows first_P[p] to first_P[p + 1]."""
@@ -74,7 +75,7 @@ class Corpus:
         """Of all documents, those without a text too: known before any part has come."""
         self.fingerprint = fingerprint
         self.order = None if order is None else tuple(order)
-        self._survey, self._load, self._name = survey, load, name
+        self._survey, self._load, self._source, self._name = survey, load, source, name
 
     @classmethod
     def of(cls, data: LabelledDocuments) -> Corpus:
@@ -113,6 +114,11 @@ class Corpus:
         """What people call an input's row."""
         number = int(np.searchsorted(self.first_P, row, side="right")) - 1
         return f"document {row}" if self._name is None else self._name(number, int(row - self.first_P[number]))
+
+    def check_texts(self) -> None:
+        """Raise DataError where no document has a text; waits for the first part that has one."""
+        if not any(len(self.survey(number).good) for number in self.order or range(self.num_parts)):
+            raise DataError(f"{self._source}: no row has a text")
 
     def __len__(self) -> int:
         """Documents that have a text."""
@@ -159,7 +165,5 @@ class Corpus:
     @cached_property
     def _offsets(self) -> NDArray[np.int64]:
         """Documents with a text before each part. Raises DataError where there are none at all."""
-        offsets = np.cumsum([0, *(len(self.survey(number).good) for number in range(self.num_parts))])
-        if not offsets[-1]:
-            raise DataError("no row of the training or validation data has a text")
-        return offsets
+        self.check_texts()
+        return np.cumsum([0, *(len(self.survey(number).good) for number in range(self.num_parts))])

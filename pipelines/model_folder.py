@@ -69,9 +69,13 @@ class ModelFolder:
     def check_texts(self, *, are_pairs: bool) -> None:
         """Raise DataError for single texts where it learnt from pairs, and for pairs where it did not."""
         if self.reads_pairs and not are_pairs:
-            raise DataError("the model was trained on pairs of texts: give the second one too, as text_pair")
+            raise DataError(
+                "the model was trained on pairs of texts: give the second too (text_pair, --text-pair-column)"
+            )
         if self.reads_pairs is False and are_pairs:
-            raise DataError("the model was trained on single texts, and these are pairs: leave text_pair out")
+            raise DataError(
+                "the model was trained on single texts, and these are pairs: leave text_pair (--text-pair-column) out"
+            )
 
     def _settings(self) -> dict[str, Any]:
         return {

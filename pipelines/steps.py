@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.batching import token_batches
-from pipelines.errors import DataError, SettingsError
+from pipelines.errors import SettingsError
 from pipelines.losses import Loss
 from pipelines.model import WindowModel, resolve_dtype
 from pipelines.optimization import make_optimizer, make_schedule
@@ -89,11 +89,8 @@ class WindowParts:
         return sum(self.counts(part).num_windows for part in parts)
 
     def first(self) -> LabelledWindows:
-        """The first part that has a window. Raises DataError where none has."""
-        for part in self.order or range(self.num_parts):
-            if self.num_windows([part]):
-                return self.load((part,))
-        raise DataError("no row of the training data has a text")
+        """The first part that has a window; one has."""
+        return self.load((next(part for part in self.order or range(self.num_parts) if self.num_windows([part])),))
 
     def names(self, data: LabelledWindows, index_W: NDArray[np.integer]) -> list[str]:
         """What people call the documents of windows, each once."""

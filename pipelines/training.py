@@ -234,8 +234,10 @@ def _save_checkpoint(loop: TrainLoop, model: WindowModel, checkpoints: Checkpoin
 def window_parts(scorer: Scorer, train: Corpus, settings: TrainSettings) -> WindowParts:
     """The training windows of a corpus, under the scorer's plan and the settings' cap.
 
-    They are counted from the documents' lengths, and cut when a buffer is loaded.
+    They are counted from the documents' lengths, and cut when a buffer is loaded. Raises DataError where no document
+    has a text.
     """
+    train.check_texts()
     plan, template = scorer.plan, scorer.tokenizer.template
     if settings.train_max_windows is not None:
         plan = plan.with_max_windows(settings.train_max_windows)

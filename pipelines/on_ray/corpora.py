@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from ray.data import ExecutionResources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.corpus import Corpus, Part
-from pipelines.errors import DataError, JobError, PipelinesError
+from pipelines.errors import JobError, PipelinesError
 from pipelines.locations import shown
 from pipelines.loop import PROGRESS_SECONDS
 from pipelines.on_ray.cluster import root_cause
@@ -63,16 +63,11 @@ class Split:
     def corpus(self, survey: Callable[[int], Part], table: Callable[[int], pa.Table]) -> Corpus:
         """A corpus whose parts are the units, from what is known of them and their tokenized tables."""
         documents = _Documents(table)
+        source = f"{shown(self.stage.location)}, column {self.stage.text_columns[0]!r}"
         return Corpus(
             [unit.num_rows for unit in self.units], self.targets, survey, documents,
-            fingerprint=self.fingerprint, name=documents.name, order=self.order,
+            fingerprint=self.fingerprint, source=source, name=documents.name, order=self.order,
         )  # fmt: skip
-
-    def check(self, num_documents: int) -> None:
-        """Raise DataError where no row has a text."""
-        if not num_documents:
-            column = self.stage.text_columns[0]
-            raise DataError(f"{shown(self.stage.location)}: no row has a text in column {column!r}")
 
 
 @dataclass(frozen=True)
@@ -97,8 +92,9 @@ def in_files(split: Split, folder: Path) -> Corpus:
         with pa.OSFile(str(folder / f"{number}.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         parts.append(Part.of(documents_of(table)))
-    split.check(sum(len(part.good) for part in parts))
-    return split.corpus(parts.__getitem__, lambda number: _mapped(folder / f"{number}.arrow"))
+    corpus = split.corpus(parts.__getitem__, lambda number: _mapped(folder / f"{number}.arrow"))
+    corpus.check_texts()
+    return corpus
 
 
 def _mapped(file: Path) -> pa.Table:
@@ -111,8 +107,8 @@ def on_their_way(
 ) -> Iterator[tuple[dict[str, Corpus], Future[None]]]:
     """Corpora that Ray Data tokenizes while the body runs, one after another; the future is done when all have come.
 
-    Any process of the cluster may read them. Ray Data takes so many CPUs at most, or all. Raises, in whoever waits for
-    a part and in the future, JobError where tokenizing fails, and DataError where no row has a text.
+    Any process of the cluster may read them. Ray Data takes so many CPUs at most, or all. Raises JobError, in whoever
+    waits for a part and in the future, where tokenizing fails.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     arrivals = {name: _Arrivals.options(scheduling_strategy=here).remote() for name in splits}  # type: ignore[attr-defined]
@@ -150,29 +146,27 @@ def _tokenize(split: Split, arrivals: Any, report: Report, stop: threading.Event
     """Tokenize all units, and say of each where it is as soon as it is there."""
     dataset = tokenized(split.stage, [split.units[number] for number in split.order])
     dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=num_cpus)
-    survey: Any = ray.remote(_survey).options(num_cpus=TOKENIZE_CPUS, num_returns=3)
-    surveyed: list[Sequence[Any]] = []
+    survey: Any = ray.remote(_survey).options(num_cpus=TOKENIZE_CPUS, num_returns=2)
+    added: list[Any] = []
     started = told = time.monotonic()
     for bundle in dataset.iter_internal_ref_bundles():
         for entry in bundle.blocks:
-            number, num_documents, part = survey.remote(entry.ref)
-            surveyed.append((num_documents, arrivals.add.remote(number, [part, entry.ref])))
+            number, part = survey.remote(entry.ref)
+            added.append(arrivals.add.remote(number, [part, entry.ref]))
         if stop.is_set():
             raise JobError("tokenizing was stopped")
         now = time.monotonic()
         if now - told > PROGRESS_SECONDS:
             told = now
-            left = (now - started) / len(surveyed) * (len(split.units) - len(surveyed))
-            report(f"tokenized {len(surveyed):,} of {len(split.units):,} units, {left:.0f} s to go")
-    ray.get([added for _, added in surveyed])
-    split.check(sum(ray.get([num_documents for num_documents, _ in surveyed])))
+            left = (now - started) / len(added) * (len(split.units) - len(added))
+            report(f"tokenized {len(added):,} of {len(split.units):,} units, {left:.0f} s to go")
+    ray.get(added)
 
 
-def _survey(block: pa.Table) -> tuple[int, int, Part]:
-    """A block's unit number, its documents that have a text, and what is known of them."""
+def _survey(block: pa.Table) -> tuple[int, Part]:
+    """A block's unit number, and what is known of it without loading it."""
     ((number, _, table),) = unpack(block)
-    part = Part.of(documents_of(table))
-    return number, len(part.good), part
+    return number, Part.of(documents_of(table))
 
 
 @ray.remote(num_cpus=0)
