@@ -1,13 +1,14 @@
 """Requests per second of servers of the same classifier on one machine, asked by the same client.
 
-    python benchmarks/serve_vs_servers.py MODEL [--dtype float32] [--seconds 10] [--servers ours,haproxy,fastapi,batch]
+    python benchmarks/serve_vs_servers.py MODEL [--dtype float32] [--seconds 10] [--servers ours,haproxy,one,fastapi,batch]
     python3 -m venv inf && inf/bin/pip install torch==2.13.0 "infinity-emb[server,torch]==0.0.78"
     python benchmarks/serve_vs_servers.py MODEL --infinity inf/bin/infinity_emb --servers infinity,haproxy
 
 - fastapi: FastAPI with a Hugging Face pipeline, a thread per request, as tutorials have it.
 - batch: Ray Serve with @serve.batch around the same pipeline, as Ray's documentation has it; two replicas.
 - infinity: Infinity's /classify, which batches by itself, in one process with all threads.
-- ours, haproxy: `pipelines serve`, two replicas, behind Ray's proxy and behind HAProxy.
+- ours, haproxy: `pipelines serve`, two replicas of one thread, behind Ray's proxy and behind HAProxy.
+- one: one replica with two threads, behind HAProxy.
 
 Texts of 66 tokens (all servers do the same work), and of 2,200: those the others cut at 512 tokens and ours reads
 whole. Closed loop: so many clients ask, each again as soon as it is answered. The client shares the cores.
@@ -74,8 +75,10 @@ def command_of(server, model, port, dtype, infinity):
         return [infinity, "v2", *words, "--no-bettertransformer", "--host", "127.0.0.1", "--port", str(port)]
     if server in ("fastapi", "batch"):
         return [sys.executable, "-c", FASTAPI if server == "fastapi" else BATCH, model, str(port), dtype]
-    proxy = "haproxy" if server == "haproxy" else "python"
-    settings = (f"dtype={dtype}", "num_replicas=2", "num_threads=1", f"proxy={proxy}", "allow_without_key=true")
+    proxy = "python" if server == "ours" else "haproxy"
+    replicas, threads = (1, 2) if server == "one" else (2, 1)
+    settings = (f"dtype={dtype}", f"num_replicas={replicas}", f"num_threads={threads}", f"proxy={proxy}",
+                "allow_without_key=true")  # fmt: skip
     command = [sys.executable, "-m", "pipelines", "serve", model, "--port", str(port)]
     return [*command, *(word for setting in settings for word in ("--set", setting))]
 

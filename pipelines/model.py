@@ -40,7 +40,7 @@ PROBLEM_TYPES = {
 }
 ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 """What configs of transformers call the dropout of attention's weights."""
-SHORTEST_STEP = 16
+SHORTEST_STEP = 8
 PADDED_MULTIPLE = 8
 """Padded rows are a multiple of this long: fewer shapes, aligned memory."""
 ROUNDING, SLACK = 1e-6, 1e-3
@@ -208,11 +208,11 @@ class WindowModel:
 def _rounded_up(rows: InputRows, pad_id: int) -> InputRows:
     """The windows, and behind them some of padding, so that the row has one of few lengths.
 
-    oneDNN compiles, and keeps, a kernel for each length that it meets. Lengths are multiples of SHORTEST_STEP, and of
-    a 32nd of the next lower power of two where that is more.
+    oneDNN compiles, and keeps, a kernel for each length that it meets. Lengths are multiples of SHORTEST_STEP, from
+    256 tokens on of twice that, and of a 32nd of the next lower power of two where that is more.
     """
     total, longest = len(rows.ids), int(rows.length_W.max())
-    step = max(SHORTEST_STEP, 2 ** (total.bit_length() - 6))
+    step = max(SHORTEST_STEP if total < 256 else 2 * SHORTEST_STEP, 2 ** (total.bit_length() - 6))
     missing = -total % step
     if not missing:
         return rows

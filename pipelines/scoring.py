@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.labels import Decisions, activate, decide, resolve_thresholds
-from pipelines.model import WindowModel, load_model
+from pipelines.model import SHORTEST_STEP, WindowModel, load_model
 from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.pretrained import load_tokenizer
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
@@ -30,8 +30,6 @@ from pipelines.windows import (
     merge_windows,
     resolve_plan,
 )
-
-WARM_UP_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ class Scorer:
 
     def warm_up(self) -> None:
         """Run one text of each length that a short request may have, so that none of them waits for a kernel."""
-        for num_tokens in range(0, self.plan.budget + 1, WARM_UP_STEP):
+        for num_tokens in range(0, self.plan.budget + 1, SHORTEST_STEP):
             tokens = Tokens(np.full(num_tokens, self.tokenizer.template.pad_id, np.int32), np.array([0, num_tokens]))
             self.score_documents(Documents(tokens, None, [None]))
 

@@ -1,6 +1,7 @@
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ async def settle():
 def test_requests_gather_while_the_model_is_busy_and_each_gets_its_own():
     async def scenario():
         model = Slow()
-        batcher = Batcher(model, batch_tokens=1000, max_queued_tokens=10_000)
+        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=1000, max_queued_tokens=10_000)
         tasks = [asyncio.create_task(batcher.submit(documents(3, 25)))]
         await settle()
         tasks += [asyncio.create_task(batcher.submit(documents(3, 25, start=100 * n))) for n in range(1, 6)]
@@ -93,7 +94,7 @@ def test_a_pass_stays_within_its_tokens_but_takes_one_window_of_any_size():
         for batch_tokens, most in ((50, 4), (5, 1)):
             model = Slow()
             model.release.release(100)
-            batcher = Batcher(model, batch_tokens=batch_tokens, max_queued_tokens=10_000)
+            batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=batch_tokens, max_queued_tokens=10_000)
             await asyncio.gather(*(batcher.submit(documents(30)) for _ in range(5)), batcher.submit(documents(300)))
             assert max(map(len, model.passes)) == most
             assert sum(map(len, model.passes)) == 5 * 3 + 30
@@ -106,7 +107,7 @@ def test_a_pass_stays_within_its_tokens_but_takes_one_window_of_any_size():
 def test_a_long_document_keeps_no_short_one_waiting():
     async def scenario():
         model = Slow()
-        batcher = Batcher(model, batch_tokens=50, max_queued_tokens=100_000)
+        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=50, max_queued_tokens=100_000)
         long = asyncio.create_task(batcher.submit(documents(4000, start=100_000)))
         await settle()
         short = [asyncio.create_task(batcher.submit(documents(10, start=20 * n))) for n in range(8)]
@@ -135,7 +136,7 @@ def test_a_pass_holds_what_the_model_does_in_its_time(monkeypatch):
     async def scenario():
         model = Timed()
         model.release.release(1000)
-        batcher = Batcher(model, batch_tokens=100_000, max_queued_tokens=100_000)
+        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=100_000, max_queued_tokens=100_000)
         await batcher.submit(documents(10))
         await batcher.submit(documents(1000))
         assert len(model.passes[0]) == 1
@@ -148,7 +149,7 @@ def test_a_pass_holds_what_the_model_does_in_its_time(monkeypatch):
 def test_nothing_to_score_is_answered_at_once():
     async def scenario():
         model = Slow()
-        batcher = Batcher(model, batch_tokens=50, max_queued_tokens=100)
+        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=50, max_queued_tokens=100)
         model.release.release()
         assert (await batcher.submit(documents())).scores_DL.shape == (0, 1)
         assert batcher.queued_tokens == 0
@@ -160,7 +161,7 @@ def test_nothing_to_score_is_answered_at_once():
 def test_callers_who_go_away_at_any_moment_leave_no_tokens_behind():
     async def scenario():
         model = Model()
-        batcher = Batcher(model, batch_tokens=30, max_queued_tokens=1_000_000)
+        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=30, max_queued_tokens=1_000_000)
         random = np.random.default_rng(0)
         for _ in range(200):
             tasks = [asyncio.create_task(batcher.submit(documents(int(n)))) for n in random.integers(1, 60, 8)]
@@ -180,7 +181,7 @@ def test_callers_who_go_away_at_any_moment_leave_no_tokens_behind():
 def test_one_large_request_leaves_room_for_others():
     async def scenario():
         model = Slow()
-        batcher = Batcher(model, batch_tokens=20, max_queued_tokens=200)
+        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=20, max_queued_tokens=200)
         large = asyncio.create_task(batcher.submit(documents(3000)))
         await settle()
         assert batcher.queued_tokens == 100
@@ -199,7 +200,7 @@ def test_one_large_request_leaves_room_for_others():
 def test_singles_and_pairs_take_turns():
     async def scenario():
         model = Slow()
-        batcher = Batcher(model, batch_tokens=40, max_queued_tokens=10_000)
+        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=40, max_queued_tokens=10_000)
         singles = documents(100, start=1000)
         pairs = Documents(documents(3, start=5).tokens, documents(60).tokens, [None])
         tasks = [asyncio.create_task(batcher.submit(some)) for some in (singles, pairs)]
@@ -218,7 +219,7 @@ def test_a_failing_batch_tells_its_requests_and_the_next_one_works():
     async def scenario():
         model = Slow()
         model.release.release(100)
-        batcher = Batcher(model, batch_tokens=50, max_queued_tokens=10_000)
+        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=50, max_queued_tokens=10_000)
         with pytest.raises(ValueError, match="a bad batch"):
             await batcher.submit(documents(3, start=-1))
         assert (await batcher.submit(documents(3, start=7))).scores_DL.item() == 7
@@ -232,7 +233,7 @@ def test_a_failing_batch_tells_its_requests_and_the_next_one_works():
 def test_too_much_waiting_is_refused_and_abandoned_requests_make_room():
     async def scenario():
         model = Slow()
-        batcher = Batcher(model, batch_tokens=100, max_queued_tokens=120)
+        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=100, max_queued_tokens=120)
         running = asyncio.create_task(batcher.submit(documents(5)))
         await settle()
         waiting = [asyncio.create_task(batcher.submit(documents(40, start=n))) for n in (0, 50)]
@@ -255,7 +256,7 @@ def test_too_much_waiting_is_refused_and_abandoned_requests_make_room():
 def test_closing_finishes_the_running_pass_and_cancels_the_rest():
     async def scenario():
         model = Slow()
-        batcher = Batcher(model, batch_tokens=10, max_queued_tokens=100)
+        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=10, max_queued_tokens=100)
         running = asyncio.create_task(batcher.submit(documents(5)))
         await settle()
         waiting = asyncio.create_task(batcher.submit(documents(5)))

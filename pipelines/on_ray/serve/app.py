@@ -30,7 +30,7 @@ from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.fields import parse
 from pipelines.labels import resolve_thresholds
 from pipelines.locations import absolute
-from pipelines.model_folder import read_model_folder
+from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.on_ray.cluster import uses_gpus
 from pipelines.on_ray.serve.answers import as_table, predictions_of
 from pipelines.on_ray.serve.auth import check_exposure, is_admitted
@@ -184,10 +184,21 @@ def _read(function: Callable[[Any], Any], content: Any) -> Any:
         raise RequestError(422, "validation", str(error)) from error
 
 
+def _load(folder: ModelFolder, compute: ComputeSettings) -> Scorer:
+    """The scorer, ready to answer, made in the thread that will compute.
+
+    GNU OpenMP keeps a team of threads for every thread that ever computed, and where they are more than the cores no
+    team waits awake for its next piece of work: small batches then take half as long again.
+    """
+    scorer = Scorer.load(folder, compute=compute)
+    scorer.warm_up()
+    return scorer
+
+
 @serve.deployment(name="predictor")
 @serve.ingress(api)
 class Predictor:
-    """A replica: model, tokenizer thread, batcher."""
+    """A replica: a thread for the model, one for the tokenizer, and the batcher between."""
 
     async def __init__(self, job: ServeJob) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         self._settings = job.serve
@@ -197,14 +208,17 @@ class Predictor:
         self._name = job.serve.name or Path(job.model.rstrip("/")).name
         _, most = parse_range("num_replicas", job.serve.num_replicas)
         threads = job.compute.num_threads or max(1, (os.cpu_count() or 1) // most)
-        self._scorer = Scorer.load(self._folder, compute=replace(job.compute, num_threads=threads))
-        self._scorer.warm_up()
+        compute = replace(job.compute, num_threads=threads)
+        self._computing = ThreadPoolExecutor(1, thread_name_prefix="forward")
+        loop = asyncio.get_running_loop()
+        self._scorer = await loop.run_in_executor(self._computing, _load, self._folder, compute)
         self._metrics = Metrics(self._decision.labels, self._scorer.model.batch_tokens)
         api.state.metrics = self._metrics
         self._busy_before, self._asked_before = 0.0, time.perf_counter()
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._batcher = Batcher(
             self._scorer,
+            self._computing,
             batch_tokens=self._scorer.model.batch_tokens,
             max_queued_tokens=job.serve.max_queued_tokens,
             on_pass=lambda tokens, seconds: self._metrics.count_pass(tokens, seconds, self._batcher.queued_tokens),

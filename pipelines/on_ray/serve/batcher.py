@@ -85,13 +85,17 @@ class Batcher:
     def __init__(
         self,
         scorer: WindowScorer,
+        executor: ThreadPoolExecutor,
         *,
         batch_tokens: int,
         max_queued_tokens: int,
         on_pass: Callable[[int, float], None] = lambda num_tokens, seconds: None,
     ) -> None:
-        """batch_tokens is the most that a pass holds; on_pass hears of every pass: tokens and seconds."""
-        self._scorer, self._on_pass = scorer, on_pass
+        """The executor has the one thread that computes, and ends with the batcher.
+
+        batch_tokens is the most that a pass holds; on_pass hears of every pass: tokens and seconds.
+        """
+        self._scorer, self._executor, self._on_pass = scorer, executor, on_pass
         self._batch_tokens, self._max_queued_tokens = batch_tokens, max_queued_tokens
         self._tokens_per_second: float | None = None
         self._busy_seconds, self._pass_began = 0.0, 0.0
@@ -100,7 +104,6 @@ class Batcher:
         self._takes_pairs = True
         self._is_closing = False
         self._arrived = asyncio.Event()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="forward")
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     @property
