@@ -152,7 +152,8 @@ class WindowModel:
         types_T = None
         if self._takes_type_ids:  # a model's own default is made for rows no longer than its positions
             types_T = self._to_device(rows.type_ids if self._uses_type_ids else np.zeros_like(rows.type_ids))
-        logits_WL = packed(self._to_device(rows.ids), types_T, Packing.of(rows.length_W.tolist(), self.device))
+        packing = Packing.of(rows.length_W.tolist(), self.device, num_windows=num_windows)
+        logits_WL = packed(self._to_device(rows.ids), types_T, packing)
         return logits_WL[:num_windows]
 
     def run_padded(self, rows: InputRows) -> Tensor:

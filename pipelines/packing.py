@@ -35,14 +35,14 @@ class Packing:
     cu_seqlens: Tensor
     """(W + 1,) int32 offsets of the windows, on the row's device."""
     runs: tuple[tuple[int, int], ...]
-    """Neighbouring windows of equal length: (length, number of windows)."""
+    """Neighbouring windows of equal length: (length, number of windows). What they do not cover is padding."""
     max_length: int
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> Packing:
-        """The packing of windows of these lengths, in this order."""
+    def of(cls, lengths: list[int], device: torch.device, *, num_windows: int | None = None) -> Packing:
+        """The packing of windows of these lengths, in this order; from the num_windows-th on they are padding."""
         offsets = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        runs = tuple((length, len(list(group))) for length, group in groupby(lengths))
+        runs = tuple((length, len(list(group))) for length, group in groupby(lengths[:num_windows]))
         return cls(offsets.to(device, non_blocking=True), runs, max(lengths))
 
 
@@ -115,6 +115,8 @@ def _attention_by_length(
             )
         pieces.append(out_NHSD.transpose(1, 2).flatten(0, 1))
         start = stop
+    if start < query.shape[2]:
+        pieces.append(query.new_zeros(query.shape[2] - start, query.shape[1], value.shape[3]))
     return torch.cat(pieces).unsqueeze(0)
 
 
