@@ -20,7 +20,7 @@ from pipelines.fields import parse
 from pipelines.on_ray.score import ScoreJob
 from pipelines.on_ray.serve.app import ServeJob, build
 from pipelines.on_ray.serve.autoscaling import autoscaling_of
-from pipelines.on_ray.serve.proxy import HAPROXY
+from pipelines.on_ray.serve.proxy import HAPROXY, LOG_BUFFER
 from pipelines.on_ray.train import TrainRequest
 from pipelines.settings import DataSettings, ScoreSettings
 from tests.infra.conftest import KUBERAY, OVERLAYS, ROOT
@@ -165,7 +165,7 @@ def test_the_serve_config_fits_serves_schema_and_names_what_exists(rendered):
         for container in spec["containers"]:
             if container["name"] in ("ray-head", "ray-worker"):
                 given = {variable["name"]: variable["value"] for variable in container["env"]}
-                assert HAPROXY.items() <= given.items()
+                assert (HAPROXY | LOG_BUFFER).items() <= given.items()
     assert autoscaling_of(job.serve).max_replicas == 8
     assert application["deployments"][0]["name"] == "predictor"
     for place in ("", "http_options", "applications.0", "applications.0.deployments.0"):

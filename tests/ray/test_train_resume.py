@@ -47,13 +47,19 @@ def wait_for_checkpoint(output, process, number=1):
 
 
 def same_weights(left, right):
-    """All but the keys' biases: softmax does not see them, so that Adam blows their rounding up to full steps."""
+    """Apart by less than a tenth of what one step of Adam (1e-3) moves a weight, and a hundredth on average.
+
+    Rounding is not the same in every process, and Adam blows it up where gradients are small. Of the keys' biases, which
+    softmax does not see, it makes full steps: they are left out.
+    """
     one, other = load_file(Path(left) / "model.safetensors"), load_file(Path(right) / "model.safetensors")
     assert one.keys() == other.keys()
     for name, weights in one.items():
         if name.endswith("key.bias"):
             continue
-        np.testing.assert_allclose(weights, other[name], atol=2e-5, err_msg=name)
+        apart = np.abs(weights - other[name])
+        assert apart.max() < 1e-4, name
+        assert apart.mean() < 1e-5, name
 
 
 @pytest.fixture(scope="module")
