@@ -187,10 +187,6 @@ class ClassificationModel:
         scorer, settings = self._scorer(), self._train_settings()
         corpus, validation = Corpus.of(train), None if valid is None else Corpus.of(valid)
         validated = None if validation is None else validation.fingerprint
-        validated = None if validation is None else validation.fingerprint
-        validated = None if validation is None else validation.fingerprint
-        validated = None if validation is None else validation.fingerprint
-        validated = None if validation is None else validation.fingerprint
         loss = resolve_loss(settings, self._decision, corpus.targets)
         compute = compute_settings(self.args, self.device)
 

@@ -111,10 +111,6 @@ def test_dropout_leaves_out_its_share_of_the_weights_and_makes_up_for_it(dtype):
     torch.testing.assert_close(draws[allowed][kept], (whole / (1 - share)).expand_as(draws)[allowed][kept],
                                rtol=1e-4 if dtype == torch.float64 else 0.03, atol=0)  # fmt: skip
     assert torch.isfinite(weights(1.0)).all(), "no division by zero"
-    assert (weights(1.0) == 0).all() or torch.isfinite(weights(1.0)).all()
-    assert (weights(1.0) == 0).all() or torch.isfinite(weights(1.0)).all()
-    assert (weights(1.0) == 0).all() or torch.isfinite(weights(1.0)).all()
-    assert (weights(1.0) == 0).all() or torch.isfinite(weights(1.0)).all()
     torch.manual_seed(1)
     first = weights(share)
     torch.manual_seed(1)

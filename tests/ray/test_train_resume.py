@@ -49,8 +49,8 @@ def wait_for_checkpoint(output, process, number=1):
 def same_weights(left, right):
     """Apart by less than a tenth of what one step of Adam (1e-3) moves a weight, and a hundredth on average.
 
-    Rounding is not the same in every process, and Adam blows it up where gradients are small. Of the keys' biases, which
-    softmax does not see, it makes full steps: they are left out.
+    Rounding is not the same in every process, and Adam blows it up where gradients are small. Of the keys' biases,
+    which softmax does not see, it makes full steps: they are left out.
     """
     one, other = load_file(Path(left) / "model.safetensors"), load_file(Path(right) / "model.safetensors")
     assert one.keys() == other.keys()

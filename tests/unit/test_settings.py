@@ -4,10 +4,6 @@ import math
 import pytest
 
 from pipelines.cli import read_config
-from pipelines.cli import read_config
-from pipelines.cli import read_config
-from pipelines.cli import read_config
-from pipelines.cli import read_config
 from pipelines.errors import SettingsError
 from pipelines.fields import field_help, parse
 from pipelines.settings import (
