@@ -9,7 +9,7 @@ import asyncio
 import gc
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -34,11 +34,12 @@ from pipelines.locations import absolute
 from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.on_ray.cluster import uses_gpus
 from pipelines.on_ray.serve.answers import as_table, predictions_of
-from pipelines.on_ray.serve.auth import check_exposure, is_admitted
+from pipelines.on_ray.serve.auth import check_exposure
 from pipelines.on_ray.serve.autoscaling import BUSY, QUEUED, autoscaling_of
 from pipelines.on_ray.serve.batcher import Batcher, QueueFullError
+from pipelines.on_ray.serve.guard import Guard
 from pipelines.on_ray.serve.inference_protocol import HEADER_LENGTH, answered, described, texts_of_tensors
-from pipelines.on_ray.serve.metrics import Metrics, begin_timings, collect, current_timings
+from pipelines.on_ray.serve.metrics import Metrics, collect, current_timings
 from pipelines.on_ray.serve.protocols import (
     ClassifyRequest,
     InferenceRequest,
@@ -83,6 +84,7 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 api = FastAPI(title="pipelines", version=__version__, docs_url="/docs", redoc_url=None)
+api.add_middleware(Guard)
 
 
 @dataclass(frozen=True)
@@ -132,52 +134,6 @@ async def answer_validation_error(_: Request, error: RequestValidationError) -> 
     problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
     content = ErrorResponse(error="; ".join(problems[:3]), error_type="validation").model_dump()
     return JSONResponse(content, status_code=422)
-
-
-async def _body_problem(request: Request) -> str | None:
-    """Read the body; what is wrong where it is above the limit, by its announced length or by counting it."""
-    limit: int = request.app.state.max_body_bytes
-    announced = request.headers.get("content-length", "0")
-    size = int(announced) if announced.isdigit() else 0
-    if size <= limit:  # as announced; what really comes is counted, and read no further than the limit
-        size, chunks = 0, []
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                break
-            chunks.append(chunk)
-        request._body = b"".join(chunks)
-    return f"the body has {size} bytes; at most {limit}" if size > limit else None
-
-
-@api.middleware("http")
-async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Refuse who has no key, before anything is read, and what is too large; say how long the rest took."""
-    timings = begin_timings()
-    status = 500  # of what is raised; 499, as nginx has it, of callers who went away
-    try:
-        response = await _guarded(request, call_next)
-        status = response.status_code
-    except asyncio.CancelledError:
-        status = 499
-        raise
-    finally:
-        route = getattr(request.scope.get("route"), "path", "none")
-        request.app.state.metrics.count_request(route, status, timings)
-    response.headers.update(timings.headers())
-    return response
-
-
-async def _guarded(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-    if not is_admitted(request.headers, request.url.path, request.app.state.api_keys):
-        message = "no API key, or a wrong one; send Authorization: Bearer KEY"
-        content = ErrorResponse(error=message, error_type="unauthorized")
-        return JSONResponse(content.model_dump(), status_code=401, headers={"WWW-Authenticate": "Bearer"})
-    problem = await _body_problem(request)
-    if problem is not None:
-        content = ErrorResponse(error=problem, error_type="too_large")
-        return JSONResponse(content.model_dump(), status_code=413)
-    return await call_next(request)
 
 
 def _read(function: Callable[[Any], Any], content: Any) -> Any:
