@@ -69,6 +69,12 @@ def test_what_announces_too_much_is_not_read():
     assert len(left) == 1
 
 
+def test_a_length_that_is_no_number_is_counted_instead():
+    read, _, counted, _ = ask([part(b"1", False), GONE], headers=[(b"content-length", b"\xb2")])
+    assert read == [b"1"]
+    assert counted == [204]
+
+
 def test_half_a_body_is_not_taken_for_a_whole_one():
     read, sent, counted, _ = ask([part(b"123", True), GONE])
     assert not read

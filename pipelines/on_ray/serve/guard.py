@@ -58,7 +58,7 @@ class Guard:
             await JSONResponse(content, 401, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
         announced = headers.get("content-length", "0")
-        size, body = await _read(receive, int(announced) if announced.isdigit() else 0, state.max_body_bytes)
+        size, body = await _read(receive, int(announced) if announced.isdecimal() else 0, state.max_body_bytes)
         if size > state.max_body_bytes:
             problem = f"the body has {size} bytes; at most {state.max_body_bytes}"
             content = ErrorResponse(error=problem, error_type="too_large").model_dump()
