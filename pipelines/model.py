@@ -41,6 +41,7 @@ PROBLEM_TYPES = {
 ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 """What configs of transformers call the dropout of attention's weights."""
 SHORTEST_STEP = 8
+"""Tokens: the lengths of short packed rows on a CPU are multiples of it."""
 PADDED_MULTIPLE = 8
 """Padded rows are a multiple of this long: fewer shapes, aligned memory."""
 ROUNDING, SLACK = 1e-6, 1e-3

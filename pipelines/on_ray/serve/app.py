@@ -148,7 +148,7 @@ def _load(folder: ModelFolder, compute: ComputeSettings) -> Scorer:
     """The scorer, ready to answer, made in the thread that will compute.
 
     GNU OpenMP keeps a team of threads for every thread that ever computed, and where they are more than the cores no
-    team waits awake for its next piece of work: small batches then take half as long again.
+    team waits awake for its next piece of work: a short text then takes 18 ms where it took 11.
     """
     scorer = Scorer.load(folder, compute=compute)
     scorer.warm_up()

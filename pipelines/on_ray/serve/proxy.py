@@ -15,7 +15,9 @@ LOG_BUFFER = {"RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "100"}
 def prepare_proxy(proxy: str) -> None:
     """Have this process, and the local Ray that it starts, use HAProxy; before anything imports Ray Serve."""
     if proxy == "haproxy":
-        os.environ.update(LOG_BUFFER | os.environ | HAPROXY)
+        os.environ.update(HAPROXY)
+        for name, value in LOG_BUFFER.items():
+            os.environ.setdefault(name, value)
 
 
 def check_proxy(proxy: Literal["python", "haproxy"]) -> None:
