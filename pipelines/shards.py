@@ -50,6 +50,8 @@ class InputFile:
     row_group_rows: tuple[int, ...] = ()
     row_group_bytes: tuple[int, ...] = ()
     """Uncompressed bytes of the text column in each row group."""
+    num_nulls: int = 0
+    """Rows whose text is null, as far as the footer counts them."""
     partitions: dict[str, str] = field(default_factory=dict)
     """Hive's: values of the key=value folders that it lies in."""
     error: str | None = None
@@ -220,7 +222,10 @@ def _read_footer(filesystem: AbstractFileSystem, entry: dict[str, Any], root: st
         return InputFile(**known, schema=None, partitions=partitions, error=str(error).splitlines()[0])
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     rows, sizes = tuple(group.num_rows for group in groups), tuple(_text_bytes(group, text_column) for group in groups)
-    return InputFile(**known, schema=schema, row_group_rows=rows, row_group_bytes=sizes, partitions=partitions)
+    num_nulls = sum(_text_nulls(group, text_column) for group in groups)
+    return InputFile(
+        **known, schema=schema, row_group_rows=rows, row_group_bytes=sizes, num_nulls=num_nulls, partitions=partitions
+    )
 
 
 def _open_footer(filesystem: AbstractFileSystem, path: str) -> tuple[pq.FileMetaData, pa.Schema]:
@@ -250,9 +255,18 @@ def _partitions(path: str, root: str) -> dict[str, str]:
 
 
 def _text_bytes(group: pq.RowGroupMetaData, text_column: str) -> int:
+    sizes = [column.total_uncompressed_size for column in _text_columns(group, text_column)]
+    return int(max(1, sum(sizes) or group.total_byte_size))
+
+
+def _text_nulls(group: pq.RowGroupMetaData, text_column: str) -> int:
+    statistics = [column.statistics for column in _text_columns(group, text_column)]
+    return sum(found.null_count for found in statistics if found is not None and found.has_null_count)
+
+
+def _text_columns(group: pq.RowGroupMetaData, text_column: str) -> list[pq.ColumnChunkMetaData]:
     columns = [group.column(number) for number in range(group.num_columns)]
-    own = [column.total_uncompressed_size for column in columns if column.path_in_schema == text_column]
-    return int(max(1, sum(own) or group.total_byte_size))
+    return [column for column in columns if column.path_in_schema == text_column]
 
 
 def _split_row_groups(files: Sequence[InputFile], size: int) -> Iterator[tuple[tuple[int, int, int, int, int], int]]:

@@ -157,6 +157,8 @@ def _read_labels(location: str, data: DataSettings) -> tuple[list[InputFile], pa
     units = plan_units(files, limit=data.limit)
     if not len(units):
         raise DataError(f"{location} has no rows")
+    if sum(file.num_nulls for file in files) == sum(file.num_rows for file in files):
+        raise DataError(f"{shown(location)}, column {data.text_column!r}: no row has a text")
     schema = together(files, [data.label_column])
     return files, pa.concat_tables([read_unit(location, unit, schema) for unit in units]).column(data.label_column)
 

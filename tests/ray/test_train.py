@@ -117,9 +117,19 @@ def test_training_begins_before_all_is_tokenized(base, tmp_path, monkeypatch, fa
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_data_without_any_text_is_refused(base, tmp_path, num_workers):
     empty = pa.table({"text": pa.nulls(9, pa.string()), "label": ["ham", "spam", "ham"] * 3})
-    pq.write_table(empty, tmp_path / "empty.parquet")
+    pq.write_table(empty, tmp_path / "empty.parquet", write_statistics=False)
     with pytest.raises(DataError, match=r"empty\.parquet, column 'text': no row has a text"):
         train(request(base, tmp_path / "out", num_workers=num_workers, train=str(tmp_path / "empty.parquet")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_texts_that_are_all_null_are_refused_by_the_footers_alone(base, tmp_path, split):
+    empty = pa.table({"text": pa.nulls(9, pa.string()), "label": ["ham", "spam", "ham"] * 3})
+    pq.write_table(empty, tmp_path / "empty.parquet", row_group_size=4)
+    asked = request(base, tmp_path / "out", num_workers=2, **{split: str(tmp_path / "empty.parquet")})
+    with pytest.raises(DataError, match=r"empty\.parquet, column 'text': no row has a text"):
+        train(asked, report=pytest.fail)
     assert not (tmp_path / "out").exists()
 
 
