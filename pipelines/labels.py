@@ -8,6 +8,7 @@ Shapes: D documents, W windows, L labels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,21 @@ class Decisions:
     """Regression: the value."""
     score_D: NDArray[np.float32] | None = None
     """Single label: document score of the decided label, NaN where there is none."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How a regression's labels become numbers around 0 that a network learns: (label - mean) / scale."""
+
+    mean: float = 0.0
+    scale: float = 1.0
+    """A power of two: weights that are multiplied and divided by it stay what they are."""
+
+    @classmethod
+    def of(cls, targets: NDArray[np.generic]) -> Scaling:
+        """The labels' mean, and about their standard deviation (1 where all are equal)."""
+        values = targets.astype(np.float64)
+        return cls(float(values.mean()), 2.0 ** round(math.log2(values.std())) if values.std() > 0 else 1.0)
 
 
 def find_labels(columns: list[pa.ChunkedArray], kind: Kind) -> tuple[str, ...]:

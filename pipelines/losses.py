@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.errors import DataError, SettingsError
+from pipelines.labels import Scaling
 from pipelines.settings import DecisionSettings, Kind, TrainSettings
 
 
@@ -121,10 +122,14 @@ class Loss:
     loss_type: str | None = None
     loss_args: dict[str, Any] | None = None
     label_smoothing: float = 0.0
+    scale: float = 1.0
+    """Regression: errors are counted in this many of the labels' units."""
 
     def __call__(self, logits_WL: Tensor, targets: Tensor) -> Tensor:
         """Loss (W,) of each window in float32; targets as `labels.encode_labels` gives them, per window."""
         logits_WL = logits_WL.float()
+        if self.kind == "regression":
+            logits_WL, targets = logits_WL / self.scale, targets / self.scale
         if self.loss_type is not None:
             return LOSSES[self.kind][self.loss_type](logits_WL, targets, **(self.loss_args or {}))
         weight_L = None if self.weight_L is None else torch.from_numpy(self.weight_L).to(logits_WL.device)
@@ -154,10 +159,12 @@ def resolve_loss(settings: TrainSettings, decision: DecisionSettings, targets: N
     weight_L = _resolve_weight(settings, decision, targets)
     if settings.label_smoothing and (decision.kind not in ("binary", "multiclass") or settings.loss_type):
         raise SettingsError("label_smoothing is for cross-entropy: kind binary or multiclass without a loss_type")
+    is_scaled = settings.standardize_labels and decision.kind == "regression"
+    scale = Scaling.of(targets).scale if is_scaled else 1.0
     if settings.loss_type is None:
         if settings.loss_args:
             raise SettingsError("loss_args without loss_type; name the loss that they are for")
-        return Loss(decision.kind, weight_L, label_smoothing=settings.label_smoothing)
+        return Loss(decision.kind, weight_L, label_smoothing=settings.label_smoothing, scale=scale)
     known = LOSSES[decision.kind]
     if settings.loss_type not in known:
         raise SettingsError(
@@ -166,7 +173,7 @@ def resolve_loss(settings: TrainSettings, decision: DecisionSettings, targets: N
     if weight_L is not None:
         raise SettingsError(f"loss_type={settings.loss_type} takes no class weights; see its loss_args")
     _check_arguments(settings.loss_type, known[settings.loss_type], settings.loss_args or {}, len(decision.labels))
-    return Loss(decision.kind, None, settings.loss_type, settings.loss_args)
+    return Loss(decision.kind, None, settings.loss_type, settings.loss_args, scale=scale)
 
 
 def focal_alpha(alpha: float | Sequence[float] | None, num_labels: int) -> NDArray[np.float32] | None:

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pipelines.batching import token_batches
 from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.labels import Scaling
 from pipelines.model_folder import check_weights
 from pipelines.packing import NAME as PACKED
 from pipelines.packing import PackedRows, Packing
@@ -70,9 +71,10 @@ class WindowModel:
         self._takes_type_ids = "token_type_ids" in inspect.signature(module.forward).parameters
         self._uses_type_ids = uses_type_ids and self._takes_type_ids
         self._row_length = 0
+        self._scaling, self._last_layer = Scaling(), ""
         self._sees_padding = _sees_padding(self)
         self._packed = _packed_if_it_agrees(self) if compute.packing == "auto" else None
-        self.module.to(self.dtype)
+        _cast(self)
 
     @property
     def is_packed(self) -> bool:
@@ -115,9 +117,27 @@ class WindowModel:
 
     def __call__(self, rows: InputRows) -> Tensor:
         """Logits (W, L) of the windows, on the device, in their order; differentiable where grad is on."""
-        if self._packed is None:
-            return self.run_padded(rows)
-        return self.run_packed(self._packed, rows)
+        logits_WL = self.run_padded(rows) if self._packed is None else self.run_packed(self._packed, rows)
+        if not self._last_layer:
+            return logits_WL
+        return logits_WL.float() * self._scaling.scale + self._scaling.mean
+
+    def learn_scaled(self, scaling: Scaling, *, is_scaled: bool) -> bool:
+        """From now on the module's own output is (logit - mean) / scale, and what `save` writes gives logits by itself.
+
+        is_scaled says that it is so already, by a new head or a checkpoint; another's logits stay what they are. False,
+        and nothing changes, where no last layer has a bias to carry the mean.
+        """
+        name = _last_layer(self)
+        if name is None:
+            return False
+        self._scaling, self._last_layer = scaling, name
+        if not is_scaled:
+            layer: Any = self.module.get_submodule(name)
+            with torch.no_grad():
+                layer.weight.div_(scaling.scale)
+                layer.bias.sub_(scaling.mean).div_(scaling.scale)
+        return True
 
     def logits(self, cut: CutDocuments, index_W: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Logits (W, L) of every window of the documents, or of those asked for, computed batch by batch."""
@@ -182,13 +202,14 @@ class WindowModel:
         """Write config.json and model.safetensors, weights in float32."""
         module: Any = self.module
         with quiet_transformers(), attention_of(module, "sdpa" if self.is_packed else None):
-            state = {name: value.float().cpu() for name, value in module.state_dict().items()}
+            state = {name: value.float().cpu() for name, value in self._weights().items()}
             module.save_pretrained(folder, state_dict=state)
 
     def snapshot(self) -> Callable[[Path], None]:
-        """The same files of the model as it is now, copied off the device; the function returned writes them later.
+        """The module as it is now, for a checkpoint, copied off the device; the function returned writes it later.
 
-        It leaves the module alone, which may be in training by then.
+        Files as `save` writes them, with the weights as they learn (`learn_scaled`). It leaves the module alone, which
+        may be in training by then.
         """
         module: Any = self.module
         with attention_of(module, "sdpa" if self.is_packed else None):
@@ -202,6 +223,15 @@ class WindowModel:
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
         return write
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Weights with which the module's own output is the logits."""
+        weights: dict[str, Tensor] = dict(self.module.state_dict())
+        if self._last_layer:
+            weights[f"{self._last_layer}.weight"] = weights[f"{self._last_layer}.weight"] * self._scaling.scale
+            bias = weights[f"{self._last_layer}.bias"]
+            weights[f"{self._last_layer}.bias"] = bias * self._scaling.scale + self._scaling.mean
+        return weights
 
     def _to_device(self, values: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
@@ -252,11 +282,11 @@ def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_
 
 def new_classifier(
     name: str, decision: DecisionSettings, *, seed: int, attention_dropout: float | None = None
-) -> nn.Module:
-    """Pretrained weights under a new head for the decision's labels, seeded; name is a hub name or a folder.
+) -> tuple[nn.Module, bool]:
+    """Pretrained weights under a head for the decision's labels, and whether it is new; name is a hub name or a folder.
 
-    A head of the right shape that the weights already have is kept. attention_dropout replaces the config's; raises
-    SettingsError where the architecture has none.
+    A head of the right shape that the weights already have is kept; a new one is seeded. attention_dropout replaces
+    the config's; raises SettingsError where the architecture has none.
     """
     torch.manual_seed(seed)
     names = list(decision.labels) or ["value"]
@@ -271,20 +301,22 @@ def new_classifier(
                 trust_remote_code=False,
             )
             _set_attention_dropout(config, attention_dropout)
-            module: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+            module, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 config=config,
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
     except (OSError, ValueError) as error:
         raise ModelFolderError(
             f"--model {name} cannot be loaded as a sequence classifier: {_first_line(error)}; "
             f"give a folder or a hub name whose weights are safetensors"
         ) from error
-    return module
+    new_weights = [*info["missing_keys"], *(weight for weight, *_shapes in info["mismatched_keys"])]
+    return module, any(not weight.startswith(f"{module.base_model_prefix}.") for weight in new_weights)
 
 
 def _set_attention_dropout(config: Any, share: float | None) -> None:
@@ -397,6 +429,40 @@ def _agree(found_WL: Tensor, expected_WL: Tensor) -> bool:
     """Whether logits are the same up to rounding and a thousandth of what the windows differ among themselves."""
     spread = (expected_WL.amax(0) - expected_WL.amin(0)).max()
     return bool((found_WL - expected_WL).abs().max() <= ROUNDING * expected_WL.abs().max() + SLACK * spread)
+
+
+def _last_layer(model: WindowModel) -> str | None:
+    """Name of the linear layer with a bias whose outputs are the logits, None where there is none; tried out."""
+    layers = [
+        (name, layer)
+        for name, layer in model.module.named_modules()
+        if isinstance(layer, nn.Linear) and layer.out_features == model.num_labels and layer.bias is not None
+    ]
+    if not layers:
+        return None
+    name, layer = layers[-1]
+    rows = _probe(model)
+    with torch.inference_mode(), quiet_transformers():
+        before_WL = model(rows)
+        hook = layer.register_forward_hook(lambda _layer, _inputs, output: output + 1)
+        try:
+            after_WL = model(rows)
+        finally:
+            hook.remove()
+    return name if torch.allclose(after_WL, before_WL + 1, atol=1e-3) else None
+
+
+def _cast(model: WindowModel) -> None:
+    """Put the module into its dtype, all but a single value's last layer: bfloat16 has 8 bits, and a year needs 11."""
+    name = _last_layer(model) if model.num_labels == 1 and model.dtype != torch.float32 else None
+    if name is None:
+        model.module.to(model.dtype)
+        return
+    layer = model.module.get_submodule(name)
+    weights = copy.deepcopy(layer.state_dict())
+    model.module.to(model.dtype)
+    layer.float().load_state_dict(weights)
+    layer.register_forward_pre_hook(lambda _layer, inputs: (inputs[0].float(),))
 
 
 def _packed_if_it_agrees(model: WindowModel) -> PackedRows | None:

@@ -225,6 +225,8 @@ class TrainSettings:
     """Arguments of the loss, such as gamma and alpha of focal."""
     label_smoothing: float = 0.0
     """Share of the target that cross-entropy spreads evenly over all labels."""
+    standardize_labels: bool = True
+    """regression: learn (label - mean) / spread of the training labels; the finished model still gives labels."""
     window_weight: Literal["window", "document"] = "window"
     """window counts each window once; document gives each 1 / number of windows of its text."""
     train_max_windows: int | None = None

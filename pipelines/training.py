@@ -27,7 +27,7 @@ from pipelines.checkpoints import Checkpoints, fetch_newest, publish, remove_all
 from pipelines.corpus import Corpus, Part
 from pipelines.errors import SettingsError
 from pipelines.evaluation import HEADLINE, LESS_IS_BETTER, METRICS, evaluate, tune_thresholds
-from pipelines.labels import Decisions, decide, resolve_thresholds
+from pipelines.labels import Decisions, Scaling, decide, resolve_thresholds
 from pipelines.locations import shown
 from pipelines.loop import Evaluation, Report, TrainLoop, TrainState, Watch
 from pipelines.losses import Loss, resolve_loss
@@ -89,11 +89,15 @@ def _fit(
     folder = scratch / "model"
     tokenizer = save_tokenizer(job.model, folder)
     checkpoint = fetch_newest(job.output, scratch)
-    module = new_classifier(
+    module, has_new_head = new_classifier(
         str(checkpoint or job.model), job.decision, seed=job.train.seed, attention_dropout=job.train.attention_dropout
     )
     compute = replace(job.compute, dtype="float32", device=_rank_device(job.compute.device))
     model = WindowModel(module, tokenizer.template, compute, uses_type_ids=uses_type_ids(folder))
+    if job.decision.kind == "regression" and job.train.standardize_labels:
+        is_scaled = has_new_head or checkpoint is not None
+        if not model.learn_scaled(Scaling.of(train.all_targets), is_scaled=is_scaled) and rank() == 0:
+            report(f"labels are learnt as they are: {model.model_type} has no bias that could take up their mean")
     plan = plan_of(job.windows, tokenizer, model_type=model.model_type, model_limit=model.row_limit)
     scorer = Scorer(model, tokenizer, plan, job.decision)
     data = window_parts(scorer, train, job.train)

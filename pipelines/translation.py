@@ -187,6 +187,7 @@ def train_settings(args: ClassificationArgs, device: str, **weights: Any) -> Tra
         max_grad_norm=args.max_grad_norm,
         loss_type=args.loss_type,
         loss_args=args.loss_args or None,
+        standardize_labels=False,
         window_weight=args.window_weight,
         train_max_windows=args.train_max_windows,
         train_dtype="auto" if args.fp16 and device.startswith("cuda") else "float32",

@@ -226,11 +226,12 @@ def test_parts_change_nothing_where_one_buffer_holds_all(tmp_path, emails):
     assert parts["windows"] == whole["windows"]
 
 
-@pytest.mark.parametrize("last", [3, 4, 5, 9])
-def test_a_run_that_ends_within_or_between_buffers_goes_on_as_if_it_had_not(tmp_path, emails, monkeypatch, last):
+@pytest.mark.parametrize(("last", "kind"), [(3, "binary"), (4, "binary"), (5, "regression"), (9, "binary")])
+def test_a_run_that_ends_within_or_between_buffers_goes_on_as_if_it_had_not(tmp_path, emails, monkeypatch, last, kind):
     from pipelines import training
 
-    job, train, _ = make_job(tmp_path, emails, shuffle_buffer=32, save_steps=1, warmup_ratio=0.5)
+    settings = {"shuffle_buffer": 32, "save_steps": 1, "warmup_ratio": 0.5}
+    job, train, _ = make_job(tmp_path, emails, KINDS[kind], **settings)
     corpus = in_parts(train, range(3, 60, 3))
     rates, save = [], training._save_checkpoint
 
