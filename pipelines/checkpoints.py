@@ -18,7 +18,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.errors import OutputError
-from pipelines.locations import commit_json, filesystem_of, list_names, read_json, retried, shown, sync_folder
+from pipelines.locations import commit_json, filesystem_of, is_empty, list_names, read_json, retried, shown, sync_folder
 from pipelines.model_folder import PIPELINE_FILE
 from pipelines.outputs import make_folder
 
@@ -145,8 +145,10 @@ def open_training(output: str, identity: Mapping[str, Any]) -> bool:
                 "go on with those, or give a new folder"
             )
         return True
-    filesystem, folder = filesystem_of(output)
-    if filesystem.ls(folder):
+    if not is_empty(output):
         raise OutputError(f"--output {shown(output)} is not empty; give a new folder, or remove it first")
-    commit_json(output, RUN_FILE, dict(identity))
+    try:
+        commit_json(output, RUN_FILE, dict(identity))
+    except OSError as error:
+        raise OutputError(f"--output {shown(output)} cannot be written: {error}") from error
     return False

@@ -87,6 +87,16 @@ def list_names(location: str) -> dict[str, int]:
     return {posixpath.basename(entry["name"]): int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
 
 
+def is_empty(location: str) -> bool:
+    """Whether a folder holds nothing, or is not there: object stores have none without files."""
+    filesystem, path = filesystem_of(location)
+    filesystem.invalidate_cache()
+    try:
+        return not retried(lambda: filesystem.ls(path))
+    except FileNotFoundError:
+        return True
+
+
 def read_bytes(location: str, name: str) -> bytes:
     """The content of a file in a folder."""
     filesystem, folder = filesystem_of(location)

@@ -12,9 +12,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import posixpath
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,10 @@ def hash_weights(path: Path) -> str:
 
 
 def local_folder(location: str) -> Path:
-    """The folder itself, or a local copy of the one behind a URL, fetched once and renamed into place."""
+    """The folder itself, or a local copy of the one behind a URL, fetched once and renamed into place.
+
+    The copy has the files right in the folder: below it lie an unfinished run's checkpoints.
+    """
     if "://" not in location:
         path = Path(location).expanduser()
         if not path.is_dir():
@@ -188,7 +192,7 @@ def local_folder(location: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-text-classification"
     filesystem, remote = filesystem_of(location)
     try:
-        files = filesystem.find(remote, detail=True)
+        files = filesystem.find(remote, maxdepth=1, detail=True)
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"{location} cannot be listed: {error}") from error
     if not files:
@@ -199,15 +203,16 @@ def local_folder(location: str) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):  # one process of the machine fetches, the others wait for it
             if not target.is_dir():
-                _fetch(filesystem, remote, target, location)
+                _fetch(filesystem, sorted(files), target, location)
     return target
 
 
-def _fetch(filesystem: Any, remote: str, target: Path, location: str) -> None:
-    """Copy a remote folder into its place as a whole, having checked that its weights are those that were sealed."""
+def _fetch(filesystem: Any, files: Sequence[str], target: Path, location: str) -> None:
+    """Copy a remote folder's files into place together, having checked that its weights are those that were sealed."""
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".fetch-"))
     try:
-        retried(lambda: filesystem.get(remote.rstrip("/") + "/", str(partial) + "/", recursive=True))
+        places = [str(partial / posixpath.basename(file)) for file in files]
+        retried(lambda: filesystem.get(list(files), places))
         file = partial / PIPELINE_FILE
         sealed = json.loads(file.read_text()).get("weights_hash") if file.is_file() else None
         if sealed and hash_weights(partial) != sealed:

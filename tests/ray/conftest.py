@@ -1,4 +1,5 @@
 import os
+import threading
 
 import pytest
 
@@ -43,3 +44,31 @@ def input_folder(tmp_path_factory, emails):
             table = table.set_column(table.schema.get_field_index("text"), "text", broken.view(pa.string()))
         pq.write_table(table, folder / f"shard-{shard}.parquet", row_group_size=7)
     return folder
+
+
+@pytest.fixture
+def flaky_s3(monkeypatch):
+    """An S3 server on loopback that answers every fifth request with 503."""
+    moto = pytest.importorskip("moto.server", reason="the S3 test server is in the dev extra")
+    pytest.importorskip("s3fs", reason="in the s3 extra")
+    from werkzeug.serving import make_server
+
+    inner = moto.DomainDispatcherApplication(moto.create_backend_app)
+    counts = {"all": 0, "failed": 0}
+
+    def application(environ, respond):
+        counts["all"] += 1
+        if counts["all"] % 5 == 0:
+            counts["failed"] += 1
+            respond("503 Service Unavailable", [("Content-Type", "text/xml")])
+            return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+        return inner(environ, respond)
+
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    values = {"ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "DEFAULT_REGION": "us-east-1",
+              "ACCESS_KEY_ID": "key-of-mine", "SECRET_ACCESS_KEY": "secret-of-mine"}  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    yield counts
+    server.shutdown()

@@ -93,36 +93,6 @@ def score_in_store(protocol, store, folder, source, tmp_path):
     return files + "".join(run.stdout + run.stderr for run in runs)
 
 
-@pytest.fixture
-def flaky_s3(monkeypatch):
-    """An S3 server on loopback that answers every fifth request with 503."""
-    moto = pytest.importorskip("moto.server", reason="the S3 test server is in the dev extra")
-    pytest.importorskip("s3fs", reason="in the s3 extra")
-    from werkzeug.serving import make_server
-
-    inner = moto.DomainDispatcherApplication(moto.create_backend_app)
-    counts = {"all": 0, "failed": 0}
-
-    def application(environ, respond):
-        counts["all"] += 1
-        if counts["all"] % 5 == 0:
-            counts["failed"] += 1
-            respond("503 Service Unavailable", [("Content-Type", "text/xml")])
-            return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
-        return inner(environ, respond)
-
-    import threading
-
-    server = make_server("127.0.0.1", 0, application, threaded=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    values = {"ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "DEFAULT_REGION": "us-east-1",
-              "ACCESS_KEY_ID": "key-of-mine", "SECRET_ACCESS_KEY": "secret-of-mine"}  # fmt: skip
-    for name, value in values.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    yield counts
-    server.shutdown()
-
-
 @pytest.mark.timeout(400)
 @pytest.mark.filterwarnings("ignore")
 def test_an_object_store_that_fails_now_and_then_gives_what_a_disk_gives(spam_folder, tmp_path, emails, flaky_s3):
