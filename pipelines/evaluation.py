@@ -152,6 +152,8 @@ class Tuned:
     """Labels for which no threshold reaches the precision or recall that was asked for."""
     pooled: tuple[str, ...] = ()
     """Labels with too few positives for a threshold of their own: they have the one that is best for all labels."""
+    few: int = 0
+    """Positives, fewer than FEWEST_POSITIVES, by which the only threshold that there is was set; else 0."""
 
     def remarks(self, objective: str) -> list[str]:
         """What a person should know of it."""
@@ -164,6 +166,10 @@ class Tuned:
             lines.append(
                 f"{', '.join(self.pooled)}: fewer than {FEWEST_POSITIVES} positives, so that the threshold is the one "
                 "that is best for all labels together"
+            )
+        if self.few:
+            lines.append(
+                f"only {self.few} positives: the threshold is little better than chance, so check it on more data"
             )
         if self.missed:
             lines.append(f"no threshold reaches {objective} for {', '.join(self.missed)}: what comes nearest was taken")
@@ -208,7 +214,9 @@ def tune_thresholds(
             threshold, is_reached = _best_threshold(positive_D, scores_DL[:, column], goal)
             thresholds.append(threshold)
             missed += [] if is_reached else [label]
-    return Tuned(tuple(thresholds), tuple(untuned), tuple(missed), tuple(pooled))
+    positives = int((targets == 1).sum())
+    few = positives if len(labels) == 1 and positives < FEWEST_POSITIVES else 0
+    return Tuned(tuple(thresholds), tuple(untuned), tuple(missed), tuple(pooled), few)
 
 
 def _best_threshold(

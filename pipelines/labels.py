@@ -260,4 +260,6 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _is_indicator(kind: pa.DataType) -> bool:
     """Whether a list type holds numbers (a fixed 0/1 list) rather than label names."""
-    return _is_list(kind) and not _is_string(kind.value_type)
+    of = kind.value_type if _is_list(kind) else kind
+    is_number = pa.types.is_integer(of) or pa.types.is_floating(of) or pa.types.is_boolean(of)
+    return _is_list(kind) and bool(is_number)

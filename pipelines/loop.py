@@ -234,6 +234,7 @@ class TrainLoop:
             by_steps = self._is_due(False, settings.evaluate_steps)
             is_evaluated = self._evaluate is not None and (by_steps or (is_end and settings.evaluate_each_epoch))
             if self._evaluate is not None and is_evaluated:
+                self._flush()
                 self._model.module.eval()
                 self._judge(self._evaluate(), counts=by_steps or settings.early_stopping_consider_epochs)
                 self._model.module.train()
@@ -285,7 +286,6 @@ class TrainLoop:
 
     def _judge(self, evaluation: Evaluation, *, counts: bool) -> None:
         """Keep the evaluation, and the weights if they are the best; stop where patience is over."""
-        self._flush()
         state, name = self.state, self._watch.name
         improves = self._watch.improves(evaluation.metrics, state.best_metrics or None)
         metrics = {key: _plain(value) for key, value in evaluation.metrics.items()}
@@ -324,7 +324,7 @@ class TrainLoop:
         if len(bad):
             number = first + int(bad[0])
             raise JobError(
-                f"the loss is {self.state.losses[number]} at step {number + 1}: lower learning_rate, or train in "
+                f"the loss or its gradient is not finite at step {number + 1}: lower learning_rate, or train in "
                 f"float32 (train_dtype=float32; fp16=False in the facades); the step saw {self._documents(number)}"
             )
 

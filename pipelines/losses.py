@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from pipelines.errors import DataError, SettingsError
 from pipelines.labels import Scaling
+from pipelines.model import to_device
 from pipelines.settings import DecisionSettings, Kind, TrainSettings
+from pipelines.windows import Windows
 
 
 def cross_entropy(
@@ -40,7 +42,7 @@ def focal(
     log_p_W = F.log_softmax(logits_WL, dim=1).gather(1, target_W[:, None])[:, 0]
     losses_W = -((1 - log_p_W.exp()) ** gamma) * log_p_W
     alpha_L = focal_alpha(alpha, logits_WL.shape[1])
-    return losses_W if alpha_L is None else losses_W * torch.from_numpy(alpha_L).to(logits_WL.device)[target_W]
+    return losses_W if alpha_L is None else losses_W * to_device(alpha_L, logits_WL.device)[target_W]
 
 
 def dice(
@@ -74,12 +76,15 @@ def tversky(
     return 1 - (q_true_W + smooth) / (q_true_W + alpha * others_W + beta * (1 - q_true_W) + eps + smooth)
 
 
-def binary_focal(logits_WL: Tensor, target_WL: Tensor, *, gamma: float = 2.0, alpha: float | None = None) -> Tensor:
-    """Focal loss of each label's yes or no, mean over labels (W,); alpha weighs yes, 1 - alpha no."""
+def binary_focal(
+    logits_WL: Tensor, target_WL: Tensor, *, gamma: float = 2.0, alpha: float | Sequence[float] | None = None
+) -> Tensor:
+    """Focal loss of each label's yes or no, mean over labels (W,); alpha (or one per label) weighs yes, the rest no."""
     log_p_WL = F.logsigmoid(torch.where(target_WL == 1, logits_WL, -logits_WL))
     losses_WL = -((1 - log_p_WL.exp()) ** gamma) * log_p_WL
     if alpha is not None:
-        losses_WL = losses_WL * torch.where(target_WL == 1, alpha, 1 - alpha)
+        alpha_L = to_device(np.atleast_1d(np.asarray(alpha, np.float32)), logits_WL.device)
+        losses_WL = losses_WL * torch.where(target_WL == 1, alpha_L, 1 - alpha_L)
     return losses_WL.mean(dim=1)
 
 
@@ -122,6 +127,7 @@ class Loss:
     loss_type: str | None = None
     loss_args: dict[str, Any] | None = None
     label_smoothing: float = 0.0
+    window_weight: Literal["window", "document"] = "window"
     scale: float = 1.0
     """Regression: errors are counted in this many of the labels' units."""
 
@@ -132,7 +138,7 @@ class Loss:
             logits_WL, targets = logits_WL / self.scale, targets / self.scale
         if self.loss_type is not None:
             return LOSSES[self.kind][self.loss_type](logits_WL, targets, **(self.loss_args or {}))
-        weight_L = None if self.weight_L is None else torch.from_numpy(self.weight_L).to(logits_WL.device)
+        weight_L = None if self.weight_L is None else to_device(self.weight_L, logits_WL.device)
         if self.kind == "regression":
             return F.mse_loss(logits_WL[:, 0], targets, reduction="none")
         if self.kind == "multilabel":
@@ -140,9 +146,17 @@ class Loss:
             return losses_WL.mean(dim=1)
         return cross_entropy(logits_WL, targets, weight_L, self.label_smoothing)
 
+    def shares(self, windows: Windows) -> NDArray[np.float32]:
+        """What each window (W,) counts in the mean: 1, or its part of its document."""
+        if self.window_weight == "window":
+            return np.ones(len(windows.document_W), np.float32)
+        return (1.0 / windows.num_windows_D[windows.document_W]).astype(np.float32)
+
     def normalizers(self, targets: NDArray[np.generic]) -> NDArray[np.float64]:
         """What each target adds to the denominator of the weighted mean."""
-        by_label = self.weight_L if self.kind in ("binary", "multiclass") else None
+        if self.kind not in ("binary", "multiclass"):
+            return np.ones(len(targets))
+        by_label = self.weight_L
         if self.loss_type == "focal" and isinstance((self.loss_args or {}).get("alpha"), (list, tuple)):
             by_label = np.asarray((self.loss_args or {})["alpha"], np.float32)
         if by_label is None:
@@ -164,7 +178,10 @@ def resolve_loss(settings: TrainSettings, decision: DecisionSettings, targets: N
     if settings.loss_type is None:
         if settings.loss_args:
             raise SettingsError("loss_args without loss_type; name the loss that they are for")
-        return Loss(decision.kind, weight_L, label_smoothing=settings.label_smoothing, scale=scale)
+        return Loss(
+            decision.kind, weight_L, label_smoothing=settings.label_smoothing,
+            window_weight=settings.window_weight, scale=scale,
+        )  # fmt: skip
     known = LOSSES[decision.kind]
     if settings.loss_type not in known:
         raise SettingsError(
@@ -173,7 +190,9 @@ def resolve_loss(settings: TrainSettings, decision: DecisionSettings, targets: N
     if weight_L is not None:
         raise SettingsError(f"loss_type={settings.loss_type} takes no class weights; see its loss_args")
     _check_arguments(settings.loss_type, known[settings.loss_type], settings.loss_args or {}, len(decision.labels))
-    return Loss(decision.kind, None, settings.loss_type, settings.loss_args, scale=scale)
+    return Loss(
+        decision.kind, None, settings.loss_type, settings.loss_args, window_weight=settings.window_weight, scale=scale
+    )
 
 
 def focal_alpha(alpha: float | Sequence[float] | None, num_labels: int) -> NDArray[np.float32] | None:
@@ -197,13 +216,14 @@ def _check_arguments(name: str, loss: Callable[..., Tensor], arguments: dict[str
     for argument, value in arguments.items():
         if argument not in known:
             raise SettingsError(f"loss {name} has no argument {argument!r}; it has: {', '.join(known)}")
-        values = value if isinstance(value, (list, tuple)) and argument == "alpha" else [value]
-        if isinstance(value, (list, tuple)) and len(values) != num_labels:
+        if value is None and known[argument].default is None:
+            continue
+        is_by_label = isinstance(value, (list, tuple)) and "Sequence" in str(known[argument].annotation)
+        values = value if is_by_label else [value]
+        if is_by_label and len(values) != num_labels:
             raise SettingsError(f"loss_args {argument} has {len(values)} values; there are {num_labels} labels")
-        if not all(
-            isinstance(number, (int, float)) and math.isfinite(number) for number in values if number is not None
-        ):
-            raise SettingsError(f"loss_args {argument}={value!r} must be a finite number")
+        if not all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in values):
+            raise SettingsError(f"loss_args {argument}={value!r} must be a finite number that is not negative")
     missing = [n for n, parameter in known.items() if parameter.default is parameter.empty and n not in arguments]
     if missing:
         raise SettingsError(f"loss {name} needs loss_args {', '.join(missing)}")

@@ -234,7 +234,7 @@ class WindowModel:
         return weights
 
     def _to_device(self, values: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
+        return to_device(values, self.device)
 
 
 def _rounded_up(rows: InputRows, pad_id: int) -> InputRows:
@@ -360,6 +360,12 @@ def first_position(module: nn.Module) -> int:
         if name.endswith("position_embeddings") and isinstance(child, nn.Embedding):
             return 0 if child.padding_idx is None else child.padding_idx + 1
     return 0
+
+
+def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """A tensor of the values; no GPU is waited for."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -30,9 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 from pipelines.batching import token_batches
 from pipelines.errors import SettingsError
 from pipelines.losses import Loss
-from pipelines.model import WindowModel, resolve_dtype
+from pipelines.model import WindowModel, resolve_dtype, to_device
 from pipelines.optimization import make_optimizer, make_schedule
-from pipelines.settings import TrainSettings
+from pipelines.settings import Dtype, TrainSettings
 from pipelines.tokenization import CutDocuments, InputRows, assemble
 
 
@@ -177,9 +177,7 @@ def steps_of(
 ) -> Iterator[Step]:
     """One step per batch of window numbers, which are dealt to the ranks by length, so that none waits for another."""
     document_W = data.cut.windows.document_W
-    share_W = np.ones(len(document_W), np.float32)
-    if settings.window_weight == "document":
-        share_W = (1.0 / data.cut.windows.num_windows_D[document_W]).astype(np.float32)
+    share_W = loss.shares(data.cut.windows)
     normalizer_W = share_W * loss.normalizers(data.targets[document_W])
     for number, together in enumerate(batches, 1):
         longest_first = np.argsort(-data.length_W[together], kind="stable")
@@ -203,7 +201,7 @@ class Stepper:
             _checkpoint_activations(model.module)
         self._frozen = _freeze_unreached(model, example)
         self._forward = _distributed(model)
-        self._dtype = resolve_dtype(settings.train_dtype, model.device)
+        self._dtype = shared_dtype(settings.train_dtype, model.device)
         self._optimizer = make_optimizer(model.module, settings)
         self._schedule = make_schedule(self._optimizer, settings, num_steps)
         self._scaler = torch.amp.GradScaler(model.device.type, enabled=self._dtype == torch.float16)
@@ -222,15 +220,15 @@ class Stepper:
             self._schedule.step()
 
     def __call__(self, step: Step, number: int) -> Tensor:
-        """Run optimizer step `number` of the run; this rank's part of its global mean loss, on the device.
+        """Run optimizer step `number` of the run; this rank's part of its global mean loss, on the device; NaN where
+        gradients are not finite, and the weights no longer either.
 
         The draws of dropout depend on seed, number and rank alone, so that a run that goes on from a checkpoint
         draws what the unbroken one would have drawn.
         """
         torch.manual_seed(((self._settings.seed * 1_000_003 + number) * 65_536 + rank()) % 2**63)
         loss = self._backward(step)
-        self._update()
-        return loss
+        return torch.where(self._update(), loss, torch.nan)
 
     def release(self) -> None:
         """Let those parameters learn again that this run froze; the caller's own frozen ones stay so."""
@@ -247,7 +245,8 @@ class Stepper:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
         for part in (self._optimizer, self._schedule, self._scaler):
-            part.load_state_dict(state[type(part).__name__])
+            if state[type(part).__name__]:  # a scaler's is empty, where the run was not in float16
+                part.load_state_dict(state[type(part).__name__])
 
     def _backward(self, step: Step) -> Tensor:
         model, data, cut = self._model, step.data, step.data.cut
@@ -257,8 +256,8 @@ class Stepper:
         for number, part in enumerate(parts):
             index_W = step.index_W[part]
             rows = assemble(cut, model.template, index_W)
-            target = torch.from_numpy(data.targets[cut.windows.document_W[index_W]]).to(model.device)
-            share = torch.from_numpy(step.share_W[part]).to(model.device)
+            target = to_device(data.targets[cut.windows.document_W[index_W]], model.device)
+            share = to_device(step.share_W[part], model.device)
             with self._synchronized(number == len(parts) - 1):
                 with torch.autocast(model.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
                     logits_WL = self._forward(rows)
@@ -273,14 +272,16 @@ class Stepper:
             return nullcontext()
         return self._forward.no_sync()
 
-    def _update(self) -> None:
+    def _update(self) -> Tensor:
+        """Whether the gradients were finite, or a scaler passes over such a step and lowers its scale."""
         self._scaler.unscale_(self._optimizer)
-        if self._settings.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self._model.module.parameters(), self._settings.max_grad_norm)
+        most = self._settings.max_grad_norm or torch.inf
+        norm = torch.nn.utils.clip_grad_norm_(self._model.module.parameters(), most)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._schedule.step()
         self._model.module.zero_grad(set_to_none=True)
+        return torch.isfinite(norm) | self._scaler.is_enabled()
 
 
 def rank() -> int:
@@ -291,6 +292,16 @@ def rank() -> int:
 def world_size() -> int:
     """Processes in the group; 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def shared_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """The arithmetic that every rank has: of unlike GPUs float16, of unlike CPUs float32."""
+    mine = resolve_dtype(dtype, device)
+    if world_size() == 1:
+        return mine
+    all_of_them = [mine] * world_size()
+    dist.all_gather_object(all_of_them, mine)
+    return next(one for one in (torch.float32, torch.float16, torch.bfloat16) if one in all_of_them)
 
 
 @dataclass(frozen=True)

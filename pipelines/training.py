@@ -25,19 +25,19 @@ from numpy.typing import NDArray
 from pipelines.calibration import fit_temperature
 from pipelines.checkpoints import Checkpoints, fetch_newest, publish, remove_all
 from pipelines.corpus import Corpus, Part
-from pipelines.errors import SettingsError
+from pipelines.errors import JobError, SettingsError
 from pipelines.evaluation import HEADLINE, LESS_IS_BETTER, METRICS, evaluate, tune_thresholds
 from pipelines.labels import Decisions, Scaling, decide, resolve_thresholds
 from pipelines.locations import shown
-from pipelines.loop import Evaluation, Report, TrainLoop, TrainState, Watch
+from pipelines.loop import NAMES_SHOWN, Evaluation, Report, TrainLoop, TrainState, Watch
 from pipelines.losses import Loss, resolve_loss
-from pipelines.model import WindowModel, new_classifier, resolve_dtype
+from pipelines.model import WindowModel, new_classifier
 from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
 from pipelines.pretrained import save_tokenizer, uses_type_ids
 from pipelines.report import ReportData, render
 from pipelines.scoring import DocumentScores, Scorer, concat_scores, plan_of, rescored
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
-from pipelines.steps import LabelledWindows, PartCounts, WindowParts, rank, world_size
+from pipelines.steps import LabelledWindows, PartCounts, WindowParts, rank, shared_dtype, world_size
 from pipelines.summary import histograms_of
 from pipelines.tokenization import Tokenizer, Tokens, concat_documents, cut_documents, offsets_of
 
@@ -295,10 +295,11 @@ def measure(
 ) -> Evaluation:
     """Loss (mean over windows, weighted as in training) and metrics of valid, the same on every rank.
 
-    In the arithmetic in which the finished folder will be scored on this machine, by autocast.
+    In the arithmetic in which the finished folder will be scored on this machine, by autocast. Raises JobError where
+    the model's output is not finite, naming documents.
     """
     share = np.linspace(0, len(valid), world_size() + 1).astype(int)
-    dtype = resolve_dtype(compute.dtype, scorer.model.device)
+    dtype = shared_dtype(compute.dtype, scorer.model.device)
     with torch.autocast(scorer.model.device.type, dtype=dtype, enabled=dtype != torch.float32):
         parts = [scorer.score_documents(some) for some in valid.between(share[rank()], share[rank() + 1])]
     if world_size() > 1:
@@ -306,6 +307,13 @@ def measure(
         dist.all_gather_object(of_ranks, parts)
         parts = [part for parts in of_ranks for part in parts]
     scores = concat_scores(parts)
+    bad = [document for document, error in enumerate(scores.errors) if error is not None]
+    if bad:
+        names = ", ".join(valid.name(int(valid.rows_D[document])) for document in bad[:NAMES_SHOWN])
+        raise JobError(
+            f"{scores.errors[bad[0]]} for {len(bad)} of {len(valid)} valid documents ({names}): lower learning_rate, "
+            f"or use dtype=float32"
+        )
     decisions = decide(scores.scores_DL, scorer.decision, scores.votes_DL)
     metrics = evaluate(valid.targets, scores.scores_DL, decisions, scorer.decision)
     own = {} if more is None else more(valid.targets, decisions, scores)
@@ -315,8 +323,9 @@ def measure(
 def mean_loss(scores: DocumentScores, targets: NDArray[np.generic], loss: Loss) -> float:
     """Mean loss over the windows of documents, weighted as in training."""
     targets_W = targets[scores.windows.document_W]
-    losses_W = loss(torch.from_numpy(scores.window_logits_WL), torch.from_numpy(targets_W))
-    return float(losses_W.sum()) / (float(loss.normalizers(targets_W).sum()) or 1.0)
+    losses_W = loss(torch.from_numpy(scores.window_logits_WL), torch.from_numpy(targets_W)).numpy()
+    share_W = loss.shares(scores.windows)
+    return float((losses_W * share_W).sum()) / (float((loss.normalizers(targets_W) * share_W).sum()) or 1.0)
 
 
 def _has_tunable_thresholds(decision: DecisionSettings) -> bool:

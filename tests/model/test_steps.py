@@ -51,7 +51,7 @@ def names_of(step):
 def test_every_window_is_seen_once_an_epoch_whatever_the_workers(lengths_PD, world_size, buffer, window_weight):
     data, _ = window_parts([np.array(part, int) for part in lengths_PD])
     settings = TrainSettings(batch_size=3, window_weight=window_weight, shuffle_buffer=buffer)
-    loss = Loss("binary")
+    loss = Loss("binary", window_weight=window_weight)
     ranks = [
         list(plan_steps(data, settings, loss, epoch=1, rank=rank, world_size=world_size)) for rank in range(world_size)
     ]

@@ -6,13 +6,14 @@ import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import load_file
 
 from pipelines.calibration import fit_temperature, log_loss
 from pipelines.corpus import Corpus, LabelledDocuments, Part
 from pipelines.errors import DataError, JobError, SettingsError
 from pipelines.labels import encode_labels
 from pipelines.losses import Loss, resolve_loss
-from pipelines.model import describe
+from pipelines.model import WindowModel, describe
 from pipelines.model_folder import read_model_folder
 from pipelines.optimization import make_optimizer, make_schedule
 from pipelines.scoring import Scorer
@@ -96,6 +97,10 @@ def test_losses_of_many_labels_and_of_values_against_their_formulas():
     loss = Loss("multilabel", loss_type="focal", loss_args={"gamma": 1.5, "alpha": 0.3})
     expected = (-np.where(held == 1, 0.3, 0.7) * (1 - p_true) ** 1.5 * np.log(p_true)).mean(axis=1)
     np.testing.assert_allclose(loss(torch.tensor(logits), torch.from_numpy(held)), expected, rtol=1e-5)
+    loss = Loss("multilabel", loss_type="focal", loss_args={"gamma": 1.5, "alpha": [0.3, 0.8]})
+    expected = (-np.where(held == 1, [0.3, 0.8], [0.7, 0.2]) * (1 - p_true) ** 1.5 * np.log(p_true)).mean(axis=1)
+    np.testing.assert_allclose(loss(torch.tensor(logits), torch.from_numpy(held)), expected, rtol=1e-5)
+    assert loss.normalizers(held).tolist() == [1, 1], "the mean over windows, whatever labels weigh"
     loss = Loss("multilabel", loss_type="asymmetric")
     shifted = np.maximum(p - 0.05, 0)
     expected = -np.where(held == 1, (1 - p) * np.log(p), shifted**4 * np.log(1 - shifted)).mean(axis=1)
@@ -115,6 +120,18 @@ def test_losses_of_many_labels_and_of_values_against_their_formulas():
         ({"loss_type": "focal", "loss_args": {"gama": 1}}, BINARY, "no argument 'gama'; it has: gamma, alpha"),
         ({"loss_type": "focal", "loss_args": {"alpha": [1]}}, BINARY, "alpha has 1 values; there are 2 labels"),
         ({"loss_type": "focal", "loss_args": {"gamma": "x"}}, BINARY, "gamma='x' must be a finite number"),
+        ({"loss_type": "focal", "loss_args": {"gamma": None}}, BINARY, "gamma=None must be a finite number"),
+        (
+            {"loss_type": "focal", "loss_args": {"alpha": [None, 1]}},
+            BINARY,
+            r"alpha=\[None, 1\] must be a finite number",
+        ),
+        (
+            {"loss_type": "focal", "loss_args": {"alpha": -1}},
+            BINARY,
+            "alpha=-1 must be a finite number that is not neg",
+        ),
+        ({"loss_type": "tversky", "loss_args": {"alpha": [1, 2], "beta": 1}}, BINARY, r"alpha=\[1, 2\] must be a fin"),
         ({"loss_type": "tversky"}, BINARY, "needs loss_args alpha, beta"),
         ({"loss_args": {"gamma": 1}}, BINARY, "loss_args without loss_type"),
         ({"loss_type": "focal", "weight": (1, 2)}, BINARY, "takes no class weights"),
@@ -366,7 +383,9 @@ def test_the_temperature_that_scores_were_made_with_is_found():
 
 def test_a_loss_that_is_no_number_names_its_documents(tmp_path, emails):
     job, train, _ = make_job(tmp_path, emails, epochs=1, learning_rate=1e30)
-    with pytest.raises(JobError, match=r"the loss is (nan|inf) at step \d+: .*; the step saw (document \d+(, )?)+"):
+    with pytest.raises(
+        JobError, match=r"the loss or its gradient is not finite at step \d+: .*; the step saw (document \d+(, )?)+"
+    ):
         run(job, train)
 
 
@@ -394,8 +413,52 @@ def test_a_cap_on_training_windows_is_reported_and_not_kept(tmp_path, emails):
     assert read_model_folder(job.output).windows.max_windows is None
 
 
+def test_a_gradient_that_is_no_number_stops_the_run_before_a_checkpoint_has_it(tmp_path, emails):
+    from pipelines.checkpoints import steps_of
+
+    settings = {"loss_type": "focal", "loss_args": {"gamma": 0.5}, "max_grad_norm": 0.0, "save_steps": 1}
+    job, train, valid = make_job(tmp_path, emails, learning_rate=0.3, scheduler="constant", epochs=20, **settings)
+    with pytest.raises(JobError, match="the loss or its gradient is not finite at step"):
+        run(job, train, valid)
+    newest = steps_of(job.output)[-1]
+    weights = load_file(tmp_path / "out" / "checkpoints" / f"step-{newest:09d}" / "model.safetensors")
+    assert all(np.isfinite(weight).all() for weight in weights.values())
+
+
+def test_valid_documents_that_overflow_are_named_and_make_no_metrics(tmp_path, emails, monkeypatch):
+    job, train, valid = make_job(tmp_path, emails, epochs=1)
+    logits = WindowModel.logits
+
+    def overflowing(model, *arguments):
+        found = logits(model, *arguments)
+        found[-1] = np.inf
+        return found
+
+    monkeypatch.setattr(WindowModel, "logits", overflowing)
+    with pytest.raises(
+        JobError, match=r"output is not finite for \d+ of 40 valid documents \(document \d+.*dtype=float32"
+    ):
+        run(job, train, valid)
+
+
+def test_the_loss_of_valid_is_weighted_as_in_training(tmp_path, emails):
+    found = {}
+    for weight in ("window", "document"):
+        job, train, valid = make_job(tmp_path / weight, emails, epochs=1, window_weight=weight)
+        reported = run(job, train, valid)["evaluations"][-1]["loss"]
+        scored = Scorer.load(job.output, compute=FLOAT32).score_documents(valid.documents)
+        document_W = scored.windows.document_W
+        losses_W = F.cross_entropy(
+            torch.from_numpy(scored.window_logits_WL), torch.from_numpy(valid.targets[document_W]), reduction="none"
+        ).numpy()
+        share_W = 1.0 / np.bincount(document_W)[document_W] if weight == "document" else np.ones(len(document_W))
+        assert reported == pytest.approx((losses_W * share_W).sum() / share_W.sum(), rel=1e-4)
+        found[weight] = reported
+    assert found["window"] != pytest.approx(found["document"], rel=1e-3)
+
+
 def test_a_diverged_loss_stops_the_run_and_leaves_no_finished_folder(tmp_path, emails):
     job, train, valid = make_job(tmp_path, emails, epochs=1, learning_rate=1e30, max_grad_norm=0.0)
-    with pytest.raises(JobError, match=r"the loss is nan at step .*: lower learning_rate"):
+    with pytest.raises(JobError, match=r"the loss or its gradient is not finite at step .*: lower learning_rate"):
         run(job, train, valid)
     assert not (tmp_path / "out" / "pipeline.json").exists()

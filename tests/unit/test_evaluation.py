@@ -111,6 +111,8 @@ def test_a_label_with_few_positives_takes_the_threshold_of_all_labels_together()
     expected = tune_thresholds(targets.ravel(), together, pooled).thresholds[0]
     assert tuned.thresholds == (pytest.approx(0.3, abs=0.02), expected, expected)
     assert "rare, never: fewer than 10 positives" in tuned.remarks("f1")[0]
+    alone = tune_thresholds(targets[:, 1], np.stack([1 - scores[:, 1], scores[:, 1]], axis=1), pooled)
+    assert alone.remarks("f1")[0].startswith("only 4 positives: the threshold is little better than chance")
 
 
 def test_areas_of_very_many_scores_are_those_of_a_histogram_and_say_so(monkeypatch):

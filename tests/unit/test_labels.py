@@ -1,3 +1,5 @@
+from decimal import Decimal
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -124,6 +126,10 @@ def test_labels_are_found_sorted_and_encoded():
         ([1.0, float("nan")], DecisionSettings(kind="regression"), "label of row 1 is nan"),
         (["x"], DecisionSettings(kind="regression"), "has type string; kind regression takes numbers"),
         (["a"], MULTILABEL, "has type string; kind multilabel takes list<string> or a 0/1 list"),
+        ([[{"label": "a"}]], MULTILABEL, "has type struct<label: string>; kind multilabel takes list<string>"),
+        ([[["a"]]], MULTILABEL, "has type list<.*string>; kind multilabel takes list<string>"),
+        ([[b"a"]], MULTILABEL, "has type binary; kind multilabel takes list<string>"),
+        ([[Decimal(1)]], MULTILABEL, "has type decimal.*; kind multilabel takes list<string>"),
         ([[0, 1]], MULTILABEL, "row 0 has 2 label values; there are 3 labels"),
         ([[0, 2, 1]], MULTILABEL, "other values than 0 and 1"),
         ([["a", "z"]], MULTILABEL, "labels outside the label set: 'z'"),
