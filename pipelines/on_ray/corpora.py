@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ from pipelines.errors import JobError, PipelinesError
 from pipelines.locations import shown
 from pipelines.loop import PROGRESS_SECONDS
 from pipelines.on_ray.cluster import root_cause
+from pipelines.on_ray.telemetry import WAIT_SECONDS, repeated
 from pipelines.on_ray.tokenize import TOKENIZE_CPUS, TokenizeStage, documents_of, group_units, tokenized, unpack
 from pipelines.shards import Plan, fingerprint
 from pipelines.tables import SOURCE_COLUMNS
@@ -58,7 +60,9 @@ class Split:
     def fingerprint(self) -> str:
         """Changes with any file or target."""
         files = fingerprint((file.url, file.size, file.version) for file in self.units.files)
-        return hashlib.sha256(files.encode() + np.ascontiguousarray(self.targets).tobytes()).hexdigest()
+        digest = hashlib.sha256(files.encode())
+        digest.update(np.ascontiguousarray(self.targets).data)
+        return digest.hexdigest()
 
     def corpus(self, survey: Callable[[int], Part], table: Callable[[int], pa.Table]) -> Corpus:
         """A corpus whose parts are the units, from what is known of them and their tokenized tables."""
@@ -149,7 +153,15 @@ def _tokenize(split: Split, arrivals: Any, report: Report, stop: threading.Event
     survey: Any = ray.remote(_survey).options(num_cpus=TOKENIZE_CPUS, num_returns=2)
     added: list[Any] = []
     started = told = time.monotonic()
-    for bundle in dataset.iter_internal_ref_bundles():
+
+    def tell_wait() -> None:
+        there, free = (found.get("CPU", 0) for found in (ray.cluster_resources(), ray.available_resources()))
+        report(f"no unit is tokenized yet; the cluster has {there:g} CPU, of which {free:g} are free")
+
+    with repeated(tell_wait, WAIT_SECONDS):
+        bundles = iter(dataset.iter_internal_ref_bundles())
+        first = next(bundles)
+    for bundle in itertools.chain([first], bundles):
         for entry in bundle.blocks:
             number, part = survey.remote(entry.ref)
             added.append(arrivals.add.remote(number, [part, entry.ref]))

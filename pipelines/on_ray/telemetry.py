@@ -9,12 +9,16 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
+from ray.util import placement_group_table
 from ray.util.metrics import Gauge
 
 from pipelines.errors import JobError
 from pipelines.outputs import Run
 from pipelines.settings import DecisionSettings
 from pipelines.summary import add_parts, empty_part
+
+WAIT_SECONDS = 30.0
+"""How often a job that waits for machines says so."""
 
 
 class Tally:
@@ -119,7 +123,7 @@ class Relay:
 @contextmanager
 def watched(tally: Tally, report: Callable[[str], None], *, every_seconds: float = 5.0) -> Iterator[None]:
     """Report the tally's line while the body runs."""
-    with _repeated(lambda: report(tally.line()), every_seconds):
+    with repeated(lambda: report(tally.line()), every_seconds):
         yield
 
 
@@ -131,14 +135,34 @@ def relayed(relay: Any, report: Callable[[str], None]) -> Iterator[None]:
         for line in ray.get(relay.take.remote(), timeout=5):
             report(line)
 
-    with _repeated(show, 1.0):
+    with repeated(show, 1.0):
         yield
     with suppress(ray.exceptions.RayError):  # only lines are lost
         show()
 
 
 @contextmanager
-def _repeated(show: Callable[[], None], every_seconds: float) -> Iterator[None]:
+def waits_told(needed: Mapping[str, float], report: Callable[[str], None]) -> Iterator[None]:
+    """While the body runs, say every WAIT_SECONDS that its workers have no place: Ray waits for one in silence."""
+    job = ray.get_runtime_context().get_job_id()
+
+    def show() -> None:
+        groups = placement_group_table()
+        is_waiting = any(group["state"] == "PENDING" and name.endswith(job) for name, group in groups.items())
+        there, free = ray.cluster_resources(), ray.available_resources()
+        if is_waiting or any(amount > there.get(name, 0) for name, amount in needed.items()):
+            found = [
+                f"{amount:g} {name}, of which the cluster has {there.get(name, 0):g} and {free.get(name, 0):g} free"
+                for name, amount in needed.items()
+            ]
+            report(f"still waiting for {'; '.join(found)}")
+
+    with repeated(show, WAIT_SECONDS):
+        yield
+
+
+@contextmanager
+def repeated(show: Callable[[], None], every_seconds: float) -> Iterator[None]:
     """Call show from a thread every few seconds while the body runs."""
     stop = threading.Event()
 

@@ -38,7 +38,7 @@ from pipelines.model import describe
 from pipelines.on_ray.cluster import check_resources, connected, root_cause, uses_gpus
 from pipelines.on_ray.corpora import Split, in_files, on_their_way
 from pipelines.on_ray.nodes import check_nodes
-from pipelines.on_ray.telemetry import Gauges, Relay, relayed
+from pipelines.on_ray.telemetry import Gauges, Relay, relayed, waits_told
 from pipelines.on_ray.tokenize import TOKENIZE_CPUS, TokenizeStage
 from pipelines.reading import read_unit, together
 from pipelines.scoring import plan_of
@@ -96,8 +96,8 @@ def train(request: TrainRequest, *, address: str | None = None, report: Report =
     train_files, train_labels = _read_labels(paths.train, request.data)
     valid_files, valid_labels = _read_labels(paths.valid, request.data) if paths.valid else ([], None)
     decision = _with_labels(request.decision, train_labels)
-    targets = encode_labels(train_labels, decision)
-    valid_targets = None if valid_labels is None else encode_labels(valid_labels, decision)
+    targets = _targets_of(paths.train, train_labels, decision)
+    valid_targets = None if valid_labels is None else _targets_of(str(paths.valid), valid_labels, decision)
     _check_targets(targets, decision, request.settings)
     _check_without_effect(request.settings, has_valid=paths.valid is not None)
     limits = describe(paths.model, attention_dropout=request.settings.attention_dropout)
@@ -109,6 +109,8 @@ def train(request: TrainRequest, *, address: str | None = None, report: Report =
         if is_new and not steps_of(paths.output):  # nothing to go on from
             remove_folder(paths.output)
         raise
+    except OSError as error:  # of a disk or a store, tried again before where that helps
+        raise JobError(f"training stopped: {error}; when that is mended, the same command goes on") from error
 
 
 def _prepared(
@@ -168,6 +170,14 @@ def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray) -> Decisio
     if decision.labels or decision.kind == "regression":
         return decision
     return replace(decision, labels=find_labels([labels], decision.kind))
+
+
+def _targets_of(location: str, labels: pa.ChunkedArray, decision: DecisionSettings) -> NDArray[np.generic]:
+    """Labels as targets. Raises DataError naming the input."""
+    try:
+        return encode_labels(labels, decision)
+    except DataError as error:
+        raise DataError(f"{shown(location)}: {error}") from error
 
 
 def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, settings: TrainSettings) -> None:
@@ -287,7 +297,8 @@ def _on_workers(
     with tempfile.TemporaryDirectory(prefix="pipelines-train-") as storage, relayed(relay, report):
         fewest, most = workers
         report(f"{fewest if fewest == most else f'{fewest} to {most}'} workers on {'GPUs' if gpus else 'CPUs'}")
-        check_resources({"GPU" if gpus else "CPU": fewest}, report)
+        needed = {"GPU" if gpus else "CPU": float(fewest)}
+        check_resources(needed, report)
         try:
             trainer = TorchTrainer(
                 _worker,  # Ray keeps what it returns, and its annotation does not say so
@@ -302,7 +313,8 @@ def _on_workers(
                     name="train", storage_path=storage, failure_config=FailureConfig(max_failures=max_failures)
                 ),
             )
-            result = trainer.fit()
+            with waits_told(needed, report):
+                result = trainer.fit()
         except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
             raise JobError(f"training failed: {root_cause(error)}") from error
     answer = result.return_value  # type: ignore[attr-defined]

@@ -107,7 +107,10 @@ def test_training_begins_before_all_is_tokenized(base, tmp_path, monkeypatch, fa
         return
     if fault == "loss":
         settings |= {"learning_rate": 1e30, "warmup_ratio": 0.9}
-    said = {"unit": "^tokenizing failed: .*this unit is bad$", "loss": "^the loss is (nan|inf) at step"}[fault]
+    said = {
+        "unit": "^tokenizing failed: .*this unit is bad$",
+        "loss": "^the loss or its gradient is not finite at step",
+    }[fault]
     with pytest.raises(JobError, match=said):
         train(request(base, output, num_workers=1, **settings))
     assert list(output.glob("checkpoints/*")), "what was trained is kept"
@@ -221,6 +224,34 @@ def test_bad_requests_are_refused_before_any_work(base, tmp_path, settings, erro
     assert not (tmp_path / "out").exists(), "nothing is left behind"
 
 
+def test_labels_that_training_never_saw_are_named_with_their_file(base, tmp_path):
+    pq.write_table(pa.table({"text": ["a", "b"], "label": ["ham", "eggs"]}), tmp_path / "valid.parquet")
+    with pytest.raises(DataError, match=r"valid\.parquet: labels outside the label set: 'eggs'; the set is: ham, spam"):
+        train(request(base, tmp_path / "out", valid=str(tmp_path / "valid.parquet")))
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.timeout(200)
+def test_workers_regress_stop_early_and_do_with_less_data_than_there_are_of_them(base, tmp_path):
+    texts = pq.read_table(base / "data")["text"].to_pylist()
+    years = [1900.0 + len(text or "") / 10 for text in texts]
+    for name, rows in {"train": slice(6, 46), "valid": slice(50, 52), "few": slice(50, 52)}.items():
+        pq.write_table(pa.table({"text": texts[rows], "label": years[rows]}), tmp_path / f"{name}.parquet")
+    settings = {"kind": "regression", "weight": None, "epochs": 9, "window_weight": "document", "evaluate_steps": 3,
+                "gradient_accumulation_steps": 2, "early_stopping_patience": 1, "learning_rate": 5e-3,
+                "valid": str(tmp_path / "valid.parquet"), "train": str(tmp_path / "train.parquet")}  # fmt: skip
+    alone = train(request(base, tmp_path / "alone", num_workers=0, **settings))
+    shared = train(request(base, tmp_path / "shared", num_workers=3, **settings))
+    assert alone["stopped_early"]
+    assert shared["stopped_early"]
+    np.testing.assert_allclose(shared["losses"], alone["losses"], rtol=1e-3, atol=1e-5)
+    for one, other in zip(shared["evaluations"], alone["evaluations"], strict=True):
+        defined = {name: value for name, value in other.items() if value is not None}
+        assert {name: one[name] for name in defined} == pytest.approx(defined, rel=1e-3)
+    few = {**settings, "train": str(tmp_path / "few.parquet"), "max_length": 128, "epochs": 1, "evaluate_steps": None}
+    assert train(request(base, tmp_path / "few", num_workers=3, **few))["documents"] == 2
+
+
 def test_one_class_only_and_pickles_are_refused(base, tmp_path):
     table = pq.read_table(base / "data")
     pq.write_table(table.filter(pa.compute.equal(table["label"], "ham")), tmp_path / "ham.parquet")
@@ -232,3 +263,39 @@ def test_one_class_only_and_pickles_are_refused(base, tmp_path):
     (pickled / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(ModelFolderError, match=r"as a pickle \(pytorch_model\.bin\)"):
         train(request(base, tmp_path / "out", model=str(pickled)))
+
+
+@pytest.mark.timeout(200)
+def test_a_run_that_waits_for_a_busy_cluster_says_so(local_ray, base, tmp_path, monkeypatch):
+    import threading
+
+    monkeypatch.setattr("pipelines.on_ray.telemetry.WAIT_SECONDS", 0.5)
+    monkeypatch.setattr("pipelines.on_ray.corpora.WAIT_SECONDS", 0.5)
+    all_of_them = local_ray.cluster_resources()["CPU"]
+
+    @local_ray.remote(num_cpus=0)
+    class Others:
+        def come(self):
+            return True
+
+    def hold():
+        others = Others.options(num_cpus=all_of_them).remote()
+        local_ray.get(others.come.remote())
+        return others
+
+    others, lines, parts = hold(), [], []
+    asked = request(base, tmp_path / "out", num_workers=2)
+    run = threading.Thread(target=lambda: parts.append(train(asked, report=lines.append)), daemon=True)
+    run.start()
+
+    def wait_for(text):
+        deadline = time.monotonic() + 60
+        while not any(text in line for line in lines):
+            assert time.monotonic() < deadline, lines
+            time.sleep(0.05)
+
+    wait_for(f"no unit is tokenized yet; the cluster has {all_of_them:g} CPU, of which 0 are free")
+    wait_for(f"still waiting for 2 CPU, of which the cluster has {all_of_them:g} and 0 free")
+    local_ray.kill(others)
+    run.join(timeout=120)
+    assert parts[0]["steps"] > 0
