@@ -272,6 +272,44 @@ def test_a_run_that_ends_within_or_between_buffers_goes_on_as_if_it_had_not(tmp_
     assert interrupted[-1] < 0.2 * max(interrupted), "down to nothing at the end"
 
 
+@pytest.mark.parametrize(("first", "then"), [("bfloat16", "float16"), ("float16", "bfloat16")])
+def test_a_run_goes_on_where_the_arithmetic_is_another(tmp_path, emails, monkeypatch, first, then):
+    from pipelines import steps, training
+
+    job, train, _ = make_job(tmp_path, emails, epochs=1, save_steps=2, train_dtype="auto")
+    save = training._save_checkpoint
+
+    def broken_off(loop, model, checkpoints, settings):
+        save(loop, model, checkpoints, settings)
+        checkpoints.close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steps, "resolve_dtype", lambda dtype, device: getattr(torch, first))
+    monkeypatch.setattr(training, "_save_checkpoint", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        run(job, train)
+    monkeypatch.setattr(steps, "resolve_dtype", lambda dtype, device: getattr(torch, then))
+    monkeypatch.setattr(training, "_save_checkpoint", save)
+    lines = []
+    summary = run(job, train, report=lines.append)
+    assert "going on from step 2" in lines
+    assert np.isfinite(summary["losses"]).all()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [(["bfloat16"] * 3, "bfloat16"), (["bfloat16", "float16", "bfloat16"], "float16"),
+     (["bfloat16", "float32"], "float32")],
+)  # fmt: skip
+def test_unlike_machines_agree_on_one_arithmetic(monkeypatch, theirs, expected):
+    from pipelines import steps
+
+    found = [getattr(torch, name) for name in theirs]
+    monkeypatch.setattr(steps, "world_size", lambda: len(found))
+    monkeypatch.setattr(steps.dist, "all_gather_object", lambda into, mine: into.__setitem__(slice(None), found))
+    assert steps.shared_dtype("auto", torch.device("cpu")) == getattr(torch, expected)
+
+
 def test_a_corpus_names_documents_by_their_part_and_place():
     tokens = Tokens(np.zeros(0, np.int32), np.zeros(4, np.int64))
     bad = Documents(tokens, None, [None, "null", None])
