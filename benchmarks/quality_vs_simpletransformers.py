@@ -8,7 +8,7 @@ tasks: the demo's emails (binary; MCC), Reuters-21578's ten largest topics (mult
 (multiclass; accuracy) and the year (regression; mean absolute error) of the openings of State of the Union speeches.
 Topics are read from the first window alone, since the multi-label model there has no windows. Ours tunes the emails'
 threshold and the topics' on valid documents, which `pipelines train` does where it has some; there nothing does.
-Years are given to ours as they are, and to theirs scaled by hand, without which nothing is learnt there ("unscaled").
+Years are given to ours as they are, and to theirs scaled by hand; "unscaled" is theirs with years as they are.
 "vote" is ours with Simple Transformers' merge and no valid documents, and "twice" the same with twice the epochs, for
 what the same time buys.
 

@@ -1,16 +1,19 @@
-"""What only a GPU can show: the flash kernel over packed rows, float32 and half precision against the CPU."""
+"""What only a GPU can show: the flash kernel over packed rows, half precision against the CPU, NCCL, no waiting."""
 
 import numpy as np
 import pytest
 import torch
 
 from pipelines.model import WindowModel
+from pipelines.on_ray.train import train
 from pipelines.packing import Packing, attention
 from pipelines.scoring import Scorer
 from pipelines.settings import ComputeSettings
+from pipelines.steps import Stepper
 from tests import tiny
 from tests.model.test_packing import PACKED, TEMPLATE, ragged
 from tests.model.test_training import make_job, run
+from tests.ray.test_train import base, request  # noqa: F401 (a fixture)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -59,3 +62,29 @@ def test_training_runs_and_learns_in_every_arithmetic(tmp_path, emails, dtype):
     found = Scorer.load(job.output, compute=compute).score_documents(valid.documents)
     exact = Scorer.load(job.output, compute=ComputeSettings(device="cpu", dtype="float32"))
     np.testing.assert_allclose(found.scores_DL, exact.score_documents(valid.documents).scores_DL, atol=0.05)
+
+
+def test_a_worker_of_ray_train_trains_over_nccl(base, tmp_path):  # noqa: F811
+    summary = train(request(base, tmp_path / "out", num_workers=1, device="cuda", train_dtype="auto", dtype="auto"))
+    assert summary["steps"] > 1
+    assert np.isfinite(summary["losses"]).all()
+
+
+def test_a_step_waits_for_nothing_on_the_device(tmp_path, emails, monkeypatch):
+    settings = {"train_dtype": "bfloat16", "epochs": 1, "weight": (1.0, 2.0)}
+    job, train, _ = make_job(tmp_path, emails, compute=ComputeSettings(device="cuda"), **settings)
+    numbers, step = [], Stepper.__call__
+
+    def watched(stepper, *arguments):
+        numbers.append(arguments[1])
+        if len(numbers) < 5:  # kernels are chosen, memory is taken
+            return step(stepper, *arguments)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return step(stepper, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Stepper, "__call__", watched)
+    run(job, train)
+    assert len(numbers) > 5
