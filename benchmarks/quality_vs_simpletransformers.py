@@ -8,7 +8,7 @@ tasks: the demo's emails (binary; MCC), Reuters-21578's ten largest topics (mult
 (multiclass; accuracy) and the year (regression; mean absolute error) of the openings of State of the Union speeches.
 Topics are read from the first window alone, since the multi-label model there has no windows. Ours tunes the emails'
 threshold and the topics' on valid documents, which `pipelines train` does where it has some; there nothing does.
-Years are given to ours as they are, and to theirs scaled by hand; "unscaled" is theirs with years as they are.
+Years are given to ours as they are, and to theirs scaled by hand.
 "vote" is ours with Simple Transformers' merge and no valid documents, and "twice" the same with twice the epochs, for
 what the same time buys.
 
@@ -46,7 +46,7 @@ TASKS = {
     "year": {"kind": "regression", "epochs": 2, "learning_rate": 2e-4, "max_length": 128, "windows": "all"},
 }
 BATCH_SIZE = 8
-SYSTEMS = ("theirs", "ours", "vote", "twice", "unscaled")
+SYSTEMS = ("theirs", "ours", "vote", "twice")
 
 
 def emails(random):
@@ -149,7 +149,7 @@ def ours(task, weights, data, seed, epochs, scratch, *, plain):
     return seconds, list(map(int, found["predicted_label"].to_pylist()))
 
 
-def theirs(task, weights, data, seed, epochs, scratch, what, *, is_scaled):
+def theirs(task, weights, data, seed, epochs, scratch, what):
     """Trains and saves; opened in a process of its own to predict, since its multi-label model forks."""
     import logging
 
@@ -167,8 +167,6 @@ def theirs(task, weights, data, seed, epochs, scratch, what, *, is_scaled):
         "regression": task["kind"] == "regression",
     }  # fmt: skip
     texts, labels = data["train"]
-    if not is_scaled:
-        labels = [YEARS[0] + YEARS[1] * label for label in labels]
     kinds = {"binary": 2, "multiclass": len(set(map(str, labels))), "multilabel": 10, "regression": 1}
     make = MultiLabelClassificationModel if is_multilabel else ClassificationModel
     source = weights if what == "train" else str(scratch / "model")
@@ -177,8 +175,8 @@ def theirs(task, weights, data, seed, epochs, scratch, what, *, is_scaled):
     if what == "train":
         model.train_model(pd.DataFrame({"text": texts, "labels": labels}))
         return time.perf_counter() - started, None
-    predictions = np.asarray(model.predict(data["test"][0])[0])
-    return 0.0, (predictions if is_scaled else (predictions - YEARS[0]) / YEARS[1]).tolist()
+    predictions, _ = model.predict(data["test"][0])
+    return 0.0, np.asarray(predictions).tolist()
 
 
 def quality(kind, predicted, truth):
@@ -234,9 +232,8 @@ def one(options):
     scratch = folder / f"{name}-{system}-{seed}"
     scratch.mkdir(exist_ok=True)
     epochs = task["epochs"] * (2 if system == "twice" else 1)
-    if system in ("theirs", "unscaled"):
-        is_scaled = system == "theirs"
-        return theirs(task, options.weights, data, int(seed), epochs, scratch, what, is_scaled=is_scaled)
+    if system == "theirs":
+        return theirs(task, options.weights, data, int(seed), epochs, scratch, what)
     return ours(task, options.weights, data, int(seed), epochs, scratch, plain=system != "ours")
 
 
@@ -248,9 +245,8 @@ def run(name, system, seed, options, environment):
         return
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was cut off
     found = {"seconds": 0.0}
-    is_theirs = system in ("theirs", "unscaled")
-    for what in ("train", "predict") if is_theirs else ("both",):
-        python = options.python if is_theirs else sys.executable
+    for what in ("train", "predict") if system == "theirs" else ("both",):
+        python = options.python if system == "theirs" else sys.executable
         command = [python, __file__, options.weights, "-", str(folder), "--one", name, system, str(seed), what]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
