@@ -155,6 +155,8 @@ def _tokenize(split: Split, arrivals: Any, report: Report, stop: threading.Event
     started = told = time.monotonic()
 
     def tell_wait() -> None:
+        if stop.is_set():  # Ray may be gone, and would be started anew by who asks
+            return
         there, free = (found.get("CPU", 0) for found in (ray.cluster_resources(), ray.available_resources()))
         report(f"no unit is tokenized yet; the cluster has {there:g} CPU, of which {free:g} are free")
 

@@ -224,6 +224,12 @@ def test_bad_requests_are_refused_before_any_work(base, tmp_path, settings, erro
     assert not (tmp_path / "out").exists(), "nothing is left behind"
 
 
+def test_a_filesystem_that_fails_ends_a_run_in_a_sentence(base, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(JobError, match=r"^training stopped: .*file.*; when that is mended, the same command goes on$"):
+        train(request(base, tmp_path / "out", tensorboard_dir=str(tmp_path / "file" / "logs")))
+
+
 def test_labels_that_training_never_saw_are_named_with_their_file(base, tmp_path):
     pq.write_table(pa.table({"text": ["a", "b"], "label": ["ham", "eggs"]}), tmp_path / "valid.parquet")
     with pytest.raises(DataError, match=r"valid\.parquet: labels outside the label set: 'eggs'; the set is: ham, spam"):
