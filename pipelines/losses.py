@@ -40,7 +40,7 @@ def focal(
 ) -> Tensor:
     """-alpha_y (1 - p_y)^gamma log p_y, (W,) (Lin et al. 2017); a single alpha is label 0's, 1 - alpha the others'."""
     log_p_W = F.log_softmax(logits_WL, dim=1).gather(1, target_W[:, None])[:, 0]
-    losses_W = -((1 - log_p_W.exp()) ** gamma) * log_p_W
+    losses_W = -_power(1 - log_p_W.exp(), gamma) * log_p_W
     alpha_L = focal_alpha(alpha, logits_WL.shape[1])
     return losses_W if alpha_L is None else losses_W * to_device(alpha_L, logits_WL.device)[target_W]
 
@@ -81,7 +81,7 @@ def binary_focal(
 ) -> Tensor:
     """Focal loss of each label's yes or no, mean over labels (W,); alpha (or one per label) weighs yes, the rest no."""
     log_p_WL = F.logsigmoid(torch.where(target_WL == 1, logits_WL, -logits_WL))
-    losses_WL = -((1 - log_p_WL.exp()) ** gamma) * log_p_WL
+    losses_WL = -_power(1 - log_p_WL.exp(), gamma) * log_p_WL
     if alpha is not None:
         alpha_L = to_device(np.atleast_1d(np.asarray(alpha, np.float32)), logits_WL.device)
         losses_WL = losses_WL * torch.where(target_WL == 1, alpha_L, 1 - alpha_L)
@@ -94,8 +94,8 @@ def asymmetric(
     """Asymmetric loss (Ridnik et al. 2021), mean over labels (W,): easy negatives weigh less, the easiest nothing."""
     p_WL = logits_WL.sigmoid()
     shifted_WL = (p_WL - clip).clamp(min=0)
-    yes_WL = (1 - p_WL) ** gamma_pos * F.logsigmoid(logits_WL)
-    no_WL = shifted_WL**gamma_neg * torch.log1p(-shifted_WL.clamp(max=1 - 1e-7))
+    yes_WL = _power(1 - p_WL, gamma_pos) * F.logsigmoid(logits_WL)
+    no_WL = _power(shifted_WL, gamma_neg) * torch.log1p(-shifted_WL.clamp(max=1 - 1e-7))
     return -torch.where(target_WL == 1, yes_WL, no_WL).mean(dim=1)
 
 
@@ -128,6 +128,7 @@ class Loss:
     loss_args: dict[str, Any] | None = None
     label_smoothing: float = 0.0
     window_weight: Literal["window", "document"] = "window"
+    """Whether each window counts once, or each document (`shares`)."""
     scale: float = 1.0
     """Regression: errors are counted in this many of the labels' units."""
 
@@ -205,9 +206,14 @@ def focal_alpha(alpha: float | Sequence[float] | None, num_labels: int) -> NDArr
     return np.asarray([alpha] + [1 - alpha] * (num_labels - 1), np.float32)
 
 
+def _power(base: Tensor, gamma: float) -> Tensor:
+    """base^gamma of a probability; at 0 a root's slope is 0 here, and not infinite, which would spoil the weights."""
+    return base.clamp(min=torch.finfo(base.dtype).eps) ** gamma
+
+
 def _shaped(logits_WL: Tensor, target_W: Tensor, gamma: float, scale: float) -> tuple[Tensor, Tensor]:
     p_WL = logits_WL.softmax(dim=1)
-    q_WL = scale * (1 - p_WL) ** gamma * p_WL
+    q_WL = scale * _power(1 - p_WL, gamma) * p_WL
     return q_WL, q_WL.gather(1, target_W[:, None])[:, 0]
 
 
