@@ -199,7 +199,7 @@ def test_a_machine_that_will_be_taken_away_is_a_reason_for_a_checkpoint(base, tm
 
 @pytest.mark.timeout(700)
 def test_workers_come_and_go(base, tmp_path):  # noqa: F811
-    settings = values(base, tmp_path / "elastic", num_workers="1:2", resize_seconds=3, save_steps=None, epochs=100)
+    settings = values(base, tmp_path / "elastic", num_workers="1:2", resize_seconds=3, save_steps=None, epochs=60)
     del settings["valid"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
