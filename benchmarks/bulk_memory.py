@@ -1,9 +1,10 @@
-"""Peak memory of the driver and of its workers while a job scores 1x, 4x and 16x the same input.
+"""Measure the peak memory of the driver and its workers while a job scores 1x, 4x and 16x the same input.
 
     python benchmarks/bulk_memory.py
 
-A tiny random BERT, so that the job is mostly reading, tokenizing and moving. Peaks are proportional set sizes, sampled
-four times a second: the driver alone, and everything that Ray started (its object store is shared memory in both).
+The model is a tiny random BERT, so the job mostly reads, tokenizes and moves data. Peaks are proportional set sizes,
+sampled four times per second. One peak is that of the driver alone, the other that of all processes that Ray started.
+Both include the object store, which is shared memory.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails" / "test"
 
 
 def watched(command, sample, environment=None):
-    """The summary that a command prints as JSON, and what sample(its psutil.Process) found while it ran."""
+    """Run a command. Return the summary that it prints as JSON, and the samples of sample(its psutil.Process)."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     found = []
 
@@ -42,13 +43,13 @@ def watched(command, sample, environment=None):
 
 
 def proportional_mb(root):
-    """Megabytes of the driver, and of all its descendants."""
+    """Return the megabytes of the driver and of all its descendants."""
     workers = sum(member.memory_full_info().pss for member in root.children(recursive=True))
     return root.memory_full_info().pss >> 20, workers >> 20
 
 
 def main():
-    """One line of JSON per input size."""
+    """Print one line of JSON per input size."""
     with tempfile.TemporaryDirectory() as base:
         make_model(Path(base) / "model", hidden=32, layers=1, max_length=256)
         texts = pq.read_table(EMAILS).select(["text"])

@@ -1,9 +1,9 @@
-"""What Ray and the driver cost per unit, and how busy replicas can be kept: units whose forward is a calibrated sleep.
+"""Measure the cost of Ray and the driver per unit, and how busy replicas are, with a sleep instead of the forward pass.
 
     python benchmarks/bulk_overhead.py --units 100000                        # no-op units: rate and the driver's memory
     python benchmarks/bulk_overhead.py --units 600 --seconds 0.5 --actors 8  # share of the time that replicas are busy
 
-Tokenizing is real, of one short text a unit; nothing is written.
+Tokenizing is real, with one short text per unit. Nothing is written.
 """
 
 import argparse
@@ -17,17 +17,17 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.bulk.run_folder import open_run
+from pipelines.bulk.summary import empty_part
+from pipelines.bulk.unit import ScoreUnit
 from pipelines.on_ray import score as bulk
 from pipelines.on_ray.cluster import connected
-from pipelines.on_ray.replica import ScoreUnit
-from pipelines.on_ray.tokenize import stats_of
-from pipelines.outputs import open_run
 from pipelines.settings import DecisionSettings
-from pipelines.summary import empty_part
+from pipelines.text.stage import stats_of
 
 
 def sleeper(seconds):
-    """A replica without a model; a local class travels by value."""
+    """Return a replica class without a model. Ray pickles a local class by value."""
 
     class Sleeper(ScoreUnit):
         def __init__(self, setup, attempts=None):
@@ -48,11 +48,11 @@ def sleeper(seconds):
 
 
 def main():
-    """One line of JSON every few seconds, and one at the end."""
+    """Print one line of JSON every 20 seconds, and one at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="any finished model folder, for its tokenizer")
+    parser.add_argument("model", help="any finished model folder; only its tokenizer is used")
     parser.add_argument("--units", type=int, default=1000)
-    parser.add_argument("--seconds", type=float, default=0.0, help="of sleep in the place of a forward pass")
+    parser.add_argument("--seconds", type=float, default=0.0, help="seconds of sleep instead of a forward pass")
     parser.add_argument("--actors", type=int, default=1)
     options = parser.parse_args()
     bulk.ScoreUnit = sleeper(options.seconds)
@@ -75,7 +75,7 @@ def main():
             for part in bulk._parts(checked, run, None):
                 done += 1
                 now = time.perf_counter()
-                if done == 2 * options.actors:  # the pipeline is full
+                if done == 2 * options.actors:  # from here on, the pipeline is full
                     first, busy_before, done_before = now - 1e-9, busy, done
                 busy += part["seconds"]["forward"]
                 if first and now - shown > 20:

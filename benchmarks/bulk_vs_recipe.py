@@ -1,11 +1,11 @@
-"""The bulk job beside a bare `Scorer` loop over texts in memory, and beside the usual Ray Data recipe, in one run.
+"""Compare the bulk job with a bare `Scorer` loop over texts in memory and with the usual Ray Data recipe, in one run.
 
     python benchmarks/bulk_vs_recipe.py runs/demo/model [--repeat 4] [--recipe-actors 2] [--gpus]
 
-The recipe is what Ray's documentation shows for inference on text: read_parquet, one class with tokenizer and model in
-an actor per CPU (or GPU), float32, batches padded to the window length, write_parquet. It gets the same windows (from
-this package's plan, or it would truncate). Rates are of the steady phase: from the first finished unit or batch to the
-last.
+The recipe is the one that Ray's documentation shows for inference on text: read_parquet, one class with tokenizer and
+model in an actor per CPU (or GPU), float32, batches padded to the window length, write_parquet. It gets the same
+windows from this package's window plan, because otherwise it would truncate the texts. The rates cover the steady
+phase, from the first finished unit or batch to the last.
 """
 
 import argparse
@@ -22,23 +22,24 @@ import torch
 from ray.data import ActorPoolStrategy
 from transformers import AutoModelForSequenceClassification
 
+from pipelines.bulk.job import ScoreJob
+from pipelines.model.scorer import Scorer
 from pipelines.on_ray.cluster import connected
-from pipelines.on_ray.score import ScoreJob, score
-from pipelines.scoring import Scorer
+from pipelines.on_ray.score import score
 from pipelines.settings import ComputeSettings
-from pipelines.tokenization import assemble, cut_documents
-from pipelines.windows import merge_windows
+from pipelines.text.tokenization import assemble, cut_documents
+from pipelines.text.windows import merge_windows
 
 EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails" / "test"
 
 
 class Recipe:
-    """Tokenizer and model in one actor, as tutorials have it."""
+    """Tokenizer and model in one actor, as in tutorials."""
 
     def __init__(self, model, device):
+        from pipelines.model.scorer import plan_of
         from pipelines.model_folder import read_model_folder
-        from pipelines.pretrained import load_tokenizer
-        from pipelines.scoring import plan_of
+        from pipelines.text.pretrained import load_tokenizer
 
         folder = read_model_folder(model)
         self.tokenizer = load_tokenizer(folder.path)
@@ -47,7 +48,7 @@ class Recipe:
         self.device = device
 
     def __call__(self, batch):
-        """A pandas-like batch of texts to scores."""
+        """Score a batch of texts: a dictionary of columns."""
         tokens = self.tokenizer.encode(list(batch["text"]))
         cut = cut_documents(tokens, self.plan, self.tokenizer.template)
         scores = []
@@ -69,14 +70,14 @@ class Recipe:
 
 
 def steady(folder):
-    """Rows per second between the first file and the last."""
+    """Return the rows per second between the first finished file and the last."""
     files = sorted((path.stat().st_mtime, pq.read_metadata(path).num_rows) for path in Path(folder).rglob("*.parquet")
                    if not path.name.startswith("_"))  # fmt: skip
     return sum(rows for _, rows in files[1:]) / max(files[-1][0] - files[0][0], 1e-9)
 
 
 def main():
-    """One line of JSON per way."""
+    """Print one line of JSON per program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--repeat", type=int, default=1)

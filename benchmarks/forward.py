@@ -1,9 +1,10 @@
-"""Tokens per second of the forward pass alone: packed, padded, and a plain transformers loop, on the same windows.
+"""Measure the tokens per second of the forward pass alone: packed, padded, and in a plain transformers loop.
 
     python benchmarks/forward.py [--device cuda] [--hidden 768 --layers 12] [--windows 4096]
 
-Random weights of BERT's shape (speed does not depend on them), windows cut from texts of log-normal length. The
-plain loop is what the Hugging Face pipeline does: batches of 32 in input order, padded to their longest.
+All three process the same windows, which are cut from texts of log-normal length. The model has BERT's shape and random
+weights, because the speed does not depend on the weights. The plain loop does what the Hugging Face pipeline does: it
+uses batches of 32 in input order, padded to the longest window of the batch.
 """
 
 import argparse
@@ -16,16 +17,17 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig
 
-from pipelines.model import WindowModel, resolve_device, resolve_dtype
+from pipelines.model.devices import resolve_device, resolve_dtype
+from pipelines.model.window_model import WindowModel
 from pipelines.settings import ComputeSettings
-from pipelines.tokenization import CutDocuments, Template, Tokens, assemble, cut_documents, offsets_of
-from pipelines.windows import WindowPlan
+from pipelines.text.tokenization import CutDocuments, Template, Tokens, assemble, cut_documents, offsets_of
+from pipelines.text.windows import WindowPlan
 
 TEMPLATE = Template((101,), (102,))
 
 
 def make_windows(num_windows: int) -> CutDocuments:
-    """Documents with a median of 350 tokens, until there are num_windows windows of at most 512."""
+    """Return documents with a median of 350 tokens that give num_windows windows of at most 512 tokens."""
     rng = np.random.default_rng(0)
     lengths = np.maximum(rng.lognormal(np.log(350), 1.0, num_windows).astype(np.int64), 1)
     plan = WindowPlan(512, 510, 409)
@@ -36,7 +38,7 @@ def make_windows(num_windows: int) -> CutDocuments:
 
 
 def plain_loop(model: WindowModel, cut: CutDocuments) -> None:
-    """Batches of 32 windows in input order, each padded to its longest."""
+    """Run batches of 32 windows in input order, each padded to its longest window."""
     with torch.inference_mode():
         for start in range(0, len(cut.length_W), 32):
             index_W = np.arange(start, min(start + 32, len(cut.length_W)))
@@ -44,7 +46,7 @@ def plain_loop(model: WindowModel, cut: CutDocuments) -> None:
 
 
 def best_rate(run: Callable[[], object], num_tokens: int, device: torch.device) -> float:
-    """Tokens per second of the fastest of three runs after one to warm up."""
+    """Return the tokens per second of the fastest of three runs, after one warm-up run."""
     seconds = []
     for _ in range(4):
         started = time.perf_counter()
@@ -81,7 +83,7 @@ def main() -> None:
         compute = ComputeSettings(
             device=options.device, dtype=options.dtype, packing=packing, batch_tokens=options.batch_tokens
         )
-        module = AutoModelForSequenceClassification.from_config(copy.deepcopy(config))  # it is written to
+        module = AutoModelForSequenceClassification.from_config(copy.deepcopy(config))  # from_config modifies it
         model = WindowModel(module, TEMPLATE, compute)
         name = "packed" if model.is_packed else "padded"
         rates[name] = best_rate(lambda model=model: model.logits(cut), num_tokens, device)

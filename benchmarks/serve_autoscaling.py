@@ -1,10 +1,11 @@
-"""Replicas, queue and latency of a server while its load rises and falls, as a plot.
+"""Plot the replicas, the queue and the latency of a server while its load rises and falls.
 
     python benchmarks/serve_autoscaling.py MODEL [--most 2] [--low 10] [--high 60] [--output autoscaling.png]
 
-Texts of 66 tokens arrive by chance (open loop, Poisson) at a rate that stays low for 30 seconds, rises for 30, stays
-high for 90, falls for 30 and stays low for 60. Replicas are processes; the queue is what the server's own /metrics
-say, which are some seconds behind; the percentiles are over the answers of the last ten seconds.
+Texts of 66 tokens arrive at random times (open loop, Poisson). The rate stays low for 30 seconds, rises for 30, stays
+high for 90, falls for 30 and stays low for 60. The number of replicas is the number of their processes. The queue
+length comes from the server's own /metrics, which is some seconds behind. The percentiles are over the answers of the
+last ten seconds.
 """
 
 import argparse
@@ -28,11 +29,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PHASES = [(0, 0.0), (30, 0.0), (60, 1.0), (150, 1.0), (180, 0.0), (240, 0.0)]
-"""Seconds, and the share of the way from the low rate to the high one."""
+"""Pairs of a second and a rate at this second, where 0 is the low rate and 1 is the high rate."""
 
 
 def replicas(process):
-    """Replicas that run below a process."""
+    """Return the number of replicas among the descendants of a process."""
     members = psutil.Process(process.pid).children(recursive=True)
     titles = []
     for member in members:
@@ -44,7 +45,7 @@ def replicas(process):
 
 
 async def follow(url, process, low, high):
-    """Rows of (second, rate, replicas, queued tokens), and (second, milliseconds, status) of every request."""
+    """Return rows of (second, rate, replicas, queued tokens), and (second, milliseconds, status) of every request."""
     random, rows, answers = np.random.default_rng(0), [], []
     body, began = body_of("ours", WORDS * 3), time.perf_counter()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
@@ -81,7 +82,7 @@ async def follow(url, process, low, high):
 
 
 def draw(rows, answers, path):
-    """Rate and replicas, queue, latency below one another."""
+    """Draw three plots below one another: rate and replicas, queue, latency."""
     seconds, rates, counts, queued = rows.T
     good = answers[answers[:, 2] == 200]
     ended = good[:, 0] + good[:, 1] / 1000
@@ -107,7 +108,7 @@ def draw(rows, answers, path):
 
 
 def main():
-    """Draws, and prints one line of JSON."""
+    """Draw the plots and print one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--most", type=int, default=2)

@@ -1,10 +1,11 @@
-"""A server under more than it can do: what is answered in time, what is refused, and how it recovers.
+"""Measure a server under overload: the requests that it answers in time, those that it refuses, and its recovery.
 
     python benchmarks/serve_overload.py MODEL [--seconds 60] [--proxy haproxy]
 
-First the rate that one replica sustains (16 clients, closed loop). Then requests arrive by chance at their own pace
-(open loop, Poisson) at 3 times that rate with texts of 66 tokens, and at 10 times with texts of 2,200. The bound is the
-wait that the queue allows: its limit in tokens over the tokens answered per second, and one batch.
+First, the script measures the rate that one replica sustains (16 clients, closed loop). Then requests arrive at random
+times (open loop, Poisson), at 3 times that rate with texts of 66 tokens, and at 10 times with texts of 2,200 tokens.
+The bound is the longest wait that the queue limit allows: the limit in tokens plus one batch, divided by the tokens
+answered per second.
 """
 
 import argparse
@@ -25,13 +26,13 @@ from serve_vs_servers import WORDS, ask, body_of, wait_for
 
 QUEUED_TOKENS, BATCH_TOKENS = 50_000, 4096
 WINDOW_TOKENS = {66: 68, 2200: 2722}
-"""Tokens of a text's windows of 256, overlaps and special tokens included: what the queue counts."""
+"""Tokens in the windows of 256 of one text, with overlaps and special tokens. The queue counts these tokens."""
 
 
 async def flood(url, text, rate, seconds):
-    """(status, milliseconds) of requests that arrive at a rate, whether the earlier ones are answered or not.
+    """Send requests at a fixed mean rate, whether earlier requests are answered or not.
 
-    And the seconds until the last was answered.
+    Return (status, milliseconds) of each request, and the seconds until the last was answered.
     """
     found, body = [], body_of("ours", text)
     waits = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds))
@@ -56,13 +57,13 @@ async def flood(url, text, rate, seconds):
 
 
 def memory_mb(root):
-    """Of the replicas below a process."""
+    """Return the megabytes of the replicas among the descendants of a process."""
     members = psutil.Process(root).children(recursive=True)
     return sum(m.memory_full_info().uss for m in members if "ServeReplica" in " ".join(m.cmdline())) >> 20
 
 
 def measure(url, process, tokens, text, factor, seconds):
-    """One flood, as a line of JSON."""
+    """Run one overload phase and print a line of JSON."""
     body = body_of("ours", text)
     asyncio.run(ask(url, body, 16, 3))
     sustained = len(asyncio.run(ask(url, body, 16, 8))) / 8
@@ -94,7 +95,7 @@ def measure(url, process, tokens, text, factor, seconds):
 
 
 def main():
-    """A line for short texts and one for long ones."""
+    """Print a line for short texts and one for long texts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--seconds", type=float, default=60)

@@ -1,17 +1,18 @@
-"""Requests per second of servers of the same classifier on one machine, asked by the same client.
+"""Measure the requests per second of several servers with the same classifier, machine and client.
 
     python benchmarks/serve_vs_servers.py MODEL [--dtype float32] [--seconds 10] [--servers ours,haproxy,one]
     python3 -m venv inf && inf/bin/pip install torch==2.13.0 "infinity-emb[server,torch]==0.0.78"
     python benchmarks/serve_vs_servers.py MODEL --infinity inf/bin/infinity_emb --servers infinity,haproxy
 
-- fastapi: FastAPI with a Hugging Face pipeline, a thread per request, as tutorials have it.
-- batch: Ray Serve with @serve.batch around the same pipeline, as Ray's documentation has it; two replicas.
-- infinity: Infinity's /classify, which batches by itself, in one process with all threads.
-- ours, haproxy: `pipelines serve`, two replicas of one thread, behind Ray's proxy and behind HAProxy.
+- fastapi: FastAPI with a Hugging Face pipeline and a thread per request, as in tutorials.
+- batch: Ray Serve with @serve.batch around the same pipeline, as in Ray's documentation; two replicas.
+- infinity: Infinity's /classify, which does its own batching, in one process with all threads.
+- ours, haproxy: `pipelines serve`, two replicas with one thread each, behind Ray's proxy and behind HAProxy.
 - one: one replica with two threads, behind HAProxy.
 
-Texts of 66 tokens (all servers do the same work), and of 2,200: those the others cut at 512 tokens and ours reads
-whole. Closed loop: so many clients ask, each again as soon as it is answered. The client shares the cores.
+Texts have 66 tokens (all servers do the same work) or 2,200 tokens. The other servers cut the long texts at 512 tokens.
+`pipelines serve` reads them completely. The loop is closed: each client sends its next request as soon as it has an
+answer. The client runs on the same cores as the server.
 """
 
 import argparse
@@ -68,7 +69,7 @@ WORDS = "we meet at noon near the office and bring the papers that were sent to 
 
 
 def command_of(server, model, port, dtype, infinity):
-    """How a server is started."""
+    """Return the command that starts a server."""
     if server == "infinity":
         options = {"model-id": model, "served-model-name": "it", "engine": "torch", "device": "cpu", "dtype": dtype}
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
@@ -84,7 +85,7 @@ def command_of(server, model, port, dtype, infinity):
 
 
 async def ask(url, body, clients, seconds):
-    """Latencies of every answer within the time, in ms."""
+    """Send requests for the given time and return the latency of each answer in ms."""
     latencies = []
     async with aiohttp.ClientSession() as session:
         end = time.perf_counter() + seconds
@@ -101,12 +102,12 @@ async def ask(url, body, clients, seconds):
 
 
 def body_of(server, text):
-    """What a server is asked."""
+    """Return the request body for a server."""
     return json.dumps({"model": "it", "input": [text]} if server == "infinity" else {"inputs": [text]}).encode()
 
 
 def wait_for(url, body, process):
-    """Until it answers."""
+    """Wait until the server answers."""
     for _ in range(240):
         assert process.poll() is None, "the server ended"
         try:
@@ -119,13 +120,13 @@ def wait_for(url, body, process):
 
 
 def main():
-    """One line of JSON per server, text length and number of clients."""
+    """Print one line of JSON per server, text length and number of clients."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--servers", default="fastapi,batch,ours,haproxy")
-    parser.add_argument("--infinity", help="Infinity's command, in a virtual environment of its own")
+    parser.add_argument("--infinity", help="Infinity's command, in its own virtual environment")
     options = parser.parse_args()
     texts = {66: WORDS * 3, 2200: WORDS * 100}
     for server in options.servers.split(","):

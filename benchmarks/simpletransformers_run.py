@@ -1,10 +1,10 @@
-"""Simple Transformers on the demo's emails, for comparison. Runs in a virtual environment of its own:
+"""Run Simple Transformers on the demo's emails, for comparison. It runs in its own virtual environment:
 
     python3 -m venv st && st/bin/pip install torch==2.13.0 && st/bin/pip install simpletransformers==0.70.8
     st/bin/python benchmarks/simpletransformers_run.py train WEIGHTS OUT --seed 42      # the demo's budget
     st/bin/python benchmarks/simpletransformers_run.py predict runs/demo/model          # the demo's folder
 
-Prints one JSON line. Multiprocessing is off: its workers fork after a forward pass, and hang.
+The script prints one line of JSON. Multiprocessing is off, because its workers fork after a forward pass and hang.
 """
 
 import argparse
@@ -39,19 +39,19 @@ COMMON = {
 
 
 def read(split: str) -> pd.DataFrame:
-    """One split as text and labels (1 = spam)."""
+    """Return one split with the columns text and labels (1 = spam)."""
     emails = pd.read_parquet(os.path.join(EMAILS, split))
     return pd.DataFrame({"text": emails["text"], "labels": (emails["label"] == "spam").astype(int)})
 
 
 def main() -> None:
-    """Train on the demo's budget or open a folder; then predict the test emails."""
+    """Train with the demo's budget or open a folder. Then predict the test emails."""
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["train", "predict"])
     parser.add_argument("model")
     parser.add_argument("output", nargs="?", default="runs/simpletransformers")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--windows", action="store_true", help="train on every window, not on the first of each email")
+    parser.add_argument("--windows", action="store_true", help="train on all windows, not only on each email's first")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     arguments = {

@@ -1,12 +1,13 @@
-"""Memory of a training process on 1x, 4x and 20x the same emails.
+"""Measure the memory of a training process on 1x, 4x and 20x the same emails.
 
     python benchmarks/train_memory.py [--num-workers 1]
 
-A tiny random BERT without attention dropout (whose masks would be most of the memory), and a shuffle buffer of 2,048
-windows of 512 tokens: 4 MB of ids, of which a process holds two, and a third while it is put together. The peak is of
-anonymous memory, sampled every quarter of a second: what the system could not simply drop, so without the mapped files
-of tokens. With a worker, the tokens lie in the object store of a Ray of its own, which has 80 MB and spills the rest to
-disk; the peak is then the worker's.
+The model is a tiny random BERT without attention dropout, because the masks of attention dropout would be most of the
+memory. The shuffle buffer has 2,048 windows of 512 tokens, which are 4 MB of ids. A process holds two buffers, and a
+third one while it is assembled. The peak is that of anonymous memory, sampled every quarter of a second. Anonymous
+memory is the memory that the system cannot simply drop, so it does not include the mapped files of tokens. With a
+worker, the tokens are in the object store of a separate Ray, which has 80 MB and spills the rest to disk. The peak is
+then that of the worker.
 """
 
 import argparse
@@ -26,17 +27,17 @@ from random_model import make_model
 
 EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails" / "test"
 PORT = 26377
-OBJECT_STORE_BYTES = 80_000_000  # about the smallest that Ray takes
+OBJECT_STORE_BYTES = 80_000_000  # about the smallest size that Ray accepts
 
 
 def anonymous_mb(process):
-    """Megabytes of anonymous memory, as Linux tells it."""
+    """Return the megabytes of anonymous memory that Linux reports."""
     return sum(area.anonymous for area in process.memory_maps()) >> 20
 
 
 @contextlib.contextmanager
 def small_ray(folder):
-    """A cluster of this machine alone, as environment variables name it."""
+    """Start a Ray cluster on this machine and yield the environment variables that select it."""
     ray = str(Path(sys.executable).with_name("ray"))
     environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{PORT}", "RAY_AUTH_MODE": "disabled"}
     start = [ray, "start", "--head", f"--port={PORT}", "--num-cpus=4", f"--object-store-memory={OBJECT_STORE_BYTES}",
@@ -51,12 +52,12 @@ def small_ray(folder):
 
 
 def spilled_mb(folder):
-    """Megabytes that the object store has put on disk so far."""
+    """Return the megabytes that the object store has spilled to disk so far."""
     return sum(file.stat().st_size for file in Path(folder).glob("session_*/ray_spilled_objects*/*")) >> 20
 
 
 def of_workers(folder):
-    """Samples the workers' anonymous memory, and what is spilled."""
+    """Return a function that samples the workers' anonymous memory and the spilled megabytes."""
 
     def sample(_):
         workers = [p for p in psutil.process_iter(["cmdline"]) if "TrainWorker" in " ".join(p.info["cmdline"] or ())]
@@ -66,7 +67,7 @@ def of_workers(folder):
 
 
 def main():
-    """One line of JSON per input size."""
+    """Print one line of JSON per input size."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--num-workers", type=int, choices=[0, 1], default=0)
     num_workers = parser.parse_args().num_workers

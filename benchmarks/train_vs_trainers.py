@@ -1,13 +1,13 @@
-"""Windows a second in training, beside the Hugging Face Trainer and Simple Transformers, in one run.
+"""Compare the training speed with the Hugging Face Trainer and Simple Transformers, in windows per second, in one run.
 
     python benchmarks/train_vs_trainers.py WEIGHTS st/bin/python [--batch-size 8] [--steps 60]
     python benchmarks/random_model.py base && \\
         python benchmarks/train_vs_trainers.py base python --skip simpletransformers --batch-size 32   # on a GPU
 
-The second argument is the Python of the virtual environment that benchmarks/simpletransformers_run.py describes, with
-`accelerate` in it, which the Trainer needs. All windows of 256 of some of the demo's emails (the three cut them a token
-or two apart). Each is timed from its tenth optimizer step to its last, by the same hook of torch, so that loading and
-tokenizing count for none.
+The second argument is the Python of the virtual environment that benchmarks/simpletransformers_run.py describes. It
+must also contain `accelerate`, which the Trainer needs. The data are all windows of 256 tokens of some of the demo's
+emails. The windows of the three systems differ by a token or two. Each system is timed from its tenth optimizer step to
+its last, with the same torch hook, so loading and tokenizing are not counted.
 """
 
 import argparse
@@ -24,7 +24,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails" / "train"
 SKIPPED = 10
-"""Steps before the clock starts: kernels are chosen and memory is taken in these."""
+"""Steps before the clock starts. In these steps kernels are selected and memory is allocated."""
 RUNS = {
     "simpletransformers float32": {},
     "trainer float32": {"dtype": "float32"},
@@ -37,20 +37,20 @@ RUNS = {
 
 
 def emails(num_windows):
-    """Texts and labels (1 = spam) of enough emails, whole, for about so many windows of 256 tokens."""
+    """Return complete emails and their labels (1 = spam), enough for about num_windows windows of 256 tokens."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(EMAILS, columns=["text", "label"])
     texts, labels = table["text"].to_pylist(), [int(label == "spam") for label in table["label"].to_pylist()]
     enough, size = 0, 0
-    while size < num_windows * 700:  # characters of a window
+    while size < num_windows * 700:  # characters per window
         size += len(texts[enough])
         enough += 1
     return texts[:enough], labels[:enough]
 
 
 def simpletransformers(options):
-    """Its own sliding windows; batches of its own."""
+    """Train with Simple Transformers, with its own sliding windows and batches."""
     import logging
 
     import pandas as pd
@@ -69,7 +69,7 @@ def simpletransformers(options):
 
 
 def trainer(options):
-    """Windows by the tokenizer's own overflow, padded to the longest of a batch."""
+    """Train with the Hugging Face Trainer. The tokenizer cuts the windows. Batches are padded to their longest."""
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -97,11 +97,12 @@ def trainer(options):
 
 
 def pipelines(options):
-    """`pipelines train`, in this process."""
+    """Run `pipelines train` in this process."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipelines.on_ray.train import TrainRequest, train
+    from pipelines.on_ray.train import train
+    from pipelines.training.job import TrainJob
 
     texts, labels = emails(options.windows)
     pq.write_table(pa.table({"text": texts, "label": list(map(str, labels))}), f"{options.scratch}/emails.parquet")
@@ -110,11 +111,11 @@ def pipelines(options):
                 "train_dtype": options.dtype, "device": options.device, "num_workers": 0}  # fmt: skip
     if options.attention_dropout is not None:
         settings["attention_dropout"] = options.attention_dropout
-    train(TrainRequest.parse(settings))
+    train(TrainJob.parse(settings))
 
 
 def timed(run, options):
-    """Run it and print when its optimizer stepped."""
+    """Run a system and print its number of optimizer steps and its windows per second."""
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -127,19 +128,19 @@ def timed(run, options):
 
     register_optimizer_step_post_hook(note)
     run(options)
-    steps = min(len(times) - 2, options.steps)  # the last batch of all may be a short one
+    steps = min(len(times) - 2, options.steps)  # the very last batch can be shorter
     seconds = times[steps] - times[SKIPPED]
     print(json.dumps({"steps": len(times), "windows_per_s": (steps - SKIPPED) * options.batch_size / seconds}))
 
 
 def main():
-    """One line of JSON a run."""
+    """Print one line of JSON per run."""
     parser = argparse.ArgumentParser()
     parser.add_argument("weights")
     parser.add_argument("python")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--skip", action="append", default=[], help="how names of runs to leave out begin")
+    parser.add_argument("--skip", action="append", default=[], help="skip the runs whose names start with this text")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
-"""The `pipelines` command: flags and YAML to settings, a job, a result on stdout.
+"""The `pipelines` command: it turns flags and YAML into settings, runs a job, and prints the result on stdout.
 
-Progress goes to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 done with rows in error.
-What needs torch or ray is imported by the command that needs it, so that `--help` is quick.
+The log and the progress go to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 done with rows
+in error. Each command imports what it needs itself, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ import argparse
 import dataclasses
 import json
 import os
-import re
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
-
-import yaml
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pipelines import __version__
+from pipelines.config_file import parse_yaml, read_config
 from pipelines.errors import PipelinesError, SettingsError
 from pipelines.fields import field_help, parse
+from pipelines.progress import show_logs
 from pipelines.settings import (
     ComputeSettings,
     DataSettings,
@@ -34,6 +32,9 @@ from pipelines.settings import (
     TrainSettings,
     WindowSettings,
 )
+
+if TYPE_CHECKING:
+    from pipelines.bulk.job import ScoreJob
 
 DONE, FAILED, WRONG_USAGE, ROWS_IN_ERROR = 0, 1, 2, 3
 INTERRUPTED = 130
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    show_logs(-1 if options.quiet else 1 if options.verbose else 0)
     try:
         with _results_alone() as options.out:
             code: int = options.run(options)
@@ -63,10 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _results_alone() -> Iterator[TextIO]:
-    """A stream to the real stdout; what anything else writes there, Ray's own processes above all, goes to stderr."""
+    """A stream to the real stdout; what anything else writes there, such as Ray's processes, goes to stderr."""
     try:
         number = sys.stdout.fileno()
-    except (OSError, ValueError):  # no file, as under a test's capture
+    except (OSError, ValueError):  # stdout is no file, as when a test captures it
         yield sys.stdout
         return
     sys.stdout.flush()
@@ -80,46 +82,47 @@ def _results_alone() -> Iterator[TextIO]:
             os.dup2(real.fileno(), number)
 
 
-def report(line: str) -> None:
-    """A line of progress for people."""
-    print(line, file=sys.stderr, flush=True)
-
-
 def _train(options: argparse.Namespace) -> int:
-    from pipelines.on_ray.train import TrainRequest, train
+    from pipelines.training.job import TrainJob, train_here
 
-    summary = train(TrainRequest.parse(_values(options)), address=options.address, report=report)
-    shown = {
-        name: summary[name]
-        for name in ("model", "documents", "rows_in_error", "windows", "steps", "seconds", "thresholds")
-    }
-    _print(options, summary, {**shown, **{f"valid {name}": value for name, value in summary["valid"].items()}})
-    return ROWS_IN_ERROR if summary["rows_in_error"] else DONE
+    job = TrainJob.parse(_values(options))
+    if job.is_local:
+        summary = train_here(job)
+    else:
+        from pipelines.on_ray.train import train  # imports Ray, only where it is used
+
+        summary = train(job, address=options.address)
+    names = ("model", "documents", "rows_in_error", "windows", "steps", "seconds", "thresholds")
+    shown = {name: getattr(summary, name) for name in names}
+    _print(options, summary.to_json(), {**shown, **{f"valid {name}": value for name, value in summary.valid.items()}})
+    return ROWS_IN_ERROR if summary.rows_in_error else DONE
 
 
 def _score(options: argparse.Namespace) -> int:
-    from pipelines.on_ray.score import ScoreJob, score
+    from pipelines.bulk.job import ScoreJob
+    from pipelines.bulk.score import score_here
 
     job = ScoreJob.parse(_values(options))
     if options.dry_run:
         return _estimate(options, job)
-    summary = score(job, address=options.address, report=report)
-    _print(options, summary, {name: value for name, value in summary.items() if name != "histograms"})
-    return ROWS_IN_ERROR if summary["rows_in_error"] or summary["files_in_error"] else DONE
+    if job.is_local:
+        summary = score_here(job)
+    else:
+        from pipelines.on_ray.score import score  # imports Ray, only where it is used
+
+        summary = score(job, address=options.address)
+    result = summary.to_json()
+    _print(options, result, {name: value for name, value in result.items() if name != "histograms"})
+    return ROWS_IN_ERROR if summary.rows_in_error or summary.files_in_error else DONE
 
 
-def _estimate(options: argparse.Namespace, job: Any) -> int:
-    from pipelines.estimate import estimate
-    from pipelines.on_ray.score import check_job
+def _estimate(options: argparse.Namespace, job: ScoreJob) -> int:
+    from pipelines.bulk.estimate import estimate
+    from pipelines.bulk.job import check_job
 
     if options.rate is not None and not options.rate > 0:
         raise SettingsError(f"--rate {options.rate} must be above 0: tokens per second of one replica")
-    checked = check_job(job, report=report)
-    found = estimate(
-        checked.folder, checked.files, checked.read, job.text_columns,
-        input=job.input, compute=job.compute, limit=job.data.limit, filter=job.score.filter,
-        unit_bytes=job.score.unit_bytes, rate=options.rate, report=report,
-    )  # fmt: skip
+    found = estimate(check_job(job), rate=options.rate).to_json()
     _print(options, found, found)
     return DONE
 
@@ -129,62 +132,53 @@ def _serve(options: argparse.Namespace) -> int:
 
     values = _values(options)
     prepare_proxy(str(values.get("proxy")))
-    from pipelines.on_ray.serve.app import ServeJob
     from pipelines.on_ray.serve.run import run_server
+    from pipelines.serving.job import ServeJob
 
-    run_server(ServeJob.parse(values), address=options.address, report=report)
+    run_server(ServeJob.parse(values), address=options.address)
     return DONE
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from pipelines.evaluation import evaluate
-    from pipelines.labels import decide
-    from pipelines.offline import score_labelled, write_evaluation
+    from pipelines.evaluation.labelled import evaluate_folder
 
     data, compute = parse(_values(options), *EVALUATE_GROUPS)
-    started = time.monotonic()
-    texts = bool(options.report and options.report_texts)
-    folder, scored = score_labelled(options.model, options.data, data, compute, keep_texts=texts, report=report)
-    decisions = decide(scored.scores_DL, folder.decision, scored.votes_DL)
-    metrics = evaluate(scored.targets, scored.scores_DL, decisions, folder.decision)
-    result = {"rows": scored.rows, "rows_in_error": scored.rows_in_error, **metrics}
-    if options.report:
-        write_evaluation(folder, scored, metrics, options.data, options.report, time.monotonic() - started)
-        report(f"{options.report} shows it")
-    _print(options, result, result)
-    return ROWS_IN_ERROR if scored.rows_in_error else DONE
+    result = evaluate_folder(
+        options.model, options.data, data, compute, report=options.report, report_texts=options.report_texts
+    )
+    _print(options, result.to_json(), result.to_json())
+    return ROWS_IN_ERROR if result.rows_in_error else DONE
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from pipelines.evaluation import parse_objective
-    from pipelines.offline import tune_folder
+    from pipelines.evaluation.labelled import tune_folder
 
-    parse_objective(options.objective)
     data, compute = parse(_values(options), *EVALUATE_GROUPS)
-    result = tune_folder(options.model, options.data, data, compute, options.objective, report=report)
-    _print(options, result, result)
-    return ROWS_IN_ERROR if result["rows_in_error"] else DONE
+    result = tune_folder(options.model, options.data, data, compute, objective=options.objective)
+    _print(options, result.to_json(), result.to_json())
+    return ROWS_IN_ERROR if result.rows_in_error else DONE
 
 
 def _relabel(options: argparse.Namespace) -> int:
-    from pipelines.locations import absolute
-    from pipelines.relabel import relabel
+    from pipelines.bulk.relabel import relabel
+    from pipelines.storage.locations import absolute
 
-    thresholds = _yaml(options.thresholds, "--thresholds")
+    thresholds = parse_yaml(options.thresholds, "--thresholds")
     (settings,) = parse({"thresholds": thresholds}, ScoreSettings)
     if settings.thresholds is None:
         raise SettingsError("--thresholds says nothing; write 0.4, [0.3, 0.5] or '{spam: 0.9}'")
-    summary = relabel(absolute(options.scored), absolute(options.output), settings.thresholds, report=report)
-    _print(options, summary, {name: value for name, value in summary.items() if name != "histograms"})
-    return ROWS_IN_ERROR if summary["rows_in_error"] else DONE
+    summary = relabel(absolute(options.scored), absolute(options.output), settings.thresholds)
+    result = summary.to_json()
+    _print(options, result, {name: value for name, value in result.items() if name != "histograms"})
+    return ROWS_IN_ERROR if summary.rows_in_error else DONE
 
 
 def _drift(options: argparse.Namespace) -> int:
-    from pipelines.drift import drift, plot
-    from pipelines.locations import absolute
+    from pipelines.bulk.drift import drift, plot
+    from pipelines.storage.locations import absolute
 
     before, after = absolute(options.before), absolute(options.after)
-    found = drift(before, after)
+    found = {label: dataclasses.asdict(moved) for label, moved in drift(before, after).items()}
     if options.plot:
         plot(before, after, options.plot)
     _print(options, found, found)
@@ -192,7 +186,7 @@ def _drift(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from pipelines.conversion import convert
+    from pipelines.simpletransformers.convert import convert
 
     folder = convert(options.old, options.new, options.kind)
     content = folder.to_json()
@@ -218,51 +212,12 @@ def _values(options: argparse.Namespace) -> dict[str, object]:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise SettingsError(f"--set {assignment!r} has no '='; write --set name=value")
-        values[name.strip()] = _yaml(text, f"--set {name}")
+        values[name.strip()] = parse_yaml(text, f"--set {name}")
     for name in options.flags:
         value = getattr(options, name, None)
         if value is not None:
             values[name] = value.split(SEPARATORS[name]) if name in SEPARATORS else value
     return values
-
-
-def read_config(path: str) -> dict[str, object]:
-    """A YAML file of settings by name. Raises SettingsError where it cannot be read or is no mapping."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = _yaml(file.read(), path)
-    except OSError as error:
-        raise SettingsError(f"--config {path} cannot be read: {error.strerror}") from error
-    if not isinstance(content, dict):
-        raise SettingsError(f"--config {path} holds no mapping of settings, such as `epochs: 3`")
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: off and no are words, 1:8 is no number of base 60, and 1e-4 is a number."""
-
-
-_SCALARS = {
-    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
-    "float": (
-        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
-}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _SCALARS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _name, (_pattern, _first) in _SCALARS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern})$"), list(_first))
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # which is a safe one
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{where} is no valid YAML: {str(error).splitlines()[0]}") from error
 
 
 def _print(options: argparse.Namespace, result: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
@@ -301,7 +256,9 @@ def _parser() -> argparse.ArgumentParser:
         ("evaluate", _evaluate, "metrics of a model folder on labelled Parquet"),
         ("tune", _tune, "tune thresholds on labelled Parquet and write them into the model folder"),
     ):
-        command = _command(commands, name, run, about, EVALUATE_GROUPS, f"pipelines {name} runs/spam --data test/")
+        command = _command(
+            commands, name, run, about=about, groups=EVALUATE_GROUPS, example=f"pipelines {name} runs/spam --data test/"
+        )
         command.add_argument("model", metavar="DIR", help="model folder")
         command.add_argument("--data", required=True, metavar="PARQUET", help="file, folder or glob with labels")
         if name == "evaluate":
@@ -310,20 +267,28 @@ def _parser() -> argparse.ArgumentParser:
         if name == "tune":
             command.add_argument("--objective", default="f1", help="f1 (default), fbeta=B, precision=P or recall=R")
         _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "limit"))
-    command = _command(commands, "inspect", _inspect, "what a model folder is", (), "pipelines inspect runs/spam")
+    command = _command(
+        commands, "inspect", _inspect, about="what a model folder is", groups=(), example="pipelines inspect runs/spam"
+    )
     command.add_argument("model", metavar="DIR", help="model folder")
     example = "pipelines relabel scored/ --thresholds '{spam: 0.9}' --output relabelled/"
-    command = _command(commands, "relabel", _relabel, "new labels for scored Parquet from its scores", (), example)
+    command = _command(
+        commands, "relabel", _relabel, about="new labels for scored Parquet from its scores", groups=(), example=example
+    )
     command.add_argument("scored", metavar="SCORED", help="output folder of `pipelines score`")
     command.add_argument("--thresholds", required=True, metavar="YAML", help="0.4, [0.3, 0.5] or '{label: 0.9}'")
     command.add_argument("--output", required=True, help="new folder")
     example = "pipelines drift runs/spam scored/2026-11/ --plot drift.png"
-    command = _command(commands, "drift", _drift, "whether scores have moved, label by label", (), example)
+    command = _command(
+        commands, "drift", _drift, about="whether scores have moved, label by label", groups=(), example=example
+    )
     command.add_argument("before", metavar="A", help="scored folder, or a model folder for its validation data")
     command.add_argument("after", metavar="B", help="scored folder")
     command.add_argument("--plot", metavar="FILE.png", help="draw both histograms of each label")
     about = "a Simple Transformers or Hugging Face classifier, pickled or not, into a model folder"
-    command = _command(commands, "convert", _convert, about, (), "pipelines convert outputs/ runs/spam")
+    command = _command(
+        commands, "convert", _convert, about=about, groups=(), example="pipelines convert outputs/ runs/spam"
+    )
     command.add_argument("old", metavar="OLD", help="folder with config.json and weights")
     command.add_argument("new", metavar="NEW", help="new folder")
     command.add_argument("--kind", help="binary, multiclass, multilabel or regression, where config.json does not say")
@@ -332,7 +297,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_train(commands: Any) -> None:
     example = "pipelines train --train train/ --valid valid/ --model bert-base-uncased --kind binary --output runs/spam"
-    command = _command(commands, "train", _train, "fine-tune a classifier on labelled Parquet", TRAIN_GROUPS, example)
+    command = _command(
+        commands,
+        "train",
+        _train,
+        about="fine-tune a classifier on labelled Parquet",
+        groups=TRAIN_GROUPS,
+        example=example,
+    )
     _flags(command, TrainPaths, ("train", "valid", "model", "output", "num_workers"))
     _flags(command, DecisionSettings, ("kind", "labels"))
     _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "limit"))
@@ -340,7 +312,9 @@ def _add_train(commands: Any) -> None:
 
 def _add_score(commands: Any) -> None:
     example = "pipelines score runs/spam --input s3://mail/2026/ --output s3://mail/scored/"
-    command = _command(commands, "score", _score, "score Parquet files into Parquet files", SCORE_GROUPS, example)
+    command = _command(
+        commands, "score", _score, about="score Parquet files into Parquet files", groups=SCORE_GROUPS, example=example
+    )
     command.add_argument("model", metavar="DIR", nargs="?", help="model folder")
     _flags(command, ScorePaths, ("input", "output"))
     names = [
@@ -354,7 +328,14 @@ def _add_score(commands: Any) -> None:
 
 
 def _add_serve(commands: Any) -> None:
-    command = _command(commands, "serve", _serve, "answer HTTP requests", SERVE_GROUPS, "pipelines serve runs/spam")
+    command = _command(
+        commands,
+        "serve",
+        _serve,
+        about="answer HTTP requests",
+        groups=SERVE_GROUPS,
+        example="pipelines serve runs/spam",
+    )
     command.add_argument("model", metavar="DIR", nargs="?", help="model folder")
     _flags(command, ServeSettings, ("name", "host", "port"))
     command.set_defaults(flags=[*command.get_default("flags"), "model"])
@@ -364,6 +345,7 @@ def _command(
     commands: Any,
     name: str,
     run: Callable[[argparse.Namespace], int],
+    *,
     about: str,
     groups: Sequence[type[Any]],
     example: str,
@@ -376,6 +358,8 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--json", action="store_true", help="print the whole result as JSON on stdout")
+    command.add_argument("-v", "--verbose", action="store_true", help="also show debug messages, with time and module")
+    command.add_argument("-q", "--quiet", action="store_true", help="show only warnings and errors, no progress")
     command.set_defaults(run=run, flags=[], config=None, set=None, address=None)
     if groups:
         command.add_argument("--config", metavar="FILE.yaml", help="settings by name; --set and flags win over it")
@@ -420,7 +404,7 @@ def _number(text: str) -> int | float:
 
 def _mapping(text: str) -> Any:
     """A mapping as YAML has it: {name: value}."""
-    return _yaml(text, "a flag's value")
+    return parse_yaml(text, "a flag's value")
 
 
 def _settings_help(groups: Sequence[type[Any]]) -> str:

@@ -1,51 +1,51 @@
-"""One tree of exceptions, so that a caller can catch as much or as little as it wants.
+"""Exceptions of the package, as one tree, so that a caller can catch as broadly or as narrowly as it needs.
 
-PipelinesError               anything that this package raises on purpose
-├── UsageError               the caller's mistake, found before work starts      (exit code 2)
-│   ├── SettingsError        an unknown, ill-typed or impossible setting
-│   │   └── UnknownArgumentError   of the facades' Args, as attribute (also an AttributeError)
+PipelinesError               every error that this package raises on purpose
+├── UsageError               a mistake of the caller, found before work starts     (exit code 2)
+│   ├── SettingsError        a setting that is unknown, of the wrong type or impossible
+│   │   └── UnknownArgumentError   an argument that Simple Transformers does not have (also an AttributeError)
 │   ├── DataError            input that is missing, unreadable or of the wrong shape
-│   ├── ModelFolderError     a model folder that is incomplete, unsafe or of another kind
+│   ├── ModelFolderError     a model folder that is incomplete, unsafe or of the wrong kind
 │   └── OutputError          an output location that is in use or cannot be written
-└── JobError                 work that started and could not be finished          (exit code 1)
+└── JobError                 work that started and then failed                     (exit code 1)
 
-Every message names the value, the limit it broke and what to do about it.
+Every message names the value, the limit that it violates and the remedy.
 """
 
 from __future__ import annotations
 
 
 class PipelinesError(Exception):
-    """Root of the tree."""
+    """Base class of all exceptions in this package."""
 
     exit_code = 1
 
 
 class UsageError(PipelinesError):
-    """The caller's mistake; nothing was done."""
+    """A mistake of the caller. No work has been done."""
 
     exit_code = 2
 
 
 class SettingsError(UsageError):
-    """A setting that is unknown, of the wrong type, or impossible together with another."""
+    """A setting that is unknown, has the wrong type, or cannot be combined with another setting."""
 
 
 class UnknownArgumentError(SettingsError, AttributeError):
-    """An argument that Simple Transformers does not have; an AttributeError too, so that hasattr answers."""
+    """An argument that Simple Transformers does not have. It is also an AttributeError, so that hasattr works."""
 
 
 class DataError(UsageError):
-    """Input that is missing, unreadable, or lacks what was asked of it."""
+    """Input that is missing, unreadable, or lacks a required column or value."""
 
 
 class ModelFolderError(UsageError):
-    """A model folder that is incomplete, unsafe to open, or not what the command needs."""
+    """A model folder that is incomplete, unsafe to open, or unsuitable for the command."""
 
 
 class OutputError(UsageError):
-    """An output location that is already used or cannot be written."""
+    """An output location that is already in use or cannot be written."""
 
 
 class JobError(PipelinesError):
-    """Work that began and could not be completed."""
+    """Work that started and could not be completed."""

@@ -1,6 +1,6 @@
-"""Fields of settings dataclasses: filled from a flat mapping, checked for type and range, explained.
+"""Fill settings dataclasses from a flat mapping, check types and ranges, and look up help texts.
 
-The sentence below a field is its help. Knows none of the settings themselves.
+The string below a field is its help text. The settings themselves are in `pipelines.settings`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,20 @@ from pipelines.errors import SettingsError
 
 
 def parse(values: Mapping[str, object], *groups: type[Any]) -> list[Any]:
-    """Deal a flat mapping out to settings groups, one instance per group in the order given.
+    """Split a flat mapping of settings into one instance per settings group.
 
-    Values may be of the YAML kinds: a list stands for a tuple, "4e-5" for a float.
-    Raises SettingsError for a name in none of the groups (naming the nearest) and for a value out of bounds.
+    Values may have YAML types: a list is accepted for a tuple, and the string "4e-5" for a float.
+
+    Args:
+        values: Settings by name.
+        *groups: Settings dataclasses. A field name occurs in only one of them.
+
+    Returns:
+        One instance per group, in the order of groups.
+
+    Raises:
+        SettingsError: A name is in none of the groups (the message suggests the closest name), a required setting is
+            missing, or a value has the wrong type or is out of range.
     """
     owners = {field.name: group for group in groups for field in dataclasses.fields(group)}
     for name in values:
@@ -35,12 +45,12 @@ def parse(values: Mapping[str, object], *groups: type[Any]) -> list[Any]:
     required = [field for group in groups for field in dataclasses.fields(group) if field.default is MISSING]
     missing = [field.name for field in required if field.name not in values]
     if missing:
-        raise SettingsError(f"nothing says what {missing[0]!r} is: {field_help(owners[missing[0]])[missing[0]]}")
+        raise SettingsError(f"required setting {missing[0]!r} is missing: {field_help(owners[missing[0]])[missing[0]]}")
     return [group(**{n: v for n, v in values.items() if owners[n] is group}) for group in groups]
 
 
 def field_help(group: type[Any]) -> dict[str, str]:
-    """The sentence written below each field of a settings group, by field name."""
+    """Return the help text below each field of a settings group, by field name."""
     body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0]
     assert isinstance(body, ast.ClassDef)
     help_by_name = {}
@@ -61,6 +71,19 @@ def check_range(
     high: float = math.inf,
     above: float = -math.inf,
 ) -> None:
+    """Check that a value is finite and within its limits. None is always accepted.
+
+    Args:
+        group: Settings instance that contains the value.
+        name: Name of the setting, for the error message.
+        value: Value to check.
+        low: Smallest accepted value.
+        high: Largest accepted value.
+        above: The value must be greater than this.
+
+    Raises:
+        SettingsError: The value is not finite or is outside the limits.
+    """
     if value is None or (math.isfinite(value) and low <= value <= high and value > above):
         return
     limits = [f"at least {low:g}"] * math.isfinite(low) + [f"at most {high:g}"] * math.isfinite(high)
@@ -69,7 +92,11 @@ def check_range(
 
 
 def check_types(group: Any) -> None:
-    """Coerce YAML's kinds to the annotated type, and raise SettingsError for what does not fit."""
+    """Convert the fields of a settings instance from YAML types to their annotated types, in place.
+
+    Raises:
+        SettingsError: A value does not fit its annotated type.
+    """
     hints = typing.get_type_hints(type(group))
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
@@ -85,13 +112,13 @@ def check_types(group: Any) -> None:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """Alternatives of a union, exact kinds before coercions (an int must not become a float)."""
+    """Return the alternatives of a union, exact types before conversions (an int must not become a float)."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return tuple(sorted(options, key=lambda option: (option is float, option is str)))
 
 
 def _coerce(value: Any, option: Any) -> tuple[bool, Any]:
-    """(whether value fits the option, value as that option's kind)."""
+    """Return whether the value fits the option, and the value converted to the option's type."""
     if option is Any:
         return True, value
     if get_origin(option) is Literal:

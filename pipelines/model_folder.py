@@ -1,9 +1,11 @@
-"""The model folder: the contract between train, score and serve.
+"""Read and write model folders. `train` writes them; `score` and `serve` read them.
 
-A Hugging Face folder (config.json, model.safetensors, tokenizer.json, ...) plus `pipeline.json`, which says how
-texts are cut and scores become labels. pipeline.json is written last and atomically: its presence means that
-the folder is complete. Weights are read from safetensors only. The weights themselves are `model`'s business.
-Knows no torch, no ray.
+A model folder is a Hugging Face folder (config.json, model.safetensors, tokenizer.json, ...) plus `pipeline.json`,
+which says how texts are split into windows and how scores become labels. pipeline.json is written last and
+atomically, so that a folder that contains it is complete. Weights are read from safetensors only; `pipelines.model`
+loads them.
+
+Imports neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from filelock import FileLock
 
 from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.fields import parse
-from pipelines.locations import filesystem_of, retried, shown, sync_folder
 from pipelines.settings import DecisionSettings, WindowSettings
+from pipelines.storage.locations import filesystem_of, retried, shown, sync_folder
 
 PIPELINE_FILE = "pipeline.json"
 FORMAT_VERSION = 1
@@ -44,7 +46,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What pipeline.json says; `path` is where the files lie on this machine."""
+    """The content of pipeline.json, and the local path of the folder."""
 
     path: Path
     windows: WindowSettings
@@ -53,29 +55,36 @@ class ModelFolder:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     weights_hash: str = ""
     histograms: Mapping[str, Any] = field(default_factory=dict)
-    """Scores of the validation data by label, as `summary.histograms_of` counts them."""
+    """Score histograms of the validation data, by label (from `metrics.histograms_of`)."""
     reads_pairs: bool | None = None
-    """Whether it was trained on pairs of texts; None where nobody said."""
+    """Whether the model was trained on pairs of texts. None if this is unknown."""
 
     @property
     def model_type(self) -> str:
-        """The architecture as config.json names it."""
+        """Name of the architecture in config.json."""
         return str(json.loads((self.path / "config.json").read_text()).get("model_type", ""))
 
     @property
     def settings_hash(self) -> str:
-        """Identity of everything but the weights that changes a result."""
+        """Hash of all settings that change a result. It does not include the weights."""
         return _sha256(json.dumps(self._settings(), sort_keys=True).encode())
 
     def check_texts(self, *, are_pairs: bool) -> None:
-        """Raise DataError for single texts where it learnt from pairs, and for pairs where it did not."""
+        """Check that the model was trained on the same kind of texts.
+
+        Args:
+            are_pairs: Whether the texts to score are pairs.
+
+        Raises:
+            DataError: The model was trained on pairs and the texts are single, or the other way round.
+        """
         if self.reads_pairs and not are_pairs:
             raise DataError(
-                "the model was trained on pairs of texts: give the second too (text_pair, --text-pair-column)"
+                "the model was trained on pairs of texts: give the second text too (text_pair, --text-pair-column)"
             )
         if self.reads_pairs is False and are_pairs:
             raise DataError(
-                "the model was trained on single texts, and these are pairs: leave text_pair (--text-pair-column) out"
+                "the model was trained on single texts, but these are pairs: omit text_pair (--text-pair-column)"
             )
 
     def _settings(self) -> dict[str, Any]:
@@ -86,7 +95,7 @@ class ModelFolder:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The content of pipeline.json."""
+        """Return the content of pipeline.json."""
         return {
             "format_version": FORMAT_VERSION,
             **self._settings(),
@@ -99,15 +108,20 @@ class ModelFolder:
 
 
 def read_model_folder(location: str | Path) -> ModelFolder:
-    """Read and check a finished model folder at a path or any fsspec URL (fetched into a local cache).
+    """Read and check a finished model folder.
 
-    Raises ModelFolderError where it is missing, unfinished, of a newer format, or holds no safetensors.
+    Args:
+        location: Local path or fsspec URL. A folder at a URL is first copied to a local cache.
+
+    Raises:
+        ModelFolderError: The folder is missing or unfinished, has another format version, or has no safetensors.
     """
     path = local_folder(str(location))
     file = path / PIPELINE_FILE
     if not file.is_file():
         raise ModelFolderError(
-            f"{location} has no {PIPELINE_FILE}, so it is no finished model folder; make one with `pipelines train`"
+            f"{location} has no {PIPELINE_FILE}, so it is not a finished model folder; "
+            f"create one with `pipelines train`"
         )
     check_weights(path)
     try:
@@ -135,7 +149,11 @@ def read_model_folder(location: str | Path) -> ModelFolder:
 
 
 def seal(folder: ModelFolder) -> ModelFolder:
-    """Hash the weights and tokenizer that lie in folder.path, then write pipeline.json, last and atomically."""
+    """Hash the weights and tokenizer files in folder.path, then write pipeline.json last and atomically.
+
+    Returns:
+        The folder with weights_hash set.
+    """
     sealed = replace(folder, weights_hash=hash_weights(folder.path))
     sync_folder(folder.path)
     write_pipeline_file(sealed)
@@ -143,7 +161,7 @@ def seal(folder: ModelFolder) -> ModelFolder:
 
 
 def write_pipeline_file(folder: ModelFolder) -> None:
-    """Replace pipeline.json; a reader sees the old one or the new one, whenever the writer is killed."""
+    """Replace pipeline.json atomically. A reader sees the old or the new content, even if the writer is killed."""
     content = json.dumps(folder.to_json(), indent=2).encode() + b"\n"
     with tempfile.NamedTemporaryFile(dir=folder.path, prefix=".pipeline-", delete=False) as file:
         file.write(content)
@@ -155,22 +173,22 @@ def write_pipeline_file(folder: ModelFolder) -> None:
 
 
 def check_weights(path: Path) -> None:
-    """Raise ModelFolderError unless the folder holds a config and safetensors weights."""
+    """Raise ModelFolderError unless the folder has a config.json and safetensors weights."""
     if not (path / "config.json").is_file():
-        raise ModelFolderError(f"{path} has no config.json, so it is no Hugging Face model folder")
+        raise ModelFolderError(f"{path} has no config.json, so it is not a Hugging Face model folder")
     if any(path.glob("*.safetensors")):
         return
     pickles = [file.name for pattern in PICKLES for file in sorted(path.glob(pattern))]
     if pickles:
         raise ModelFolderError(
             f"{path} holds its weights as a pickle ({pickles[0]}), which can run code when it is opened; "
-            f"write it as safetensors: pipelines convert {path} NEW"
+            f"convert it to safetensors: pipelines convert {path} NEW"
         )
     raise ModelFolderError(f"{path} has no *.safetensors weights")
 
 
 def hash_weights(path: Path) -> str:
-    """SHA-256 over names and contents of config, weights and tokenizer files."""
+    """Return the SHA-256 over names and contents of config.json, the weights and the tokenizer files."""
     names = {file.name for file in path.glob("*.safetensors")} | {"config.json"}
     names |= {name for name in TOKENIZER_FILES if (path / name).is_file()}
     digest = hashlib.sha256()
@@ -180,14 +198,21 @@ def hash_weights(path: Path) -> str:
 
 
 def local_folder(location: str) -> Path:
-    """The folder itself, or a local copy of the one behind a URL, fetched once and renamed into place.
+    """Return the local path of a model folder. A folder at a URL is first copied to a local cache.
 
-    The copy has the files right in the folder: below it lie an unfinished run's checkpoints.
+    The folder is copied once. All its files appear together, because the copy is renamed when it is complete. Only the
+    files directly in the folder are copied: the checkpoints of an unfinished run are in subfolders.
+
+    Args:
+        location: Local path or fsspec URL. The cache is in $XDG_CACHE_HOME (default ~/.cache).
+
+    Raises:
+        ModelFolderError: A local folder does not exist, or a URL cannot be listed or has no files.
     """
     if "://" not in location:
         path = Path(location).expanduser()
         if not path.is_dir():
-            raise ModelFolderError(f"{location} is no folder; give a model folder that `pipelines train` wrote")
+            raise ModelFolderError(f"{location} is not a folder; give a model folder that `pipelines train` wrote")
         return path.resolve()
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-text-classification"
     filesystem, remote = filesystem_of(location)
@@ -197,18 +222,18 @@ def local_folder(location: str) -> Path:
         raise ModelFolderError(f"{location} cannot be listed: {error}") from error
     if not files:
         raise ModelFolderError(f"{location} is empty or does not exist")
-    identity = json.dumps([location, files], sort_keys=True, default=str)  # sizes, times, tags: whatever there is
+    identity = json.dumps([location, files], sort_keys=True, default=str)  # sizes, times and tags, if any
     target = cache / _sha256(identity.encode())[7:23]
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):  # one process of the machine fetches, the others wait for it
+        with FileLock(f"{target}.lock"):  # one process per machine copies, the others wait
             if not target.is_dir():
                 _fetch(filesystem, sorted(files), target, location)
     return target
 
 
 def _fetch(filesystem: Any, files: Sequence[str], target: Path, location: str) -> None:
-    """Copy a remote folder's files into place together, having checked that its weights are those that were sealed."""
+    """Copy a remote folder's files, check the hash of the weights, and rename the copy into place."""
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".fetch-"))
     try:
         places = [str(partial / posixpath.basename(file)) for file in files]
@@ -217,8 +242,8 @@ def _fetch(filesystem: Any, files: Sequence[str], target: Path, location: str) -
         sealed = json.loads(file.read_text()).get("weights_hash") if file.is_file() else None
         if sealed and hash_weights(partial) != sealed:
             raise ModelFolderError(
-                f"{shown(location)} is not what was sealed there: its weights or tokenizer do not have the hash that "
-                f"pipeline.json names; upload the whole folder again"
+                f"{shown(location)} has changed since it was written: its weights or tokenizer do not match the hash "
+                f"in pipeline.json; upload the whole folder again"
             )
         partial.rename(target)
     except BaseException:

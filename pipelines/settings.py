@@ -1,10 +1,11 @@
-"""Every setting of the house: its name, type, default, limits and meaning, in one place.
+"""All settings of the package: name, type, default, limits and help text, in one place.
 
 The same frozen dataclasses are filled from Python, from a YAML file, from `--set key=value` and from a model
-folder. Field names are unique over all groups, so that a flat mapping says everything: `parse` deals a mapping
-out to groups, and refuses what it does not know with the nearest name. The sentence below a field is its help.
+folder. Field names are unique over all groups, so that one flat mapping can hold all settings. `parse` splits such a
+mapping into groups. It rejects an unknown name and suggests the closest known one. The string below a field is the
+help text that `--help` prints.
 
-Knows no files, no models, no torch and no ray.
+Imports neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -23,22 +24,25 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True, kw_only=True)
 class WindowSettings:
-    """How a text longer than the model is cut."""
+    """How long texts are split into windows."""
 
     max_length: int | None = None
-    """Tokens per window, special tokens included. Default: 512, or the model's limit where that is lower."""
+    """Tokens per window, including special tokens. Default: 512, or the model's limit if that is lower."""
     sliding_window: bool = True
-    """Cut long texts into windows; false truncates them to max_length, and the output says so."""
+    """Split long texts into windows. If false, truncate them to max_length and mark them as truncated."""
     stride: float | int = 0.8
-    """From one window's start to the next: a fraction of max_length (float) or a number of tokens (int)."""
+    """Distance between window starts: a fraction of max_length (float) or a number of tokens (int)."""
     window_plan: Literal["exact", "simpletransformers"] = "exact"
-    """exact ends at the window that reaches the end; simpletransformers also adds its tails inside the last."""
+    (
+        "exact stops at the first window that reaches the end of the text. "
+        "simpletransformers also adds the shorter windows that start after it, as Simple Transformers does."
+    )
     window_model_type: str | None = None
-    """Model type by which the simpletransformers plan reserves tokens. Default: the model's own."""
+    """Model type that sets how many special tokens window_plan=simpletransformers reserves. Default: the model's."""
     dense_windows: bool = False
-    """Allow a step below 1/16 of a window's budget, which multiplies the cost."""
+    """Allow a stride below 1/16 of a window's text tokens. Such a stride multiplies the cost."""
     max_windows: int | None = None
-    """At most this many windows of one document are scored; what is cut is reported as truncated."""
+    """Score at most this many windows per document. A document with more windows is marked as truncated."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -54,20 +58,20 @@ class WindowSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DecisionSettings:
-    """What the model predicts, and how window scores become one label."""
+    """What the model predicts, and how window scores become one decision per document."""
 
     kind: Kind = "binary"
-    """binary, multiclass, multilabel or regression."""
+    """Kind of task: binary, multiclass, multilabel or regression."""
     labels: tuple[str, ...] = ()
-    """Label names in the order of the logits. In binary the last is the positive one."""
+    """Label names in the order of the logits. For binary, the last one is the positive label."""
     merge: Merge = "mean"
-    """Windows to document: mean or max of their probabilities, or vote (single label only)."""
+    """How window scores become a document score: mean or max of the probabilities, or vote (binary, multiclass)."""
     tie_value: int = 1
-    """Label id that wins a vote whose top two counts are equal."""
+    """Label id that wins a vote if the two highest vote counts are equal."""
     thresholds: float | tuple[float, ...] | None = None
-    """Score from which a label holds: one number, or one per label (binary: one, for the positive label)."""
+    """Lowest score at which a label is assigned: one number, or one per label (binary: only the positive label)."""
     abstain_below: float | None = None
-    """multiclass: no label when the best score is lower."""
+    """multiclass: assign no label if the best score is below this value."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -75,24 +79,27 @@ class DecisionSettings:
 
     @property
     def num_labels(self) -> int:
-        """Number of logits: one per label, and one for regression."""
+        """Number of logits: one per label, or 1 for regression."""
         return 1 if self.kind == "regression" else len(self.labels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeSettings:
-    """How the forward pass runs. None of it changes a float32 score by more than rounding."""
+    """How the forward pass runs. With float32, these settings change scores only by rounding errors."""
 
     dtype: Dtype = "auto"
-    """auto takes bfloat16 where the processor multiplies it faster than float32, else float32."""
+    """auto uses bfloat16 if the processor multiplies it faster than float32. Otherwise it uses float32."""
     device: str = "auto"
-    """auto takes a GPU when there is one; or cpu, cuda, cuda:1."""
+    """auto uses a GPU if there is one. Other values: cpu, cuda, cuda:1."""
     batch_tokens: int = 16384
-    """Tokens in one forward pass."""
+    """Maximum number of tokens in one forward pass. A longer window runs alone."""
     packing: Literal["auto", "off"] = "auto"
-    """auto runs windows in one row without padding where a check at load agrees with the padded way."""
+    (
+        "auto joins windows in one row without padding if a check at load time gives the same scores as with padding. "
+        "off always uses padding."
+    )
     num_threads: int | None = None
-    """CPU threads of one model. Default: every core of the machine, shared evenly between replicas."""
+    """CPU threads of one model. Default: all cores of the machine, shared evenly between its replicas."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -105,11 +112,11 @@ class DataSettings:
     """Which columns are read."""
 
     text_column: str = "text"
-    """Column that holds the text."""
+    """Column that contains the text."""
     text_pair_column: str | None = None
-    """Column that holds the second text of a pair."""
+    """Column that contains the second text of a pair."""
     label_column: str = "label"
-    """Column that holds the label: int, string, float, list of strings, or a fixed list of 0 and 1."""
+    """Column that contains the label: int, string, float, list of strings, or a list with a 0 or 1 for each label."""
     limit: int | None = None
     """Use only this many rows of each input."""
 
@@ -125,15 +132,18 @@ class TrainPaths:
     train: str
     """Parquet file, folder or glob with the training rows."""
     model: str
-    """Pretrained weights: a folder or a Hugging Face hub name."""
+    """Pretrained weights: a folder or a model name on the Hugging Face Hub."""
     output: str
     """New folder for the finished model."""
     valid: str | None = None
-    """Parquet for choosing the best epoch and tuning thresholds."""
+    """Parquet file, folder or glob with the validation rows. They select the best weights and tune the thresholds."""
     num_workers: int | str = 0
-    """Ray Train workers: N, or MIN:MAX to take as many as there are at the time; 0 trains in this process."""
+    """Number of Ray Train workers: N, or MIN:MAX for as many as are available. 0 trains in this process."""
     resize_seconds: float = 60.0
-    """How often a run of MIN:MAX workers looks for more; with more, all go on from the newest checkpoint."""
+    (
+        "With num_workers=MIN:MAX: seconds between checks for more workers. "
+        "When workers are added, all workers resume from the newest checkpoint."
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -142,7 +152,7 @@ class TrainPaths:
 
     @property
     def worker_range(self) -> tuple[int, int]:
-        """Fewest and most workers."""
+        """Minimum and maximum number of workers."""
         fewest, most = parse_range("num_workers", self.num_workers)
         if most and not fewest:
             raise SettingsError(f"num_workers={self.num_workers!r} has a minimum of 0; write 1:{most}")
@@ -154,9 +164,9 @@ class ScorePaths:
     """What a scoring job reads and writes."""
 
     model: str
-    """Model folder that `pipelines train` wrote, or its URL."""
+    """Model folder written by `pipelines train`, or its URL."""
     input: str
-    """Parquet file, folder or glob."""
+    """Parquet file, folder or glob with the rows to score."""
     output: str
     """New folder for the scored Parquet files."""
 
@@ -169,7 +179,7 @@ class ServePaths:
     """What a server reads."""
 
     model: str
-    """Model folder that `pipelines train` wrote, or its URL."""
+    """Model folder written by `pipelines train`, or its URL."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -180,103 +190,121 @@ class TrainSettings:
     """One fine-tuning run."""
 
     epochs: int = 3
-    """Passes over the training windows."""
+    """Number of passes over the training windows."""
     batch_size: int = 16
-    """Windows of one optimizer step over all workers together (times gradient_accumulation_steps)."""
+    """Windows per optimizer step over all workers together. gradient_accumulation_steps multiplies this number."""
     gradient_accumulation_steps: int = 1
-    """An optimizer step sees batch_size times this many windows, whose mean loss it follows."""
+    """One optimizer step uses the mean loss of batch_size times this many windows."""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    """AdamW, or Adafactor at the learning rate given (without its relative steps)."""
+    """adamw, or adafactor. Adafactor uses learning_rate, without its relative steps."""
     learning_rate: float = 5e-5
     """Peak learning rate."""
     weight_decay: float = 0.01
-    """Decoupled weight decay; biases and normalisation weights are spared."""
+    """Decoupled weight decay. Biases and normalization weights are not decayed."""
     adam_betas: tuple[float, ...] = (0.9, 0.999)
-    """Decay of AdamW's two running means."""
+    """Decay rates of AdamW's two running averages."""
     adam_epsilon: float = 1e-8
-    """Added to the denominator of AdamW."""
+    """Constant added to the denominator of AdamW."""
     optimizer_args: dict[str, Any] | None = None
-    """Further arguments of Adafactor: beta1, clip_threshold, decay_rate, eps, scale_parameter."""
+    """More arguments of Adafactor: beta1, clip_threshold, decay_rate, eps, scale_parameter."""
     parameter_groups: tuple[dict[str, Any], ...] = ()
-    """Parameters with options of their own: {params: [full names], lr: 1e-3, weight_decay: 0}, any number of these."""
+    """Parameters with their own options, as a list of {params: [full names], lr: 1e-3, weight_decay: 0}."""
     layer_parameters: tuple[dict[str, Any], ...] = ()
-    """Encoder layers with options of their own: {layer: 10, lr: 1e-4}, any number of these."""
+    """Encoder layers with their own options, as a list of {layer: 10, lr: 1e-4}."""
     train_custom_parameters_only: bool = False
-    """Train nothing but parameter_groups and layer_parameters."""
+    """Train only the parameters in parameter_groups and layer_parameters."""
     scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = (
         "linear"
     )
-    """How the learning rate goes after its warmup, by the names of transformers' schedules."""
+    """Learning rate schedule after the warmup. The names are those of transformers."""
     scheduler_args: dict[str, Any] | None = None
-    """Arguments of the schedule: num_cycles for the cosines, power and lr_end for polynomial."""
+    """Arguments of the schedule: num_cycles for the cosine schedules, power and lr_end for polynomial."""
     warmup_ratio: float = 0.06
-    """Share of the steps in which the learning rate rises linearly."""
+    """Share of the steps during which the learning rate rises linearly."""
     warmup_steps: int | None = None
-    """Steps in which the learning rate rises, instead of warmup_ratio."""
+    """Number of steps during which the learning rate rises. Replaces warmup_ratio."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    """Scale gradients with a larger norm down to this norm. 0 disables the scaling."""
     weight: tuple[float, ...] | Literal["balanced"] | None = None
-    """binary and multiclass: one loss weight per label, or balanced (from the training labels)."""
+    """binary and multiclass: one loss weight per label, or balanced (computed from the training labels)."""
     pos_weight: tuple[float, ...] | Literal["balanced"] | None = None
-    """multilabel: one loss weight per label for its positives, or balanced."""
+    """multilabel: one loss weight per label for its positive examples, or balanced."""
     loss_type: Literal["focal", "dice", "tversky", "asymmetric", "mae", "huber"] | None = None
-    """Instead of cross-entropy: focal, dice, tversky; of multilabel BCE: focal, asymmetric; of MSE: mae, huber."""
+    (
+        "Replaces the default loss. binary and multiclass (cross-entropy): focal, dice, tversky. "
+        "multilabel (binary cross-entropy): focal, asymmetric. regression (mean squared error): mae, huber."
+    )
     loss_args: dict[str, Any] | None = None
-    """Arguments of the loss, such as gamma and alpha of focal."""
+    """Arguments of loss_type, such as gamma and alpha for focal."""
     label_smoothing: float = 0.0
-    """Share of the target that cross-entropy spreads evenly over all labels."""
+    """Share of the target that cross-entropy distributes evenly over all labels."""
     standardize_labels: bool = True
-    """regression: learn (label - mean) / spread of the training labels; the finished model still gives labels."""
+    (
+        "regression: train on (label - mean) / spread of the training labels. "
+        "The finished model predicts values in the original unit of the labels."
+    )
     window_weight: Literal["window", "document"] = "window"
-    """window counts each window once; document gives each 1 / number of windows of its text."""
+    """window: each window counts once in the loss. document: each window counts 1 / number of windows of its text."""
     train_max_windows: int | None = None
-    """At most this many windows of one training document; what is cut is reported."""
+    """Use at most this many windows per training document. The run counts the documents that are cut."""
     shuffle_buffer: int = 131072
-    """Windows shuffled together; more data is shuffled part by part. Every worker holds the tokens of two buffers."""
+    (
+        "Number of windows that are shuffled together. Larger data is shuffled buffer by buffer. "
+        "Each worker holds the tokens of two buffers in memory."
+    )
     train_dtype: Dtype = "auto"
-    """Arithmetic of the training forward and backward pass; weights are always kept in float32."""
+    """Number format of the forward and backward pass in training. The weights always stay in float32."""
     train_batch_tokens: int = 16384
-    """Tokens in one forward and backward pass of one worker: a memory limit; changes only rounding and dropout."""
+    (
+        "Maximum number of tokens in one forward and backward pass of one worker. It limits memory use. "
+        "It changes results only by rounding and dropout."
+    )
     attention_dropout: float | None = None
-    """Dropout of attention's weights, instead of what the model's config says; 0 trains much faster on CPUs."""
+    """Dropout of the attention weights. Replaces the value in the model's config. 0 trains much faster on CPUs."""
     activation_checkpointing: bool = False
-    """Keep only each layer's input and compute the rest again for the gradients: less memory, a third more time."""
+    (
+        "Store only the input of each layer and recompute the rest for the gradients. "
+        "Training needs less memory and a third more time."
+    )
     seed: int = 42
-    """Seed of the new head, the order of the windows and dropout."""
+    """Random seed of the new head, the order of the windows and dropout."""
     metric: str | None = None
-    """Metric of valid that chooses the best weights. Default: mcc, f1_macro (multilabel) or rmse (regression)."""
+    """Metric on valid that selects the best weights. Default: mcc, f1_macro (multilabel) or rmse (regression)."""
     metric_minimize: bool | None = None
-    """Whether less is better. Default: for loss, eval_loss, mae and rmse, and no other."""
+    """Whether a lower metric is better. Default: true for loss, eval_loss, mae, rmse, fp and fn, else false."""
     objective: str = "f1"
-    """What the thresholds tuned on valid are best for: f1, fbeta=B, precision=P or recall=R, as in `pipelines tune`."""
+    """Objective of the thresholds tuned on valid: f1, fbeta=B, precision=P or recall=R, as in `pipelines tune`."""
     calibrate: bool = False
-    """Fit a temperature on valid, by which window logits are divided, so that scores say how often they are right."""
+    (
+        "Fit a temperature on valid, so that a score of 0.9 is right in about 9 of 10 cases. "
+        "The temperature divides the window logits."
+    )
     evaluate_each_epoch: bool = True
-    """Evaluate valid at the end of each epoch."""
+    """Evaluate on valid at the end of each epoch."""
     evaluate_steps: int | None = None
-    """Evaluate valid every so many optimizer steps too."""
+    """Number of optimizer steps between additional evaluations on valid. Default: no additional evaluations."""
     early_stopping_patience: int | None = None
-    """Evaluations in a row that may be no better than the best; one more ends the run. Default: no early stopping."""
+    """Stop after more than this many evaluations in a row without improvement. Default: no early stopping."""
     early_stopping_delta: float = 0.0
-    """By how much an evaluation must be better to count."""
+    """Minimum change of the metric that counts as an improvement."""
     early_stopping_consider_epochs: bool = True
-    """Whether the evaluations at the end of epochs use up patience."""
+    """Whether evaluations at the end of an epoch count for early_stopping_patience."""
     save_each_epoch: bool = True
-    """Write a checkpoint at the end of each epoch, from which a run that was cut off goes on."""
+    """Write a checkpoint at the end of each epoch. An interrupted run resumes from it."""
     save_steps: int | None = None
-    """Write a checkpoint every so many optimizer steps too."""
+    """Number of optimizer steps between additional checkpoints. Default: no additional checkpoints."""
     save_minutes: float | None = 10.0
-    """Write a checkpoint when the last is so old, beside those at the ends of epochs."""
+    """Also write a checkpoint when the last one is this many minutes old."""
     save_evaluations: bool = False
-    """Write a checkpoint at each evaluation between the ends of epochs too."""
+    """Also write a checkpoint at each evaluation within an epoch."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that stay while a run goes on (`pipelines train`); the best weights so far are in each."""
+    """Number of newest checkpoints to keep during a run (`pipelines train`). Each contains the best weights so far."""
     max_failures: int = 3
-    """How often lost workers are replaced and the run goes on from its newest checkpoint (`pipelines train`)."""
+    """How often lost workers are replaced (`pipelines train`). The run then resumes from its newest checkpoint."""
     tensorboard_dir: str | None = None
-    """Folder for TensorBoard's scalars: loss, learning rate and the metrics of valid."""
+    """Folder for TensorBoard data: loss, learning rate and the metrics on valid."""
     logging_steps: int = 50
-    """TensorBoard gets loss and learning rate every so many optimizer steps."""
+    """Number of optimizer steps between two TensorBoard entries of loss and learning rate."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -313,35 +341,38 @@ class ScoreSettings:
     """One bulk scoring job."""
 
     thresholds: float | tuple[float, ...] | dict[str, float] | None = None
-    """Instead of the model folder's: one number, one per label, or {label: number}."""
+    """Replaces the thresholds of the model folder: one number, one per label, or {label: number}."""
     keep: tuple[str, ...] | None = None
-    """Input columns to carry into the output. Default: all but the text."""
+    """Input columns to copy to the output. Default: all except the text columns."""
     prefix: str = ""
-    """Put before the name of every output column, where an input column bears the same name."""
+    """Prefix for the names of all output columns. Use it if an input column has the name of an output column."""
     replicas: int | str | None = None
-    """Model replicas: N, or MIN:MAX; 0 scores in this process, without Ray. Default: one per GPU, or per machine."""
+    (
+        "Number of model replicas: N, or MIN:MAX. 0 scores in this process, without Ray. "
+        "Default: one per GPU, or one per machine if no GPU is used."
+    )
     gpus_per_replica: float | None = None
-    """GPUs that one replica takes. Default: 1 with device=cuda, or where the cluster has any now, else 0."""
+    """GPUs per replica. Default: 1 with device=cuda, or with device=auto if the cluster has a GPU now; else 0."""
     unit_bytes: int | None = None
-    """Text bytes of one work unit. Default: grows with the input, so that their number stays bounded."""
+    """Bytes of text per work unit. By default it grows with the input, so that the number of units stays bounded."""
     filter: str | None = None
-    """Score only rows that pass, such as: language == 'en' and year >= 2020. The others are counted."""
+    """Score only the rows that match, such as: language == 'en' and year >= 2020. Other rows are only counted."""
     max_errors: float | int | None = None
-    """Stop when more rows than this come out with errors: a number (int), or a share of the rows (float)."""
+    """Stop the job if more rows than this have errors: a number of rows (int), or a share of all rows (float)."""
     overwrite: bool = False
-    """Remove the run that the output holds, and begin anew."""
+    """Delete the run that is in the output folder, and start again."""
     append: bool = False
-    """Score input files that are new since the output was begun."""
+    """Score the input files that were added after the run in the output folder started."""
     via_serve: str | None = None
-    """Name of a running Serve application that scores instead of replicas of the job's own."""
+    """Name of a running Serve application that scores the rows. The job then starts no replicas of its own."""
     tokenize_cpus: float = 1.0
-    """CPUs that one task of reading and tokenizing takes."""
+    """CPUs per task that reads and tokenizes."""
     tokenize_resources: dict[str, float] | None = None
-    """Custom resources that such a task takes."""
+    """Custom Ray resources per task that reads and tokenizes."""
     tokenize_labels: dict[str, str] | None = None
-    """Labels of the nodes on which such tasks run."""
+    """Labels of the nodes on which tasks read and tokenize."""
     replica_resources: dict[str, float] | None = None
-    """Custom resources that one replica takes."""
+    """Custom Ray resources per replica."""
     replica_labels: dict[str, str] | None = None
     """Labels of the nodes on which replicas run, such as {ray.io/accelerator-type: H100}."""
 
@@ -352,15 +383,20 @@ class ScoreSettings:
         check_range(self, "tokenize_cpus", self.tokenize_cpus, above=0)
         check_range(self, "max_errors", self.max_errors, low=0)
         if isinstance(self.max_errors, float) and self.max_errors > 1:
-            raise SettingsError(f"max_errors={self.max_errors} is a float above 1.0: a float is a share of the rows")
+            raise SettingsError(
+                f"max_errors={self.max_errors} is a float above 1.0: a float is a share of all rows; "
+                f"use an int for a number of rows"
+            )
         if self.overwrite and self.append:
-            raise SettingsError("overwrite and append exclude each other: one removes what the other adds to")
+            raise SettingsError(
+                "overwrite and append exclude each other: overwrite deletes the run that append extends; set only one"
+            )
         check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
         check_range(self, "unit_bytes", self.unit_bytes, low=1)
 
     @property
     def replica_range(self) -> tuple[int, int] | None:
-        """Fewest and most replicas, None where nothing was said."""
+        """Minimum and maximum number of replicas, or None if replicas is not set."""
         return None if self.replicas is None else parse_range("replicas", self.replicas)
 
 
@@ -369,37 +405,49 @@ class ServeSettings:
     """One online server."""
 
     name: str | None = None
-    """Name that answers carry as `model`. Default: the folder's name."""
+    """Model name in the responses (field `model`). Default: the name of the model folder."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000
     """Port to listen on."""
     api_keys: tuple[str, ...] = ()
-    """SHA-256 of each key that may ask (printf %s KEY | sha256sum). Without any, everybody who reaches the port may."""
+    (
+        "SHA-256 of each accepted key, in hex (printf %s KEY | sha256sum). "
+        "Without keys, every client that reaches the port is accepted."
+    )
     allow_without_key: bool = False
-    """Listen beyond this machine though there are no api_keys."""
+    """Accept connections from other machines although api_keys is empty."""
     num_replicas: int | str = 1
-    """Replicas of the model: N, or MIN:MAX, between which their number follows the load; MIN may be 0."""
+    """Number of model replicas: N, or MIN:MAX to scale with the load. MIN may be 0."""
     target_queued_tokens: int = 100_000
-    """With MIN:MAX: a replica for every so many tokens that wait, and more where the model runs 80 % of the time."""
+    (
+        "With MIN:MAX: one replica per this many waiting tokens. "
+        "More replicas start if the models run more than 80 % of the time."
+    )
     upscale_delay_s: float = 5.0
-    """With MIN:MAX: for how long more replicas must be needed before they are started."""
+    """With MIN:MAX: start more replicas after they have been needed for this many seconds."""
     downscale_delay_s: float = 120.0
-    """With MIN:MAX: for how long fewer must do before some are stopped."""
+    """With MIN:MAX: stop replicas after fewer have been enough for this many seconds."""
     proxy: Literal["python", "haproxy"] = "python"
-    """Before the replicas: Ray Serve's own, or HAProxy, whose ports and the replicas' bind every interface."""
+    (
+        "HTTP proxy in front of the replicas: Ray Serve's own (python) or HAProxy. "
+        "With haproxy, the proxy and the replicas listen on every network interface."
+    )
     thresholds: float | tuple[float, ...] | dict[str, float] | None = None
-    """Instead of the model folder's. In Serve's configuration files: user_config, which changes without a restart."""
+    (
+        "Replaces the thresholds of the model folder. In a Serve configuration file they belong in user_config. "
+        "There they can change without a restart."
+    )
     gpus_per_replica: float | None = None
-    """GPUs that one replica takes. Default: 1 with device=cuda, or where the cluster has any now, else 0."""
+    """GPUs per replica. Default: 1 with device=cuda, or with device=auto if the cluster has a GPU now; else 0."""
     max_body_bytes: int = 4 * 2**20
-    """A larger request body is answered 413."""
+    """Maximum size of a request body in bytes. The answer to a larger one is HTTP 413."""
     max_documents: int = 256
-    """More documents in one request are answered 422."""
+    """Maximum number of documents in one request. The answer to more is HTTP 422."""
     max_document_tokens: int = 200_000
-    """A longer document is answered 422."""
+    """Maximum number of tokens in one document. The answer to a longer one is HTTP 422."""
     max_queued_tokens: int = 1_000_000
-    """Tokens that may wait in one replica; beyond them the answer is 429."""
+    """Maximum number of tokens that wait in one replica. The answer to further requests is HTTP 429."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -407,7 +455,9 @@ class ServeSettings:
         check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
         for key in self.api_keys:
             if not re.fullmatch(r"(sha256:)?[0-9a-f]{64}", key):
-                raise SettingsError("api_keys takes SHA-256 in hex, one a key: what printf %s KEY | sha256sum prints")
+                raise SettingsError(
+                    "api_keys takes SHA-256 hashes in hex, one per key, as printed by: printf %s KEY | sha256sum"
+                )
         if parse_range("num_replicas", self.num_replicas)[1] < 1:
             raise SettingsError(
                 f"num_replicas={self.num_replicas} serves nothing; use 1, or 0:1 to start at the first request"
@@ -420,7 +470,18 @@ class ServeSettings:
 
 
 def parse_range(name: str, value: int | str) -> tuple[int, int]:
-    """Fewest and most of N or MIN:MAX. Raises SettingsError naming the setting."""
+    """Parse N or MIN:MAX.
+
+    Args:
+        name: Name of the setting, for the error message.
+        value: N as int or string, or MIN:MAX.
+
+    Returns:
+        Minimum and maximum. They are equal for N.
+
+    Raises:
+        SettingsError: The value has neither form, or MIN is greater than MAX.
+    """
     found = re.fullmatch(r"(\d+)(?::(\d+))?", str(value))
     if found is None or (found[2] and int(found[2]) < int(found[1])):
         raise SettingsError(f"{name}={value!r} is neither a number nor MIN:MAX, such as 1:8")
@@ -428,7 +489,7 @@ def parse_range(name: str, value: int | str) -> tuple[int, int]:
 
 
 def check_decision(decision: DecisionSettings) -> None:
-    """Raise SettingsError where kind, labels, merge, tie_value and thresholds do not fit together."""
+    """Raise SettingsError if kind, labels, merge, tie_value and thresholds do not fit together."""
     kind, num_labels = decision.kind, len(decision.labels)
     if len(set(decision.labels)) != num_labels:
         raise SettingsError(f"labels repeat: {', '.join(decision.labels)}")
@@ -439,11 +500,11 @@ def check_decision(decision: DecisionSettings) -> None:
     if kind == "multiclass" and num_labels == 1:
         raise SettingsError("kind multiclass needs at least 2 labels, got 1")
     if decision.merge == "vote" and kind in ("multilabel", "regression"):
-        raise SettingsError(f"merge=vote needs one label per text; kind {kind} takes mean")
+        raise SettingsError(f"merge=vote needs one label per text; with kind {kind} use mean")
     if decision.merge == "max" and kind == "regression":
         raise SettingsError("merge=max has no meaning for kind regression; use mean")
     if num_labels and kind in ("binary", "multiclass") and not 0 <= decision.tie_value < num_labels:
-        raise SettingsError(f"tie_value={decision.tie_value} is no label id: it must be 0 to {num_labels - 1}")
+        raise SettingsError(f"tie_value={decision.tie_value} is not a label id: it must be 0 to {num_labels - 1}")
     _check_thresholds(decision)
 
 
@@ -461,4 +522,4 @@ def _check_thresholds(decision: DecisionSettings) -> None:
         check_range(decision, "thresholds", value, low=0, high=1)
     expected = 1 if kind == "binary" else len(decision.labels)
     if isinstance(thresholds, tuple) and decision.labels and len(thresholds) != expected:
-        raise SettingsError(f"thresholds has {len(thresholds)} values, and kind {kind} here needs {expected}")
+        raise SettingsError(f"thresholds has {len(thresholds)} values; kind {kind} with these labels needs {expected}")

@@ -1,1 +1,1 @@
-"""Entry points for `ray job submit`; each is its command with settings from one YAML file."""
+"""Entry points for `ray job submit`. Each module runs one command with the settings of one YAML file."""

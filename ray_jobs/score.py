@@ -1,8 +1,9 @@
-"""What `ray job submit` runs to score: one YAML file of the command line's own settings.
+"""Entry point of `ray job submit` for `pipelines score`. One YAML file holds the settings of the command line.
 
     ray job submit --working-dir . -- python -m ray_jobs.score my-score.yaml
 
-Progress goes to the job's log, its last line is the summary as JSON, and the exit code is `pipelines score`'s.
+Progress goes to the job's log. The last line of the log is the summary as JSON. The exit code is that of `pipelines
+score`.
 """
 
 import sys

@@ -1,8 +1,8 @@
-"""What `ray job submit` runs to serve: one YAML file of the command line's own settings.
+"""Entry point of `ray job submit` for `pipelines serve`. One YAML file holds the settings of the command line.
 
     ray job submit --working-dir . -- python -m ray_jobs.serve my-serve.yaml
 
-Progress goes to the job's log, and the exit code is `pipelines serve`'s.
+Progress goes to the job's log. The exit code is that of `pipelines serve`.
 """
 
 import sys

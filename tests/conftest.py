@@ -1,16 +1,23 @@
-"""Fixtures for every room. Nothing here reaches a network; HF hubs are switched off before anything is imported."""
+"""Fixtures of all tests. Nothing here reaches a network: model hubs are switched off before anything is imported."""
 
 import os
+import threading
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread only waits
-os.environ["MKL_CBWR"] = "AUTO,STRICT"  # or products differ in their last bits by where in memory their factors lie
+os.environ["MKL_CBWR"] = "AUTO,STRICT"  # else products differ in their last bits by where in memory their factors are
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import hypothesis
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from pipelines.progress import ROOT
+from pipelines.settings import DecisionSettings
+from tests import tiny
+from tests.jobs import logged
 
 hypothesis.settings.register_profile("shared-machine", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("shared-machine")
@@ -18,7 +25,126 @@ hypothesis.settings.load_profile("shared-machine")
 EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails"
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that use the local Ray carry the marker `ray`."""
+    for item in items:
+        if "local_ray" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
+
+
+@pytest.fixture(autouse=True)
+def _clean_logging():
+    """A command that ran in this process has configured the package's logger."""
+    before = (list(ROOT.handlers), ROOT.level, ROOT.propagate)
+    yield
+    ROOT.handlers, ROOT.propagate = before[0], before[2]
+    ROOT.setLevel(before[1])
+
+
+@pytest.fixture
+def log_lines():
+    """Messages that the package logs during a test."""
+    with logged() as lines:
+        yield lines
+
+
 @pytest.fixture(scope="session")
 def emails():
     """The demo's test emails: id, text, label."""
     return pq.read_table(EMAILS / "test")
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory, emails):
+    """One tiny model folder per kind, by name."""
+    texts = emails["text"].to_pylist()[:40]
+    return {
+        name: tiny.model_folder(tmp_path_factory.mktemp(name), texts, decision)
+        for name, decision in tiny.DECISIONS.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def spam_folder(tmp_path_factory, emails):
+    """A finished binary model folder with random weights and a threshold."""
+    path = tmp_path_factory.mktemp("models") / "spam"
+    path.mkdir()
+    decision = DecisionSettings(kind="binary", labels=("ham", "spam"), thresholds=(0.4,))
+    return tiny.model_folder(path, emails["text"].to_pylist()[:40], decision)
+
+
+@pytest.fixture(scope="session")
+def input_folder(tmp_path_factory, emails):
+    """Emails in three shards of several row groups, one of them with rows that cannot be scored."""
+    folder = tmp_path_factory.mktemp("input")
+    for shard in range(3):
+        table = emails.slice(shard * 20, 20)
+        if shard == 1:
+            texts = table["text"].to_pylist()
+            texts[3] = None
+            broken = pa.array([None if t is None else t.encode() for t in texts[:-1]] + [b"\xff\xfe"], pa.binary())
+            table = table.set_column(table.schema.get_field_index("text"), "text", broken.view(pa.string()))
+        pq.write_table(table, folder / f"shard-{shard}.parquet", row_group_size=7)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def training_data(tmp_path_factory, emails):
+    """Pretrained weights without dropout in `base`, and training data of two shards in `data`."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny.classifier(
+        num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1
+    ).save_pretrained(folder / "base")
+    tiny.save_tokenizer(folder / "base", emails["text"].to_pylist()[:40])
+    (folder / "data").mkdir()
+    texts = [text[:300] for text in emails["text"].to_pylist()[:60]]
+    texts[5] = None
+    for shard in range(2):
+        rows = slice(shard * 30, shard * 30 + 30)
+        table = pa.table({"text": texts[rows], "label": emails["label"].to_pylist()[rows]})
+        pq.write_table(table, folder / "data" / f"{shard}.parquet", row_group_size=8)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local_ray():
+    """One local Ray for every test that runs in this process."""
+    import ray
+
+    from pipelines.on_ray.cluster import connected
+
+    os.environ["RAY_DATA_PARQUET_FOOTER_NUM_ACTORS"] = "1"
+    with connected():
+        yield ray
+
+
+@pytest.fixture
+def flaky_s3(monkeypatch):
+    """An S3 server on loopback that answers every fifth request with 503."""
+    moto = pytest.importorskip("moto.server", reason="the S3 test server is in the dev extra")
+    pytest.importorskip("s3fs", reason="in the s3 extra")
+    from werkzeug.serving import make_server
+
+    inner = moto.DomainDispatcherApplication(moto.create_backend_app)
+    counts = {"all": 0, "failed": 0}
+
+    def application(environ, respond):
+        counts["all"] += 1
+        if counts["all"] % 5 == 0:
+            counts["failed"] += 1
+            respond("503 Service Unavailable", [("Content-Type", "text/xml")])
+            return [b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"]
+        return inner(environ, respond)
+
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    values = {
+        "ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+        "DEFAULT_REGION": "us-east-1",
+        "ACCESS_KEY_ID": "key-of-mine",
+        "SECRET_ACCESS_KEY": "secret-of-mine",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    yield counts
+    server.shutdown()

@@ -10,6 +10,14 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from pipelines.settings import DecisionSettings
 
 BINARY = DecisionSettings(kind="binary", labels=("ham", "spam"))
+DECISIONS = {
+    "binary": DecisionSettings(kind="binary", labels=("ham", "spam")),
+    "vote": DecisionSettings(kind="binary", labels=("ham", "spam"), merge="vote"),
+    "multiclass": DecisionSettings(kind="multiclass", labels=("a", "b", "c"), merge="max"),
+    "multilabel": DecisionSettings(kind="multilabel", labels=("a", "b", "c"), thresholds=(0.4, 0.5, 0.6)),
+    "regression": DecisionSettings(kind="regression"),
+}
+"""A decision of each kind."""
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 

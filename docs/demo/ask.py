@@ -1,4 +1,4 @@
-"""Ask a server about the longest scored email:  python docs/demo/ask.py URL EMAILS SCORED."""
+"""Send the longest scored email to a server and compare the answers:  python docs/demo/ask.py URL EMAILS SCORED."""
 
 import json
 import sys

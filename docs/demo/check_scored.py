@@ -1,4 +1,4 @@
-"""Compare scored emails with their labels:  python docs/demo/check_scored.py EMAILS SCORED."""
+"""Compare predicted labels of scored emails with the true labels:  python docs/demo/check_scored.py EMAILS SCORED."""
 
 import sys
 

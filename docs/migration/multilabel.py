@@ -6,7 +6,7 @@ from simpletransformers.classification import MultiLabelClassificationArgs, Mult
 
 logging.basicConfig(level=logging.ERROR)
 
-# labels: about an animal, about food
+# labels: is about an animal, is about food
 train_df = pd.DataFrame(
     [
         ["The cat slept on the roof", [1, 0]],

@@ -1,25 +1,26 @@
-"""Join the cluster that was named, or start a local Ray; the only place that calls ray.init."""
+"""Connect to a Ray cluster, or start a local Ray. Only this module calls ray.init."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
 
 from pipelines.errors import JobError, SettingsError
 
+logger = logging.getLogger(__name__)
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 REMARKS = ("Failed to apply UDF transform", "To change retry attempts")
-"""Lines that Ray Data puts after what went wrong."""
+"""Starts of lines that Ray Data appends after the actual error."""
 SPARE_CPUS = 2
-"""A local Ray declares this many CPUs more than there are: small tasks run beside a model that uses them all."""
+"""A local Ray declares this many extra CPUs, so that small tasks can run while a model uses all real ones."""
 
 
 class _State:
-    """Whether this process started the Ray that it uses."""
+    """Whether this process uses a local Ray that it started itself."""
 
     is_local = False
 
@@ -29,9 +30,17 @@ _state = _State()
 
 @contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
-    """Ray for the time of a job: the one at address or RAY_ADDRESS, one already connected, or a local one.
+    """Connect to Ray for the duration of a job.
 
-    Raises JobError where the named cluster cannot be reached, SettingsError where it runs another Ray or Python.
+    If this process is connected to Ray already, use that connection. Otherwise connect to the cluster at address or
+    RAY_ADDRESS. Without either, start a local Ray.
+
+    Args:
+        address: Address of a cluster. None means RAY_ADDRESS.
+
+    Raises:
+        JobError: The cluster cannot be reached, or the local Ray cannot be started.
+        SettingsError: The cluster has another version of Ray or Python.
     """
     if ray.is_initialized():
         yield
@@ -50,7 +59,7 @@ def connected(address: str | None = None) -> Iterator[None]:
             )
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray raises bare ones where a local Ray does not come up
+    except Exception as error:  # Ray raises plain exceptions if a local Ray does not start
         if "Version mismatch" in str(error):
             raise SettingsError(
                 f"{' '.join(str(error).split())}: install the cluster's Ray and Python here, or submit the job instead "
@@ -58,8 +67,8 @@ def connected(address: str | None = None) -> Iterator[None]:
             ) from error
         where = "a local Ray cannot be started" if address is None else f"no Ray cluster answers at {address}"
         is_open = address is None or "RAY_AUTH_MODE" in os.environ
-        hint = "" if is_open else "; clusters of `ray start` want a token, which RAY_AUTH_MODE=token sends"
-        raise JobError(f"{where}: {error}; `ray status` tells what runs{hint}") from error
+        hint = "" if is_open else "; clusters of `ray start` require a token, which RAY_AUTH_MODE=token sends"
+        raise JobError(f"{where}: {error}; `ray status` shows the state of the cluster{hint}") from error
     _state.is_local = address is None
     try:
         yield
@@ -69,16 +78,23 @@ def connected(address: str | None = None) -> Iterator[None]:
 
 
 def uses_gpus(device: str) -> bool:
-    """Whether models run on GPUs: as the device says, or where it is auto, whether any node declares them now."""
+    """Whether models run on GPUs: by the device, or for auto, whether any node of the cluster has GPUs now."""
     if device == "auto":
         return bool(ray.cluster_resources().get("GPU", 0) > 0)
     return device.startswith("cuda")
 
 
-def check_resources(needed: Mapping[str, float], report: Callable[[str], None]) -> None:
-    """Say what a job will wait for: Ray itself would wait for it in silence, and for ever without an autoscaler.
+def check_resources(needed: Mapping[str, float]) -> None:
+    """Compare the resources that a job needs at the same time with those of the cluster.
 
-    Raises SettingsError on a local Ray, to which nothing ever comes.
+    If the cluster has too few, the job waits for new nodes, and this function logs it. Ray itself would wait without a
+    message, and without an autoscaler it would wait forever.
+
+    Args:
+        needed: Amount of each resource that the job needs at the same time.
+
+    Raises:
+        SettingsError: A local Ray has too few resources. It never gets more.
     """
     there = ray.cluster_resources()
     short = [name for name, amount in needed.items() if amount > there.get(name, 0)]
@@ -87,13 +103,15 @@ def check_resources(needed: Mapping[str, float], report: Callable[[str], None]) 
         found = ", ".join(f"{there.get(name, 0):g} {name}" for name in short)
         if _state.is_local:
             raise SettingsError(
-                f"this needs {asked} at once, and the local Ray has {found}: ask for less, or name a cluster"
+                f"this needs {asked} at once, and the local Ray has {found}: ask for less, or use a cluster"
             )
-        report(f"this needs {asked} at once, and the cluster has {found}: it waits until nodes come that bring them")
+        logger.warning(
+            "this needs %s at once, and the cluster has %s: it waits until nodes that have them join", asked, found
+        )
 
 
 def root_cause(error: BaseException) -> str:
-    """The line that says what went wrong on a worker: Ray puts the worker's whole traceback into its message."""
+    """Return the line that describes an error on a worker. Ray's message contains the worker's whole traceback."""
     while error.__cause__ is not None and str(error.__cause__).strip():
         error = error.__cause__
     lines = [line for line in str(error).strip().splitlines() if not line.startswith(REMARKS)]
@@ -101,9 +119,9 @@ def root_cause(error: BaseException) -> str:
 
 
 def _quiet(*, is_local: bool) -> None:
-    """What must be set before Ray starts; its own logs go on into files, and people see ours."""
+    """Set what Ray reads when it starts. Its own logs still go to files, and users see only our messages."""
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own future default, told every start
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; otherwise Ray warns
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if is_local:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

@@ -1,4 +1,4 @@
-"""Before work: does every node run this package, and reach the model, the input and the output?"""
+"""Check before a job starts that every node has this package and can read the model, the input and the output."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import pipelines
 from pipelines.errors import PipelinesError, SettingsError
-from pipelines.locations import filesystem_of, is_local, list_names, shown
 from pipelines.model_folder import read_model_folder
+from pipelines.storage.locations import filesystem_of, is_local, list_names, shown
 
 SECONDS_TO_ANSWER = 300
-"""The model may have to be fetched first."""
+"""Timeout for one node. It may have to fetch the model first."""
 
 
 def check_nodes(*, model: str | None = None, files: Mapping[str, str] | None = None, output: str | None = None) -> None:
-    """Raise SettingsError naming a node that lacks the package, the model, one of the files or the output.
+    """Check that every node with CPUs has this package and can read the model, the files and the output.
 
-    The model is a finished folder, which is fetched on each node on this occasion, once for all of its processes;
-    files are locations by what they are; the output is a folder that has something in it.
+    The check also fetches the model on each node, once for all processes of the node.
+
+    Args:
+        model: Path or URL of a finished model folder.
+        files: Locations of files, by what they are (such as "input").
+        output: Path or URL of a folder that is not empty.
+
+    Raises:
+        SettingsError: A node fails the check, or does not answer in time. The message names the node.
     """
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0}
     asked = {}
@@ -45,16 +52,16 @@ def _answer(answer: Any) -> str | None:
     except (ray.exceptions.RaySystemError, ray.exceptions.RayTaskError) as error:
         return f"cannot run this package: {str(error).strip().splitlines()[-1]}; install the same version on every node"
     except ray.exceptions.RayError:
-        return None  # the node has gone since; what ran there will run elsewhere
+        return None  # the node left the cluster; its work will run on other nodes
     return problem
 
 
 @ray.remote
 def _look(version: str, model: str | None, files: dict[str, str], output: str | None) -> str | None:
     remedy = "; use a path that every node shares, or a URL such as s3://"
-    here = pipelines.__version__  # of the node: Ray ships this function by value, and modules by their names
+    here = pipelines.__version__  # version on the node: Ray sends this function by value, but modules by name
     if version != here:
-        return f"has version {here} of this package, and the driver {version}; install the same on every node"
+        return f"has version {here} of this package, but the driver has {version}; install the same on every node"
     if model is not None:
         try:
             read_model_folder(model)

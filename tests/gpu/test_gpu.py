@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.model import WindowModel
+from pipelines.model.packing import Packing, attention
+from pipelines.model.scorer import Scorer
+from pipelines.model.window_model import WindowModel
 from pipelines.on_ray.train import train
-from pipelines.packing import Packing, attention
-from pipelines.scoring import Scorer
 from pipelines.settings import ComputeSettings
-from pipelines.steps import Stepper
+from pipelines.training.steps import Stepper
 from tests import tiny
-from tests.model.test_packing import PACKED, TEMPLATE, ragged
-from tests.model.test_training import make_job, run
-from tests.ray.test_train import base, request  # noqa: F401 (a fixture)
+from tests.jobs import train_job
+from tests.model.rows import PACKED, TEMPLATE, ragged
+from tests.training.runs import make_job, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,18 +56,20 @@ def test_training_runs_and_learns_in_every_arithmetic(tmp_path, emails, dtype):
     compute = ComputeSettings(device="cuda", dtype="auto")
     job, train, valid = make_job(tmp_path, emails, compute=compute, train_dtype=dtype, learning_rate=1e-3)
     summary = run(job, train, valid)
-    assert summary["packed"]
-    first, last = np.mean(summary["losses"][:10]), np.mean(summary["losses"][-10:])
+    assert summary.packed
+    first, last = np.mean(summary.losses[:10]), np.mean(summary.losses[-10:])
     assert last < first
     found = Scorer.load(job.output, compute=compute).score_documents(valid.documents)
     exact = Scorer.load(job.output, compute=ComputeSettings(device="cpu", dtype="float32"))
     np.testing.assert_allclose(found.scores_DL, exact.score_documents(valid.documents).scores_DL, atol=0.05)
 
 
-def test_a_worker_of_ray_train_trains_over_nccl(base, tmp_path):  # noqa: F811
-    summary = train(request(base, tmp_path / "out", num_workers=1, device="cuda", train_dtype="auto", dtype="auto"))
-    assert summary["steps"] > 1
-    assert np.isfinite(summary["losses"]).all()
+def test_a_worker_of_ray_train_trains_over_nccl(training_data, tmp_path):
+    summary = train(
+        train_job(training_data, tmp_path / "out", num_workers=1, device="cuda", train_dtype="auto", dtype="auto")
+    )
+    assert summary.steps > 1
+    assert np.isfinite(summary.losses).all()
 
 
 def test_a_step_waits_for_nothing_on_the_device(tmp_path, emails, monkeypatch):

@@ -77,12 +77,16 @@ def main(model: str, source: str, output: str) -> None:
         cluster.start()
         ray.init("auto", log_to_driver=False)
         threading.Thread(target=watch, args=(started, stopped), daemon=True).start()
-        from pipelines.on_ray.score import ScoreJob, score
+        from pipelines.bulk.job import ScoreJob
+        from pipelines.on_ray.score import score
+        from pipelines.progress import show_logs
+
+        show_logs()
 
         values = {"model": model, "input": source, "output": output, "dtype": "float32", "device": "cpu",
                   "gpus_per_replica": 1, "replicas": 1, "num_threads": 1}  # fmt: skip
-        summary = score(ScoreJob.parse(values), report=lambda line: print(line, file=sys.stderr))
-        say(started, "done", rows=summary["rows_out"])
+        summary = score(ScoreJob.parse(values))
+        say(started, "done", rows=summary.rows_out)
         while len(alive()) > 1 and time.monotonic() - started < SECONDS:
             time.sleep(1)
         say(started, "end", nodes=alive())

@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent.parent
-KUBERAY = ROOT / "infra" / "kuberay"
-OVERLAYS = ("cluster", "train", "score", "serve")
+from tests.infra.paths import KUBERAY, OVERLAYS
 
 
 @pytest.fixture(scope="session")

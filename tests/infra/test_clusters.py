@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.infra.conftest import ROOT
+from tests.infra.paths import ROOT
 
 LAUNCHED = {"cluster.yaml": ROOT / "cluster.yaml", "onprem.yaml": ROOT / "infra" / "onprem.yaml"}
 
@@ -70,6 +70,7 @@ def test_aws_scales_from_zero_spot_first_and_its_head_runs_no_tasks():
     assert types["gpu-spot"]["priority"] > types["gpu"]["priority"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_job_brings_up_a_gpu_node_from_zero_and_it_goes_when_idle(tmp_path, emails, capsys):
     from pipelines.settings import DecisionSettings

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.infra.conftest import ROOT
+from tests.infra.paths import ROOT
 
 DOCKERFILE = ROOT / "infra" / "Dockerfile"
 TEXT = DOCKERFILE.read_text()
@@ -51,6 +51,7 @@ def test_the_image_gets_only_what_the_build_needs():
     assert copied == allowed
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_install_steps_give_a_working_package(tmp_path):
     """The very RUN lines, with /opt/venv elsewhere and torch from pip's own index."""

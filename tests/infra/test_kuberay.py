@@ -15,15 +15,16 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from pipelines.bulk.job import ScoreJob
 from pipelines.errors import SettingsError
 from pipelines.fields import parse
-from pipelines.on_ray.score import ScoreJob
-from pipelines.on_ray.serve.app import ServeJob, build
+from pipelines.on_ray.serve.app import build
 from pipelines.on_ray.serve.autoscaling import autoscaling_of
 from pipelines.on_ray.serve.proxy import HAPROXY, LOG_BUFFER
-from pipelines.on_ray.train import TrainRequest
+from pipelines.serving.job import ServeJob
 from pipelines.settings import DataSettings, ScoreSettings
-from tests.infra.conftest import KUBERAY, OVERLAYS, ROOT
+from pipelines.training.job import TrainJob
+from tests.infra.paths import KUBERAY, OVERLAYS, ROOT
 
 SCHEMAS = Path(os.environ.get("KUBERAY_SCHEMAS", ROOT.parent / "shared" / "crds"))
 KUBERNETES = "1.33"
@@ -107,7 +108,7 @@ def test_kustomize_refuses_a_typo_in_a_kustomization(kubectl, tmp_path):
 
 
 def test_the_jobs_run_what_exists_with_settings_that_exist(rendered):
-    for overlay, request in (("score", ScoreJob), ("train", TrainRequest), ("cluster", ScoreJob)):
+    for overlay, request in (("score", ScoreJob), ("train", TrainJob), ("cluster", ScoreJob)):
         content = yaml.safe_load(
             of_kind(rendered[overlay], "ConfigMap")["data"][f"{overlay}.yaml".replace("cluster", "score")]
         )

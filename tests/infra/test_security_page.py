@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.infra.conftest import ROOT
+from tests.infra.paths import ROOT
 
 PAGE = (ROOT / "docs" / "security.md").read_text()
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from pipelines.classification import ClassificationModel
-from pipelines.opening import MODEL_TYPES
-from pipelines.pretrained import load_tokenizer
-from pipelines.scoring import Scorer
+from pipelines.model.scorer import Scorer
 from pipelines.settings import ComputeSettings
+from pipelines.simpletransformers.loading import MODEL_TYPES
+from pipelines.simpletransformers.models import ClassificationModel
+from pipelines.text.pretrained import load_tokenizer
 from tests import tiny
-from tests.model.golden.freeze_simpletransformers import read_texts
+from tests.simpletransformers.golden.freeze_simpletransformers import read_texts
 
 FAMILIES = ["albert", "bert", "bigbird", "camembert", "deberta", "debertav2", "distilbert", "electra", "flaubert",
             "longformer", "mobilebert", "modernbert", "mpnet", "nystromformer", "rembert", "roberta", "squeezebert",

@@ -2,22 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.model import WindowModel, resolve_dtype
-from pipelines.packing import Packing, attention
+from pipelines.model.devices import resolve_dtype
+from pipelines.model.packing import Packing, attention
+from pipelines.model.window_model import WindowModel
 from pipelines.settings import ComputeSettings
-from pipelines.tokenization import InputRows, Template, Tokens, cut_documents, offsets_of
-from pipelines.windows import WindowPlan
+from pipelines.text.tokenization import InputRows
 from tests import tiny
+from tests.model.rows import PACKED, TEMPLATE, ragged
 
-PACKED = ["bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "modernbert"]
 PADDED = ["mpnet", "deberta-v2"]
-TEMPLATE = Template((2,), (3,))
-
-
-def ragged(lengths=(0, 1, 5, 30, 200, 31, 64)):
-    lengths = np.array(lengths)
-    ids = np.random.default_rng(1).integers(10, 600, lengths.sum()).astype(np.int32)
-    return cut_documents(Tokens(ids, offsets_of(lengths)), WindowPlan(32, 30, 20), TEMPLATE)
 
 
 def load(family, packing="auto", dtype="float32"):
@@ -66,15 +59,15 @@ def test_attention_stays_within_windows_and_within_reach():
 
 
 def test_attention_written_out_says_and_learns_what_the_kernel_does():
-    from pipelines.packing import _attention_written_out
+    from pipelines.model.packing import _attention_written_out
 
     torch.manual_seed(0)
     inputs = [torch.randn(3, 2, 40, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     kernel = torch.nn.functional.scaled_dot_product_attention
-    torch.testing.assert_close(_attention_written_out(*inputs, None, 0.0, None), kernel(*inputs))
+    torch.testing.assert_close(_attention_written_out(*inputs, None, dropout=0.0, scaling=None), kernel(*inputs))
     gradients = [
         torch.autograd.grad(run().square().sum(), inputs)
-        for run in (lambda: _attention_written_out(*inputs, None, 0.0, None), lambda: kernel(*inputs))
+        for run in (lambda: _attention_written_out(*inputs, None, dropout=0.0, scaling=None), lambda: kernel(*inputs))
     ]
     torch.testing.assert_close(*gradients)
 
@@ -126,7 +119,7 @@ def test_bfloat16_is_close_and_chosen_by_the_processor():
 
 
 def test_packed_rows_have_few_lengths_and_padding_behind_them_changes_nothing():
-    from pipelines.model import _rounded_up
+    from pipelines.model.window_model import _rounded_up
 
     lengths = set()
     for total in range(1, 5000):

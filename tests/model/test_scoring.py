@@ -1,4 +1,5 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -10,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.model.scorer import Scorer
 from pipelines.model_folder import read_model_folder, write_pipeline_file
-from pipelines.scoring import Scorer
 from pipelines.settings import ComputeSettings
-from tests.model.conftest import DECISIONS
+from tests.tiny import DECISIONS
 
 FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
 
@@ -158,3 +159,13 @@ def test_a_pass_that_does_not_fit_is_halved_and_remembered(folders, emails):
     module.forward = lambda *args, **kwargs: (_ for _ in ()).throw(torch.OutOfMemoryError("one window"))
     with pytest.raises(torch.OutOfMemoryError):
         scorer.predict(["a"])
+
+
+def test_threads_get_the_answers_of_serial_calls(folders, emails):
+    """A hook that is on the module only for the time of a call would act on the calls of other threads."""
+    scorer = Scorer.load(folders["binary"], compute=ComputeSettings(dtype="float32", device="cpu"))
+    texts = [text[:300] for text in emails["text"].to_pylist()[:40]]
+    expected = [scorer.predict([text])["scores"].to_pylist()[0] for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text: scorer.predict([text])["scores"].to_pylist()[0], texts * 6))
+    np.testing.assert_allclose(found, expected * 6, atol=1e-6)

@@ -8,11 +8,11 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, XLNetConfig
 
-from pipelines.model import WindowModel
-from pipelines.pretrained import save_tokenizer
+from pipelines.model.window_model import WindowModel
 from pipelines.settings import ComputeSettings
-from pipelines.tokenization import cut_documents
-from pipelines.windows import WindowPlan
+from pipelines.text.pretrained import save_tokenizer
+from pipelines.text.tokenization import cut_documents
+from pipelines.text.windows import WindowPlan
 from tests.tiny import rust_tokenizer
 
 

@@ -1,6 +1,7 @@
-"""How many replicas a server needs, from what its replicas report: the tokens that wait, and how busy they are.
+"""Compute how many replicas a server needs, from the waiting tokens and the busy time of its replicas.
 
-Ray Serve asks the policy every few seconds, and applies bounds and delays (`upscale_delay_s`, `downscale_delay_s`).
+Ray Serve calls the policy every few seconds. It also applies the bounds and the delays (`upscale_delay_s`,
+`downscale_delay_s`).
 """
 
 from __future__ import annotations
@@ -14,25 +15,31 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from pipelines.settings import ServeSettings, parse_range
 
 MOST_BUSY = 0.8
-"""Share of the time in which a replica's model may run; above, waiting times grow out of proportion."""
+"""Target share of time in which a replica's model runs. Above it, waiting times grow too fast."""
 LOOK_BACK_S = 10.0
 QUEUED, BUSY = "queued_tokens", "busy"
-"""What a replica reports."""
+"""Names of the metrics of a replica."""
 
 
 def replicas_needed(queued_tokens: float, busy: float, target_queued_tokens: int) -> int:
-    """Replicas for so many waiting tokens, and so many replicas' worth of running forward passes."""
+    """Return the number of replicas that the load needs.
+
+    Args:
+        queued_tokens: Tokens that wait for a forward pass, in all replicas together.
+        busy: Sum over replicas of the share of time in which a forward pass runs.
+        target_queued_tokens: Waiting tokens for which one replica is enough.
+    """
     return max(math.ceil(queued_tokens / target_queued_tokens), math.ceil(busy / MOST_BUSY))
 
 
 class QueuedTokensPolicy:
-    """Ray Serve's policy for the predictor."""
+    """Autoscaling policy of Ray Serve for the predictor deployment."""
 
     def __init__(self, target_queued_tokens: int) -> None:
         self._target = target_queued_tokens
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """The replicas wanted; without any, what waits at the proxies asks for the first."""
+        """Return the number of replicas that are needed. Without replicas, one is needed if proxies have requests."""
         if not context.running_replicas:
             return int(bool(context.total_queued_requests)), {}
         reported: Mapping[str, Mapping[Any, float]] = context.aggregated_metrics or {}
@@ -41,7 +48,7 @@ class QueuedTokensPolicy:
 
 
 def autoscaling_of(settings: ServeSettings) -> AutoscalingConfig | None:
-    """Ray Serve's configuration for num_replicas=MIN:MAX; None for a fixed number."""
+    """Return Ray Serve's configuration for num_replicas=MIN:MAX, or None for a fixed number."""
     fewest, most = parse_range("num_replicas", settings.num_replicas)
     if fewest == most:
         return None

@@ -1,4 +1,4 @@
-"""Which proxy stands before the replicas. Ray Serve reads it from the environment when it is imported and started."""
+"""Choose the proxy in front of the replicas. Ray Serve reads the choice from the environment at import and start."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from pipelines.errors import SettingsError
 
 HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 LOG_BUFFER = {"RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "100"}
-"""Lines of the log that are written at once: throughput mode's 1000 keep a replica's loop for 50 ms."""
+"""Number of log lines that are written at once. The 1000 of throughput mode block a replica's loop for 50 ms."""
 
 
 def prepare_proxy(proxy: str) -> None:
-    """Have this process, and the local Ray that it starts, use HAProxy; before anything imports Ray Serve."""
+    """Set the environment for the proxy, for this process and a local Ray that it starts.
+
+    Call this before Ray Serve is imported.
+    """
     if proxy == "haproxy":
         os.environ.update(HAPROXY)
         for name, value in LOG_BUFFER.items():
@@ -21,7 +24,11 @@ def prepare_proxy(proxy: str) -> None:
 
 
 def check_proxy(proxy: Literal["python", "haproxy"]) -> None:
-    """Raise SettingsError where HAProxy is wanted, and Ray Serve was imported or started without it."""
+    """Check that the environment has the variables that the proxy needs.
+
+    Raises:
+        SettingsError: The proxy is haproxy, and its variables are not set.
+    """
     if proxy == "haproxy" and any(os.environ.get(name) != value for name, value in HAPROXY.items()):
         needed = " ".join(f"{name}={value}" for name, value in HAPROXY.items())
-        raise SettingsError(f"proxy=haproxy needs {needed} in the environment of every node of Ray and of this process")
+        raise SettingsError(f"proxy=haproxy needs {needed} in the environment of every Ray node and of this process")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 
 import ray
@@ -14,18 +14,20 @@ from ray.serve.exceptions import RayServeException
 from pipelines.errors import JobError
 from pipelines.on_ray.cluster import connected, root_cause
 from pipelines.on_ray.nodes import check_nodes
-from pipelines.on_ray.serve.app import ServeJob, application, check_job
-from pipelines.on_ray.serve.auth import check_exposure
+from pipelines.on_ray.serve.app import application
 from pipelines.on_ray.serve.proxy import check_proxy
+from pipelines.serving.auth import check_exposure
+from pipelines.serving.job import ServeJob, check_job
 from pipelines.settings import ServeSettings
 
 APPLICATION = "pipelines"
+logger = logging.getLogger(__name__)
 
 
-def run_server(job: ServeJob, *, address: str | None = None, report: Callable[[str], None]) -> None:
+def run_server(job: ServeJob, *, address: str | None = None) -> None:
     """Serve until SIGINT or SIGTERM, then let running requests finish.
 
-    Raises a UsageError before anything starts where the model folder or a setting does not fit.
+    Raises a UsageError before anything starts if the model folder or a setting does not fit.
     """
     check_exposure(job.serve)
     check_proxy(job.serve.proxy)
@@ -36,11 +38,11 @@ def run_server(job: ServeJob, *, address: str | None = None, report: Callable[[s
         try:
             where = start_proxies(job.serve)
             serve.run(application(job), name=APPLICATION, route_prefix="/")
-            for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which has handlers of its own
+            for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which has its own handlers
                 signal.signal(number, lambda *_: stop.set())
-            report(f"ready on {where} (a page to try it, POST /v1/predict, docs at /docs)")
+            logger.info("ready on %s (a page to try it, POST /v1/predict, docs at /docs)", where)
             stop.wait()
-            report("stopping: running requests finish first")
+            logger.info("stopping: running requests finish first")
         except (ray.exceptions.RayError, RuntimeError) as error:
             raise JobError(
                 f"the server cannot run on {job.serve.host}:{job.serve.port}: {root_cause(error)}"

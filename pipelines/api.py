@@ -1,0 +1,221 @@
+"""The functions of `import pipelines`: train, score, evaluate, tune and convert, for scripts and notebooks.
+
+Every further keyword is a setting by its name; `pipelines COMMAND --help` lists them. Progress is shown as a bar on a
+terminal and in a notebook; elsewhere it goes to the logger `pipelines`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.errors import SettingsError
+from pipelines.fields import parse
+from pipelines.settings import ComputeSettings, DataSettings, Kind
+from pipelines.storage.tables import as_table, is_location
+
+if TYPE_CHECKING:
+    from pipelines.bulk.summary import ScoreSummary
+    from pipelines.evaluation.labelled import EvaluationResult, TuneResult
+    from pipelines.model_folder import ModelFolder
+    from pipelines.training.fit import TrainSummary
+
+Location = str | os.PathLike[str]
+
+
+def train(
+    train: Any, model: Location, output: Location, *, valid: Any = None, address: str | None = None, **settings: Any
+) -> TrainSummary:
+    """Fine-tune a classifier, tune its thresholds on valid, and write a model folder.
+
+    The same call resumes a run that was interrupted, where the data are files.
+
+    Args:
+        train: Labelled Parquet file, folder or glob; or a table in memory (Arrow, pandas, polars, columns, rows).
+        model: Pretrained weights: a folder or a Hugging Face hub name.
+        output: New folder for the finished model.
+        valid: Validation data, in the same forms.
+        address: Ray cluster to use where num_workers is not 0; by default RAY_ADDRESS, else a local Ray.
+        **settings: Settings by name, such as kind="multiclass", epochs=2, text_column="body", num_workers=4.
+
+    Returns:
+        How the run went; `valid` holds the metrics of the finished model.
+
+    Raises:
+        UsageError: Data, labels, weights or settings do not fit; nothing was done.
+        JobError: The run was stopped.
+
+    Example:
+        >>> pipelines.train(frame, model="bert-base-uncased", output="runs/spam", kind="binary", epochs=1)
+    """
+    with ExitStack() as stack:
+        values: dict[str, Any] = {"train": stack.enter_context(_on_disk(train)), "model": _path(model)}
+        if valid is not None:
+            values["valid"] = stack.enter_context(_on_disk(valid))
+        from pipelines.training.job import TrainJob, train_here
+
+        job = TrainJob.parse({**values, "output": _path(output), **settings})
+        if job.is_local:
+            return train_here(job)
+        from pipelines.on_ray.train import train as train_on_ray  # imports Ray, only where it is used
+
+        return train_on_ray(job, address=address)
+
+
+def score(
+    model: Location, input: Any, output: Location | None = None, *, address: str | None = None, **settings: Any
+) -> ScoreSummary | pa.Table:
+    """Score texts with a model folder: files into files, or a table in memory into a table.
+
+    Args:
+        model: Model folder, a path or URL.
+        input: Parquet file, folder or glob; or a table in memory (Arrow, pandas, polars, columns, rows).
+        output: New folder for the scored files; the same call resumes a job that was interrupted. None for a table.
+        address: Ray cluster to use; by default RAY_ADDRESS, else a local Ray. replicas=0 scores without Ray.
+        **settings: Settings by name, such as text_column="body", thresholds={"spam": 0.9}, replicas=0.
+
+    Returns:
+        For files the summary of the job. For a table its columns without the texts, followed by the output columns.
+
+    Raises:
+        UsageError: Model, input, columns or settings do not fit; nothing was done.
+        JobError: The job cannot be finished; what is done stays done.
+
+    Example:
+        >>> pipelines.score("runs/spam", {"text": ["first", "second"]}).to_pandas()
+        >>> pipelines.score("runs/spam", "s3://mail/2026/", "s3://mail/scored/")
+    """
+    if not is_location(input):
+        if output is not None:
+            raise SettingsError("a table in memory is scored into a table; leave output out, or write it to Parquet")
+        return _score_table(model, as_table(input), settings)
+    if output is None:
+        raise SettingsError(f"input {_path(input)!r} names files: give output, the folder for the scored files")
+    from pipelines.bulk.job import ScoreJob
+    from pipelines.bulk.score import score_here
+
+    job = ScoreJob.parse({"model": _path(model), "input": _path(input), "output": _path(output), **settings})
+    if job.is_local:
+        return score_here(job)
+    from pipelines.on_ray.score import score as score_on_ray  # imports Ray, only where it is used
+
+    return score_on_ray(job, address=address)
+
+
+def evaluate(
+    model: Location, data: Any, *, report: Location | None = None, report_texts: bool = False, **settings: Any
+) -> EvaluationResult:
+    """Metrics of a model folder on labelled data.
+
+    Args:
+        model: Model folder, a path or URL.
+        data: Labelled Parquet file, folder or glob; or a table in memory.
+        report: Where to write an HTML page with curves and threshold tables.
+        report_texts: Show on the page how documents begin.
+        **settings: Settings by name, such as label_column="group", limit=1000, device="cpu".
+
+    Raises:
+        UsageError: Model, data or settings do not fit; nothing was scored.
+
+    Example:
+        >>> pipelines.evaluate("runs/spam", "test/", report="spam.html")
+    """
+    from pipelines.evaluation.labelled import evaluate_folder
+
+    columns, compute = parse(settings, DataSettings, ComputeSettings)
+    return evaluate_folder(
+        _path(model),
+        _path(data) if is_location(data) else as_table(data),
+        columns,
+        compute,
+        report=None if report is None else _path(report),
+        report_texts=report_texts,
+    )
+
+
+def tune(model: Location, data: Any, *, objective: str = "f1", **settings: Any) -> TuneResult:
+    """Tune the thresholds of a model folder on labelled data, and write them into the folder.
+
+    Args:
+        model: Local model folder.
+        data: Labelled Parquet file, folder or glob; or a table in memory.
+        objective: f1, fbeta=B, precision=P or recall=R.
+        **settings: Settings by name, such as label_column="group", limit=1000, device="cpu".
+
+    Raises:
+        UsageError: Model, data or settings do not fit; nothing was changed.
+
+    Example:
+        >>> pipelines.tune("runs/spam", "valid/", objective="precision=0.99")
+    """
+    from pipelines.evaluation.labelled import tune_folder
+
+    columns, compute = parse(settings, DataSettings, ComputeSettings)
+    source = _path(data) if is_location(data) else as_table(data)
+    return tune_folder(_path(model), source, columns, compute, objective=objective)
+
+
+def convert(old: Location, new: Location, *, kind: Kind | None = None) -> ModelFolder:
+    """Make a model folder from a folder of Simple Transformers or of any Hugging Face classifier.
+
+    Args:
+        old: Folder with config.json and weights; a pickle is read by a loader that refuses everything but tensors.
+        new: New folder.
+        kind: binary, multiclass, multilabel or regression, where config.json does not say.
+
+    Raises:
+        UsageError: The folder is no classifier, or new is in use.
+
+    Example:
+        >>> pipelines.convert("outputs/", "runs/spam")
+    """
+    from pipelines.simpletransformers.convert import convert as convert_folder
+
+    return convert_folder(_path(old), _path(new), kind)
+
+
+def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) -> pa.Table:
+    """The table without its texts, followed by the output columns; scored in this process."""
+    from pipelines.decisions.columns import check_output_columns
+    from pipelines.model.scorer import Scorer
+    from pipelines.settings import ScoreSettings
+    from pipelines.storage.columns import check_text_column
+
+    data, scoring, compute = parse(settings, DataSettings, ScoreSettings, ComputeSettings)
+    texts = [name for name in (data.text_column, data.text_pair_column) if name is not None]
+    for name in texts:
+        check_text_column(table.schema, name, where="the table")
+    table = table if data.limit is None else table.slice(0, data.limit)
+    scorer = Scorer.load(_path(model), compute=compute, thresholds=scoring.thresholds)
+    results = scorer.results(scorer.score_documents(scorer.tokenizer.documents(table, *texts)), prefix=scoring.prefix)
+    names = table.column_names
+    keep = [name for name in names if name not in texts] if scoring.keep is None else list(scoring.keep)
+    check_output_columns(names, keep, results.column_names, prefix=scoring.prefix)
+    kept = table.select(keep)
+    for field, column in zip(results.schema, results.columns, strict=True):
+        kept = kept.append_column(field, column)
+    return kept
+
+
+@contextmanager
+def _on_disk(data: Any) -> Iterator[str]:
+    """The location of the data; a table in memory lies in a temporary Parquet file while the body runs."""
+    if is_location(data):
+        yield _path(data)
+        return
+    table = as_table(data)
+    with tempfile.TemporaryDirectory(prefix="pipelines-table-") as folder:
+        file = Path(folder, "table.parquet")
+        pq.write_table(table, file)
+        yield str(file)
+
+
+def _path(location: Location) -> str:
+    return os.fspath(location)

@@ -1,0 +1,1 @@
+"""Scoring of many files: the job, its work units, the output folder and its summary."""

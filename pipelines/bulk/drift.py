@@ -1,0 +1,108 @@
+"""Compare the score histograms of two scored folders, or of a scored folder and a model folder's validation data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.bulk.run_folder import SUMMARY
+from pipelines.errors import DataError, SettingsError
+from pipelines.model_folder import PIPELINE_FILE
+from pipelines.storage.locations import list_names, read_json, shown
+
+STABLE, SHIFTED = 0.1, 0.25
+"""The usual reading of the population stability index: below the first nothing happened, above the second a lot."""
+Histograms = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class LabelDrift:
+    """How far the scores of one label have moved."""
+
+    psi: float
+    """Population stability index."""
+    ks: float
+    """Kolmogorov-Smirnov distance: the largest difference of the two cumulative shares."""
+    rows_before: int
+    rows_after: int
+    reading: str
+    """stable, shifted or moved far."""
+
+
+def drift(before: str, after: str) -> dict[str, LabelDrift]:
+    """Drift of each label's score histogram from `before` to `after`.
+
+    Args:
+        before: A scored folder, or a model folder with validation histograms.
+        after: The same.
+
+    Raises:
+        DataError: A folder has no histograms, or the labels differ.
+    """
+    left, right = read_histograms(before), read_histograms(after)
+    if left.keys() != right.keys():
+        raise DataError(
+            f"the labels differ: {', '.join(left)} in {shown(before)}, {', '.join(right)} in {shown(after)}"
+        )
+    return {label: compare(left[label], right[label]) for label in left}
+
+
+def compare(before: Sequence[int], after: Sequence[int]) -> LabelDrift:
+    """Drift between two histograms of the same bins.
+
+    For the PSI half a row is added to every bin, so that an empty bin does not make it infinite.
+    """
+    left, right = _shares(before), _shares(after)
+    psi = float(((right - left) * np.log(right / left)).sum())
+    exact = [np.asarray(counts, float) / max(sum(counts), 1) for counts in (before, after)]
+    ks = float(np.abs(np.cumsum(exact[0]) - np.cumsum(exact[1])).max())
+    reading = "stable" if psi < STABLE else "shifted" if psi < SHIFTED else "moved far"
+    return LabelDrift(psi, ks, sum(before), sum(after), reading)
+
+
+def read_histograms(location: str) -> Histograms:
+    """Score histograms by label: of _summary.json, or of a model folder's validation data."""
+    names = list_names(location)
+    for name in (SUMMARY, PIPELINE_FILE):
+        if name in names:
+            found = read_json(location, name).get("histograms")
+            if found:
+                return dict(found)
+            raise DataError(
+                f"{shown(location)}/{name} has no score histograms: a finished scoring run has, and a model folder "
+                f"that was trained or tuned with validation data; regression has none"
+            )
+    raise DataError(f"{shown(location)} is neither a finished scored folder nor a model folder")
+
+
+def plot(before: str, after: str, file: str) -> None:
+    """Both histograms of each label, as shares, into an image file."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise SettingsError("--plot needs matplotlib: pip install 'ray-text-classification[plot]'") from error
+    left, right = read_histograms(before), read_histograms(after)
+    figure, axes = pyplot.subplots(len(left), 1, figsize=(8, 2.5 * len(left)), squeeze=False, layout="constrained")
+    for axis, label in zip(axes[:, 0], left, strict=True):
+        bins = np.linspace(0, 1, len(left[label]) + 1)
+        for counts, name, style in ((left[label], before, "-"), (right[label], after, "--")):
+            axis.stairs(
+                np.asarray(counts) / max(sum(counts), 1), bins, label=f"{shown(name)} ({sum(counts):,})", ls=style
+            )
+        found = compare(left[label], right[label])
+        axis.set(title=f"{label}: PSI {found.psi:.3f}, KS {found.ks:.3f}, {found.reading}", ylabel="share of rows")
+        axis.legend(fontsize="small")
+    axes[-1, 0].set_xlabel("score")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def _shares(counts: Sequence[int]) -> NDArray[np.float64]:
+    smoothed = np.asarray(counts, np.float64) + 0.5
+    return np.asarray(smoothed / smoothed.sum())

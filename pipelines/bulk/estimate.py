@@ -1,0 +1,118 @@
+"""Estimate what a scoring job will take, from footers and a sample: rows, tokens, windows and time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.bulk.job import CheckedJob
+from pipelines.model.scorer import Scorer, plan_of
+from pipelines.model_folder import ModelFolder
+from pipelines.settings import ComputeSettings
+from pipelines.storage.filters import kept_rows, parse_filter
+from pipelines.storage.rows import read_units
+from pipelines.storage.shards import WorkUnits, split_into_units
+from pipelines.text.pretrained import load_tokenizer
+from pipelines.text.tokenization import Documents, cut_documents
+from pipelines.text.windows import leads_with_space
+
+SAMPLE_UNITS, SAMPLE_ROWS = 16, 64
+"""The sample is the first rows of units spread evenly over the input."""
+MEASURED_SECONDS = 10.0
+"""How long the speed is measured at most."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sizes of a job, and the time that one replica needs for it."""
+
+    files: int
+    files_in_error: int
+    bytes: int
+    rows: int
+    units: int
+    sample_rows: int
+    tokens: int
+    windows: int
+    tokens_in_windows: int
+    tokenize_cpu_hours: float
+    tokens_per_second_per_replica: int
+    rate_is: str
+    """Where the rate is from: measured here, or given."""
+    replica_hours: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return asdict(self)
+
+
+def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
+    """Sizes of a checked job, and its time at `rate` tokens per second, or at the speed measured here on the sample."""
+    job, folder = checked.job, checked.folder
+    units = split_into_units(checked.files, unit_bytes=job.score.unit_bytes, limit=job.data.limit)
+    table, share = _sample(checked, units)
+    tokenizer = load_tokenizer(folder.path, lead_space=leads_with_space(folder.windows, folder.model_type))
+    started = time.perf_counter()
+    documents = tokenizer.documents(table, *job.text_columns)
+    tokenize_seconds = time.perf_counter() - started
+    plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type)
+    cut = cut_documents(documents.tokens, plan, tokenizer.template, documents.pair_tokens)
+    rows = units.num_rows * share
+    per_row = rows / max(len(documents), 1)
+    input_tokens = cut.length_W.sum() * per_row
+    is_measured = rate is None
+    if rate is None and len(documents):
+        logger.info("measuring on %d sample rows, for %.0f s at most", len(documents), MEASURED_SECONDS)
+        rate = _measured_rate(folder, job.compute, documents)
+    return Estimate(
+        files=len(checked.files),
+        files_in_error=sum(file.error is not None for file in checked.files),
+        bytes=sum(file.size for file in checked.files),
+        rows=round(rows),
+        units=len(units),
+        sample_rows=len(documents),
+        tokens=round(documents.num_tokens_D.sum() * per_row),
+        windows=round(len(cut.length_W) * per_row),
+        tokens_in_windows=round(input_tokens),
+        tokenize_cpu_hours=round(tokenize_seconds * per_row / 3600, 4),
+        tokens_per_second_per_replica=round(rate or 0.0),
+        rate_is="measured here" if is_measured else "given",
+        replica_hours=round(input_tokens / rate / 3600 if rate else 0.0, 4),
+    )
+
+
+def _sample(checked: CheckedJob, units: WorkUnits) -> tuple[pa.Table, float]:
+    """Rows from all over the input, and the share of rows that pass the filter."""
+    job = checked.job
+    numbers = np.unique(np.linspace(0, len(units) - 1, min(SAMPLE_UNITS, len(units))).astype(int))
+    tables = []
+    num_rows = 0
+    for number in numbers:
+        (rows,) = read_units(job.input, [units[int(number)]], checked.read, text_columns=job.text_columns)
+        table = rows.table.slice(0, SAMPLE_ROWS)
+        num_rows += len(table)
+        if job.score.filter:
+            table = table.filter(kept_rows(table, parse_filter(job.score.filter)[0]))
+        tables.append(table)
+    sample = pa.concat_tables(tables)
+    return sample, len(sample) / max(num_rows, 1)
+
+
+def _measured_rate(folder: ModelFolder, compute: ComputeSettings, documents: Documents) -> float:
+    """Window tokens per second of a scorer in this process."""
+    scorer = Scorer.load(folder, compute=compute)
+    scorer.predict(["warm up"])
+    started, tokens, row = time.perf_counter(), 0, 0
+    while time.perf_counter() - started < MEASURED_SECONDS and row < len(documents):
+        some = documents.take(np.arange(row, min(row + 8, len(documents))))
+        cut = scorer.cut(some)
+        scorer.model.logits(cut)
+        tokens += int(cut.length_W.sum())
+        row += 8
+    return tokens / (time.perf_counter() - started)

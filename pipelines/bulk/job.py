@@ -1,0 +1,180 @@
+"""A scoring job: its settings, and the checks before any work.
+
+`check_job` reads the model folder and the footers of the input, and refuses what does not fit together. What it
+returns says everything that the stages need: which columns to read, how to tokenize, how to decide.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import pyarrow as pa
+
+from pipelines.bulk.run_folder import RunIdentity
+from pipelines.bulk.unit import ReplicaSetup
+from pipelines.decisions.columns import check_output_columns, output_fields, schema_metadata
+from pipelines.decisions.labels import resolve_thresholds
+from pipelines.errors import DataError, SettingsError
+from pipelines.fields import parse
+from pipelines.model_folder import ModelFolder, read_model_folder
+from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, ScorePaths, ScoreSettings
+from pipelines.storage.columns import text_column_problem
+from pipelines.storage.filters import parse_filter
+from pipelines.storage.locations import absolute, shown
+from pipelines.storage.rows import together
+from pipelines.storage.shards import InputFile, read_footers
+from pipelines.text.pretrained import load_tokenizer
+from pipelines.text.stage import TokenizeStage
+from pipelines.text.windows import leads_with_space
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """One bulk scoring job: a model folder, input files and an output folder."""
+
+    model: str
+    input: str
+    output: str
+    data: DataSettings = field(default_factory=DataSettings)
+    score: ScoreSettings = field(default_factory=ScoreSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, object]) -> ScoreJob:
+        """A job from a flat mapping of settings, as YAML and the command line give it."""
+        paths, data, score, compute = parse(values, ScorePaths, DataSettings, ScoreSettings, ComputeSettings)
+        return cls(absolute(paths.model), absolute(paths.input), absolute(paths.output), data, score, compute)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The text column, or the two of a pair."""
+        return tuple(name for name in (self.data.text_column, self.data.text_pair_column) if name is not None)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this process scores, without Ray."""
+        return self.score.replica_range == (0, 0)
+
+
+@dataclass(frozen=True)
+class CheckedJob:
+    """A job whose model, input and columns fit together."""
+
+    job: ScoreJob
+    folder: ModelFolder
+    """With the job's thresholds, where it has any."""
+    files: list[InputFile]
+    carried: pa.Schema
+    """Columns that are carried from the input into the output."""
+    read: pa.Schema
+    """Columns that are read: the carried ones, the texts, and those that the filter compares."""
+
+    @property
+    def decision(self) -> DecisionSettings:
+        """How scores become labels."""
+        return self.folder.decision
+
+    @property
+    def identity(self) -> RunIdentity:
+        """What must be the same for a job to resume this run, beside its input."""
+        job = self.job
+        return RunIdentity(
+            weights_hash=self.folder.weights_hash,
+            settings_hash=self.folder.settings_hash,
+            limit=job.data.limit,
+            text_column=job.data.text_column,
+            text_pair_column=job.data.text_pair_column,
+            filter=job.score.filter,
+            keep=job.score.keep,
+            prefix=job.score.prefix,
+            dtype=job.compute.dtype,
+        )
+
+    @property
+    def stage(self) -> TokenizeStage:
+        """The stage that reads and tokenizes work units."""
+        job, folder = self.job, self.folder
+        return TokenizeStage(
+            job.input,
+            job.text_columns,
+            self.read,
+            job.model,
+            keep=tuple(self.carried.names),
+            prefix=job.score.prefix,
+            lead_space=leads_with_space(folder.windows, folder.model_type),
+            filter=job.score.filter,
+        )
+
+    def replica_setup(self, *, replicas_per_node: int = 1) -> ReplicaSetup:
+        """What a replica that scores work units needs to know."""
+        job, folder = self.job, self.folder
+        metadata = schema_metadata(
+            self.decision,
+            weights_hash=folder.weights_hash,
+            settings_hash=folder.settings_hash,
+            prefix=job.score.prefix,
+        )
+        return ReplicaSetup(
+            job.model,
+            job.output,
+            self.decision,
+            metadata,
+            job.compute,
+            prefix=job.score.prefix,
+            replicas_per_node=replicas_per_node,
+            via_serve=job.score.via_serve,
+        )
+
+
+def check_job(job: ScoreJob) -> CheckedJob:
+    """Read the model folder and the footers of the input, and check that columns and settings fit.
+
+    Raises:
+        UsageError: Model, input, columns or settings do not fit together; the message names the remedy.
+    """
+    folder = read_model_folder(job.model)
+    folder.check_texts(are_pairs=job.data.text_pair_column is not None)
+    folder = replace(folder, decision=resolve_thresholds(job.score.thresholds, folder.decision))
+    load_tokenizer(folder.path)
+    if not job.is_local and "memory://" in (job.input[:9], job.output[:9]):
+        raise SettingsError("memory:// is seen by this process alone; add --replicas 0 to score without Ray")
+    files = read_footers(job.input, job.data.text_column, lenient=True)
+    readable = [file for file in files if file.schema is not None]
+    if not sum(file.num_rows for file in readable):
+        raise DataError(f"{shown(job.input)} has no rows: its {len(files)} Parquet files are empty")
+    _check_text_columns(job, readable)
+    carried, read = _columns(job, readable, folder.decision)
+    return CheckedJob(job, folder, files, carried, read)
+
+
+def _check_text_columns(job: ScoreJob, files: Sequence[InputFile]) -> None:
+    """Some files may lack the text column, and their rows then come out with an error; not all files may."""
+    for name in job.text_columns:
+        problems = {file.url: text_column_problem(file.schema or pa.schema([]), name) for file in files}
+        bad = [f"{url} {problem}" for url, problem in problems.items() if problem is not None]
+        if len(bad) == len(files):
+            raise DataError(f"{bad[0]}; name the text column with --text-column")
+        if bad:
+            logger.warning("%d of %d files come out with errors, such as: %s", len(bad), len(files), bad[0])
+
+
+def _columns(job: ScoreJob, files: Sequence[InputFile], decision: DecisionSettings) -> tuple[pa.Schema, pa.Schema]:
+    """Schemas of the columns that are carried along and of those that are read."""
+    names = list(dict.fromkeys(name for file in files for name in file.column_names))
+    keep = [name for name in names if name not in job.text_columns] if job.score.keep is None else list(job.score.keep)
+    outputs = [column.name for column in output_fields(decision, prefix=job.score.prefix)]
+    check_output_columns(names, keep, outputs, prefix=job.score.prefix)
+    compared = parse_filter(job.score.filter)[1] if job.score.filter else []
+    unknown = [name for name in compared if name not in names]
+    if unknown:
+        raise DataError(f"--filter names {unknown[0]!r}, which is no input column; those are: {', '.join(names)}")
+    read = together(files, list(dict.fromkeys([*keep, *compared])))
+    carried = pa.schema([read.field(name) for name in keep])
+    for name in job.text_columns:  # as strings, whatever type a file without texts has under that name
+        if name not in read.names:
+            read = read.append(pa.field(name, pa.large_string()))
+    return carried, read

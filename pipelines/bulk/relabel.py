@@ -1,0 +1,110 @@
+"""New labels for scored Parquet files from the scores in them: no model and no texts are needed.
+
+Files are rewritten under the same names, several at a time. An output folder that was begun with the same thresholds
+is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import posixpath
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.bulk.run_folder import COUNTS_METADATA, MANIFEST, SUMMARY, commit_unit, read_counts, read_metadata
+from pipelines.bulk.summary import Counts, ScoreSummary, count_table, sum_counts, summarize
+from pipelines.decisions.columns import DECISION_METADATA, PREFIX_METADATA, decided_columns, decision_metadata
+from pipelines.decisions.labels import decide, resolve_thresholds, thresholds_by_label
+from pipelines.errors import DataError, OutputError, SettingsError
+from pipelines.fields import parse
+from pipelines.progress import Progress
+from pipelines.settings import DecisionSettings
+from pipelines.storage.locations import commit_json, filesystem_of, list_names, make_folder, read_json, retried, shown
+from pipelines.storage.shards import list_files
+
+THREADS = 8
+logger = logging.getLogger(__name__)
+Thresholds = float | tuple[float, ...] | Mapping[str, float]
+
+
+def relabel(scored: str, output: str, thresholds: Thresholds) -> ScoreSummary:
+    """Decide again for every row of a scored folder, and write the same files with other labels.
+
+    Args:
+        scored: Output folder of a scoring job.
+        output: New folder, or one in which the same relabelling was begun.
+        thresholds: One number, one per label, or by label name.
+
+    Raises:
+        DataError: The files are not scored ones.
+        SettingsError: The thresholds do not fit the labels.
+    """
+    files = list_files(scored)
+    old, prefix = _read_decision(scored, files[0])
+    decision = resolve_thresholds(thresholds, old)
+    names = [posixpath.basename(path) for path in files]
+    if len(set(names)) < len(names):
+        raise DataError(f"{shown(scored)} holds files of the same name in several folders; relabel them one by one")
+    left = _open_output(scored, output, decision, names)
+    todo = [path for path in files if posixpath.basename(path) in left]
+    work = partial(_relabel_file, scored, output=output, decision=decision, prefix=prefix)
+    with Progress(logger, "relabelled", total=len(todo), unit="files") as progress, ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(work, todo):
+            progress.advance()
+    logger.info("relabelled %s files -> %s", f"{len(todo):,}", shown(output))
+    summary = summarize(output, sum_counts(decision, read_counts(output, names)), decision)
+    commit_json(output, SUMMARY, summary.to_json())
+    return summary
+
+
+def _open_output(scored: str, output: str, decision: DecisionSettings, names: list[str]) -> set[str]:
+    """The names that are still to be written."""
+    manifest = {"relabelled_from": shown(scored), "thresholds": thresholds_by_label(decision)}
+    make_folder(output)
+    here = list_names(output)
+    if MANIFEST in here:
+        if read_json(output, MANIFEST) != json.loads(json.dumps(manifest)):
+            raise OutputError(f"--output {shown(output)} holds another run; give a new folder")
+    elif here:
+        raise OutputError(f"--output {shown(output)} is not empty; give a new folder")
+    commit_json(output, MANIFEST, manifest)
+    return {name for name in names if name not in here}
+
+
+def _read_decision(scored: str, path: str) -> tuple[DecisionSettings, str]:
+    metadata = read_metadata(scored, path)
+    if DECISION_METADATA not in metadata:
+        raise DataError(f"{path} is no file that `pipelines score` wrote; give its output folder")
+    (decision,) = parse(json.loads(metadata[DECISION_METADATA]), DecisionSettings)
+    if decision.kind not in ("binary", "multilabel"):
+        raise SettingsError(f"thresholds are for kinds binary and multilabel; {shown(scored)} is {decision.kind}")
+    return decision, metadata[PREFIX_METADATA].decode()
+
+
+def _relabel_file(scored: str, path: str, *, output: str, decision: DecisionSettings, prefix: str) -> None:
+    filesystem, _ = filesystem_of(scored)
+    table = pq.read_table(pa.BufferReader(retried(lambda: filesystem.cat_file(path))))
+    metadata = dict(table.schema.metadata)
+    bad_D = np.asarray(table.column(prefix + "error").is_valid())
+    flat = table.column(prefix + "scores").combine_chunks()
+    scores_DL = np.asarray(flat.fill_null([0.0] * len(decision.labels)).flatten(), np.float32)
+    decisions = decide(scores_DL.reshape(-1, len(decision.labels)), decision)
+    for field, column in decided_columns(decisions, decision, bad_D, prefix=prefix):
+        place = table.schema.get_field_index(field.name)
+        table = table.set_column(place, field, column)
+    table = table.replace_schema_metadata({**metadata, **decision_metadata(decision)})
+    before = Counts.from_json(json.loads(metadata[COUNTS_METADATA]))
+    counts = replace(
+        count_table(table, decision, prefix=prefix),
+        rows_in=before.rows_in,
+        rows_filtered=before.rows_filtered,
+        seconds=before.seconds,
+    )
+    commit_unit(output, posixpath.basename(path), table, counts)

@@ -1,0 +1,439 @@
+"""The output folder of a scoring job: what it holds, what is finished, and how it is begun, resumed or replaced.
+
+`_manifest.json` is written before any unit. It names the model, the settings and one generation of input per start
+that added files; the list of a generation's files lies beside it (`_inputs-0000.parquet`, ...). Which units are
+finished follows from the names of the files that are there, and their counts from their own footers; nothing else
+keeps account. `_summary.json` is written last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import posixpath
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.bulk.summary import Counts, ScoreSummary
+from pipelines.errors import OutputError
+from pipelines.storage.locations import (
+    commit_json,
+    commit_table,
+    filesystem_of,
+    list_names,
+    make_folder,
+    read_bytes,
+    read_json,
+    remove,
+    retried,
+    shown,
+)
+from pipelines.storage.shards import InputFile, WorkUnits, fingerprint, split_into_units, usual_unit_bytes
+
+MANIFEST, SUMMARY = "_manifest.json", "_summary.json"
+FORMAT_VERSION = 2
+COUNTS_METADATA = b"pipelines.part"
+"""Key in a scored file's schema metadata: the `Counts` of its unit, as JSON."""
+HEARTBEAT_SECONDS = 15.0
+FOOTER_THREADS = 32
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What must be the same for a job to resume a run, beside its input."""
+
+    weights_hash: str
+    settings_hash: str
+    limit: int | None
+    text_column: str
+    text_pair_column: str | None
+    filter: str | None
+    keep: tuple[str, ...] | None
+    prefix: str
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return {**dataclasses.asdict(self), "keep": None if self.keep is None else list(self.keep)}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Input files that one start of the run added."""
+
+    listing: str
+    """Name of the file that lists them."""
+    fingerprint: str
+    files: int
+    rows: int
+    unit_bytes: int
+    units: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `_manifest.json`."""
+
+    input: str
+    identity: Mapping[str, Any]
+    columns: Mapping[str, str]
+    """Arrow types of the columns that are carried along."""
+    generations: tuple[Generation, ...] = ()
+
+    @property
+    def limit(self) -> int | None:
+        """Rows of each generation that are scored at most."""
+        limit: int | None = self.identity["limit"]
+        return limit
+
+    @property
+    def num_units(self) -> int:
+        """Units of all generations."""
+        return sum(generation.units for generation in self.generations)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON keeps it: the identity's fields stand beside the others."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "input": self.input,
+            **self.identity,
+            "columns": dict(self.columns),
+            "generations": [dataclasses.asdict(generation) for generation in self.generations],
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Manifest:
+        """Back from `to_json`."""
+        own = ("format_version", "input", "columns", "generations")
+        identity = {name: value for name, value in content.items() if name not in own}
+        generations = tuple(Generation(**generation) for generation in content["generations"])
+        return cls(content["input"], identity, content["columns"], generations)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A scoring run and its output folder: all units, and the names of those that are finished."""
+
+    location: str
+    manifest: Manifest
+    generations: list[WorkUnits]
+    """Units of each generation of input."""
+    finished: frozenset[str]
+
+    @property
+    def num_units(self) -> int:
+        """Units of all generations."""
+        return sum(map(len, self.generations))
+
+    @property
+    def num_rows(self) -> int:
+        """Input rows of all units."""
+        return sum(units.num_rows for units in self.generations)
+
+    @property
+    def num_files(self) -> int:
+        """Input files of all generations."""
+        return sum(len(units.files) for units in self.generations)
+
+    @property
+    def files_in_error(self) -> dict[str, str]:
+        """Input files that could not be opened, and why."""
+        files = {file.url: file for units in self.generations for file in units.files}
+        return {url: file.error for url, file in files.items() if file.error is not None}
+
+
+def open_run(
+    location: str,
+    files: Sequence[InputFile],
+    columns: pa.Schema,
+    identity: RunIdentity,
+    *,
+    input: str,
+    unit_bytes: int | None = None,
+    overwrite: bool = False,
+    append: bool = False,
+) -> Run:
+    """Begin a run in an output folder, or resume the one that is there.
+
+    Args:
+        location: The output folder, a path or URL.
+        files: The input files with their footers.
+        columns: Columns that are carried from the input into the output.
+        identity: What must be the same for a run to be resumed.
+        input: The input as the caller named it.
+        unit_bytes: Text bytes of a work unit; by default it grows with the input.
+        overwrite: Remove the run that is there first.
+        append: Add input files that are new since the run was begun.
+
+    Raises:
+        OutputError: The folder holds another run or other files; the message names the difference.
+    """
+    make_folder(location)
+    names = list_names(location)
+    if overwrite:
+        _clear(location, names)
+        names = {}
+    if MANIFEST not in names:
+        _check_is_empty(location, names)
+        manifest = Manifest(shown(input), identity.to_json(), _types(columns))
+        manifest = _add_generation(location, manifest, files, unit_bytes)
+        return Run(location, manifest, _units_of(manifest, [list(files)]), frozenset())
+    manifest = _read_manifest(location)
+    _check_identity(location, manifest, identity)
+    generations = [_read_listing(location, generation.listing) for generation in manifest.generations]
+    new = _new_files(location, generations, files, append=append)
+    _check_columns(location, manifest, columns)
+    if new:
+        manifest = _add_generation(location, manifest, new, unit_bytes)
+        generations.append(new)
+    units = _units_of(manifest, generations)
+    return Run(location, manifest, units, _finished(units, list_names(location)))
+
+
+def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
+    """Counts of the given finished files of a folder, from their footers."""
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        found = pool.map(lambda name: read_metadata(location, name)[COUNTS_METADATA], names)
+        return [Counts.from_json(json.loads(content)) for content in found]
+
+
+def read_metadata(location: str, name: str) -> dict[bytes, bytes]:
+    """The schema metadata of a Parquet file in a folder."""
+    filesystem, folder = filesystem_of(location)
+
+    def read() -> dict[bytes, bytes]:
+        with filesystem.open(posixpath.join(folder, name), "rb") as file:
+            return dict(pq.ParquetFile(file).schema_arrow.metadata or {})
+
+    return retried(read)
+
+
+def commit_unit(location: str, name: str, table: pa.Table, counts: Counts) -> None:
+    """Write a unit's scored file in one step, its counts in its footer."""
+    metadata = {**(table.schema.metadata or {}), COUNTS_METADATA: json.dumps(counts.to_json())}
+    commit_table(location, name, table.replace_schema_metadata(metadata))
+
+
+def finished_summary(run: Run) -> ScoreSummary | None:
+    """The summary of a run with nothing left to do; None where there is none yet."""
+    if len(run.finished) < run.num_units or SUMMARY not in list_names(run.location):
+        return None
+    return ScoreSummary.from_json(run.location, read_json(run.location, SUMMARY))
+
+
+@contextmanager
+def heartbeat(location: str) -> Iterator[list[str]]:
+    """Mark the folder as written by a running job while the body runs; yields the other jobs that mark it now."""
+    name = f"_running-{uuid.uuid4().hex}.json"
+    content = {"host": socket.gethostname(), "pid": os.getpid()}
+    stop = threading.Event()
+
+    def beat() -> None:
+        while True:
+            with suppress(OSError):  # other jobs only warn about it; errors of the folder end the job elsewhere
+                commit_json(location, name, {**content, "time": time.time()})
+            if stop.wait(HEARTBEAT_SECONDS):
+                return
+
+    others = _others(location)
+    thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
+    thread.start()
+    try:
+        yield others
+    finally:
+        stop.set()
+        thread.join()
+        with suppress(OSError):
+            remove(location, name)
+
+
+def sweep(location: str) -> None:
+    """Remove what killed jobs left: half-written files and heartbeats. Does nothing while another job runs."""
+    if not _others(location):
+        for name in list_names(location):
+            if name.startswith((".part-", "._", "_running-")):
+                remove(location, name)
+
+
+def _check_is_empty(location: str, names: Mapping[str, int]) -> None:
+    others = sorted(name for name in names if not name.startswith((".", "_inputs-", "_running-")))
+    if others:
+        raise OutputError(
+            f"--output {shown(location)} is not empty and holds no scoring run (it has {others[0]}); give a new folder"
+        )
+
+
+def _clear(location: str, names: Mapping[str, int]) -> None:
+    """Remove a run; its manifest goes last, so that a kill leaves something that is known to be a run."""
+    if MANIFEST not in names:
+        _check_is_empty(location, names)
+    rest = [name for name in names if name not in (MANIFEST, SUMMARY) and not name.startswith("_running-")]
+    for name in [SUMMARY, *rest, MANIFEST]:
+        remove(location, name)
+
+
+def _add_generation(location: str, manifest: Manifest, files: Sequence[InputFile], unit_bytes: int | None) -> Manifest:
+    """Write the list of new input files, then the manifest that names it."""
+    table = _listing(files)
+    name = f"_inputs-{len(manifest.generations):04d}.parquet"
+    size = unit_bytes or usual_unit_bytes(files)
+    units = split_into_units(files, unit_bytes=size, limit=manifest.limit, first_number=manifest.num_units)
+    generation = Generation(name, _fingerprint(table), len(files), units.num_rows, size, len(units))
+    remove(location, SUMMARY)
+    commit_table(location, name, table)
+    manifest = replace(manifest, generations=(*manifest.generations, generation))
+    commit_json(location, MANIFEST, manifest.to_json())
+    return manifest
+
+
+def _read_manifest(location: str) -> Manifest:
+    content = read_json(location, MANIFEST)
+    if content.get("format_version") != FORMAT_VERSION:
+        raise OutputError(f"{shown(location)} was written by another version of pipelines; give a new folder")
+    return Manifest.from_json(content)
+
+
+def _units_of(manifest: Manifest, generations: Sequence[Sequence[InputFile]]) -> list[WorkUnits]:
+    """The units of each generation, numbered through."""
+    found: list[WorkUnits] = []
+    for generation, files in zip(manifest.generations, generations, strict=True):
+        first = sum(map(len, found))
+        found.append(
+            split_into_units(files, unit_bytes=generation.unit_bytes, limit=manifest.limit, first_number=first)
+        )
+    return found
+
+
+def _finished(generations: Sequence[WorkUnits], names: Mapping[str, int]) -> frozenset[str]:
+    if not any(name.startswith("part-") for name in names):
+        return frozenset()
+    return frozenset(unit.output_name for units in generations for unit in units if unit.output_name in names)
+
+
+def _check_identity(location: str, manifest: Manifest, identity: RunIdentity) -> None:
+    for name, value in identity.to_json().items():
+        if manifest.identity.get(name) != value:
+            raise OutputError(
+                f"--output {shown(location)} holds another run: {name} was {manifest.identity.get(name)!r} and is now "
+                f"{value!r}; give a new folder, or --overwrite to remove what is there"
+            )
+
+
+def _check_columns(location: str, manifest: Manifest, columns: pa.Schema) -> None:
+    """Every file of a run carries the same columns, also those of appended input."""
+    before, now = dict(manifest.columns), _types(columns)
+    if before != now:
+        raise OutputError(
+            f"--output {shown(location)} carries the columns {before} along and the input now gives {now}; make the "
+            f"new files alike, or give a new folder"
+        )
+
+
+def _types(columns: pa.Schema) -> dict[str, str]:
+    return {column.name: str(column.type) for column in columns}
+
+
+def _new_files(
+    location: str, generations: Sequence[Sequence[InputFile]], files: Sequence[InputFile], *, append: bool
+) -> list[InputFile]:
+    """The input files that are new, where append allows them. Raises OutputError for any other difference."""
+    known = {file.url: file for generation in generations for file in generation}
+    here = {file.url: file for file in files}
+    gone = [url for url in known if url not in here]
+    changed = [url for url, file in here.items() if url in known and not _same(file, known[url])]
+    new = [file for url, file in here.items() if url not in known]
+    named = {"gone": gone, "changed": changed, "new": [] if append else [file.url for file in new]}
+    problems = [f"{len(urls)} input files are {what} ({urls[0]})" for what, urls in named.items() if urls]
+    if problems:
+        remedy = "--append to score them too" if new and len(problems) == 1 else "--overwrite to score everything again"
+        raise OutputError(
+            f"--output {shown(location)} was begun with another input: {', '.join(problems)}; give a new folder, "
+            f"or {remedy}"
+        )
+    return new
+
+
+def _same(left: InputFile, right: InputFile) -> bool:
+    return (left.size, left.version) == (right.size, right.version)
+
+
+def _listing(files: Sequence[InputFile]) -> pa.Table:
+    return pa.table(
+        {
+            "path": pa.array([file.path for file in files], pa.string()),
+            "url": pa.array([file.url for file in files], pa.string()),
+            "size": pa.array([file.size for file in files], pa.int64()),
+            "version": pa.array([file.version for file in files], pa.string()),
+            "row_group_rows": pa.array([file.row_group_rows for file in files], pa.list_(pa.int64())),
+            "row_group_bytes": pa.array([file.row_group_bytes for file in files], pa.list_(pa.int64())),
+            "schema": pa.array(
+                [None if file.schema is None else file.schema.serialize().to_pybytes() for file in files], pa.binary()
+            ).dictionary_encode(),
+            "partitions": pa.array([json.dumps(file.partitions) for file in files], pa.string()),
+            "error": pa.array([file.error for file in files], pa.string()),
+        }
+    )
+
+
+def _read_listing(location: str, name: str) -> list[InputFile]:
+    table = pq.read_table(pa.BufferReader(read_bytes(location, name)))
+    schemas: dict[bytes, pa.Schema] = {}
+
+    def schema_of(content: bytes | None) -> pa.Schema | None:
+        if content is None:
+            return None
+        if content not in schemas:
+            schemas[content] = pa.ipc.read_schema(pa.py_buffer(content))
+        return schemas[content]
+
+    return [
+        InputFile(
+            **{
+                **row,
+                "schema": schema_of(row["schema"]),
+                "row_group_rows": tuple(row["row_group_rows"]),
+                "row_group_bytes": tuple(row["row_group_bytes"]),
+                "partitions": json.loads(row["partitions"]),
+            }
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def _fingerprint(listing: pa.Table) -> str:
+    return fingerprint((row["url"], row["size"], row["version"]) for row in listing.to_pylist())
+
+
+def _others(location: str) -> list[str]:
+    found = []
+    for name in list_names(location):
+        if name.startswith("_running-"):
+            with suppress(OSError, ValueError):
+                content = read_json(location, name)
+                if time.time() - content["time"] < 3 * HEARTBEAT_SECONDS and not _is_dead(content):
+                    found.append(f"process {content['pid']} on {content['host']}")
+    return found
+
+
+def _is_dead(content: Mapping[str, Any]) -> bool:
+    """Whether a heartbeat is of a process of this machine that has ended; for another machine nobody can tell."""
+    if content["host"] != socket.gethostname():
+        return False
+    try:
+        os.kill(content["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it runs, as another user
+        return False
+    return False

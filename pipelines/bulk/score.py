@@ -1,0 +1,110 @@
+"""Run a scoring job: begin or resume its output folder, score the units that are left, write the summary.
+
+Who scores the units is the caller's choice: this process (`score_here`), or Ray (`pipelines.on_ray.score`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+from pipelines.bulk.job import CheckedJob, ScoreJob, check_job
+from pipelines.bulk.progress import RunTotals
+from pipelines.bulk.run_folder import SUMMARY, Run, finished_summary, heartbeat, open_run, read_counts, sweep
+from pipelines.bulk.summary import Counts, ScoreSummary, summarize
+from pipelines.bulk.unit import UnitScorer, load_scorer
+from pipelines.errors import JobError
+from pipelines.progress import repeated
+from pipelines.storage.locations import commit_json, shown
+from pipelines.storage.shards import WorkUnit
+from pipelines.text.stage import TokenizedUnit
+
+RESUME_HINT = "what is done stays done: start the job again and it resumes"
+ScoreUnits = Callable[[CheckedJob, Iterator[WorkUnit]], Iterator[Counts]]
+"""Scores and commits units; yields the counts of each as soon as it is committed."""
+logger = logging.getLogger(__name__)
+
+
+def score_here(job: ScoreJob) -> ScoreSummary:
+    """Score the job in this process, without Ray.
+
+    Raises:
+        UsageError: Model, input, columns, settings or output do not fit; nothing was done.
+        JobError: The job cannot be finished; what is done stays done.
+    """
+    return run_job(check_job(job), score_units_here)
+
+
+def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
+    """Score every row of the input into the output folder; the summary, which is also written there.
+
+    A run that was begun there is resumed. A finished one is left alone.
+    """
+    job = checked.job
+    run = open_run(
+        job.output,
+        checked.files,
+        checked.carried,
+        checked.identity,
+        input=job.input,
+        unit_bytes=job.score.unit_bytes,
+        overwrite=job.score.overwrite,
+        append=job.score.append,
+    )
+    summary = finished_summary(run)
+    if summary is not None:
+        logger.info("nothing to do: all %s units of %s are done", f"{run.num_units:,}", shown(job.output))
+        return summary
+    totals = RunTotals(run, checked.decision, job.score.max_errors)
+    if run.finished:
+        logger.info("resuming: %s of %s units are done", f"{len(run.finished):,}", f"{run.num_units:,}")
+        totals.add_finished(read_counts(run.location, sorted(run.finished)))
+    left = run.num_units - len(run.finished)
+    logger.info(
+        "%s files, %s rows, %s units to do -> %s",
+        f"{run.num_files:,}", f"{run.num_rows:,}", f"{left:,}", shown(job.output),
+    )  # fmt: skip
+    with heartbeat(job.output) as others:
+        if others:
+            logger.warning(
+                "another job writes to this folder (%s): the result is right, the work done twice", others[0]
+            )
+        units = (unit for units in run.generations for unit in units if unit.output_name not in run.finished)
+        with totals.progress, repeated(totals.show):
+            for counts in score_units(checked, units):
+                totals.add(counts)
+    return _finish(checked, run, totals)
+
+
+def score_units_here(checked: CheckedJob, units: Iterator[WorkUnit]) -> Iterator[Counts]:
+    """Tokenize, score and commit units in this process, one after another."""
+    setup, stage = checked.replica_setup(), checked.stage
+    scorer = UnitScorer(setup, load_scorer(setup))
+    for unit in units:
+        for table in stage([unit]):
+            try:
+                yield scorer.score_unit(TokenizedUnit(unit.number, unit.output_name, table))
+            except OSError as error:
+                raise JobError(f"{shown(checked.job.output)} cannot be written: {error}; {RESUME_HINT}") from error
+
+
+def _finish(checked: CheckedJob, run: Run, totals: RunTotals) -> ScoreSummary:
+    """Check that no row is missing, and write the summary."""
+    total = totals.total
+    if total.rows_in != run.num_rows or total.rows_out + total.rows_filtered != run.num_rows:
+        raise JobError(
+            f"{run.num_rows} rows in, but {total.rows_out} out and {total.rows_filtered} filtered out in "
+            f"{shown(run.location)}"
+        )
+    summary = summarize(
+        run.location,
+        total,
+        checked.decision,
+        files_in_error=run.files_in_error,
+        wall_seconds=round(totals.elapsed, 2),
+        rows_per_second=round(totals.rows_here / totals.elapsed, 2),
+        units_before=len(run.finished),
+    )
+    commit_json(run.location, SUMMARY, summary.to_json())
+    sweep(run.location)
+    return summary

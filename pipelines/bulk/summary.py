@@ -1,0 +1,177 @@
+"""What a scoring run says about its output: counts, score histograms and shares of each label.
+
+`Counts` of work units add up to the counts of a run. Each output file carries its own in its footer, and
+`_summary.json` holds those of the whole run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.decisions.metrics import HISTOGRAM_BINS, histograms_of
+from pipelines.settings import DecisionSettings
+
+MOST_ERRORS = 20
+"""Kinds of error that a summary lists, the commonest first."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of one work unit or of many; `+` adds two of them."""
+
+    units: int = 0
+    rows_in: int = 0
+    rows_filtered: int = 0
+    """Rows that did not pass the filter."""
+    rows_out: int = 0
+    rows_in_error: int = 0
+    rows_truncated: int = 0
+    tokens: int = 0
+    windows: int = 0
+    errors: Mapping[str, int] = field(default_factory=dict)
+    """Rows by the kind of their error."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Time by stage: read, tokenize, wait, forward, write."""
+    histograms: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Documents by score, in 20 equal bins of [0, 1], for each label."""
+    positives: Mapping[str, int] = field(default_factory=dict)
+    """Documents that were given each label."""
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(**{f.name: _add(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)})
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Counts:
+        """Back from `to_json`; counts that an older version did not write are 0."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in content.items() if name in names})
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """The result of a scoring run; `_summary.json` holds the same."""
+
+    output: str
+    """Folder of the scored files."""
+    units: int
+    rows_in: int
+    rows_filtered: int
+    rows_out: int
+    rows_in_error: int
+    rows_truncated: int
+    tokens: int
+    windows: int
+    errors: Mapping[str, int]
+    seconds: Mapping[str, float]
+    histograms: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    positive_rates: Mapping[str, float] = field(default_factory=dict)
+    """Share of the scored documents that was given each label."""
+    files_in_error: Mapping[str, str] = field(default_factory=dict)
+    """Input files that could not be opened, and why."""
+    labels: tuple[str, ...] = ()
+    wall_seconds: float = 0.0
+    rows_per_second: float = 0.0
+    units_before: int = 0
+    """Units that an earlier start of the same run had finished."""
+
+    def __repr__(self) -> str:
+        rates = ", ".join(f"{label} {rate:.1%}" for label, rate in list(self.positive_rates.items())[:5])
+        lines = [
+            f"ScoreSummary of {self.output}",
+            f"  {self.rows_out:,} rows scored, {self.rows_in_error:,} in error, {self.rows_filtered:,} filtered out",
+            f"  {self.windows:,} windows of {self.tokens:,} tokens, {self.rows_per_second:,.1f} rows/s",
+        ]
+        return "\n".join([*lines, *([f"  {rates}"] if rates else [])])
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `_summary.json`; a regression has no histograms."""
+        content = {**dataclasses.asdict(self), "labels": list(self.labels)}
+        del content["output"]
+        if not self.labels:
+            del content["histograms"], content["positive_rates"]
+        return content
+
+    @classmethod
+    def from_json(cls, output: str, content: Mapping[str, Any]) -> ScoreSummary:
+        """Back from `to_json`."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        known = {name: value for name, value in content.items() if name in names}
+        return cls(output, **{**known, "labels": tuple(content.get("labels", ()))})
+
+
+def count_table(table: pa.Table, decision: DecisionSettings, *, prefix: str = "") -> Counts:
+    """Counts of one table of output columns."""
+    error = table.column(prefix + "error")
+    counts = Counts(
+        units=1,
+        rows_out=len(table),
+        rows_in_error=len(table) - error.null_count,
+        errors=_error_kinds(error),
+        rows_truncated=int(np.sum(table.column(prefix + "truncated").to_numpy())),
+        tokens=int(np.sum(table.column(prefix + "num_tokens").to_numpy())),
+        windows=int(np.sum(table.column(prefix + "num_windows").to_numpy())),
+    )
+    if decision.kind == "regression":
+        return counts
+    good = table.filter(error.is_null())
+    scores_DL = np.asarray(good.column(prefix + "scores").combine_chunks().flatten()).reshape(-1, decision.num_labels)
+    name = "predicted_labels" if decision.kind == "multilabel" else "predicted_label"
+    column = good.column(prefix + name).combine_chunks()
+    values = column.flatten() if decision.kind == "multilabel" else column
+    found = {item["values"]: item["counts"] for item in values.value_counts().to_pylist()}
+    positives = {label: int(found.get(label, 0)) for label in decision.labels}
+    return dataclasses.replace(counts, histograms=histograms_of(scores_DL, decision), positives=positives)
+
+
+def no_counts(decision: DecisionSettings) -> Counts:
+    """The counts of no rows: each label is there, with 0."""
+    return Counts(
+        histograms={label: [0] * HISTOGRAM_BINS for label in decision.labels},
+        positives=dict.fromkeys(decision.labels, 0),
+    )
+
+
+def sum_counts(decision: DecisionSettings, counts: Iterable[Counts]) -> Counts:
+    """The sum of all counts."""
+    return sum(counts, start=no_counts(decision))
+
+
+def summarize(output: str, total: Counts, decision: DecisionSettings, **more: Any) -> ScoreSummary:
+    """The summary of a run from its total counts; `more` are further fields of `ScoreSummary`."""
+    scored = max(total.rows_out - total.rows_in_error, 1)
+    content = total.to_json()
+    positives = content.pop("positives")
+    commonest = sorted(total.errors.items(), key=lambda item: -item[1])[:MOST_ERRORS]
+    content["errors"] = dict(commonest)
+    content["seconds"] = {name: round(value, 2) for name, value in total.seconds.items()}
+    content["positive_rates"] = {label: count / scored for label, count in positives.items()}
+    return ScoreSummary(output, **content, labels=decision.labels, **more)
+
+
+def _error_kinds(error: pa.ChunkedArray) -> dict[str, int]:
+    """Rows by their error, without the details that a message has in parentheses."""
+    kinds: dict[str, int] = {}
+    for item in error.drop_null().value_counts().to_pylist():
+        kind = item["values"].partition(" (")[0]
+        kinds[kind] = kinds.get(kind, 0) + item["counts"]
+    return kinds
+
+
+def _add(left: Any, right: Any) -> Any:
+    """Numbers and lists of numbers are added, mappings by key."""
+    if isinstance(left, Mapping):
+        return {key: _add(left[key], right[key]) if key in left and key in right else {**left, **right}[key]
+                for key in [*left, *(key for key in right if key not in left)]}  # fmt: skip
+    if isinstance(left, (list, tuple)):
+        return [_add(first, second) for first, second in zip(left, right, strict=True)]
+    return left + right

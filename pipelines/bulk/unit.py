@@ -1,0 +1,156 @@
+"""Score one tokenized work unit and commit its output file.
+
+One unit is scored while the next is prepared and the last is written. Rows over which scoring fails come out with an
+error and cost no other row its score.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.bulk.run_folder import commit_unit
+from pipelines.bulk.summary import Counts, count_table
+from pipelines.decisions.columns import error_columns
+from pipelines.settings import ComputeSettings, DecisionSettings
+from pipelines.text.stage import ERROR, IDS, PAIR_IDS, TokenizedUnit, TokenizeStats, documents_of
+from pipelines.text.tokenization import Documents
+
+
+@dataclass(frozen=True)
+class ReplicaSetup:
+    """What a replica needs to know; it is sent to every actor."""
+
+    model: str
+    output: str
+    decision: DecisionSettings
+    metadata: Mapping[bytes, bytes]
+    """Schema metadata of every output file."""
+    compute: ComputeSettings
+    prefix: str = ""
+    replicas_per_node: int = 1
+    via_serve: str | None = None
+    """Name of a Serve application that scores, instead of a model in the replica."""
+
+
+class DocumentScorer(Protocol):
+    """What a replica needs of a `Scorer`."""
+
+    def score_documents(self, documents: Documents) -> Any:
+        """Scores of tokenized documents."""
+
+    def results(self, scores: Any, *, prefix: str = "") -> pa.Table:
+        """Output columns, one row for each document."""
+
+
+@dataclass(frozen=True)
+class RowsToScore:
+    """How the rows of a unit are scored, after what earlier attempts found out."""
+
+    ranges: Sequence[tuple[int, int]]
+    """Row ranges [start, stop) that are scored one after another."""
+    deadly: Sequence[int] = ()
+    """Rows that are not scored, because they killed their process several times."""
+
+
+class Attempts(Protocol):
+    """Remembers which rows were being scored when a process died."""
+
+    def begin(self, unit: int, num_rows: int) -> RowsToScore:
+        """The unit is about to be scored; its first range counts as begun."""
+
+    def begin_range(self, unit: int, rows: tuple[int, int]) -> None:
+        """Another range of the unit is about to be scored."""
+
+    def end(self, unit: int) -> None:
+        """All rows of the unit are scored."""
+
+
+class NoAttempts:
+    """`Attempts` of a single process: after it has died, nothing remembers."""
+
+    def begin(self, unit: int, num_rows: int) -> RowsToScore:
+        """All rows at once."""
+        return RowsToScore([(0, num_rows)])
+
+    def begin_range(self, unit: int, rows: tuple[int, int]) -> None:
+        """Nothing to remember."""
+
+    def end(self, unit: int) -> None:
+        """Nothing to forget."""
+
+
+class UnitScorer:
+    """Scores tokenized units and commits their files. Several threads may call it."""
+
+    def __init__(self, setup: ReplicaSetup, scorer: DocumentScorer, attempts: Attempts | None = None) -> None:
+        self._setup, self._scorer = setup, scorer
+        self._attempts: Attempts = NoAttempts() if attempts is None else attempts
+        self._forward = threading.Lock()
+
+    def score_unit(self, unit: TokenizedUnit) -> Counts:
+        """Score a unit and commit its output file; the counts of the unit."""
+        results, forward_seconds = self._results(unit.number, documents_of(unit.table))
+        scored = unit.table.drop_columns([n for n in (IDS, PAIR_IDS, ERROR) if n in unit.table.column_names])
+        for field, column in zip(results.schema, results.columns, strict=True):
+            scored = scored.append_column(field, column)
+        scored = scored.replace_schema_metadata(dict(self._setup.metadata))
+        stats = TokenizeStats.of(unit.table)
+        counts = replace(
+            count_table(scored, self._setup.decision, prefix=self._setup.prefix),
+            rows_in=stats.rows_in,
+            rows_filtered=stats.rows_filtered,
+            seconds={"read": stats.read_seconds, "tokenize": stats.tokenize_seconds, "forward": forward_seconds},
+        )
+        started = time.perf_counter()
+        commit_unit(self._setup.output, unit.output_name, scored, counts)
+        return replace(counts, seconds={**counts.seconds, "write": time.perf_counter() - started})
+
+    def _results(self, number: int, documents: Documents) -> tuple[pa.Table, float]:
+        """Output columns of a unit and the seconds they took; one forward pass runs at a time."""
+        with self._forward:
+            rows = self._attempts.begin(number, len(documents))
+            started = time.perf_counter()
+            tables: dict[int, pa.Table] = {}
+            for place, (start, stop) in enumerate(rows.ranges):
+                if place:
+                    self._attempts.begin_range(number, (start, stop))
+                is_whole = len(rows.ranges) == 1 and not rows.deadly
+                tables[start] = self._score(documents if is_whole else documents.take(np.arange(start, stop)))
+            seconds = time.perf_counter() - started
+            self._attempts.end(number)
+        for row in rows.deadly:
+            tables[row] = self._error("the model's process died over this row, again and again")
+        return pa.concat_tables([tables[start] for start in sorted(tables)]), seconds
+
+    def _score(self, documents: Documents) -> pa.Table:
+        """Output columns; where scoring raises, halves are tried, down to single rows."""
+        try:
+            return self._scorer.results(self._scorer.score_documents(documents), prefix=self._setup.prefix)
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must cost no other row its score
+            if "CUDA error" in str(error):  # after it, nothing works in this process
+                os._exit(1)
+            if len(documents) > 1:
+                halves = np.array_split(np.arange(len(documents)), 2)
+                return pa.concat_tables([self._score(documents.take(half)) for half in halves])
+            return self._error(f"scoring failed: {type(error).__name__}")
+
+    def _error(self, error: str) -> pa.Table:
+        return error_columns([error], decision=self._setup.decision, prefix=self._setup.prefix)
+
+
+def load_scorer(setup: ReplicaSetup) -> Any:
+    """The `Scorer` of a replica, with its share of the machine's cores."""
+    from pipelines.model.scorer import Scorer  # torch is loaded where the model is, not in every task that reads
+
+    threads = setup.compute.num_threads or max(1, (os.cpu_count() or 1) // setup.replicas_per_node)
+    scorer = Scorer.load(setup.model, compute=replace(setup.compute, num_threads=threads))
+    scorer.decision = setup.decision
+    return scorer

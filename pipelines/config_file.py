@@ -1,0 +1,55 @@
+"""Settings from YAML: files of settings by name, and single values as the command line gives them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from pipelines.errors import SettingsError
+
+
+def read_config(path: str) -> dict[str, object]:
+    """The settings in a YAML file, by name.
+
+    Raises:
+        SettingsError: The file cannot be read, or does not hold a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = parse_yaml(file.read(), path)
+    except OSError as error:
+        raise SettingsError(f"--config {path} cannot be read: {error.strerror}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"--config {path} holds no mapping of settings, such as `epochs: 3`")
+    return content
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """A YAML value. Raises SettingsError that names `where` it stands."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a safe loader
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{where} is no valid YAML: {str(error).splitlines()[0]}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """The scalars of YAML 1.2: off and no are words, 1:8 is no number of base 60, and 1e-4 is a number."""
+
+
+_SCALARS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+"""Patterns of the scalars, and the characters with which they begin."""
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _SCALARS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern})$"), list(_first))

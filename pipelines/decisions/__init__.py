@@ -1,0 +1,1 @@
+"""From scores to labels: label sets, thresholds, metrics, calibration and output columns."""

@@ -1,0 +1,1 @@
+"""How good a model folder is on labelled data: scoring it, tuning it, and the report page."""

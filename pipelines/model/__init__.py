@@ -1,0 +1,1 @@
+"""The classifier itself: batches of windows, the forward pass, and `Scorer`."""

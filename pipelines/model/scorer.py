@@ -1,0 +1,240 @@
+"""`Scorer`: texts -> windows -> logits -> merged scores -> labels.
+
+The predict, score and serve commands all compute scores here. Imports no Ray, and reads no files except those of the
+model folder.
+
+Shapes: D documents, W windows of all documents, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.decisions.columns import result_columns
+from pipelines.decisions.labels import Decisions, activate, decide, resolve_thresholds
+from pipelines.model.window_model import SHORTEST_STEP, WindowModel, load_model
+from pipelines.model_folder import ModelFolder, read_model_folder
+from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
+from pipelines.text.pretrained import load_tokenizer
+from pipelines.text.tokenization import CutDocuments, Documents, Tokenizer, Tokens, cut_documents
+from pipelines.text.windows import (
+    WindowPlan,
+    Windows,
+    concat_windows,
+    count_votes,
+    leads_with_space,
+    merge_windows,
+    resolve_plan,
+)
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """The model's results for D documents, before thresholds. All arrays are in document order."""
+
+    scores_DL: NDArray[np.float32]
+    """Merged probabilities (regression: values)."""
+    votes_DL: NDArray[np.int64] | None
+    """Number of windows in which each label has the largest logit. None unless the kind has a single label."""
+    windows: Windows
+    """Positions of the windows, in tokens of the text (of the second text of a pair)."""
+    window_logits_WL: NDArray[np.float32]
+    window_scores_WL: NDArray[np.float32]
+    """Logits after activation: probabilities (regression: values)."""
+    num_tokens_D: NDArray[np.int64]
+    """Tokens of each document, without special tokens."""
+    errors: list[str | None]
+    """Why a document has no score, or None. After an error, the document's other values have no meaning."""
+
+    @property
+    def num_windows_D(self) -> NDArray[np.int64]:
+        """Number of windows of each document; 0 for a document with an error."""
+        return np.where([error is None for error in self.errors], self.windows.num_windows_D, 0)
+
+    @property
+    def truncated_D(self) -> NDArray[np.bool_]:
+        """Whether some tokens of the document are in no window."""
+        return self.windows.truncated_D
+
+    def part(self, start: int, stop: int) -> DocumentScores:
+        """Return the slice of documents [start, stop)."""
+        first, last = self.windows.offsets[start], self.windows.offsets[stop]
+        return DocumentScores(
+            self.scores_DL[start:stop],
+            None if self.votes_DL is None else self.votes_DL[start:stop],
+            self.windows.part(start, stop),
+            self.window_logits_WL[first:last],
+            self.window_scores_WL[first:last],
+            self.num_tokens_D[start:stop],
+            self.errors[start:stop],
+        )
+
+
+def concat_scores(parts: Sequence[DocumentScores]) -> DocumentScores:
+    """Concatenate slices of documents, in order."""
+    votes = [part.votes_DL for part in parts if part.votes_DL is not None]
+    return DocumentScores(
+        np.concatenate([part.scores_DL for part in parts]),
+        np.concatenate(votes) if votes else None,
+        concat_windows([part.windows for part in parts]),
+        np.concatenate([part.window_logits_WL for part in parts]),
+        np.concatenate([part.window_scores_WL for part in parts]),
+        np.concatenate([part.num_tokens_D for part in parts]),
+        [error for part in parts for error in part.errors],
+    )
+
+
+def results_of(scores: DocumentScores, decision: DecisionSettings, *, prefix: str = "") -> pa.Table:
+    """Return the output columns of scored documents under a decision, one row per document.
+
+    Args:
+        scores: Scored documents.
+        decision: Kind, labels, thresholds and merge.
+        prefix: Put before the name of every column.
+    """
+    return result_columns(
+        decide(scores.scores_DL, decision, scores.votes_DL),
+        scores.scores_DL,
+        decision=decision,
+        num_tokens_D=scores.num_tokens_D,
+        num_windows_D=scores.num_windows_D,
+        truncated_D=scores.truncated_D,
+        errors=scores.errors,
+        prefix=prefix,
+    )
+
+
+class Scorer:
+    """A model with its tokenizer, window plan and decision: everything between a text and its label."""
+
+    def __init__(
+        self,
+        model: WindowModel,
+        tokenizer: Tokenizer,
+        plan: WindowPlan,
+        decision: DecisionSettings,
+        *,
+        temperature: float = 1.0,
+    ) -> None:
+        model.settle_rows(plan.max_length)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.plan = plan
+        self.decision = decision
+        self.temperature = temperature
+
+    @classmethod
+    def load(
+        cls,
+        location: str | ModelFolder,
+        *,
+        compute: ComputeSettings | None = None,
+        thresholds: float | tuple[float, ...] | Mapping[str, float] | None = None,
+    ) -> Scorer:
+        """Open a model folder. Errors are raised before any text is scored.
+
+        Args:
+            location: Path or URL of a model folder, or a folder that was read already.
+            compute: Device, dtype and other settings of the forward pass. None means the defaults.
+            thresholds: Replaces the thresholds of the folder: one number, one per label, or {label: number}.
+
+        Raises:
+            ModelFolderError: The folder is not a finished model folder, or cannot be read.
+            SettingsError: The settings do not fit the model or this machine.
+        """
+        folder = read_model_folder(location) if isinstance(location, str) else location
+        decision = resolve_thresholds(thresholds, folder.decision)
+        tokenizer = load_tokenizer(folder.path, lead_space=leads_with_space(folder.windows, folder.model_type))
+        model = load_model(
+            folder.path, tokenizer.template, compute or ComputeSettings(), num_labels=decision.num_labels
+        )
+        plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type)
+        return cls(model, tokenizer, plan, decision, temperature=folder.temperature)
+
+    def warm_up(self) -> None:
+        """Run one text of each possible row length, so that no short request waits until a kernel is compiled."""
+        for num_tokens in range(0, self.plan.budget + 1, SHORTEST_STEP):
+            tokens = Tokens(np.full(num_tokens, self.tokenizer.template.pad_id, np.int32), np.array([0, num_tokens]))
+            self.score_documents(Documents(tokens, None, [None]))
+
+    def score_documents(self, documents: Documents) -> DocumentScores:
+        """Score tokenized documents. A document whose logits are not finite gets an error."""
+        cut = self.cut(documents)
+        return self.merge(documents, cut, self.model.logits(cut))
+
+    def cut(self, documents: Documents) -> CutDocuments:
+        """Cut tokenized documents into windows."""
+        return cut_documents(documents.tokens, self.plan, self.tokenizer.template, documents.pair_tokens)
+
+    def window_logits(self, cut: CutDocuments, index_W: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the logits of some windows, in the order of index_W. `merge` needs the logits of all windows."""
+        return self.model.logits(cut, index_W)
+
+    def merge(self, documents: Documents, cut: CutDocuments, logits_WL: NDArray[np.float32]) -> DocumentScores:
+        """Merge window logits (of all windows) into document scores and votes."""
+        offsets = cut.windows.offsets
+        finite_W = np.asarray(np.isfinite(logits_WL).all(axis=1))
+        errors = list(documents.errors)
+        for row in cut.windows.document_W[np.flatnonzero(~finite_W)]:
+            errors[row] = errors[row] or "the model's output is not finite"
+        logits_WL = np.where(finite_W[:, None], logits_WL, np.float32(0))
+        single = self.decision.kind in ("binary", "multiclass")
+        votes_DL = count_votes(logits_WL, offsets) if single else None
+        scored = _scores_of(logits_WL, offsets, self.decision, self.temperature)
+        return DocumentScores(scored[0], votes_DL, cut.windows, logits_WL, scored[1], documents.num_tokens_D, errors)
+
+    def decide(self, scores: DocumentScores, decision: DecisionSettings | None = None) -> Decisions:
+        """Decide labels from scores, with the thresholds of this scorer or of another decision."""
+        return decide(scores.scores_DL, decision or self.decision, scores.votes_DL)
+
+    def results(self, scores: DocumentScores, *, prefix: str = "") -> pa.Table:
+        """Return the output columns of scored documents, one row per document.
+
+        The columns are predicted_label(s) or predicted_value, score, scores and so on; prefix is put before each name.
+        """
+        return results_of(scores, self.decision, prefix=prefix)
+
+    def score_table(self, table: pa.Table, text_column: str = "text", text_pair_column: str | None = None) -> pa.Table:
+        """Score the texts of an Arrow table: one row of output columns per input row."""
+        return self.results(self.score_documents(self.tokenizer.documents(table, text_column, text_pair_column)))
+
+    def predict(self, texts: Sequence[str | None]) -> pa.Table:
+        """Score a list of texts: one row of output columns per text. None gives a row with an error."""
+        return self.score_table(pa.table({"text": pa.array(texts, pa.string())}))
+
+
+def rescored(scores: DocumentScores, decision: DecisionSettings, temperature: float) -> DocumentScores:
+    """Return the same logits, merged under another decision and temperature."""
+    merged, of_windows = _scores_of(scores.window_logits_WL, scores.windows.offsets, decision, temperature)
+    return replace(scores, scores_DL=merged, window_scores_WL=of_windows)
+
+
+def _scores_of(
+    logits_WL: NDArray[np.float32], offsets: NDArray[np.int64], decision: DecisionSettings, temperature: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the merged scores of documents, and the scores of their windows."""
+    window_scores_WL = activate(logits_WL, decision.kind, temperature)
+    return merge_windows(window_scores_WL, offsets, "max" if decision.merge == "max" else "mean"), window_scores_WL
+
+
+def plan_of(
+    windows: WindowSettings, tokenizer: Tokenizer, *, model_type: str, model_limit: int | None = None
+) -> WindowPlan:
+    """Resolve window settings into a window plan for a tokenizer and a model.
+
+    Args:
+        windows: Window settings.
+        tokenizer: Its special tokens are reserved in every window.
+        model_type: Name of the architecture in config.json.
+        model_limit: Longest input row of the model, in tokens. None means no limit.
+
+    Raises:
+        SettingsError: The settings do not fit the tokenizer or the model.
+    """
+    special = tokenizer.template.num_special_tokens(pair=False)
+    return resolve_plan(windows, num_special_tokens=special, model_limit=model_limit, model_type=model_type)

@@ -1,0 +1,330 @@
+"""Run a Hugging Face sequence classifier on windows of different lengths, from weights to logits.
+
+When a model is loaded, this module chooses its device, its dtype, and whether windows are packed or padded. It does not
+use texts or label names. Imports no Ray.
+
+Shapes: W windows, T tokens of all windows together, S tokens of the longest window, L labels.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from pipelines.decisions.labels import Scaling
+from pipelines.errors import ModelFolderError
+from pipelines.model.batching import token_batches
+from pipelines.model.devices import is_out_of_memory, resolve_device, resolve_dtype, to_device
+from pipelines.model.packing import PackedRows, Packing
+from pipelines.model.probes import attention_of, find_last_layer, packed_if_equal, sees_padding
+from pipelines.model.weights import first_line, row_limit
+from pipelines.model_folder import check_weights
+from pipelines.settings import ComputeSettings
+from pipelines.text.pretrained import quiet_transformers, uses_type_ids
+from pipelines.text.tokenization import CutDocuments, InputRows, Template, assemble
+
+SHORTEST_STEP = 8
+"""On a CPU, the length of a short packed row is a multiple of this number of tokens."""
+PADDED_MULTIPLE = 8
+"""The length of a padded row is a multiple of this number of tokens: fewer shapes, aligned memory."""
+
+
+class WindowModel:
+    """A sequence classifier on its device, with the way in which its windows are run."""
+
+    def __init__(
+        self, module: nn.Module, template: Template, compute: ComputeSettings, *, uses_type_ids: bool = False
+    ) -> None:
+        """Move a float32 module to its device and dtype, and decide whether its windows can be packed.
+
+        Args:
+            module: A float32 sequence classifier.
+            template: Special tokens, padding id and padding side of the tokenizer.
+            compute: Device, dtype, batch_tokens and packing. If num_threads is set, it becomes the number of CPU
+                threads of the whole process.
+            uses_type_ids: Whether the model's own tokenizer passes the template's type ids to it (`uses_type_ids`).
+
+        Raises:
+            SettingsError: This machine does not have the device.
+        """
+        if compute.num_threads is not None:
+            torch.set_num_threads(compute.num_threads)
+        self.template = template
+        self.device = resolve_device(compute.device)
+        self.dtype = resolve_dtype(compute.dtype, self.device)
+        self.batch_tokens = compute.batch_tokens
+        self.module = module.to(self.device).eval()
+        self._takes_type_ids = "token_type_ids" in inspect.signature(module.forward).parameters
+        self._uses_type_ids = uses_type_ids and self._takes_type_ids
+        self._row_length = 0
+        self._scaling, self._last_layer = Scaling(), ""
+        self._sees_padding = sees_padding(self)
+        self._packed = packed_if_equal(self) if compute.packing == "auto" else None
+        _cast(self)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether windows run in one row without padding."""
+        return self._packed is not None
+
+    @property
+    def num_labels(self) -> int:
+        """Number of logits per window."""
+        return int(self.module.config.num_labels)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def row_limit(self) -> int | None:
+        """Longest input row, in tokens, that the model's positions allow. None means no limit."""
+        return row_limit(self.module)
+
+    @property
+    def model_type(self) -> str:
+        """Name of the architecture in config.json."""
+        return str(self.module.config.model_type)  # type: ignore[union-attr]
+
+    def copy(self, compute: ComputeSettings) -> WindowModel:
+        """Return a copy of the weights under other compute settings, such as another dtype or device."""
+        module: Any = copy.deepcopy(self.module)
+        if self.is_packed:
+            module.set_attn_implementation("sdpa")  # the constructor decides again whether to pack
+        return WindowModel(module, self.template, compute, uses_type_ids=self._uses_type_ids)
+
+    def settle_rows(self, max_length: int) -> None:
+        """Pad every row to max_length tokens if logits would otherwise depend on the other windows of the batch.
+
+        This concerns two kinds of models. Nystromformer's convolution sees the padding. BigBird uses sparse attention
+        in long rows and full attention in short rows.
+        """
+        config: Any = self.module.config
+        is_sparse = False
+        if config.model_type == "big_bird":
+            is_sparse = max_length > (5 + 2 * config.num_random_blocks) * config.block_size
+            self.module.bert.set_attention_type("block_sparse" if is_sparse else "original_full")  # type: ignore[union-attr, operator]
+        self._row_length = max_length if is_sparse or self._sees_padding else 0
+
+    def __call__(self, rows: InputRows) -> Tensor:
+        """Return the logits (W, L) of the windows, in their order, on the device.
+
+        The logits are differentiable where gradients are enabled.
+        """
+        logits_WL = self.run_padded(rows) if self._packed is None else self.run_packed(self._packed, rows)
+        if not self._last_layer:
+            return logits_WL
+        return logits_WL.float() * self._scaling.scale + self._scaling.mean
+
+    def learn_scaled(self, scaling: Scaling, *, is_scaled: bool) -> bool:
+        """Let the module itself output (logit - mean) / scale.
+
+        Calling this object still returns logits. `save` converts the weights back, so that the saved model outputs
+        logits.
+
+        Args:
+            scaling: Mean and scale of the labels.
+            is_scaled: Whether the module's output is scaled already (a new head, or a checkpoint). If not, the weights
+                of the last layer are converted, so that the logits do not change.
+
+        Returns:
+            False, and nothing changes, if the model has no last linear layer with a bias for the mean.
+        """
+        name = find_last_layer(self)
+        if name is None:
+            return False
+        self._scaling, self._last_layer = scaling, name
+        if not is_scaled:
+            layer: Any = self.module.get_submodule(name)
+            with torch.no_grad():
+                layer.weight.div_(scaling.scale)
+                layer.bias.sub_(scaling.mean).div_(scaling.scale)
+        return True
+
+    def logits(self, cut: CutDocuments, index_W: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Compute logits batch by batch.
+
+        Args:
+            cut: Documents cut into windows.
+            index_W: Indices of the windows to compute. None means all windows.
+
+        Returns:
+            The logits (W, L) of these windows, in the order of index_W.
+        """
+        length_W = cut.length_W
+        index_W = np.arange(len(length_W)) if index_W is None else index_W
+        logits_WL = np.empty((len(length_W), self.num_labels), dtype=np.float32)
+        if self.module.training:  # left on by an interrupted training run, or by the caller
+            self.module.eval()
+        with torch.inference_mode():
+            for batch in token_batches(length_W[index_W], batch_tokens=self.batch_tokens, padded=not self.is_packed):
+                self._fill(logits_WL, cut, index_W[batch])
+        return logits_WL[index_W]
+
+    def _fill(self, logits_WL: NDArray[np.float32], cut: CutDocuments, index_W: NDArray[np.int64]) -> None:
+        """Write the logits of some windows into logits_WL.
+
+        If the windows do not fit into memory, compute each half separately and reduce batch_tokens for later calls.
+        """
+        try:
+            logits_WL[index_W] = self(assemble(cut, self.template, index_W)).float().cpu().numpy()
+            return
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or len(index_W) == 1:
+                raise
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.batch_tokens = max(1, min(self.batch_tokens, int(cut.length_W[index_W].sum())) // 2)
+        for half in np.array_split(index_W, 2):
+            self._fill(logits_WL, cut, half)
+
+    def run_packed(self, packed: PackedRows, rows: InputRows) -> Tensor:
+        """Return the logits (W, L) of all windows, computed as one row without padding."""
+        num_windows = len(rows.length_W)
+        if self.device.type == "cpu":
+            rows = _rounded_up(rows, self.template.pad_id)
+        types_T = None
+        if self._takes_type_ids:  # the model's default type ids cover only rows up to its number of positions
+            types_T = self._to_device(rows.type_ids if self._uses_type_ids else np.zeros_like(rows.type_ids))
+        packing = Packing.of(rows.length_W.tolist(), self.device, num_windows=num_windows)
+        logits_WL = packed(self._to_device(rows.ids), types_T, packing)
+        return logits_WL[:num_windows]
+
+    def run_padded(self, rows: InputRows, *, row_length: int | None = None) -> Tensor:
+        """Return the logits (W, L) of all windows, computed in the usual way: one padded batch with a mask.
+
+        row_length is the least length of a padded row, if it is not the one that `settle_rows` chose.
+        """
+        length_W = rows.length_W
+        longest = int(length_W.max())
+        rounded = -(-longest // PADDED_MULTIPLE) * PADDED_MULTIPLE
+        longest = rounded if self.row_limit is None else max(longest, min(rounded, self.row_limit))
+        longest = max(longest, self._row_length if row_length is None else row_length)
+        place_S = np.arange(longest)
+        mask_WS = place_S < length_W[:, None]
+        if self.template.pad_left:
+            mask_WS = mask_WS[:, ::-1]
+        ids_WS = np.full(mask_WS.shape, self.template.pad_id, dtype=np.int64)
+        ids_WS[mask_WS] = rows.ids
+        inputs = {"input_ids": self._to_device(ids_WS), "attention_mask": self._to_device(mask_WS.astype(np.int64))}
+        if self._uses_type_ids:
+            types_WS = np.zeros_like(ids_WS)
+            types_WS[mask_WS] = rows.type_ids
+            inputs["token_type_ids"] = self._to_device(types_WS)
+        logits: Tensor = self.module(**inputs).logits
+        return logits
+
+    def save(self, folder: Path) -> None:
+        """Write config.json and model.safetensors, with weights in float32."""
+        module: Any = self.module
+        with quiet_transformers(), attention_of(module, "sdpa" if self.is_packed else None):
+            state = {name: value.float().cpu() for name, value in self._weights().items()}
+            module.save_pretrained(folder, state_dict=state)
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """Copy the current weights to CPU memory, for a checkpoint.
+
+        Unlike `save`, this keeps the weights as they are trained: scaled, if `learn_scaled` was called.
+
+        Returns:
+            A function that writes config.json and model.safetensors into a folder. It does not use the module, so
+            training may continue before it is called.
+        """
+        module: Any = self.module
+        with attention_of(module, "sdpa" if self.is_packed else None):
+            config = copy.deepcopy(module.config)
+        weights = {
+            name: value.detach().to("cpu", torch.float32, copy=True) for name, value in module.state_dict().items()
+        }
+
+        def write(folder: Path) -> None:
+            config.save_pretrained(folder)
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+        return write
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Return the weights with which the module's own output is the logits."""
+        weights: dict[str, Tensor] = dict(self.module.state_dict())
+        if self._last_layer:
+            weights[f"{self._last_layer}.weight"] = weights[f"{self._last_layer}.weight"] * self._scaling.scale
+            bias = weights[f"{self._last_layer}.bias"]
+            weights[f"{self._last_layer}.bias"] = bias * self._scaling.scale + self._scaling.mean
+        return weights
+
+    def _to_device(self, values: NDArray[np.int64]) -> Tensor:
+        return to_device(values, self.device)
+
+
+def _rounded_up(rows: InputRows, pad_id: int) -> InputRows:
+    """Append windows of padding, so that packed rows have few different lengths.
+
+    oneDNN compiles and keeps one kernel per length. Row lengths are therefore multiples of a step. The step is
+    SHORTEST_STEP, or twice that for rows of 256 tokens or more, but at least 1/32 of the largest power of two that is
+    not above the row length.
+    """
+    total, longest = len(rows.ids), int(rows.length_W.max())
+    step = max(SHORTEST_STEP if total < 256 else 2 * SHORTEST_STEP, 2 ** (total.bit_length() - 6))
+    missing = -total % step
+    if not missing:
+        return rows
+    lengths = np.full(-(-missing // longest), longest, np.int64)
+    lengths[-1] -= lengths.sum() - missing
+    ids = np.concatenate([rows.ids, np.full(missing, pad_id, np.int64)])
+    types = np.concatenate([rows.type_ids, np.zeros(missing, np.int64)])
+    return InputRows(ids, types, np.concatenate([rows.offsets, total + np.cumsum(lengths)]))
+
+
+def _cast(model: WindowModel) -> None:
+    """Convert the module to its dtype, except for the last layer of a model with a single logit.
+
+    That layer stays in float32: bfloat16 has 8 significant bits, and a value such as a year needs 11.
+    """
+    name = find_last_layer(model) if model.num_labels == 1 and model.dtype != torch.float32 else None
+    if name is None:
+        model.module.to(model.dtype)
+        return
+    layer = model.module.get_submodule(name)
+    weights = copy.deepcopy(layer.state_dict())
+    model.module.to(model.dtype)
+    layer.float().load_state_dict(weights)
+    layer.register_forward_pre_hook(lambda _layer, inputs: (inputs[0].float(),))
+
+
+def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_labels: int) -> WindowModel:
+    """Load a finished classifier from safetensors. Never runs remote code.
+
+    Args:
+        path: Model folder.
+        template: Special tokens and padding of the folder's tokenizer.
+        compute: Device, dtype, batch_tokens, packing and num_threads.
+        num_labels: Number of logits that the model must have.
+
+    Raises:
+        ModelFolderError: The weights cannot be read, weights of the head are missing, or config.json has another number
+            of labels.
+        SettingsError: This machine does not have the device.
+    """
+    check_weights(path)
+    try:
+        with quiet_transformers():
+            module, info = AutoModelForSequenceClassification.from_pretrained(
+                path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelFolderError(f"the weights in {path} cannot be read: {first_line(error)}; copy them again") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelFolderError(f"{path} lacks weights of the classifier ({', '.join(missing[:3])}); fine-tune it first")
+    if module.config.num_labels != num_labels:
+        raise ModelFolderError(
+            f"{path}: config.json has {module.config.num_labels} labels and pipeline.json {num_labels}; both must agree"
+        )
+    return WindowModel(module, template, compute, uses_type_ids=uses_type_ids(path))

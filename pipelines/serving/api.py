@@ -1,0 +1,264 @@
+"""The HTTP application: one group of routes for each protocol, all of them answered by one `Predictor`.
+
+Imports no Ray. Ray Serve runs the application in every replica, and the tests call it directly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from importlib import resources
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from pipelines import __version__
+from pipelines.errors import DataError
+from pipelines.serving.inference_protocol import HEADER_LENGTH, answered, described, texts_of_tensors
+from pipelines.serving.middleware import Guard
+from pipelines.serving.predictor import Predictor, RequestError
+from pipelines.serving.protocols import (
+    ClassifyRequest,
+    InferenceRequest,
+    ModerationRequest,
+    classified,
+    moderated,
+    ranked,
+    texts_of_inference,
+    texts_of_moderation,
+)
+from pipelines.serving.schema import ErrorResponse, Pair, PredictRequest, PredictResponse, without_none
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    401: {"model": ErrorResponse, "description": "The API key is missing or wrong."},
+    404: {"model": ErrorResponse, "description": "This server has one model, and it has another name."},
+    413: {"model": ErrorResponse, "description": "The body is too large."},
+    422: {"model": ErrorResponse, "description": "The request does not fit the schema or a limit."},
+    424: {"model": ErrorResponse, "description": "The model failed on this batch."},
+    429: {"model": ErrorResponse, "description": "Too many tokens wait; see Retry-After."},
+}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def build_api(predictor: Predictor, *, replica: str = "local") -> FastAPI:
+    """The application that answers for a predictor.
+
+    Args:
+        predictor: The model with its queue.
+        replica: Name of this process, shown by /info.
+    """
+    api = FastAPI(title="pipelines", version=__version__, docs_url="/docs", redoc_url=None)
+    api.add_middleware(
+        Guard,
+        api_keys=predictor.settings.api_keys,
+        max_body_bytes=predictor.settings.max_body_bytes,
+        metrics=predictor.metrics,
+    )
+    api.add_exception_handler(RequestError, _answer_request_error)
+    api.add_exception_handler(HTTPException, _answer_http_exception)
+    api.add_exception_handler(RequestValidationError, _answer_validation_error)
+    for routes in (_own_routes, _hub_routes, _classify_routes, _inference_protocol_routes):
+        api.include_router(routes(predictor))
+    api.include_router(_operating_routes(predictor, replica))
+    return api
+
+
+def _own_routes(predictor: Predictor) -> APIRouter:
+    """The server's own protocol, and a page to try it."""
+    routes = APIRouter()
+    page = resources.files("pipelines").joinpath("serving/page.html").read_bytes()
+
+    @routes.get("/", include_in_schema=False)
+    async def show_page() -> Response:
+        """A page to try the model on."""
+        return Response(page, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
+
+    @routes.post("/v1/predict", response_model=PredictResponse, responses=ERRORS)
+    async def predict(body: PredictRequest) -> Response:
+        """Classify texts of any length: scores, labels, and on request the scores of each window."""
+        decision = predictor.decision_with(body.thresholds)
+        predictions, usage = await predictor.predict(body.inputs, decision, with_windows=body.windows)
+        response = PredictResponse(
+            model=predictor.name,
+            model_hash=predictor.folder.weights_hash,
+            labels=list(decision.labels),
+            predictions=predictions,
+            usage=usage,
+        )
+        return JSONResponse(without_none(response))
+
+    return routes
+
+
+def _hub_routes(predictor: Predictor) -> APIRouter:
+    """The protocols of text-embeddings-inference and of Hugging Face."""
+    routes = APIRouter()
+
+    async def infer(body: InferenceRequest, *, is_nested: bool) -> Response:
+        inputs, is_batch = _read(partial(texts_of_inference, reads_pairs=predictor.folder.reads_pairs), body)
+        top_k = (body.parameters or {}).get("top_k")
+        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+            raise RequestError(422, "validation", "top_k is a number of labels, at least 1")
+        predictions, _ = await predictor.predict(inputs)
+        answers = [ranked(prediction, top_k=top_k) for prediction in predictions]
+        return JSONResponse(answers if is_batch or is_nested else answers[0])
+
+    @routes.post("/predict", responses=ERRORS)
+    async def predict_as_inference(body: InferenceRequest) -> Response:
+        """text-embeddings-inference's route: labels with scores, the decided label first; nested for a batch."""
+        return await infer(body, is_nested=body.parameters is not None)
+
+    @routes.post("/models/{name:path}", responses=ERRORS)
+    async def predict_as_hub(name: str, body: InferenceRequest) -> Response:
+        """Hugging Face's route: always nested."""
+        return await infer(body.model_copy(update={"parameters": body.parameters or {}}), is_nested=True)
+
+    return routes
+
+
+def _classify_routes(predictor: Predictor) -> APIRouter:
+    """The protocols of vLLM and of OpenAI's moderation."""
+    routes = APIRouter()
+
+    @routes.post("/classify", responses=ERRORS)
+    @routes.post("/v1/classify", responses=ERRORS)
+    async def classify(body: ClassifyRequest) -> Response:
+        """The route of vLLM."""
+        inputs: list[str | Pair] = [body.input] if isinstance(body.input, str) else list(body.input)
+        predictions, usage = await predictor.predict(inputs)
+        return JSONResponse(classified(predictions, usage, predictor.name))
+
+    @routes.post("/v1/moderations", responses=ERRORS)
+    async def moderate(body: ModerationRequest) -> Response:
+        """OpenAI's route: a category for each label."""
+        decision = predictor.decision
+        if decision.kind == "regression":
+            raise RequestError(422, "validation", "a regression model has no categories; use /v1/predict")
+        predictions, _ = await predictor.predict(_read(texts_of_moderation, body), decision)
+        return JSONResponse(moderated(predictions, decision.labels, decision.kind, predictor.name))
+
+    return routes
+
+
+def _inference_protocol_routes(predictor: Predictor) -> APIRouter:
+    """The Open Inference Protocol, as KServe and Triton's clients speak it."""
+    routes = APIRouter(prefix="/v2")
+
+    def check_name(name: str) -> None:
+        if name != predictor.name:
+            raise RequestError(404, "route", f"this server has one model, {predictor.name}")
+
+    @routes.post("/models/{name}/infer", responses=ERRORS)
+    @routes.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
+    async def infer_tensors(name: str, request: Request) -> Response:
+        """The Open Inference Protocol's route: tensors of texts in, tensors of scores and labels out."""
+        check_name(name)
+        content = await request.body()
+        request_id, inputs = _read(lambda body: texts_of_tensors(body, request.headers.get(HEADER_LENGTH)), content)
+        predictions, _ = await predictor.predict(inputs)
+        return JSONResponse(answered(predictions, predictor.decision, predictor.name, request_id))
+
+    @routes.get("")
+    async def describe_server() -> dict[str, Any]:
+        """Name, version and extensions of this server."""
+        return {"name": "pipelines", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+    @routes.get("/models/{name}", responses=ERRORS)
+    async def describe_model(name: str) -> dict[str, Any]:
+        """The model's tensors and labels."""
+        check_name(name)
+        return described(predictor.decision, predictor.name)
+
+    @routes.get("/health/ready")
+    @routes.get("/health/live")
+    async def protocol_health() -> dict[str, bool]:
+        """Whether this replica works."""
+        _check_health(predictor)
+        return {"live": True, "ready": True}
+
+    @routes.get("/models/{name}/ready", responses=ERRORS)
+    async def protocol_readiness(name: str) -> dict[str, bool]:
+        """Whether this replica works and has that model."""
+        check_name(name)
+        return await protocol_health()
+
+    return routes
+
+
+def _operating_routes(predictor: Predictor, replica: str) -> APIRouter:
+    """Probes, metrics and facts for operators."""
+    routes = APIRouter()
+
+    @routes.get("/livez")
+    @routes.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether this replica works."""
+        _check_health(predictor)
+        return {"status": "ok"}
+
+    @routes.get("/readyz")
+    async def ready() -> dict[str, str]:
+        """Whether this replica can answer; requests reach it only after its model is loaded."""
+        return {"status": "ready"}
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        """What all replicas have counted, for Prometheus."""
+        text = await asyncio.get_running_loop().run_in_executor(None, predictor.metrics.text)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    @routes.get("/info")
+    async def info() -> dict[str, Any]:
+        """The model, how it decides, and this server's limits."""
+        return {**predictor.info, "replica": replica}
+
+    return routes
+
+
+def _check_health(predictor: Predictor) -> None:
+    if not predictor.is_alive:
+        raise RequestError(503, "unhealthy", "the batcher stopped; this replica will be replaced")
+
+
+def _read(function: Callable[[Any], Any], content: Any) -> Any:
+    """What function makes of a request's content; a DataError is the caller's mistake."""
+    try:
+        return function(content)
+    except DataError as error:
+        raise RequestError(422, "validation", str(error)) from error
+
+
+def _error(status: int, error_type: str, message: str, headers: Any = None) -> JSONResponse:
+    content = ErrorResponse(error=message, error_type=error_type).model_dump()
+    return JSONResponse(content, status_code=status, headers=headers)
+
+
+async def _answer_request_error(_: Request, error: Exception) -> Response:
+    """Our own refusals; for an overload they say when to come back."""
+    assert isinstance(error, RequestError)
+    headers = {"Retry-After": "1"} if error.status == 429 else None
+    return _error(error.status, error.error_type, str(error), headers)
+
+
+async def _answer_http_exception(_: Request, error: Exception) -> Response:
+    """No such route, or not with this method; FastAPI's 400 is a body that is not JSON."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 400:
+        return _error(422, "validation", "the body is not JSON in UTF-8")
+    return _error(error.status_code, "route", f"{error.detail}; the routes are at /docs", error.headers)
+
+
+async def _answer_validation_error(_: Request, error: Exception) -> Response:
+    """The body does not fit the schema; the input itself is not echoed."""
+    assert isinstance(error, RequestValidationError)
+    problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+    return _error(422, "validation", "; ".join(problems[:3]))

@@ -1,0 +1,49 @@
+"""API keys of the server. The settings contain hashes of the keys; requests contain the keys. Imports no Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Mapping, Sequence
+
+from pipelines.errors import SettingsError
+from pipelines.settings import ServeSettings
+
+OPEN_PATHS = frozenset({"/", "/health", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
+"""Paths that need no key: the probes, and the web page, which is static and sends the key that a user types into it."""
+LOOPBACK = ("127.", "localhost", "::1")
+
+
+def is_admitted(headers: Mapping[str, str], path: str, key_hashes: Sequence[str]) -> bool:
+    """Whether a request is allowed: no keys are set, its path is open, or its headers contain one of the keys.
+
+    The headers are `Authorization: Bearer KEY` or `x-api-key: KEY`. All hashes are compared, each in constant time.
+
+    Args:
+        headers: HTTP headers, with names in lower case.
+        path: Path of the request.
+        key_hashes: SHA-256 of each key in hex, with or without the prefix `sha256:`. Empty means that no keys are set.
+    """
+    if not key_hashes or path in OPEN_PATHS:
+        return True
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    found = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    return sum(hmac.compare_digest(found, known.removeprefix("sha256:")) for known in key_hashes) > 0
+
+
+def check_exposure(settings: ServeSettings) -> None:
+    """Check that a server without keys is reachable only from this machine, unless allow_without_key is set.
+
+    Raises:
+        SettingsError: Other machines could use the server without a key.
+    """
+    if settings.api_keys or settings.allow_without_key:
+        return
+    if settings.host.startswith(LOOPBACK) and settings.proxy == "python":
+        return
+    where = f"host={settings.host}" if settings.proxy == "python" else "proxy=haproxy, which binds every interface,"
+    raise SettingsError(
+        f"{where} lets other machines send requests without a key; set api_keys to the SHA-256 of each key "
+        "(printf %s KEY | sha256sum), or set allow_without_key if a proxy in front of the server checks requests"
+    )

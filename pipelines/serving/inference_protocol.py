@@ -1,0 +1,157 @@
+"""The Open Inference Protocol v2 of KServe and Triton clients, with the binary extension for requests.
+
+Input tensors are `text` (BYTES, [n]) and, for pairs, `text_pair`. Output tensors are `scores` (FP32, [n, labels]) and
+`num_windows` (INT32, [n]). There are also `label` (BYTES) and `score` (FP32) for single-label kinds, `held` (BOOL,
+[n, labels]) for multilabel, or `value` (FP32) for regression. An empty label means abstention. Responses are JSON
+without binary data. Imports no Ray.
+
+Specification: https://github.com/kserve/open-inference-protocol.
+Binary data: https://github.com/triton-inference-server/server.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.errors import DataError
+from pipelines.serving.schema import Pair, Prediction
+from pipelines.settings import DecisionSettings
+
+HEADER_LENGTH = "inference-header-content-length"
+MOST_DIGITS = 18
+INPUTS = ("text", "text_pair")
+
+
+def texts_of_tensors(body: bytes, header_length: str | None) -> tuple[str | None, list[str | Pair]]:
+    """Read the id and the texts of a request.
+
+    Args:
+        body: Request body: JSON, then binary tensors if there are any.
+        header_length: Value of the HTTP header HEADER_LENGTH, which is the length of the JSON in bytes. None means that
+            the whole body is JSON.
+
+    Returns:
+        The id, or None, and the texts or pairs.
+
+    Raises:
+        DataError: The body is not a valid request for texts.
+    """
+    digits = str(len(body)) if header_length is None else header_length
+    if not digits.isdecimal() or len(digits) > MOST_DIGITS or int(digits) > len(body):
+        raise DataError(f"{HEADER_LENGTH} must be a number from 0 to {len(body)}, the bytes of the body")
+    split = int(digits)
+    try:
+        request = json.loads(body[:split])
+    except (ValueError, RecursionError) as error:
+        raise DataError("the body is not valid JSON, or is nested too deeply") from error
+    tensors = request.get("inputs") if isinstance(request, dict) else None
+    if not isinstance(tensors, list) or not all(isinstance(tensor, dict) for tensor in tensors):
+        raise DataError("the body must have `inputs`, a list of tensors")
+    columns: dict[str, list[str]] = {}
+    rest = body[split:]
+    for tensor in tensors:
+        name = tensor.get("name")
+        if name not in INPUTS or name in columns:
+            raise DataError("`inputs` must be `text` and, for pairs, `text_pair`, each once")
+        columns[name], rest = _texts(tensor, rest)
+    if rest:
+        raise DataError(f"{len(rest)} unexpected bytes follow the last tensor")
+    if "text" not in columns or len({len(column) for column in columns.values()}) != 1:
+        raise DataError("`text` is missing, or `text_pair` has a different length")
+    found: list[str | Pair] = list(columns["text"])
+    if "text_pair" in columns:
+        both = zip(columns["text"], columns["text_pair"], strict=True)
+        found = [Pair(text=text, text_pair=text_pair) for text, text_pair in both]
+    return request.get("id"), found
+
+
+def answered(
+    predictions: Sequence[Prediction], decision: DecisionSettings, model: str, request_id: str | None
+) -> dict[str, Any]:
+    """Return the JSON of a response.
+
+    Args:
+        predictions: One per input.
+        decision: Kind and labels.
+        model: Name of the model.
+        request_id: Id of the request, which the response repeats. None if it has no id.
+    """
+    scores = [list(prediction.scores.values()) for prediction in predictions]
+    outputs = [_tensor("scores", "FP32", scores)]
+    if decision.kind == "regression":
+        outputs.append(_tensor("value", "FP32", [prediction.value for prediction in predictions]))
+    elif decision.kind == "multilabel":
+        held = [[label in (prediction.labels or []) for label in decision.labels] for prediction in predictions]
+        outputs.append(_tensor("held", "BOOL", held))
+    else:
+        outputs.append(_tensor("label", "BYTES", [prediction.label or "" for prediction in predictions]))
+        outputs.append(_tensor("score", "FP32", [prediction.score or 0.0 for prediction in predictions]))
+    outputs.append(_tensor("num_windows", "INT32", [prediction.num_windows for prediction in predictions]))
+    answer = {"model_name": model, "model_version": "1", "outputs": outputs}
+    return answer if request_id is None else {"id": request_id, **answer}
+
+
+def described(decision: DecisionSettings, model: str) -> dict[str, Any]:
+    """Return the model's metadata: its tensors, and the labels in the order of `scores`."""
+    width = max(len(decision.labels), 1)
+    of_kind = {"regression": [("value", "FP32", [-1])], "multilabel": [("held", "BOOL", [-1, width])]}
+    outputs = [
+        ("scores", "FP32", [-1, width]),
+        *of_kind.get(decision.kind, [("label", "BYTES", [-1]), ("score", "FP32", [-1])]),
+        ("num_windows", "INT32", [-1]),
+    ]
+    return {
+        "name": model,
+        "versions": ["1"],
+        "platform": "ray_text_classification",
+        "inputs": [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in INPUTS],
+        "outputs": [{"name": name, "datatype": kind, "shape": shape} for name, kind, shape in outputs],
+        "parameters": {"labels": list(decision.labels)},
+    }
+
+
+def _texts(tensor: dict[str, Any], rest: bytes) -> tuple[list[str], bytes]:
+    """Return the strings of a tensor, and the binary data that remains.
+
+    The strings are in the tensor's JSON, or at the start of the binary data.
+    """
+    if tensor.get("datatype") != "BYTES":
+        raise DataError("an input tensor must have the datatype BYTES")
+    parameters = tensor.get("parameters")
+    size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
+    if size is None:
+        data = tensor.get("data")
+        if not isinstance(data, list) or not all(isinstance(text, str) for text in data):
+            raise DataError("a tensor's `data` must be a flat list of strings")
+        return data, rest
+    if not isinstance(size, int) or not 0 <= size <= len(rest):
+        raise DataError(f"a tensor has binary_data_size {size!r}, but {len(rest)} bytes remain")
+    return _unpacked(rest[:size]), rest[size:]
+
+
+def _unpacked(content: bytes) -> list[str]:
+    """Return the strings of a binary tensor. Each follows its length in 4 little-endian bytes."""
+    texts, place = [], 0
+    while place < len(content):
+        if place + 4 > len(content):
+            raise DataError("a binary tensor ends inside a length")
+        (length,) = struct.unpack_from("<I", content, place)
+        place += 4
+        if place + length > len(content):
+            raise DataError("a binary tensor ends inside a string")
+        try:
+            texts.append(content[place : place + length].decode())
+        except UnicodeDecodeError as error:
+            raise DataError("a string is not valid UTF-8") from error
+        place += length
+    return texts
+
+
+def _tensor(name: str, datatype: str, rows: Sequence[Any]) -> dict[str, Any]:
+    is_matrix = bool(rows) and isinstance(rows[0], list)
+    shape = [len(rows), len(rows[0])] if is_matrix else [len(rows)]
+    data = [value for row in rows for value in row] if is_matrix else list(rows)
+    return {"name": name, "datatype": datatype, "shape": shape, "data": data}

@@ -1,0 +1,32 @@
+"""A serving job: a model folder and the server's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipelines.decisions.labels import resolve_thresholds
+from pipelines.fields import parse
+from pipelines.model_folder import read_model_folder
+from pipelines.settings import ComputeSettings, ServePaths, ServeSettings
+from pipelines.storage.locations import absolute
+
+
+@dataclass(frozen=True)
+class ServeJob:
+    """One server, from a model folder."""
+
+    model: str
+    serve: ServeSettings = field(default_factory=ServeSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, object]) -> ServeJob:
+        """A job from a flat mapping of settings, as YAML, Serve's configuration and the command line give it."""
+        paths, serve_settings, compute = parse(values, ServePaths, ServeSettings, ComputeSettings)
+        return cls(absolute(paths.model), serve_settings, compute)
+
+
+def check_job(job: ServeJob) -> None:
+    """Raise a UsageError where the model folder cannot be opened, or the thresholds do not fit its labels."""
+    resolve_thresholds(job.serve.thresholds, read_model_folder(job.model).decision)

@@ -1,0 +1,193 @@
+"""The model behind a facade: weights, tokenizer and config, and what the facade's arguments mean for the core.
+
+Shapes: n texts, W windows of one text, L labels.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pipelines.decisions.labels import encode_labels
+from pipelines.errors import DataError, ModelFolderError
+from pipelines.model.devices import resolve_dtype
+from pipelines.model.scorer import Scorer, plan_of
+from pipelines.model.weights import PROBLEM_TYPES, row_limit
+from pipelines.model.window_model import WindowModel
+from pipelines.model_folder import ModelFolder, seal
+from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
+from pipelines.simpletransformers.arguments import ClassificationArgs
+from pipelines.simpletransformers.inputs import LabelledTexts, label_array, text_array
+from pipelines.simpletransformers.loading import open_config
+from pipelines.simpletransformers.translate import (
+    compute_settings,
+    count_labels,
+    decision_settings,
+    seed_of,
+    window_settings,
+)
+from pipelines.text.pretrained import quiet_transformers, save_tokenizer, uses_type_ids, vocabulary_size
+from pipelines.text.tokenization import Documents
+from pipelines.text.windows import leads_with_space
+from pipelines.training.corpus import LabelledDocuments
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, as the caller of a facade says it."""
+
+    model_type: str
+    model_name: str
+    tokenizer_name: str | None = None
+    num_labels: int | None = None
+    is_multilabel: bool = False
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    """Further keywords of Hugging Face's from_pretrained."""
+
+
+class Engine:
+    """An open model. Its arguments may be changed between calls; each call reads them anew."""
+
+    def __init__(
+        self, args: ClassificationArgs, source: ModelSource, *, device: str, known_type: str | None = None
+    ) -> None:
+        """Open pretrained or fine-tuned weights.
+
+        Args:
+            args: The facade's arguments; labels_list and labels_map are completed.
+            source: Where the model comes from.
+            device: Device of the model, such as cpu or cuda:0.
+            known_type: The architecture as Simple Transformers calls it; by default source.model_type.
+
+        Raises:
+            SettingsError: Arguments that do not fit together.
+            ModelFolderError: Weights that cannot be opened.
+        """
+        self.args, self.device, self.is_multilabel = args, device, source.is_multilabel
+        self._their_type = known_type or source.model_type
+        counted = count_labels(args, source.num_labels, is_multilabel=source.is_multilabel)
+        self.config = open_config(source.model_type, source.model_name, counted, args)
+        self.num_labels: int = self.config.num_labels
+        self._set_config_labels()
+        self._folder = tempfile.TemporaryDirectory(prefix="pipelines-model-")
+        folder = Path(self._folder.name)
+        self._tokenizer = save_tokenizer(source.tokenizer_name or source.model_name, folder, args.special_tokens_list)
+        module = self._load(source, folder)
+        compute = replace(self.compute, dtype="float32")
+        self.model = WindowModel(module, self._tokenizer.template, compute, uses_type_ids=uses_type_ids(folder))
+        self._in_other_dtype: WindowModel | None = None
+
+    @property
+    def decision(self) -> DecisionSettings:
+        """Kind, labels, merge and thresholds under the arguments as they are now."""
+        return decision_settings(self.args, self.num_labels, is_multilabel=self.is_multilabel)
+
+    @property
+    def compute(self) -> ComputeSettings:
+        """How the forward pass runs under the arguments as they are now."""
+        return compute_settings(self.args, self.device)
+
+    @property
+    def label_names(self) -> list[Any] | None:
+        """Labels as the caller spells them, by id, where answers use them; else None."""
+        uses_names = self.args.labels_map and not self.is_multilabel and self.decision.kind != "regression"
+        return list(self.args.labels_list) if uses_names else None
+
+    @property
+    def model_type(self) -> str:
+        """The architecture as Simple Transformers calls it, as far as it is known."""
+        return self._their_type
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer."""
+        return AutoTokenizer.from_pretrained(self._folder.name, trust_remote_code=False)
+
+    def scorer(self, *, for_predictions: bool = False) -> Scorer:
+        """The core's scorer under the arguments as they are now.
+
+        Weights are kept in float32, from which training continues exactly. for_predictions takes a copy in args.dtype.
+        """
+        windows, model_type = self._windows(), str(self.config.model_type)
+        plan = plan_of(windows, self._tokenizer, model_type=model_type, model_limit=row_limit(self.model.module))
+        tokenizer = self._tokenizer.with_lead_space(leads_with_space(windows, model_type))
+        model = self._in_dtype() if for_predictions else self.model
+        return Scorer(model, tokenizer, plan, self.decision)
+
+    def documents(self, texts: list[Any], pairs: list[Any] | None) -> Documents:
+        """Tokenized texts or pairs. Raises DataError for one that is missing."""
+        columns = {"text": text_array(texts)}
+        if pairs is not None:
+            columns["text_pair"] = text_array(pairs)
+        documents = self.scorer().tokenizer.documents(pa.table(columns), *columns)
+        bad = next(((row, error) for row, error in enumerate(documents.errors) if error), None)
+        if bad is not None:
+            raise DataError(f"text {bad[0]}: {bad[1]}")
+        return documents
+
+    def labelled(self, data: LabelledTexts) -> LabelledDocuments:
+        """Tokenized texts with their targets. Raises DataError where there are no rows or no labels."""
+        if data.labels is None:
+            raise DataError("the data has no labels: it needs a column `labels`, or labels as its second column")
+        if not data.texts:
+            raise DataError("the data has no rows")
+        names = list(self.args.labels_list) if self.args.labels_map and not self.is_multilabel else None
+        decision = self.decision
+        targets = encode_labels(pa.chunked_array([label_array(data.labels, decision, names)]), decision)
+        return LabelledDocuments(self.documents(data.texts, data.pairs), targets)
+
+    def write(self, folder: Path) -> None:
+        """Write everything of a finished model folder into one that does not exist yet."""
+        shutil.copytree(self._folder.name, folder)
+        self.model.save(folder)
+        self.args.save(str(folder))
+        windows = replace(self._windows(), max_length=self.scorer().plan.max_length)
+        seal(ModelFolder(folder, windows, self.decision))
+
+    def weights_changed(self) -> None:
+        """Forget copies of the weights."""
+        self._in_other_dtype = None
+
+    def _windows(self) -> WindowSettings:
+        return window_settings(self.args, None if self._their_type == "auto" else self._their_type)
+
+    def _set_config_labels(self) -> None:
+        decision = self.decision
+        names = list(decision.labels) or ["value"]
+        self.config.id2label = dict(enumerate(names))
+        self.config.label2id = {name: number for number, name in enumerate(names)}
+        self.config.problem_type = PROBLEM_TYPES[decision.kind]
+
+    def _load(self, source: ModelSource, folder: Path) -> Any:
+        torch.manual_seed(seed_of(self.args))
+        try:
+            with quiet_transformers():
+                module = AutoModelForSequenceClassification.from_pretrained(
+                    source.model_name, config=self.config, use_safetensors=True, dtype=torch.float32, **source.keywords
+                )
+                if self.args.special_tokens_list:
+                    module.resize_token_embeddings(max(vocabulary_size(folder), self.config.vocab_size))
+        except RuntimeError as error:
+            raise ModelFolderError(
+                f"the weights of {source.model_name} do not fit {self.num_labels} labels; give the number that it was "
+                f"trained with, or ignore_mismatched_sizes=True for a new head"
+            ) from error
+        return module
+
+    def _in_dtype(self) -> WindowModel:
+        """The model in args.dtype: itself, or a copy."""
+        compute = self.compute
+        if resolve_dtype(compute.dtype, self.model.device) == torch.float32:
+            return self.model
+        if self._in_other_dtype is None:
+            self._in_other_dtype = self.model.copy(compute)
+        return self._in_other_dtype

@@ -1,0 +1,93 @@
+"""What a facade checks and reads to open a model: keywords, device, config, and the folder's own arguments."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.model.devices import resolve_device
+from pipelines.model_folder import PIPELINE_FILE, check_weights, read_model_folder
+from pipelines.simpletransformers.arguments import ClassificationArgs
+from pipelines.simpletransformers.saving import MODEL_ARGS
+from pipelines.simpletransformers.translate import saved_args
+from pipelines.text.pretrained import quiet_transformers
+
+MODEL_TYPES = {
+    "bertweet": "roberta",
+    "bigbird": "big_bird",
+    "debertav2": "deberta-v2",
+    "herbert": "bert",
+    "xlmroberta": "xlm-roberta",
+}
+"""Their names of architectures that are not Hugging Face's."""
+
+
+def refuse_keywords(kwargs: dict[str, Any]) -> None:
+    """Take out Simple Transformers' own keywords where they ask for nothing, and refuse those that do."""
+    if kwargs.get("trust_remote_code"):
+        raise SettingsError("trust_remote_code=True is refused: remote code never runs")
+    for name in ("onnx_execution_provider", "global_attention_fn", "sweep_config"):
+        if kwargs.pop(name, None):
+            raise SettingsError(f"{name} is refused: there is no such thing here")
+
+
+def args_of_folder(folder: Path) -> dict[str, Any]:
+    """What a model folder's pipeline.json says, where no model_args.json says it better."""
+    if not (folder / PIPELINE_FILE).is_file() or (folder / MODEL_ARGS).is_file():
+        return {}
+    found = read_model_folder(folder)
+    return saved_args(found.windows, found.decision)
+
+
+def loss_weights(values: Any) -> Any:
+    """Loss weights as a tuple, or "balanced"."""
+    return values if values is None or isinstance(values, str) else tuple(float(value) for value in values)
+
+
+def check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Raise SettingsError for a keyword that is no function."""
+    for name, metric in metrics.items():
+        if not callable(metric):
+            raise SettingsError(f"{name}={metric!r} is no metric: pass a function of (true labels, predictions)")
+
+
+def warn_of_inert(args: ClassificationArgs) -> None:
+    """One warning for all arguments that were set and do nothing here."""
+    names = args.changed("inert")
+    if names:
+        message = f"without effect here: {', '.join(names)} (docs/simpletransformers.md says why)"
+        warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def device_of(use_cuda: bool | None, cuda_device: int) -> str:
+    """A GPU when there is one, where use_cuda is None; SettingsError where it is True and there is none."""
+    if use_cuda is None:
+        return str(resolve_device("auto" if cuda_device < 0 else f"cuda:{cuda_device}"))
+    if not use_cuda:
+        return "cpu"
+    return str(resolve_device("cuda" if cuda_device < 0 else f"cuda:{cuda_device}"))
+
+
+def open_config(model_type: str, model_name: str, num_labels: int | None, args: ClassificationArgs) -> Any:
+    """Hugging Face's config. Raises ModelFolderError where model_type is another than that of the weights."""
+    if Path(model_name).is_dir():
+        check_weights(Path(model_name))
+    if args.config.get("output_hidden_states") or args.config.get("output_attentions"):
+        raise SettingsError("config output_hidden_states is refused: predict returns predictions and raw outputs alone")
+    values = {**({} if num_labels is None else {"num_labels": num_labels}), **args.config}
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(model_name, **values)
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{model_name} is no folder and no hub name: {str(error).splitlines()[0]}") from error
+    wanted = MODEL_TYPES.get(model_type, model_type)
+    if wanted not in ("auto", config.model_type):
+        raise ModelFolderError(
+            f"model_type is {model_type!r} but {model_name} holds a {config.model_type!r}; use that, or 'auto'"
+        )
+    return config

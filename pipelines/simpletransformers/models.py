@@ -1,0 +1,300 @@
+"""A drop-in for the classification models of Simple Transformers: change the import, keep the script.
+
+The facades translate arguments to settings, data to documents, and answers to the shapes that scripts expect.
+Tokenizing, windows, training and scoring are the core's. docs/simpletransformers.md lists what differs on purpose.
+
+Shapes: n texts, W windows of one text, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.decisions.labels import decide
+from pipelines.decisions.metrics import evaluate
+from pipelines.errors import DataError
+from pipelines.progress import hidden_progress
+from pipelines.settings import TrainSettings
+from pipelines.simpletransformers.arguments import ClassificationArgs, MultiLabelClassificationArgs
+from pipelines.simpletransformers.engine import Engine, ModelSource
+from pipelines.simpletransformers.inputs import read_rows, split_pairs
+from pipelines.simpletransformers.loading import (
+    args_of_folder,
+    check_metrics,
+    device_of,
+    loss_weights,
+    refuse_keywords,
+    warn_of_inert,
+)
+from pipelines.simpletransformers.outputs import (
+    InputExample,
+    predicted,
+    progress_lists,
+    raw_outputs,
+    write_results,
+    wrong_predictions,
+)
+from pipelines.simpletransformers.saving import check_output, replace_files
+from pipelines.simpletransformers.training import FacadeRun, Metric, fit_documents, own_metrics
+from pipelines.simpletransformers.translate import resolve_args, theirs, train_settings
+from pipelines.training.checkpoints import STATE_FILE
+from pipelines.training.fit import mean_loss
+from pipelines.training.losses import resolve_loss
+from pipelines.training.state import BestMetric
+
+
+class ClassificationModel:
+    """Binary and multi-class classification, and regression.
+
+    Example:
+        >>> model = ClassificationModel("bert", "bert-base-uncased", args={"num_train_epochs": 1})
+        >>> model.train_model(train_df)
+        >>> predictions, raw_outputs = model.predict(["a text", "another text"])
+    """
+
+    _args_class: type[ClassificationArgs] = ClassificationArgs
+    _is_multilabel = False
+
+    def __init__(
+        self,
+        model_type: str,
+        model_name: str,
+        tokenizer_type: str | None = None,
+        tokenizer_name: str | None = None,
+        num_labels: int | None = None,
+        weight: Sequence[float] | None = None,
+        args: Mapping[str, Any] | ClassificationArgs | None = None,
+        use_cuda: bool | None = None,
+        cuda_device: int = -1,
+        **kwargs: Any,
+    ) -> None:
+        """Open pretrained or fine-tuned weights, by hub name or folder.
+
+        use_cuda None takes a GPU when there is one. Further keywords go to Hugging Face's from_pretrained.
+
+        Raises:
+            SettingsError: Arguments that are unknown or do not fit together; before any weights are read.
+            ModelFolderError: Weights that cannot be opened.
+        """
+        refuse_keywords(kwargs)
+        resolved = resolve_args(self._args_class, model_name, args, args_of_folder(Path(model_name)))
+        known_type = model_type if model_type != "auto" else resolved.model_type or "auto"
+        resolved.model_class = type(self).__name__
+        resolved.model_name, resolved.model_type = model_name, model_type
+        resolved.tokenizer_name, resolved.tokenizer_type = tokenizer_name or model_name, tokenizer_type or model_type
+        warn_of_inert(resolved)
+        if resolved.thread_count:
+            torch.set_num_threads(resolved.thread_count)
+        self.weight = loss_weights(weight)
+        self.device = device_of(use_cuda, cuda_device)
+        source = ModelSource(
+            model_type,
+            model_name,
+            tokenizer_name,
+            num_labels,
+            is_multilabel=self._is_multilabel,
+            keywords=kwargs,
+        )
+        self._engine = Engine(resolved, source, device=self.device, known_type=known_type)
+        self._checkpoint = Path(model_name) if (Path(model_name) / STATE_FILE).is_file() else None
+        self.config, self.num_labels = self._engine.config, self._engine.num_labels
+        self.results: dict[str, Any] = {}
+        self._engine.scorer()  # arguments that do not fit the model are refused now
+
+    @property
+    def args(self) -> ClassificationArgs:
+        """The arguments; they may be changed between calls."""
+        return self._engine.args
+
+    @args.setter
+    def args(self, args: ClassificationArgs) -> None:
+        self._engine.args = args
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer; scoring and training use the folder's tokenizer.json."""
+        return self._engine.tokenizer
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The Hugging Face module."""
+        return self._engine.model.module
+
+    def train_model(
+        self,
+        train_df: Any,
+        multi_label: bool = False,
+        output_dir: str | None = None,
+        show_running_loss: bool = True,
+        args: Mapping[str, Any] | None = None,
+        eval_df: Any = None,
+        verbose: bool = True,
+        eval_data: Any = None,
+        **metrics: Metric,
+    ) -> tuple[int, float | dict[str, list[Any]]]:
+        """Fine-tune, keep the best weights where evaluate_during_training, and save to output_dir.
+
+        Opened on a checkpoint of an unfinished run, the first call resumes that run.
+
+        Returns:
+            (optimizer steps, mean loss), or (steps, progress lists by name) under evaluate_during_training.
+        """
+        self.args.update_from_dict(args or {})
+        output = output_dir or self.args.output_dir
+        check_output(output, self.args)
+        eval_data = eval_data if eval_data is not None else eval_df
+        if self.args.evaluate_during_training and eval_data is None:
+            raise DataError("evaluate_during_training needs eval_df (or eval_data) in train_model")
+        check_metrics(metrics)
+        settings = self._train_settings()
+        BestMetric.of(settings, self._engine.decision, tuple(metrics))
+        train = self._engine.labelled(read_rows(train_df))
+        valid = self._engine.labelled(read_rows(eval_data)) if self.args.evaluate_during_training else None
+        checkpoint, self._checkpoint = self._checkpoint, None
+        run = FacadeRun(train, valid, output, settings, metrics, checkpoint)
+        with hidden_progress(self.args.silent or not verbose):
+            if self.args.num_workers:
+                from pipelines.simpletransformers.workers import fit_on_workers  # imports Ray, only where it is used
+
+                state = fit_on_workers(self._engine, run)
+            else:
+                state = fit_documents(self._engine, run)
+        if valid is None:
+            return state.step, float(np.mean(state.losses))
+        return state.step, progress_lists(state)
+
+    def eval_model(
+        self,
+        eval_df: Any,
+        multi_label: bool = False,
+        output_dir: str | None = None,
+        verbose: bool = True,
+        silent: bool = False,
+        wandb_log: bool = False,
+        **metrics: Metric,
+    ) -> tuple[dict[str, Any], Any, list[InputExample]]:
+        """Metrics, raw outputs as `predict` gives them, and the texts that were predicted wrong.
+
+        Further keywords are metrics of the caller. They get (true labels, predictions), or, where the name starts with
+        prob_, (true labels, raw outputs). Their results replace built-in ones of the same name.
+        """
+        check_metrics(metrics)
+        data = read_rows(eval_df)
+        labelled = self._engine.labelled(data)
+        decision = self._engine.decision
+        scores = self._engine.scorer(for_predictions=True).score_documents(labelled.documents)
+        decisions = decide(scores.scores_DL, decision, scores.votes_DL)
+        loss = resolve_loss(self._train_settings(), decision, labelled.targets)
+        result = theirs(evaluate(labelled.targets, scores.scores_DL, decisions, decision))
+        result["eval_loss"] = mean_loss(scores, labelled.targets, loss)
+        result |= own_metrics(self._engine, metrics, labelled.targets, decisions, scores)
+        self.results.update(result)
+        if output_dir is not None:
+            write_results(Path(output_dir), result)
+        outputs = raw_outputs(scores, decision, by_window=self.args.sliding_window)
+        return result, outputs, wrong_predictions(data, labelled.targets, predicted(decisions))
+
+    def predict(self, to_predict: Sequence[Any], multi_label: bool = False) -> tuple[Any, Any]:
+        """Predictions and raw outputs of texts, or of pairs given as [text_a, text_b].
+
+        Returns:
+            Predictions: label ids (n,), label names where labels_list gives them, 0/1 lists for several labels, values
+            (n,) for regression. Raw outputs: logits (n, L) (several labels: probabilities; regression: values (n,)),
+            or with sliding_window a list of n arrays (W, L).
+        """
+        if isinstance(to_predict, str):
+            raise DataError("predict takes a list of texts; put the text into a list")
+        rows = to_predict.tolist() if hasattr(to_predict, "tolist") else list(to_predict)
+        scorer = self._engine.scorer(for_predictions=True)
+        scores = scorer.score_documents(self._engine.documents(*split_pairs(rows)))
+        found = predicted(scorer.decide(scores))
+        outputs = raw_outputs(scores, scorer.decision, by_window=self.args.sliding_window)
+        names = self._engine.label_names
+        return (found if names is None else [names[label] for label in found]), outputs
+
+    def save_model(
+        self,
+        output_dir: str | None = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        model: Any = None,
+        results: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write a finished model folder, which `pipelines score` and `pipelines serve` take, with model_args.json.
+
+        optimizer, scheduler and model are accepted because Simple Transformers has them. Checkpoints keep the first
+        two, and the weights are always this model's. results are written into eval_results.txt.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        replace_files(folder, self._engine.write)
+        if results:
+            write_results(folder, results)
+
+    def save_model_args(self, output_dir: str) -> None:
+        """Write model_args.json alone."""
+        self.args.save(output_dir)
+
+    def get_named_parameters(self) -> list[str]:
+        """Names that custom_parameter_groups can use."""
+        return [name for name, _ in self.model.named_parameters()]
+
+    def _train_settings(self) -> TrainSettings:
+        return train_settings(self.args, self.device, **self._loss_weights())
+
+    def _loss_weights(self) -> dict[str, Any]:
+        return {"weight": self.weight}
+
+
+class MultiLabelClassificationModel(ClassificationModel):
+    """Any number of labels per text; the third positional argument is num_labels, as in Simple Transformers."""
+
+    _args_class = MultiLabelClassificationArgs
+    _is_multilabel = True
+
+    def __init__(
+        self,
+        model_type: str,
+        model_name: str,
+        num_labels: int | None = None,
+        pos_weight: Sequence[float] | None = None,
+        args: Mapping[str, Any] | ClassificationArgs | None = None,
+        use_cuda: bool | None = None,
+        cuda_device: int = -1,
+        **kwargs: Any,
+    ) -> None:
+        """Open pretrained or fine-tuned weights; 2 labels unless num_labels, labels_list or the weights say more."""
+        self.pos_weight = loss_weights(pos_weight)
+        super().__init__(
+            model_type,
+            model_name,
+            num_labels=num_labels,
+            args=args,
+            use_cuda=use_cuda,
+            cuda_device=cuda_device,
+            **kwargs,
+        )
+
+    def train_model(  # type: ignore[override]  # positions as in Simple Transformers' own subclass
+        self,
+        train_df: Any,
+        multi_label: bool = True,
+        eval_df: Any = None,
+        output_dir: str | None = None,
+        show_running_loss: bool = True,
+        args: Mapping[str, Any] | None = None,
+        verbose: bool = True,
+        eval_data: Any = None,
+        **metrics: Metric,
+    ) -> tuple[int, float | dict[str, list[Any]]]:
+        """As for one label; metrics of the caller get probabilities (n, L)."""
+        return super().train_model(
+            train_df, multi_label, output_dir, show_running_loss, args, eval_df, verbose, eval_data, **metrics
+        )
+
+    def _loss_weights(self) -> dict[str, Any]:
+        return {"pos_weight": self.pos_weight}

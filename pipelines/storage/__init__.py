@@ -1,0 +1,1 @@
+"""Files: where they are, which rows they hold, and how they are read and written."""

@@ -1,0 +1,102 @@
+"""Check the text and label columns of an input table, and read texts from them.
+
+Every error message names the column, its type and the remedy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.errors import DataError
+
+SOURCE_COLUMNS = ("source_file", "source_row")
+"""Names of the columns that identify an input row, without prefix."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts of a column. Every text is valid Unicode: a bad text is replaced by "" and has an error."""
+
+    texts: list[str]
+    errors: list[str | None]
+    """Why a row cannot be scored, or None if it can."""
+
+
+def check_text_column(schema: pa.Schema, name: str, *, where: str) -> None:
+    """Check that a schema has a string column for the texts.
+
+    Args:
+        schema: Schema of the input.
+        name: Name of the text column.
+        where: Name of the input, for the error message.
+
+    Raises:
+        DataError: The column is missing or is not a string column.
+    """
+    problem = text_column_problem(schema, name)
+    if problem is not None:
+        raise DataError(f"{where} {problem}; name the text column with --text-column")
+
+
+def text_column_problem(schema: pa.Schema, name: str) -> str | None:
+    """Return why a column cannot be read as texts, or None if it can.
+
+    The reason completes a sentence that starts with the file name: "has no column 'text'; it has: ...".
+    """
+    if name not in schema.names:
+        return f"has no column {name!r}; it has: {', '.join(schema.names)}"
+    kind = schema.field(name).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return None
+    return f"has a column {name!r} of type {kind}, not string"
+
+
+def check_label_column(schema: pa.Schema, name: str, *, where: str) -> None:
+    """Check that a schema has the label column.
+
+    Args:
+        schema: Schema of the input.
+        name: Name of the label column.
+        where: Name of the input, for the error message.
+
+    Raises:
+        DataError: The column is missing.
+    """
+    if name not in schema.names:
+        raise DataError(
+            f"{where} has no column {name!r}; name the label column with --label-column; "
+            f"it has: {', '.join(schema.names)}"
+        )
+
+
+def read_texts(column: pa.ChunkedArray) -> Texts:
+    """Read the texts of a string column of any Arrow string type. Null and invalid UTF-8 become errors of the row."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_string_view(column.type):  # pyarrow has no fill_null for this type
+        column = column.cast(pa.large_string())
+    null_D = column.is_null().to_pylist() if column.null_count else [False] * len(column)
+    errors = ["the text is null" if null else None for null in null_D]
+    if column.null_count:
+        column = pc.fill_null(column, pa.scalar("", column.type))
+    try:
+        return Texts(column.to_pylist(), errors)
+    except UnicodeDecodeError:
+        return _decode_each(column, errors)
+
+
+def _decode_each(column: pa.ChunkedArray, errors: list[str | None]) -> Texts:
+    """Decode row by row. This slow path is only for a column that contains invalid UTF-8."""
+    texts = []
+    for row, value in enumerate(column.cast(pa.large_binary()).to_pylist()):
+        try:
+            texts.append(value.decode())
+        except UnicodeDecodeError as error:
+            texts.append("")
+            errors[row] = f"the text is not valid UTF-8 (byte {error.start}: {error.reason})"
+    return Texts(texts, errors)

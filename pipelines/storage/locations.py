@@ -1,0 +1,195 @@
+"""Access files through fsspec: paths and URLs, names for display, retries, and atomic commits.
+
+A commit to a local folder writes a temporary file in the same folder, syncs it and renames it. A commit to an object
+store is one atomic upload.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import random
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.errors import DataError, OutputError
+
+ATTEMPTS = 5
+"""Number of attempts of a filesystem call before its error is raised."""
+FIRST_PAUSE_SECONDS = 0.2
+"""Pause before the second attempt. Each later pause is 3 times as long. Each is multiplied by a random 0.5 to 1.5."""
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+"""Errors that are not retried, because another attempt would fail too."""
+Result = TypeVar("Result")
+
+
+def absolute(location: str) -> str:
+    """Return an absolute path, which is valid in processes with another working folder. A URL stays unchanged."""
+    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
+
+
+def is_local(location: str) -> bool:
+    """Return whether a location is a path on this machine."""
+    return "://" not in location or location.startswith(("file://", "local://"))
+
+
+def shown(location: str) -> str:
+    """Return a location without user, password and query, for logs and files."""
+    if "://" not in location:
+        return location
+    parts = urlsplit(location)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def filesystem_of(location: str) -> tuple[AbstractFileSystem, str]:
+    """Return the fsspec filesystem of a path or URL, and the path within it.
+
+    Raises:
+        DataError: The protocol is unknown, or its package is not installed.
+    """
+    try:
+        filesystem, path = fsspec.core.url_to_fs(location)
+    except (ValueError, ImportError) as error:
+        raise DataError(
+            f"{shown(location)} cannot be opened: {error}; "
+            f"install the extra for its storage: ray-text-classification[s3|gcs|azure]"
+        ) from error
+    return filesystem, str(path)
+
+
+def retried(action: Callable[[], Result]) -> Result:
+    """Call action, and call it again if it fails with a filesystem error that may be temporary.
+
+    The pauses between the attempts grow (`FIRST_PAUSE_SECONDS`).
+
+    Returns:
+        The result of action.
+
+    Raises:
+        OSError: The error is in `LASTING`, or the last of `ATTEMPTS` attempts failed.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except LASTING:
+            raise
+        except OSError:
+            if attempt == ATTEMPTS:
+                raise
+            time.sleep(FIRST_PAUSE_SECONDS * 3 ** (attempt - 1) * random.uniform(0.5, 1.5))
+    raise AssertionError("unreachable")
+
+
+def list_names(location: str) -> dict[str, int]:
+    """Return the names and sizes in bytes of the files directly in a folder. Empty if the folder does not exist."""
+    filesystem, path = filesystem_of(location)
+    filesystem.invalidate_cache()
+    try:
+        entries = retried(lambda: filesystem.ls(path, detail=True))
+    except FileNotFoundError:
+        return {}
+    return {posixpath.basename(entry["name"]): int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
+
+
+def is_empty(location: str) -> bool:
+    """Return whether a folder is empty or does not exist. In an object store, a folder without files does not exist."""
+    filesystem, path = filesystem_of(location)
+    filesystem.invalidate_cache()
+    try:
+        return not retried(lambda: filesystem.ls(path))
+    except FileNotFoundError:
+        return True
+
+
+def read_bytes(location: str, name: str) -> bytes:
+    """Return the content of a file in a folder."""
+    filesystem, folder = filesystem_of(location)
+    return bytes(retried(lambda: filesystem.cat_file(posixpath.join(folder, name))))
+
+
+def read_json(location: str, name: str) -> Any:
+    """Return the parsed content of a JSON file in a folder."""
+    return json.loads(read_bytes(location, name))
+
+
+def remove(location: str, name: str) -> None:
+    """Remove a file from a folder, if it exists."""
+    filesystem, folder = filesystem_of(location)
+    try:
+        retried(lambda: filesystem.rm_file(posixpath.join(folder, name)))
+    except FileNotFoundError:
+        return
+
+
+def commit_table(location: str, name: str, table: pa.Table) -> int:
+    """Write a Parquet file (zstd) atomically, and return its size in bytes."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    content = buffer.getvalue()
+    commit_bytes(location, name, memoryview(content))
+    return int(content.size)
+
+
+def commit_json(location: str, name: str, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically."""
+    commit_bytes(location, name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def commit_bytes(location: str, name: str, content: bytes | memoryview) -> None:
+    """Write a file atomically: readers see all of the content or none of it, even if the writer is killed."""
+    filesystem, folder = filesystem_of(location)
+    target = posixpath.join(folder, name)
+    if isinstance(filesystem, LocalFileSystem):
+        retried(lambda: _commit_locally(target, content))
+    else:
+        retried(lambda: filesystem.pipe_file(target, bytes(content)))
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Sync a local folder and its files to disk, so that they survive a power loss."""
+    for name in [*(entry.path for entry in os.scandir(folder) if entry.is_file()), folder]:
+        descriptor = os.open(name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _commit_locally(target: str, content: bytes | memoryview) -> None:
+    folder, name = posixpath.split(target)
+    partial = posixpath.join(folder, f".{name}.{uuid.uuid4().hex}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except OSError:
+        if os.path.exists(partial):
+            os.unlink(partial)
+        raise
+
+
+def make_folder(location: str) -> None:
+    """Create an output folder if it does not exist.
+
+    Raises:
+        OutputError: The location is a file or cannot be written.
+    """
+    filesystem, path = filesystem_of(location)
+    try:
+        if filesystem.isfile(path):
+            raise OutputError(f"--output {shown(location)} is a file; give a folder")
+        filesystem.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"--output {shown(location)} cannot be written: {error}") from error

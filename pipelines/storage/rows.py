@@ -1,0 +1,235 @@
+"""Read the rows of work units from Parquet files.
+
+Every row of a unit is returned: a row that cannot be read is null and has an error that says why. Row groups are
+decoded batch by batch, so that a row group of several gigabytes needs only the memory of its batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+
+from pipelines.errors import DataError
+from pipelines.storage.columns import SOURCE_COLUMNS, text_column_problem
+from pipelines.storage.locations import filesystem_of, retried
+from pipelines.storage.shards import InputFile, Span, WorkUnit
+
+BATCH_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one unit, in order."""
+
+    table: pa.Table
+    """The requested columns, then source_file and source_row (int64). The prefix is added to these two names."""
+    errors: list[str | None]
+    """Why a row could not be read, or None. The requested columns of a row with an error are null."""
+    seconds: float
+    """Time that reading took, in seconds."""
+
+
+def read_unit(location: str, unit: WorkUnit, schema: pa.Schema, *, prefix: str = "") -> pa.Table:
+    """Read one unit. A column that a file does not have is null.
+
+    Args:
+        location: Location of the input.
+        unit: Unit to read.
+        schema: Names and types of the columns to read.
+        prefix: Prefix for the names of the source columns.
+
+    Returns:
+        The columns of the schema, then the source columns.
+
+    Raises:
+        DataError: A row group cannot be read.
+    """
+    (rows,) = read_units(location, [unit], schema, prefix=prefix)
+    bad = next((error for error in rows.errors if error is not None), None)
+    if bad is not None:
+        raise DataError(bad)
+    return rows.table
+
+
+def read_units(
+    location: str, units: Iterable[WorkUnit], schema: pa.Schema, *, text_columns: Sequence[str] = (), prefix: str = ""
+) -> Iterator[Rows]:
+    """Read units one after another. Consecutive spans of the same row group are decoded once.
+
+    Every row of a unit is returned. If a row group cannot be read, or a file lacks a text column, its rows are null and
+    have an error. The columns are cast to the schema.
+
+    Args:
+        location: Location of the input.
+        units: Units to read.
+        schema: Names and types of the columns to read.
+        text_columns: Columns that every file must have as string columns.
+        prefix: Prefix for the names of the source columns.
+
+    Yields:
+        The rows of each unit.
+    """
+    filesystem, _ = filesystem_of(location)
+    reader = _GroupReader(filesystem, schema)
+    for unit in units:
+        started = time.perf_counter()
+        tables: list[pa.Table] = []
+        errors: list[str | None] = []
+        for span in unit.spans:
+            table, error = _read_span(reader, span, schema, text_columns)
+            first = span.first_row + span.start
+            columns = (pa.array([span.file.url] * len(table), pa.string()), pa.array(range(first, first + len(table))))
+            for name, column in zip(SOURCE_COLUMNS, columns, strict=True):
+                table = table.append_column(prefix + name, column)
+            tables.append(table)
+            errors += [error] * len(table)
+        yield Rows(pa.concat_tables(tables).combine_chunks(), errors, time.perf_counter() - started)
+
+
+def together(files: Sequence[InputFile], names: Sequence[str] | None = None) -> pa.Schema:
+    """Return one schema for the columns and Hive partitions of all files.
+
+    Dictionary types become their value types. Partition values are strings.
+
+    Args:
+        files: Files to combine. Files without a schema are skipped.
+        names: Columns to include, in this order. None includes all columns, in order of first appearance.
+
+    Raises:
+        DataError: The types of a column in different files cannot be unified.
+    """
+    found = pa.schema([])
+    for file in files:
+        if file.schema is None:
+            continue
+        own = [plain_field(column) for column in file.schema if names is None or column.name in names]
+        here = {column.name for column in own}
+        own += [
+            pa.field(key, pa.string()) for key in file.partitions if key not in here and (names is None or key in names)
+        ]
+        try:
+            found = pa.unify_schemas([found, pa.schema(own)], promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(
+                f"the columns of {file.url} do not fit those of the previous files: {error}; "
+                f"convert them to one type, or exclude the column with --keep"
+            ) from error
+    return found if names is None else pa.schema([found.field(name) for name in names if name in found.names])
+
+
+def plain_field(column: pa.Field) -> pa.Field:
+    """Return a field with its output type: the value type for a dictionary, large_string for a string view."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_string_view(kind):
+        kind = pa.large_string()
+    return pa.field(column.name, kind)
+
+
+def _read_span(
+    reader: _GroupReader, span: Span, schema: pa.Schema, text_columns: Sequence[str]
+) -> tuple[pa.Table, str | None]:
+    """Return exactly the span's rows in the schema, and an error if they could not be read and are null."""
+    assert span.file.schema is not None
+    for name in text_columns:
+        problem = text_column_problem(span.file.schema, name)
+        if problem is not None:
+            return _nothing(span, schema), f"{span.file.url} {problem}"
+    try:
+        table = retried(lambda: reader.read(span))
+        return _fitted(table, span, schema), None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reader.close()
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return _nothing(span, schema), f"row group {span.row_group} of {span.file.url} cannot be read: {reason}"
+
+
+def _fitted(table: pa.Table, span: Span, schema: pa.Schema) -> pa.Table:
+    if len(table) != span.num_rows:
+        raise ValueError(f"it has {len(table)} rows from row {span.start} on, but its footer says {span.num_rows}")
+    columns = []
+    for column in schema:
+        if column.name in table.column_names:
+            columns.append(table.column(column.name).cast(column.type))
+        elif column.name in span.file.partitions:
+            value = pa.scalar(span.file.partitions[column.name], column.type)
+            columns.append(pa.repeat(value, len(table)))
+        else:
+            columns.append(pa.nulls(len(table), column.type))
+    return pa.table(columns, schema=schema)
+
+
+def _nothing(span: Span, schema: pa.Schema) -> pa.Table:
+    return pa.table([pa.nulls(span.num_rows, column.type) for column in schema], schema=schema)
+
+
+class _GroupReader:
+    """Reads spans of an open row group. Spans that follow each other in one row group are decoded once."""
+
+    def __init__(self, filesystem: AbstractFileSystem, schema: pa.Schema) -> None:
+        self._filesystem, self._names = filesystem, schema.names
+        self._key: tuple[str, int] | None = None
+        self._file: Any = None
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._row = 0
+        self._rest: pa.Table | None = None
+
+    def read(self, span: Span) -> pa.Table:
+        """Return the span's rows, or fewer if the row group ends early."""
+        try:
+            if self._key != (span.file.path, span.row_group) or self._row > span.start:
+                self._open(span)
+            self._advance(span.start)
+            return self._take(span.num_rows)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the open row group."""
+        self._key, self._batches, self._rest = None, iter(()), None
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
+
+    def _open(self, span: Span) -> None:
+        self.close()
+        self._file = self._filesystem.open(span.file.path, "rb")
+        parquet = pq.ParquetFile(self._file, buffer_size=2**20)
+        names = parquet.schema_arrow.names
+        present = [name for name in self._names if name in names] or names[:1]  # at least one column, to count rows
+        self._batches = iter(
+            parquet.iter_batches(BATCH_ROWS, row_groups=[span.row_group], columns=present, use_threads=False)
+        )
+        self._key, self._row, self._rest = (span.file.path, span.row_group), 0, None
+
+    def _advance(self, row: int) -> None:
+        while self._row < row:
+            if not len(self._take(min(row - self._row, BATCH_ROWS))):
+                return
+
+    def _take(self, count: int) -> pa.Table:
+        """Return the next rows of the row group, at most count."""
+        tables = [] if self._rest is None else [self._rest]
+        have = sum(map(len, tables))
+        while have < count:
+            batch = next(self._batches, None)
+            if batch is None:
+                break
+            tables.append(pa.Table.from_batches([batch]))
+            have += len(batch)
+        if not tables:
+            return pa.table({})
+        table = pa.concat_tables(tables)
+        self._rest = table.slice(count) if len(table) > count else None
+        self._row += min(count, len(table))
+        return table.slice(0, count)

@@ -1,0 +1,353 @@
+"""List input files, read their Parquet footers, and split their rows into work units.
+
+A work unit is an ordered list of row ranges of row groups, from one or more files. Its output is one file, whose name
+depends only on the unit. `WorkUnits` stores the units as numbers, so that hundreds of thousands need little memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import NDArray
+
+from pipelines.errors import DataError
+from pipelines.storage.locations import filesystem_of, retried, shown
+
+SMALLEST_UNIT_BYTES = 64 * 2**10
+USUAL_UNIT_BYTES = 64 * 2**20
+USUAL_NUM_UNITS = 2_000
+MOST_UNITS = 100_000
+"""These constants set the default unit size. As the input grows, first the number of units grows to USUAL_NUM_UNITS,
+then their size to USUAL_UNIT_BYTES, then their number to MOST_UNITS, and then their size again.
+"""
+FOOTER_THREADS = 16
+"""Number of threads that read footers."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A Parquet file and the content of its footer."""
+
+    path: str
+    """Path within its filesystem, without protocol."""
+    url: str
+    """Display name: a local path, or a URL with its protocol."""
+    size: int
+    version: str
+    """Changes when the content changes: an object store's tag, or the modification time."""
+    schema: pa.Schema | None
+    row_group_rows: tuple[int, ...] = ()
+    row_group_bytes: tuple[int, ...] = ()
+    """Uncompressed bytes of the text column in each row group."""
+    num_nulls: int = 0
+    """Number of rows whose text is null, as far as the footer's statistics count them."""
+    partitions: dict[str, str] = field(default_factory=dict)
+    """Hive partitions: keys and values of the key=value folders in the path."""
+    error: str | None = None
+    """Why the footer cannot be read, or None. A file with an error has 0 rows."""
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows in the file."""
+        return sum(self.row_group_rows)
+
+    @property
+    def column_names(self) -> list[str]:
+        """Names of the columns and Hive partitions, without duplicates."""
+        own = [] if self.schema is None else self.schema.names
+        return list(dict.fromkeys([*own, *self.partitions]))
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows [start, stop) of one row group. first_row is the row number of the row group's first row in the file."""
+
+    file: InputFile
+    row_group: int
+    first_row: int
+    start: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """The rows that become one output file."""
+
+    number: int
+    spans: tuple[Span, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Number of input rows."""
+        return sum(span.num_rows for span in self.spans)
+
+    @property
+    def output_name(self) -> str:
+        """Name of the output file. It is the same for the same rows of the same files."""
+        rows = [(span.file.url, span.row_group, span.start, span.stop) for span in self.spans]
+        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+        return f"part-{self.number:06d}-{digest}.parquet"
+
+
+@dataclass(frozen=True)
+class WorkUnits:
+    """The work units of an input, in order. A unit is created when it is accessed."""
+
+    files: Sequence[InputFile]
+    spans: NDArray[np.int64]
+    """(S, 5), one row per span: file, row group, the row group's first row, start, stop."""
+    offsets: NDArray[np.int64]
+    """Unit u contains spans[offsets[u]:offsets[u + 1]]."""
+    first_number: int = 0
+    """Number of the first unit. Earlier runs that wrote to the same output used the numbers below it."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> WorkUnit:
+        rows = self.spans[self.offsets[index] : self.offsets[index + 1]].tolist()
+        spans = tuple(Span(self.files[file], *rest) for file, *rest in rows)
+        return WorkUnit(self.first_number + index, spans)
+
+    def __iter__(self) -> Iterator[WorkUnit]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of all units."""
+        return int((self.spans[:, 4] - self.spans[:, 3]).sum())
+
+
+def list_files(location: str) -> list[str]:
+    """Return the sorted paths of the Parquet files at a location.
+
+    Names that begin with `_` or `.` are skipped.
+
+    Args:
+        location: File, folder (searched recursively) or glob.
+
+    Raises:
+        DataError: The location does not exist, or contains no file whose name ends in .parquet.
+    """
+    return [str(entry["name"]) for entry in _list_entries(location)]
+
+
+def read_footers(location: str, text_column: str, *, lenient: bool = False) -> list[InputFile]:
+    """Read the footers of all input files in parallel.
+
+    Args:
+        location: File, folder or glob.
+        text_column: Column whose bytes and nulls are counted.
+        lenient: Store the error of an unreadable file in `InputFile.error` instead of raising it.
+
+    Raises:
+        DataError: A file is not a readable Parquet file. If lenient, only if no file is readable.
+    """
+    filesystem, root = filesystem_of(location)
+    entries = _list_entries(location)
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        files = list(pool.map(lambda entry: _read_footer(filesystem, entry, root, text_column), entries))
+    bad = [file for file in files if file.error is not None]
+    if bad and (not lenient or len(bad) == len(files)):
+        raise DataError(f"{bad[0].url} is not a readable Parquet file: {bad[0].error}")
+    return files
+
+
+def split_into_units(
+    files: Sequence[InputFile], *, unit_bytes: int | None = None, limit: int | None = None, first_number: int = 0
+) -> WorkUnits:
+    """Split the rows of files into units of about unit_bytes of text.
+
+    Large row groups are split, and small ones are joined. Every row is in exactly one unit. Units are in input order.
+
+    Args:
+        files: Input files with their footers.
+        unit_bytes: Text bytes per unit. Default: `usual_unit_bytes`, which grows with the input.
+        limit: Use only this many rows, from the start of the input.
+        first_number: Number of the first unit.
+    """
+    size = unit_bytes or usual_unit_bytes(files)
+    spans: list[tuple[int, int, int, int, int]] = []
+    offsets = [0]
+    filled = 0
+    for span, span_bytes in _limited(_split_row_groups(files, size), limit):
+        if filled and filled + span_bytes > size:
+            offsets.append(len(spans))
+            filled = 0
+        spans.append(span)
+        filled += max(span_bytes, 1)
+    if spans:
+        offsets.append(len(spans))
+    return WorkUnits(files, np.asarray(spans, np.int64).reshape(-1, 5), np.asarray(offsets, np.int64), first_number)
+
+
+def usual_unit_bytes(files: Sequence[InputFile]) -> int:
+    """Return the default text bytes per unit. It grows with the input, so that the number of units stays bounded."""
+    return _unit_bytes(sum(sum(file.row_group_bytes) for file in files))
+
+
+def _list_entries(location: str) -> list[dict[str, Any]]:
+    """Return the fsspec entries of the files that `list_files` returns."""
+    filesystem, path = filesystem_of(location)
+    filesystem.invalidate_cache()
+    if retried(lambda: filesystem.isfile(path)):
+        return [filesystem.info(path)]
+    found: dict[str, dict[str, Any]] = {}
+    if any(character in path for character in "*?["):
+        for match in retried(lambda: filesystem.glob(path)):
+            found |= filesystem.find(match, detail=True) or {match: filesystem.info(match)}
+    elif filesystem.isdir(path):
+        found = retried(lambda: filesystem.find(path, detail=True))
+    else:
+        raise DataError(f"{shown(location)} does not exist; give a Parquet file, a folder of them, or a glob")
+    files = [found[name] for name in sorted(found) if name.endswith(".parquet") and _is_data(name, path)]
+    if not files:
+        raise DataError(f"{shown(location)} holds no *.parquet files ({len(found)} other files)")
+    return files
+
+
+def _unit_bytes(total: int) -> int:
+    usual = min(max(total // USUAL_NUM_UNITS, SMALLEST_UNIT_BYTES), USUAL_UNIT_BYTES)
+    return max(usual, total // MOST_UNITS)
+
+
+def _read_footer(filesystem: AbstractFileSystem, entry: dict[str, Any], root: str, text_column: str) -> InputFile:
+    path = str(entry["name"])
+    url = path if isinstance(filesystem, LocalFileSystem) else str(filesystem.unstrip_protocol(path))
+    known: dict[str, Any] = {"path": path, "url": url, "size": int(entry.get("size") or 0), "version": _version(entry)}
+    partitions = _partitions(path, root)
+    try:
+        metadata, schema = retried(lambda: _open_footer(filesystem, path))
+    except (pa.ArrowInvalid, OSError) as error:
+        return InputFile(**known, schema=None, partitions=partitions, error=str(error).splitlines()[0])
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    rows, sizes = tuple(group.num_rows for group in groups), tuple(_text_bytes(group, text_column) for group in groups)
+    num_nulls = sum(_text_nulls(group, text_column) for group in groups)
+    return InputFile(
+        **known, schema=schema, row_group_rows=rows, row_group_bytes=sizes, num_nulls=num_nulls, partitions=partitions
+    )
+
+
+def _open_footer(filesystem: AbstractFileSystem, path: str) -> tuple[pq.FileMetaData, pa.Schema]:
+    with filesystem.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        return parquet.metadata, parquet.schema_arrow
+
+
+def fingerprint(files: Iterable[tuple[str, int, str]]) -> str:
+    """Return a hash that changes if the name, size or version of any file changes."""
+    digest = hashlib.sha256()
+    for url, size, version in files:
+        digest.update(json.dumps({"url": url, "size": size, "version": version}).encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _version(entry: dict[str, Any]) -> str:
+    names = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "created")
+    return str(next((entry[name] for name in names if entry.get(name) is not None), ""))
+
+
+def _partitions(path: str, root: str) -> dict[str, str]:
+    """Return the key=value folders of a path below root. If root is a glob, they may be anywhere in the path."""
+    below = path[len(root) :] if path.startswith(root) else path
+    pairs = [part.partition("=") for part in below.split("/")[:-1] if "=" in part]
+    return {unquote(key): unquote(value) for key, _, value in pairs if key}
+
+
+def _text_bytes(group: pq.RowGroupMetaData, text_column: str) -> int:
+    sizes = [column.total_uncompressed_size for column in _text_columns(group, text_column)]
+    return int(max(1, sum(sizes) or group.total_byte_size))
+
+
+def _text_nulls(group: pq.RowGroupMetaData, text_column: str) -> int:
+    statistics = [column.statistics for column in _text_columns(group, text_column)]
+    return sum(found.null_count for found in statistics if found is not None and found.has_null_count)
+
+
+def _text_columns(group: pq.RowGroupMetaData, text_column: str) -> list[pq.ColumnChunkMetaData]:
+    columns = [group.column(number) for number in range(group.num_columns)]
+    return [column for column in columns if column.path_in_schema == text_column]
+
+
+def _split_row_groups(files: Sequence[InputFile], size: int) -> Iterator[tuple[tuple[int, int, int, int, int], int]]:
+    """Yield spans of at most about size bytes and the bytes of each, over all row groups in order."""
+    for index, file in enumerate(files):
+        first_row = 0
+        for number, (rows, group_bytes) in enumerate(zip(file.row_group_rows, file.row_group_bytes, strict=True)):
+            pieces = max(1, min(rows, -(-group_bytes // size)))
+            bounds = [rows * piece // pieces for piece in range(pieces + 1)]
+            for start, stop in itertools.pairwise(bounds):
+                if stop > start:
+                    yield (index, number, first_row, start, stop), group_bytes * (stop - start) // rows
+            first_row += rows
+
+
+def _limited(
+    spans: Iterator[tuple[tuple[int, int, int, int, int], int]], limit: int | None
+) -> Iterator[tuple[tuple[int, int, int, int, int], int]]:
+    left = limit
+    for (index, number, first_row, start, stop), span_bytes in spans:
+        if left is None:
+            yield (index, number, first_row, start, stop), span_bytes
+        elif left > 0:
+            stop = min(stop, start + left)
+            left -= stop - start
+            yield (index, number, first_row, start, stop), span_bytes
+
+
+def _is_data(name: str, root: str) -> bool:
+    """Return whether no component of a name below root begins with `_` or `.`.
+
+    Spark and Hive mark files that are not data in this way.
+    """
+    below = name[len(root) :] if name.startswith(root) else posixpath.basename(name)
+    return not any(part.startswith(("_", ".")) for part in below.split("/"))
+
+
+TASKS_PER_ROW_GROUP = 8
+"""Maximum number of tasks that read the same row group."""
+
+
+def group_units(units: Iterable[WorkUnit]) -> list[list[WorkUnit]]:
+    """Group units into lists, one list per task, in order.
+
+    Units of the same row group are divided evenly over at most TASKS_PER_ROW_GROUP lists. Every other unit is alone in
+    its list.
+    """
+    joined: list[list[WorkUnit]] = []
+    for unit in units:
+        if joined and _end(joined[-1][-1]) == _begin(unit):
+            joined[-1].append(unit)
+        else:
+            joined.append([unit])
+    runs = []
+    for group in joined:
+        size = -(-len(group) // TASKS_PER_ROW_GROUP)
+        runs += [group[start : start + size] for start in range(0, len(group), size)]
+    return runs
+
+
+def _begin(unit: WorkUnit) -> tuple[str, int]:
+    return unit.spans[0].file.path, unit.spans[0].row_group
+
+
+def _end(unit: WorkUnit) -> tuple[str, int]:
+    return unit.spans[-1].file.path, unit.spans[-1].row_group

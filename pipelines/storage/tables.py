@@ -1,0 +1,53 @@
+"""Tables in memory, as Python programs hold them: Arrow, pandas, polars, columns by name, or rows by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.errors import DataError
+
+
+def is_location(data: Any) -> bool:
+    """Whether data names files: a path or a URL."""
+    return isinstance(data, str) or hasattr(data, "__fspath__")
+
+
+def as_table(data: Any) -> pa.Table:
+    """An Arrow table of the data.
+
+    Args:
+        data: An Arrow table, a pandas or polars frame, a Hugging Face dataset, a mapping of columns by name, or a list
+            of rows as mappings.
+
+    Raises:
+        DataError: The data is none of these, or its columns do not fit into Arrow.
+    """
+    try:
+        return _as_table(data)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"the table cannot be read: {reason}") from error
+
+
+def _as_table(data: Any) -> pa.Table:
+    if isinstance(data, pa.Table):
+        return data
+    if isinstance(data, Mapping):
+        return pa.table({str(name): pa.array(list(values)) for name, values in data.items()})
+    if isinstance(data, (list, tuple)):
+        if not all(isinstance(row, Mapping) for row in data):
+            raise DataError("a list must hold rows as mappings of column names to values, such as {'text': ...}")
+        return pa.Table.from_pylist(list(data))
+    if hasattr(data, "iloc"):  # pandas, whose index is no column
+        return pa.Table.from_pandas(data, preserve_index=False)
+    if hasattr(data, "with_format"):  # a Hugging Face dataset
+        return data.with_format("arrow")[:]
+    if hasattr(data, "__arrow_c_stream__"):
+        return pa.table(data)
+    raise DataError(
+        f"{type(data).__name__} is no table: give an Arrow table, a pandas or polars frame, a mapping of columns, or a "
+        "list of rows"
+    )

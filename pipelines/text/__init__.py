@@ -1,0 +1,1 @@
+"""Texts: tokenizers, token ids and the windows that long texts are cut into."""

@@ -1,0 +1,112 @@
+"""Tokenizers of pretrained models: save them in a model folder, and open those that exist in Python only.
+
+Functions import transformers when they need it. A task that reads only a tokenizer.json therefore does not import it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import ModelFolderError
+from pipelines.text.tokenization import Template, Tokenizer
+
+
+def load_tokenizer(folder: Path, *, lead_space: bool = False) -> Tokenizer:
+    """Load the tokenizer of a folder, from tokenizer.json or as a Python-only tokenizer (bertweet, xlm, flaubert).
+
+    Args:
+        folder: Folder that contains the tokenizer.
+        lead_space: Whether to put a space before texts that do not start with one (`windows.leads_with_space`).
+
+    Raises:
+        ModelFolderError: The tokenizer cannot be opened.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.load(folder, lead_space=lead_space)
+    python = _open(str(folder), f"{folder} has no tokenizer.json, and transformers cannot open its tokenizer")
+    return Tokenizer(lambda texts: _python_ids(python, texts), template_of(python), lead_space=lead_space)
+
+
+def save_tokenizer(name: str, folder: Path, more_tokens: Sequence[str] = ()) -> Tokenizer:
+    """Save a pretrained tokenizer in the model folder, and open it there.
+
+    Args:
+        name: Model name on the Hugging Face Hub, or a folder.
+        folder: Model folder to write to.
+        more_tokens: Special tokens to add, which are never split. The caller must resize the model's embeddings.
+
+    Raises:
+        ModelFolderError: The tokenizer cannot be loaded.
+    """
+    tokenizer = _open(name, f"the tokenizer of {name} cannot be loaded")
+    tokenizer.add_tokens(list(more_tokens), special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"  # it omits the padding side if the class defines it (XLNet)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": tokenizer.padding_side}, indent=2))
+    return load_tokenizer(folder)
+
+
+def uses_type_ids(folder: Path) -> bool:
+    """Return whether a folder's tokenizer passes token type ids to its model. The tokenizer's class determines this."""
+    return "token_type_ids" in _open(str(folder), f"the tokenizer in {folder} cannot be opened").model_input_names
+
+
+def vocabulary_size(folder: Path) -> int:
+    """Return the number of tokens in the vocabulary of a folder's tokenizer, including added tokens."""
+    return len(_open(str(folder), f"the tokenizer in {folder} cannot be opened"))
+
+
+def template_of(tokenizer: Any) -> Template:
+    """Find out what a Python-only tokenizer adds around one text and around a pair."""
+    first, second = -1, -2  # no token has these ids
+    single, pair = (tokenizer.build_inputs_with_special_tokens(*parts) for parts in ([[first]], [[first], [second]]))
+    place, (one, two) = single.index(first), (pair.index(first), pair.index(second))
+    types = tokenizer.create_token_type_ids_from_sequences([first])
+    pair_types = tokenizer.create_token_type_ids_from_sequences([first], [second])
+    return Template(
+        tuple(single[:place]),
+        tuple(single[place + 1 :]),
+        (types[0], types[place], types[-1]),
+        tuple(pair[:one]),
+        tuple(pair[one + 1 : two]),
+        tuple(pair[two + 1 :]),
+        (pair_types[0], pair_types[one], pair_types[two - 1], pair_types[two], pair_types[-1]),
+        tokenizer.pad_token_id or 0,
+        tokenizer.padding_side == "left",
+    )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the progress bars and log messages of transformers. Problems that matter are raised as errors."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _open(name: str, otherwise: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelFolderError(f"{otherwise}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _python_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of whole texts without special tokens. Suppress the warning about texts longer than the model."""
+    with quiet_transformers():
+        return [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)) for text in texts]

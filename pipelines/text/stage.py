@@ -1,0 +1,140 @@
+"""The stage that scoring and training share: work units in, tokenized tables out.
+
+Imports neither torch nor Ray, so that a task that only tokenizes starts quickly. `TokenizedUnit.to_row` puts a whole
+unit into one row of an Arrow table, in which it travels between processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipelines.model_folder import TOKENIZER_FILES, local_folder
+from pipelines.storage.columns import SOURCE_COLUMNS
+from pipelines.storage.filters import kept_rows, parse_filter
+from pipelines.storage.rows import Rows, read_units
+from pipelines.storage.shards import WorkUnit
+from pipelines.text.pretrained import load_tokenizer
+from pipelines.text.tokenization import Documents, Tokenizer, Tokens
+
+UNIT, NAME, TABLE = "unit", "name", "table"
+"""Columns of a travelling unit: its number, its output's name, its tokenized table in Arrow's stream format."""
+IDS, PAIR_IDS, ERROR = "__ids", "__pair_ids", "__error"
+"""Columns of a tokenized table: token ids, those of the second text, and why a row cannot be scored."""
+STATS_METADATA = b"pipelines.stats"
+"""Key in a tokenized table's schema metadata: its `TokenizeStats` as JSON."""
+
+
+@dataclass(frozen=True)
+class TokenizeStats:
+    """What reading and tokenizing one unit took."""
+
+    rows_in: int
+    rows_filtered: int
+    """Rows that did not pass the filter."""
+    read_seconds: float
+    tokenize_seconds: float
+
+    @classmethod
+    def of(cls, table: pa.Table) -> TokenizeStats:
+        """The statistics in the metadata of a tokenized table."""
+        return cls(**json.loads(table.schema.metadata[STATS_METADATA]))
+
+
+@dataclass(frozen=True)
+class TokenizedUnit:
+    """A work unit's tokenized table, with its number and the name of its output file."""
+
+    number: int
+    output_name: str
+    table: pa.Table
+
+    def to_row(self) -> pa.Table:
+        """One row that holds the whole unit."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.table.schema) as stream:
+            stream.write_table(self.table)
+        content = sink.getvalue()
+        offsets = pa.array([0, content.size], pa.int64())
+        column = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets.buffers()[1], content])
+        return pa.table({UNIT: pa.array([self.number], pa.int32()), NAME: [self.output_name], TABLE: column})
+
+    @classmethod
+    def from_rows(cls, rows: pa.Table) -> Iterator[TokenizedUnit]:
+        """The units of a table of such rows; nothing is copied."""
+        for number, name, content in zip(rows.column(UNIT), rows.column(NAME), rows.column(TABLE), strict=True):
+            with pa.ipc.open_stream(content.as_buffer()) as stream:
+                yield cls(number.as_py(), name.as_py(), stream.read_all())
+
+
+@dataclass(frozen=True)
+class TokenizeStage:
+    """Reads and tokenizes work units; it is sent to every read task."""
+
+    location: str
+    text_columns: tuple[str, ...]
+    """The text column, or the two of a pair."""
+    schema: pa.Schema
+    """Every column to read."""
+    tokenizer_folder: str
+    keep: tuple[str, ...] = ()
+    """Columns to carry into the result."""
+    prefix: str = ""
+    """Put before the names of the source columns."""
+    lead_space: bool = False
+    """Put a space before each text (`windows.leads_with_space`)."""
+    filter: str | None = None
+    """Rows that do not pass are left out and counted."""
+
+    def __call__(self, units: Iterable[WorkUnit]) -> Iterator[pa.Table]:
+        """The rows of each unit in order: kept columns, source columns, then IDS, PAIR_IDS (pairs only), ERROR."""
+        found = read_units(self.location, units, self.schema, text_columns=self.text_columns, prefix=self.prefix)
+        for rows in found:
+            yield self._tokenize(rows)
+
+    def _tokenize(self, rows: Rows) -> pa.Table:
+        started = time.perf_counter()
+        table, errors = self._filtered(rows)
+        documents = _tokenizer(self.tokenizer_folder, self.lead_space).documents(table, *self.text_columns)
+        result = table.select([*self.keep, *(self.prefix + name for name in SOURCE_COLUMNS)])
+        result = result.append_column(IDS, documents.tokens.to_arrow())
+        if documents.pair_tokens is not None:
+            result = result.append_column(PAIR_IDS, documents.pair_tokens.to_arrow())
+        reasons = [unread or bad for unread, bad in zip(errors, documents.errors, strict=True)]
+        result = result.append_column(ERROR, pa.array(reasons, pa.string()))
+        seconds = time.perf_counter() - started
+        stats = TokenizeStats(len(rows.table), len(rows.table) - len(table), rows.seconds, seconds)
+        return result.replace_schema_metadata({STATS_METADATA: json.dumps(dataclasses.asdict(stats))})
+
+    def _filtered(self, rows: Rows) -> tuple[pa.Table, list[str | None]]:
+        """Rows that pass the filter; rows that could not be read stay, to be accounted for."""
+        if self.filter is None:
+            return rows.table, rows.errors
+        passed = kept_rows(rows.table, parse_filter(self.filter)[0]).to_pylist()
+        kept = [number for number, ok in enumerate(passed) if ok or rows.errors[number] is not None]
+        return rows.table.take(pa.array(kept, pa.int64())), [rows.errors[number] for number in kept]
+
+
+def documents_of(table: pa.Table) -> Documents:
+    """The documents of a tokenized table."""
+    pair = Tokens.from_arrow(table.column(PAIR_IDS)) if PAIR_IDS in table.column_names else None
+    return Documents(Tokens.from_arrow(table.column(IDS)), pair, table.column(ERROR).to_pylist())
+
+
+def _tokenizer(location: str, lead_space: bool) -> Tokenizer:
+    """The tokenizer of a model folder; loaded once per process, and again when its files change."""
+    folder = local_folder(location)
+    changed = max(file.stat().st_mtime_ns for file in folder.iterdir() if file.name in TOKENIZER_FILES)
+    return _loaded(folder, changed, lead_space)
+
+
+@cache
+def _loaded(folder: Path, _changed: int, lead_space: bool) -> Tokenizer:
+    return load_tokenizer(folder, lead_space=lead_space)

@@ -1,0 +1,425 @@
+"""Tokenize texts, and assemble the input rows of the model from token ids.
+
+The Rust tokenizer tokenizes each whole text once, without truncation, padding or special tokens. A `Template` stores
+what the tokenizer adds around a text: prefix, separator, suffix, type ids and side of the padding. These values are
+read from the tokenizer itself.
+
+Data flow: `Tokenizer.documents` -> `Documents` -> `cut_documents` -> `CutDocuments` -> `assemble` -> `InputRows`,
+which `pipelines.model` runs.
+
+Imports none of torch, transformers and Ray.
+
+Shapes: D documents, W windows, T tokens of all of them together (ragged: flat values plus offsets).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as RustTokenizer
+
+from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.storage.columns import read_texts
+from pipelines.text.windows import WindowPlan, Windows, plan_windows
+
+Ids = NDArray[np.int32]
+EncodeTexts = Callable[[Sequence[str]], Sequence[Sequence[int]]]
+"""Function that returns the token ids of each text, without special tokens."""
+CHARACTERS_PER_CALL = 4 * 2**20
+"""Approximate number of characters per call of the Rust tokenizer. Its encodings need about 100 bytes per token."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of D texts, without special tokens. Text d is ids[offsets[d]:offsets[d + 1]]."""
+
+    ids: Ids
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens_D(self) -> NDArray[np.int64]:
+        """Number of tokens of each text."""
+        return np.diff(self.offsets)
+
+    def take(self, index_D: NDArray[np.integer]) -> Tokens:
+        """Return the texts with the given indices, in that order."""
+        lengths = self.num_tokens_D[index_D]
+        return Tokens(self.ids[ragged_index(self.offsets[index_D], lengths)], offsets_of(lengths))
+
+    def to_arrow(self) -> pa.ListArray:
+        """Return list<int32>, or large_list<int32> for 2**31 tokens or more. The ids are not copied."""
+        if self.offsets[-1] < 2**31:
+            return pa.ListArray.from_arrays(pa.array(self.offsets, pa.int32()), pa.array(self.ids))
+        return pa.LargeListArray.from_arrays(pa.array(self.offsets), pa.array(self.ids))
+
+    @classmethod
+    def from_arrow(cls, column: pa.Array | pa.ChunkedArray) -> Tokens:
+        """Convert the result of `to_arrow` back. The ids are not copied if the column is one chunk."""
+        array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        if isinstance(array, pa.ChunkedArray):  # combine_chunks keeps several chunks if offsets would overflow
+            return concat_tokens([cls.from_arrow(chunk) for chunk in array.chunks])
+        offsets = array.offsets.to_numpy().astype(np.int64)
+        ids = array.values.to_numpy()[offsets[0] : offsets[-1]]
+        return cls(ids.astype(np.int32, copy=False), offsets - offsets[0])
+
+
+@dataclass(frozen=True)
+class Template:
+    """What a tokenizer adds around a text or a pair, and how its rows are padded.
+
+    A single text becomes `prefix text suffix`. A pair becomes `pair_prefix text pair_middle text_pair pair_suffix`.
+    type_ids has one type id for each of (prefix, text, suffix), and pair_type_ids for each of
+    (pair_prefix, text, pair_middle, text_pair, pair_suffix).
+    """
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    type_ids: tuple[int, int, int] = (0, 0, 0)
+    pair_prefix: tuple[int, ...] = ()
+    pair_middle: tuple[int, ...] = ()
+    pair_suffix: tuple[int, ...] = ()
+    pair_type_ids: tuple[int, int, int, int, int] = (0, 0, 0, 1, 1)
+    pad_id: int = 0
+    pad_left: bool = False
+
+    def num_special_tokens(self, *, pair: bool) -> int:
+        """Return the number of tokens that are added to one text, or to a pair."""
+        parts = (self.pair_prefix, self.pair_middle, self.pair_suffix) if pair else (self.prefix, self.suffix)
+        return sum(len(part) for part in parts)
+
+
+@dataclass(frozen=True)
+class InputRows:
+    """Model input of W windows, including special tokens. Window w is ids[offsets[w]:offsets[w + 1]]."""
+
+    ids: NDArray[np.int64]
+    type_ids: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+    @property
+    def length_W(self) -> NDArray[np.int64]:
+        """Number of tokens of each window, including special tokens."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class CutDocuments:
+    """Documents split into windows. `assemble` builds input rows from them.
+
+    windows refers to the text, or to the second text of a pair. first_kept_D is the number of tokens of a pair's first
+    text that each of its windows contains.
+    """
+
+    tokens: Tokens
+    pair_tokens: Tokens | None
+    first_kept_D: NDArray[np.int64] | None
+    windows: Windows
+    num_special_tokens: int
+
+    @property
+    def length_W(self) -> NDArray[np.int64]:
+        """Number of tokens of each window's input row, including special tokens."""
+        length_W = self.windows.stop_W - self.windows.start_W + self.num_special_tokens
+        return length_W if self.first_kept_D is None else length_W + self.first_kept_D[self.windows.document_W]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """D tokenized texts or pairs. A document that cannot be scored has an error and no tokens."""
+
+    tokens: Tokens
+    pair_tokens: Tokens | None
+    errors: list[str | None]
+
+    def __len__(self) -> int:
+        return len(self.errors)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether the documents are pairs of texts."""
+        return self.pair_tokens is not None
+
+    @property
+    def num_tokens_D(self) -> NDArray[np.int64]:
+        """Number of tokens of each document, without special tokens. Both texts of a pair are counted."""
+        own = self.tokens.num_tokens_D
+        return own if self.pair_tokens is None else own + self.pair_tokens.num_tokens_D
+
+    def take(self, index_D: NDArray[np.integer]) -> Documents:
+        """Return the documents with the given indices, in that order."""
+        pair = None if self.pair_tokens is None else self.pair_tokens.take(index_D)
+        return Documents(self.tokens.take(index_D), pair, [self.errors[int(row)] for row in index_D])
+
+
+def concat_documents(parts: Sequence[Documents]) -> Documents:
+    """Concatenate documents in order. They must be all single texts or all pairs."""
+    if len(parts) == 1:
+        return parts[0]
+    pairs = [part.pair_tokens for part in parts if part.pair_tokens is not None]
+    assert len(pairs) in (0, len(parts)), "single texts and pairs cannot be mixed"
+    return Documents(
+        concat_tokens([part.tokens for part in parts]),
+        concat_tokens(pairs) if pairs else None,
+        [error for part in parts for error in part.errors],
+    )
+
+
+class Tokenizer:
+    """Tokenizer that encodes whole texts, without padding and without special tokens."""
+
+    def __init__(
+        self,
+        encode_texts: EncodeTexts,
+        template: Template,
+        rust: RustTokenizer | None = None,
+        *,
+        lead_space: bool = False,
+    ) -> None:
+        """Create a tokenizer. For a folder that has a tokenizer.json, use `load`.
+
+        Args:
+            encode_texts: Function that returns the token ids of each text, without special tokens.
+            template: What the tokenizer adds around a text.
+            rust: The Rust tokenizer, which `character_spans` needs. None for a Python-only tokenizer.
+            lead_space: Whether to put a space before texts that do not start with one.
+        """
+        self._encode_texts = encode_texts
+        self._rust = rust
+        self._lead_space = lead_space
+        self.template = template
+
+    @classmethod
+    def load(cls, folder: Path, *, lead_space: bool = False) -> Tokenizer:
+        """Read a tokenizer from tokenizer.json, and its padding from tokenizer_config.json.
+
+        Args:
+            folder: Folder that contains the files.
+            lead_space: Whether to put a space before texts that do not start with one.
+
+        Raises:
+            ModelFolderError: tokenizer.json is missing or cannot be read. A Python-only tokenizer has no such file. Use
+                the constructor for it.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ModelFolderError(f"{folder} has no tokenizer.json; save a fast tokenizer there first")
+        try:
+            rust = RustTokenizer.from_file(str(path))
+        except Exception as error:  # the Rust library raises no more specific exception
+            raise ModelFolderError(f"{path} cannot be read: {error}") from error
+        padding = rust.padding
+        rust.no_truncation()  # the file can enable both; they would silently truncate and pad texts
+        rust.no_padding()
+        config = _read_json(folder / "tokenizer_config.json")
+        pad_id = rust.token_to_id(_content(config.get("pad_token"))) if config.get("pad_token") else None
+        if pad_id is None:
+            pad_id = padding["pad_id"] if padding else 0
+        template = template_of(rust, pad_id=pad_id, pad_left=config.get("padding_side") == "left")
+        return cls(lambda texts: _rust_ids(rust, texts), template, rust, lead_space=lead_space)
+
+    def with_lead_space(self, lead_space: bool) -> Tokenizer:
+        """Return the same tokenizer with another lead_space."""
+        return Tokenizer(self._encode_texts, self.template, self._rust, lead_space=lead_space)
+
+    def encode(self, texts: Sequence[str]) -> Tokens:
+        """Return the ids of whole texts. The texts must be valid Unicode (no lone surrogates)."""
+        pieces: list[Ids] = []
+        lengths: list[int] = []
+        for batch in _batches_of_characters(texts):
+            encoded = self._encode_texts([self._led(text) for text in batch] if self._lead_space else batch)
+            lengths += map(len, encoded)
+            pieces.append(np.fromiter(itertools.chain.from_iterable(encoded), np.int32, sum(map(len, encoded))))
+        ids = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+        return Tokens(ids, offsets_of(np.asarray(lengths, np.int64)))
+
+    def documents(self, table: pa.Table, text_column: str, text_pair_column: str | None = None) -> Documents:
+        """Tokenize one text column of a table, or two for pairs. A row with a bad text gets an error and no tokens."""
+        texts = read_texts(table.column(text_column))
+        if text_pair_column is None:
+            return Documents(self.encode(texts.texts), None, texts.errors)
+        pairs = read_texts(table.column(text_pair_column))
+        errors = [first or second for first, second in zip(texts.errors, pairs.errors, strict=True)]
+        kept = [[text if error is None else "" for text, error in zip(side, errors, strict=True)]
+                for side in (texts.texts, pairs.texts)]  # fmt: skip
+        return Documents(self.encode(kept[0]), self.encode(kept[1]), errors)
+
+    def character_spans(self, text: str) -> NDArray[np.int64]:
+        """Return the position of each token in the text, in order.
+
+        Returns:
+            (T, 2): index of the token's first code point, and index after its last code point.
+
+        Raises:
+            ModelFolderError: The tokenizer is Python-only and does not provide positions.
+        """
+        if self._rust is None:
+            raise ModelFolderError("this model's tokenizer is Python-only and does not provide character positions")
+        led = self._led(text)
+        encoding = self._rust.encode(led, add_special_tokens=False)
+        spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.maximum(spans - (len(led) - len(text)), 0)
+
+    def _led(self, text: str) -> str:
+        return f" {text}" if self._lead_space and not text.startswith(" ") else text
+
+
+def template_of(rust: RustTokenizer, *, pad_id: int = 0, pad_left: bool = False) -> Template:
+    """Find out what a Rust tokenizer adds around one text and around a pair."""
+    single, pair = rust.encode("a"), rust.encode("a", "a")
+    prefix, _, suffix = _special_parts(single.ids, single.sequence_ids)
+    pair_parts = _special_parts(pair.ids, pair.sequence_ids)
+    types, pair_types = single.type_ids, pair.type_ids
+    first, second = pair.sequence_ids.index(0), pair.sequence_ids.index(1)
+    return Template(
+        prefix,
+        suffix,
+        (types[0], types[len(prefix)], types[-1]),
+        *pair_parts,
+        (pair_types[0], pair_types[first], pair_types[second - 1], pair_types[second], pair_types[-1]),
+        pad_id,
+        pad_left,
+    )
+
+
+def cut_documents(
+    tokens: Tokens, plan: WindowPlan, template: Template, pair_tokens: Tokens | None = None
+) -> CutDocuments:
+    """Split documents or pairs into windows.
+
+    The budget of the plan is that of one text. A pair has less room, because it has more special tokens. With sliding
+    windows, the first text of a pair keeps up to half of the room, or more if the second text leaves it free, and the
+    second text is split into windows. Without sliding windows, both texts are truncated, the longer one first.
+
+    Args:
+        tokens: The texts, or the first texts of pairs.
+        plan: Window plan.
+        template: What the tokenizer adds around a text.
+        pair_tokens: The second texts of pairs, or None for single texts.
+
+    Raises:
+        SettingsError: max_length leaves no room for a pair.
+    """
+    special = template.num_special_tokens(pair=pair_tokens is not None)
+    if pair_tokens is None:
+        windows = plan_windows(tokens.num_tokens_D, plan)
+        return CutDocuments(tokens, None, None, windows, special)
+    room = min(plan.max_length - special, plan.budget)
+    if room < 2:
+        raise SettingsError(f"max_length={plan.max_length} leaves no room for a pair; use at least {special + 2}")
+    first_D, second_D = tokens.num_tokens_D, pair_tokens.num_tokens_D
+    if plan.sliding:
+        kept_D = np.minimum(first_D, np.maximum(room // 2, room - second_D))
+    else:
+        kept_D = _longest_first(first_D, second_D, room)
+    windows = plan_windows(second_D, plan, budget_D=np.maximum(room - kept_D, 1))
+    cut_D = windows.truncated_D | (kept_D < first_D)
+    windows = Windows(windows.document_W, windows.start_W, windows.stop_W, windows.offsets, cut_D)
+    return CutDocuments(tokens, pair_tokens, kept_D, windows, special)
+
+
+def assemble(cut: CutDocuments, template: Template, index_W: NDArray[np.integer]) -> InputRows:
+    """Build the input rows of the windows with the given indices, in that order."""
+    document_W = cut.windows.document_W[index_W]
+    start_W = cut.windows.start_W[index_W]
+    length_W = cut.windows.stop_W[index_W] - start_W
+    if cut.pair_tokens is None:
+        window = (cut.tokens.ids, cut.tokens.offsets[document_W] + start_W, length_W)
+        parts = [_repeated(template.prefix, index_W), window, _repeated(template.suffix, index_W)]
+        return _join(parts, template.type_ids)
+    assert cut.first_kept_D is not None
+    first = (cut.tokens.ids, cut.tokens.offsets[document_W], cut.first_kept_D[document_W])
+    window = (cut.pair_tokens.ids, cut.pair_tokens.offsets[document_W] + start_W, length_W)
+    specials = (template.pair_prefix, template.pair_middle, template.pair_suffix)
+    prefix, middle, suffix = (_repeated(part, index_W) for part in specials)
+    return _join([prefix, first, middle, window, suffix], template.pair_type_ids)
+
+
+def offsets_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Convert lengths (N,) to offsets (N + 1,)."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def ragged_index(start: NDArray[np.integer], length: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Return the positions start[i], start[i] + 1, ... (length[i] of them) for all i, concatenated."""
+    ends = np.cumsum(length, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(np.asarray(start, np.int64) - (ends - length), length)
+
+
+def concat_tokens(parts: Sequence[Tokens]) -> Tokens:
+    """Concatenate texts in order."""
+    ids = np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)])
+    lengths = np.concatenate([np.zeros(0, np.int64), *(part.num_tokens_D for part in parts)])
+    return Tokens(ids, offsets_of(lengths))
+
+
+_Part = tuple[NDArray[np.integer], NDArray[np.int64], NDArray[np.int64]]
+"""One segment of every window: an array of values, the start of each window's segment in it, and its length."""
+
+
+def _repeated(special: tuple[int, ...], index_W: NDArray[np.integer]) -> _Part:
+    """Return the same special tokens as a segment of every window."""
+    zero_W = np.zeros(len(index_W), np.int64)
+    return np.asarray(special, np.int64), zero_W, zero_W + len(special)
+
+
+def _join(parts: Sequence[_Part], type_ids: Sequence[int]) -> InputRows:
+    """Concatenate the segments of each window, and then all windows, into flat rows."""
+    offsets = offsets_of(np.sum([length_W for _, _, length_W in parts], axis=0, dtype=np.int64))
+    ids = np.empty(int(offsets[-1]), np.int64)
+    types = np.empty_like(ids)
+    place_W = offsets[:-1]
+    for (values, start_W, length_W), type_id in zip(parts, type_ids, strict=True):
+        target = ragged_index(place_W, length_W)
+        ids[target] = values[ragged_index(start_W, length_W)]
+        types[target] = type_id
+        place_W = place_W + length_W
+    return InputRows(ids, types, offsets)
+
+
+def _longest_first(first_D: NDArray[np.int64], second_D: NDArray[np.int64], room: int) -> NDArray[np.int64]:
+    """Return how many tokens of the first text are kept if the longer text loses tokens until both fit into room."""
+    shorter_D, longer_D = np.minimum(first_D, second_D), np.maximum(first_D, second_D)
+    kept_shorter_D = np.where(shorter_D + longer_D <= room, shorter_D, np.minimum(shorter_D, room // 2))
+    kept_longer_D = np.minimum(longer_D, room - kept_shorter_D)
+    return np.where(first_D <= second_D, kept_shorter_D, kept_longer_D)
+
+
+def _special_parts(
+    ids: Sequence[int], sequence_ids: Sequence[int | None]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return the special tokens before, between and after the texts of one encoding. They belong to no sequence."""
+    own = [place for place, sequence in enumerate(sequence_ids) if sequence is not None]
+    first, last = (own[0], own[-1]) if own else (len(ids), len(ids))
+    middle = [ids[place] for place in range(first, last) if sequence_ids[place] is None]
+    return tuple(ids[:first]), tuple(middle), tuple(ids[last + 1 :])
+
+
+def _rust_ids(rust: RustTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in rust.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _batches_of_characters(texts: Sequence[str]) -> list[Sequence[str]]:
+    """Split texts into consecutive batches of about CHARACTERS_PER_CALL characters and at least one text."""
+    ends = np.cumsum([len(text) for text in texts], dtype=np.int64) // CHARACTERS_PER_CALL
+    starts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(texts)] if len(texts) else []
+    return [texts[start:stop] for start, stop in itertools.pairwise(starts)]
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def _content(token: object) -> str:
+    """Return the text of a special token in tokenizer_config.json, which is a string or a mapping with a content."""
+    return str(token["content"]) if isinstance(token, dict) else str(token)

@@ -1,0 +1,1 @@
+"""Fine-tuning: losses, optimizer, data order, the training loop and its checkpoints."""

@@ -1,0 +1,164 @@
+"""Checkpoints of a training run, on any filesystem: written in the background, and complete or absent.
+
+A checkpoint is a folder `checkpoints/step-000000120` in the run's output. Its state file is written last, and a folder
+without it does not count. Beside the checkpoints is `_run.json`, which says what the run was started with.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.errors import OutputError
+from pipelines.model_folder import PIPELINE_FILE
+from pipelines.storage.locations import (
+    commit_json,
+    filesystem_of,
+    is_empty,
+    list_names,
+    make_folder,
+    read_json,
+    retried,
+    shown,
+    sync_folder,
+)
+
+RUN_FILE = "_run.json"
+FOLDER = "checkpoints"
+STATE_FILE = "training_state.json"
+"""How far the run is; the last file of a checkpoint."""
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run, one at a time, while training continues; used by rank 0."""
+
+    def __init__(self, output: str, *, keep: int) -> None:
+        """Keep the newest `keep` checkpoints under output, a path or URL."""
+        self._output, self._keep = output, keep
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._last: Future[None] | None = None
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Let `write` fill a local folder, and publish it. Waits for the checkpoint before, and raises its error."""
+        self.wait()
+        self._last = self._writer.submit(self._save, step, write)
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that was begun is written."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, and stop."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def _save(self, step: int, write: Callable[[Path], None]) -> None:
+        with tempfile.TemporaryDirectory(prefix="pipelines-checkpoint-") as scratch:
+            folder = Path(scratch)
+            write(folder)
+            publish(folder, posixpath.join(self._output, FOLDER, f"step-{step:09d}"), last=STATE_FILE)
+        for old in steps_of(self._output)[: -self._keep]:
+            remove_folder(posixpath.join(self._output, FOLDER, f"step-{old:09d}"))
+
+
+def publish(folder: Path, location: str, *, last: str) -> None:
+    """Copy the files of a local folder to a location; the file named `last` comes after all others."""
+    files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.name == last)
+    filesystem, target = filesystem_of(location)
+    if isinstance(filesystem, LocalFileSystem):
+        sync_folder(folder)
+    filesystem.makedirs(target, exist_ok=True)
+    for file in files:
+        if file.name == last and isinstance(filesystem, LocalFileSystem):
+            sync_folder(target)  # the other files must be on the disk before it
+        there = posixpath.join(target, file.relative_to(folder).as_posix())
+        partial = f"{there}.partial" if isinstance(filesystem, LocalFileSystem) else there
+        retried(lambda file=file, partial=partial: filesystem.put_file(str(file), partial))  # type: ignore[misc]
+        if partial != there:
+            filesystem.mv(partial, there)
+    if isinstance(filesystem, LocalFileSystem):
+        sync_folder(target)
+
+
+def steps_of(output: str) -> list[int]:
+    """The steps of all complete checkpoints, in order."""
+    filesystem, folder = filesystem_of(posixpath.join(output, FOLDER))
+    filesystem.invalidate_cache()
+    try:
+        names = retried(lambda: filesystem.ls(folder, detail=False))
+    except FileNotFoundError:
+        return []
+    found = [re.fullmatch(r"step-(\d+)", posixpath.basename(name.rstrip("/"))) for name in names]
+    steps = sorted(int(match.group(1)) for match in found if match)
+    return [step for step in steps if STATE_FILE in list_names(posixpath.join(output, FOLDER, f"step-{step:09d}"))]
+
+
+def fetch_newest(output: str, scratch: Path) -> Path | None:
+    """A local folder with the newest checkpoint: the folder itself, or a copy under scratch. None if there is none."""
+    steps = steps_of(output)
+    if not steps:
+        return None
+    filesystem, folder = filesystem_of(posixpath.join(output, FOLDER, f"step-{steps[-1]:09d}"))
+    if isinstance(filesystem, LocalFileSystem):
+        return Path(folder)
+    copy = scratch / "checkpoint"
+    copy.mkdir()
+    for name in list_names(posixpath.join(output, FOLDER, f"step-{steps[-1]:09d}")):
+        retried(lambda name=name: filesystem.get_file(posixpath.join(folder, name), str(copy / name)))  # type: ignore[misc]
+    return copy
+
+
+def remove_all(output: str) -> None:
+    """Remove the files that only an unfinished run needs."""
+    remove_folder(posixpath.join(output, FOLDER))
+    filesystem, folder = filesystem_of(output)
+    if RUN_FILE in list_names(output):
+        filesystem.rm_file(posixpath.join(folder, RUN_FILE))
+
+
+def remove_folder(location: str) -> None:
+    """Remove a folder with its content, if it exists."""
+    filesystem, folder = filesystem_of(location)
+    if isinstance(filesystem, LocalFileSystem):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif filesystem.exists(folder):
+        filesystem.rm(folder, recursive=True)
+
+
+def open_training(output: str, identity: Mapping[str, Any]) -> bool:
+    """Begin a run in an empty folder, or resume the unfinished one that is there; whether there was one.
+
+    Raises:
+        OutputError: The folder holds anything else, or a run with another identity; the message names the differences.
+    """
+    make_folder(output)
+    names = list_names(output)
+    if RUN_FILE in names and PIPELINE_FILE not in names:
+        before = read_json(output, RUN_FILE)
+        changed = {name: value for name, value in identity.items() if before.get(name) != value}
+        differences = [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in changed.items()]
+        if differences:
+            raise OutputError(
+                f"--output {shown(output)} holds an unfinished run whose {'; '.join(differences)}; "
+                "use those settings to resume it, or give a new folder"
+            )
+        return True
+    if not is_empty(output):
+        raise OutputError(f"--output {shown(output)} is not empty; give a new folder, or remove it first")
+    try:
+        commit_json(output, RUN_FILE, dict(identity))
+    except OSError as error:
+        raise OutputError(f"--output {shown(output)} cannot be written: {error}") from error
+    return False

@@ -1,0 +1,394 @@
+"""Fine-tuning on documents: open the model, train, tune the decision on valid, write the model folder.
+
+Evaluations score documents with `Scorer`, each rank its share.
+
+Shapes: D documents, W windows, L labels.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from pipelines.decisions.calibration import fit_temperature
+from pipelines.decisions.labels import Decisions, Scaling, decide
+from pipelines.decisions.metrics import evaluate, histograms_of, tune_thresholds
+from pipelines.errors import JobError
+from pipelines.evaluation.report import ReportData, render
+from pipelines.model.scorer import DocumentScores, Scorer, concat_scores, plan_of, rescored
+from pipelines.model.weights import new_classifier
+from pipelines.model.window_model import WindowModel
+from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
+from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
+from pipelines.storage.locations import shown
+from pipelines.text.pretrained import save_tokenizer, uses_type_ids
+from pipelines.text.tokenization import Tokenizer
+from pipelines.training.checkpoints import Checkpoints, fetch_newest, publish, remove_all
+from pipelines.training.corpus import Corpus
+from pipelines.training.loop import NAMES_SHOWN, Hooks, TrainLoop
+from pipelines.training.losses import Loss, resolve_loss
+from pipelines.training.order import TrainingWindows, training_windows
+from pipelines.training.ranks import barrier, rank, shared_dtype, worker_device, world_size
+from pipelines.training.state import BestMetric, Evaluation, TrainState
+
+REPORT_FILE = "report.html"
+OwnMetrics = Callable[[NDArray[np.generic], Decisions, DocumentScores], dict[str, Any]]
+"""Metrics of the caller: from targets, decisions and scores to numbers by name."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that defines a run, except its data."""
+
+    model: str
+    """Pretrained weights: a folder or a Hugging Face hub name."""
+    output: str
+    windows: WindowSettings
+    decision: DecisionSettings
+    train: TrainSettings
+    compute: ComputeSettings
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """How a finished run went."""
+
+    model: str
+    """The finished model folder."""
+    documents: int
+    rows_in_error: int
+    documents_truncated: int
+    windows: int
+    tokens_per_epoch: int
+    steps: int
+    losses: list[float]
+    """Loss of each step."""
+    evaluations: list[dict[str, Any]]
+    """Metrics of valid at each evaluation, with its step and epoch."""
+    best: int | None
+    """Number of the best evaluation."""
+    stopped_early: bool
+    thresholds: float | tuple[float, ...] | None
+    temperature: float
+    valid: Mapping[str, Any]
+    """Metrics of the finished model on valid; empty without valid."""
+    workers: int
+    packed: bool
+    seconds: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"TrainSummary of {self.model}",
+            f"  {self.documents:,} documents, {self.windows:,} windows, {self.steps:,} steps in {self.seconds:,.0f} s",
+        ]
+        shown_metrics = [f"{name} {value:.4g}" for name, value in self.valid.items() if isinstance(value, (int, float))]
+        return "\n".join([*lines, *([f"  valid: {', '.join(shown_metrics)}"] if shown_metrics else [])])
+
+    def to_json(self) -> dict[str, Any]:
+        """As `pipelines train --json` prints it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What training and valid settle: the decision of the finished model, and its scores of valid."""
+
+    decision: DecisionSettings
+    temperature: float = 1.0
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    histograms: Mapping[str, Any] = field(default_factory=dict)
+    scores: DocumentScores | None = None
+
+
+def fit(
+    spec: RunSpec,
+    train: Corpus,
+    valid: Corpus | None,
+    *,
+    is_preempted: Callable[[], bool] | None = None,
+    on_metrics: Callable[[Mapping[str, float]], None] | None = None,
+) -> TrainSummary:
+    """Fine-tune, keep the best weights, tune thresholds on valid, and write the model folder.
+
+    A run with checkpoints under spec.output is resumed from the newest. Every rank calls this with the same arguments;
+    rank 0 writes the files; the summary is the same on each.
+
+    Args:
+        spec: What defines the run.
+        train: The training data.
+        valid: The validation data, if there is any.
+        is_preempted: Whether a machine of the run will be taken away.
+        on_metrics: Gets numbers by name during the run, on rank 0.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="pipelines-train-") as scratch:
+        folder = Path(scratch, "model")
+        checkpoint = fetch_newest(spec.output, Path(scratch))
+        scorer = _open(spec, train, folder, checkpoint)
+        data = training_windows(scorer, train, spec.train)
+        loss = resolve_loss(spec.train, spec.decision, train.all_targets)
+
+        def evaluation() -> Evaluation:
+            assert valid is not None
+            return measure(scorer, valid, loss, spec.compute)
+
+        checkpoints = Checkpoints(spec.output, keep=spec.train.keep_checkpoints)
+        hooks = Hooks(
+            evaluate=None if valid is None else evaluation,
+            on_checkpoint=lambda loop: _save_checkpoint(loop, scorer.model, checkpoints, spec.train),
+            is_preempted=is_preempted,
+            on_metrics=on_metrics,
+        )
+        loop = TrainLoop(scorer.model, data, spec.train, loss, BestMetric.of(spec.train, spec.decision), hooks=hooks)
+        first_step = _resume(loop, checkpoint)
+        try:
+            state = loop.run()
+        finally:
+            checkpoints.close()
+        result = _Result(spec.decision, metrics=state.best_metrics)
+        if valid is not None:
+            scores = loop.best_scores or evaluation().scores
+            assert scores is not None
+            result = _tune_decision(spec, valid, scores, state.best_metrics)
+        seconds = time.perf_counter() - started
+        if rank() == 0:
+            page = None
+            if valid is not None:
+                steps_here = state.step - first_step
+                page = _page(spec, result, train, valid, state=state, steps_here=steps_here, seconds=seconds)
+            _write_folder(spec, result, scorer, folder, has_pairs=train.has_pairs, page=page)
+        barrier()
+        return _summary(spec, result, (train, valid), data, state, packed=scorer.model.is_packed, started=started)
+
+
+def prepare_folder(spec: RunSpec) -> Tokenizer:
+    """Put the tokenizer into the output folder and return it: tokenizing needs it before any model is loaded."""
+    with tempfile.TemporaryDirectory(prefix="pipelines-train-") as scratch:
+        tokenizer = save_tokenizer(spec.model, Path(scratch))
+        publish(Path(scratch), spec.output, last="tokenizer.json")
+    return tokenizer
+
+
+def measure(
+    scorer: Scorer, valid: Corpus, loss: Loss, compute: ComputeSettings, own_metrics: OwnMetrics | None = None
+) -> Evaluation:
+    """Loss (mean over windows, weighted as in training) and metrics of valid, the same on every rank.
+
+    The arithmetic is the one in which the finished folder will be scored on this machine, by autocast.
+
+    Raises:
+        JobError: The model's output is not finite; the message names documents.
+    """
+    share = np.linspace(0, len(valid), world_size() + 1).astype(int)
+    dtype = shared_dtype(compute.dtype, scorer.model.device)
+    with torch.autocast(scorer.model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        found = [scorer.score_documents(some) for some in valid.between(share[rank()], share[rank() + 1])]
+    if world_size() > 1:
+        of_ranks = [found] * world_size()
+        dist.all_gather_object(of_ranks, found)
+        found = [scores for of_rank in of_ranks for scores in of_rank]
+    scores = concat_scores(found)
+    bad = [document for document, error in enumerate(scores.errors) if error is not None]
+    if bad:
+        names = ", ".join(valid.name(int(valid.rows_D[document])) for document in bad[:NAMES_SHOWN])
+        raise JobError(
+            f"{scores.errors[bad[0]]} for {len(bad)} of {len(valid)} valid documents ({names}): lower learning_rate, "
+            f"or use dtype=float32"
+        )
+    decisions = decide(scores.scores_DL, scorer.decision, scores.votes_DL)
+    metrics = evaluate(valid.targets, scores.scores_DL, decisions, scorer.decision)
+    own = {} if own_metrics is None else own_metrics(valid.targets, decisions, scores)
+    return Evaluation({"loss": mean_loss(scores, valid.targets, loss), **metrics, **own}, scores)
+
+
+def mean_loss(scores: DocumentScores, targets: NDArray[np.generic], loss: Loss) -> float:
+    """Mean loss over the windows of documents, weighted as in training."""
+    targets_W = targets[scores.windows.document_W]
+    losses_W = loss(torch.from_numpy(scores.window_logits_WL), torch.from_numpy(targets_W)).numpy()
+    share_W = loss.shares(scores.windows)
+    return float((losses_W * share_W).sum()) / (float((loss.normalizers(targets_W) * share_W).sum()) or 1.0)
+
+
+def _open(spec: RunSpec, train: Corpus, folder: Path, checkpoint: Path | None) -> Scorer:
+    """The scorer that trains: pretrained weights, or those of the checkpoint. The tokenizer goes into the folder."""
+    tokenizer = save_tokenizer(spec.model, folder)
+    module, has_new_head = new_classifier(
+        str(checkpoint or spec.model),
+        spec.decision,
+        seed=spec.train.seed,
+        attention_dropout=spec.train.attention_dropout,
+    )
+    compute = replace(spec.compute, dtype="float32", device=worker_device(spec.compute.device))
+    model = WindowModel(module, tokenizer.template, compute, uses_type_ids=uses_type_ids(folder))
+    if spec.decision.kind == "regression" and spec.train.standardize_labels:
+        is_scaled = has_new_head or checkpoint is not None
+        if not model.learn_scaled(Scaling.of(train.all_targets), is_scaled=is_scaled) and rank() == 0:
+            logger.warning(
+                "labels are learned as they are: %s has no bias that could hold their mean", model.model_type
+            )
+    plan = plan_of(spec.windows, tokenizer, model_type=model.model_type, model_limit=model.row_limit)
+    return Scorer(model, tokenizer, plan, spec.decision)
+
+
+def _resume(loop: TrainLoop, checkpoint: Path | None) -> int:
+    """Resume from the checkpoint, if there is one; the step at which this process begins."""
+    if checkpoint is not None:
+        loop.restore(checkpoint)
+        if rank() == 0:
+            logger.info("resuming from step %d", loop.state.step)
+    return loop.state.step
+
+
+def _save_checkpoint(loop: TrainLoop, model: WindowModel, checkpoints: Checkpoints, settings: TrainSettings) -> None:
+    """Copy weights and state off the device; they are written while training continues. Not at the very end."""
+    if rank() > 0 or loop.state.epoch == settings.epochs or loop.state.stopped:
+        return
+    write_weights, write_state = model.snapshot(), loop.snapshot()
+
+    def write(folder: Path) -> None:
+        write_weights(folder)
+        write_state(folder)
+
+    checkpoints.save(loop.state.step, write)
+
+
+def _tune_decision(spec: RunSpec, valid: Corpus, scores: DocumentScores, best_metrics: Mapping[str, Any]) -> _Result:
+    """Fit the temperature and tune thresholds on the best evaluation's scores, where the settings ask for it."""
+    decision, temperature = spec.decision, 1.0
+    if spec.train.calibrate:
+        temperature = fit_temperature(scores.window_logits_WL, scores.windows.offsets, valid.targets, decision)
+        _log_once("temperature %.3f", temperature)
+        scores = rescored(scores, decision, temperature)
+    if _has_tunable_thresholds(decision):
+        tuned = tune_thresholds(valid.targets, scores.scores_DL, decision, spec.train.objective)
+        for line in tuned.remarks(spec.train.objective):
+            _log_once("%s", line)
+        decision = tuned.applied_to(decision)
+    decisions = decide(scores.scores_DL, decision, scores.votes_DL)
+    metrics = {**best_metrics, **evaluate(valid.targets, scores.scores_DL, decisions, decision)}
+    return _Result(decision, temperature, metrics, histograms_of(scores.scores_DL, decision), scores)
+
+
+def _has_tunable_thresholds(decision: DecisionSettings) -> bool:
+    """Whether thresholds apply, were not given, and may replace the merge that was asked for."""
+    return decision.kind in ("binary", "multilabel") and decision.thresholds is None and decision.merge != "vote"
+
+
+def _write_folder(
+    spec: RunSpec, result: _Result, scorer: Scorer, folder: Path, *, has_pairs: bool, page: str | None
+) -> None:
+    """Finish the model folder and publish it; checkpoints are removed afterwards."""
+    scorer.model.save(folder)
+    if page is not None:
+        (folder / REPORT_FILE).write_text(page)
+    seal(
+        ModelFolder(
+            folder,
+            replace(spec.windows, max_length=scorer.plan.max_length),
+            result.decision,
+            result.temperature,
+            metrics=result.metrics,
+            histograms=result.histograms,
+            reads_pairs=has_pairs,
+        )
+    )
+    publish(folder, spec.output, last=PIPELINE_FILE)
+    remove_all(spec.output)
+
+
+def _page(
+    spec: RunSpec,
+    result: _Result,
+    train: Corpus,
+    valid: Corpus,
+    *,
+    state: TrainState,
+    steps_here: int,
+    seconds: float,
+) -> str:
+    """The report on valid and on the run."""
+    assert result.scores is not None
+    scores, decision = result.scores, result.decision
+    tokens = int(train.num_tokens_D.sum())
+    facts: dict[str, dict[str, Any]] = {
+        "Data": {
+            "training documents": len(train),
+            "training tokens": tokens,
+            "training fingerprint": train.fingerprint,
+            "valid documents": len(valid),
+            "valid fingerprint": valid.fingerprint,
+        },
+        "Time": {
+            "steps": state.step,
+            "steps of the last process": steps_here,
+            "its seconds": seconds,
+            "its tokens per second": tokens * state.epoch * steps_here / max(state.step, 1) / seconds,
+        },
+        "Settings": {"model": shown(spec.model), **asdict(decision), **asdict(spec.windows), **asdict(spec.train)},
+    }
+    data = ReportData(
+        title=f"{Path(spec.output).name} on its validation data",
+        decision=decision,
+        targets=valid.targets,
+        scores_DL=scores.scores_DL,
+        decisions=decide(scores.scores_DL, decision, scores.votes_DL),
+        metrics=result.metrics,
+        num_tokens_D=valid.num_tokens_D,
+        name_of=lambda number: valid.name(int(valid.rows_D[number])),
+        losses=state.losses,
+        evaluations=state.evaluations,
+        facts=facts,
+    )
+    return render(data)
+
+
+def _summary(
+    spec: RunSpec,
+    result: _Result,
+    corpora: tuple[Corpus, Corpus | None],
+    data: TrainingWindows,
+    state: TrainState,
+    *,
+    packed: bool,
+    started: float,
+) -> TrainSummary:
+    train, valid = corpora
+    counts = [data.counts(unit) for unit in range(data.num_units)]
+    return TrainSummary(
+        model=shown(spec.output),
+        documents=len(train),
+        rows_in_error=train.num_errors + (0 if valid is None else valid.num_errors),
+        documents_truncated=sum(unit.num_truncated for unit in counts),
+        windows=sum(unit.num_windows for unit in counts),
+        tokens_per_epoch=sum(unit.num_tokens for unit in counts),
+        steps=state.step,
+        losses=state.losses,
+        evaluations=state.evaluations,
+        best=state.best,
+        stopped_early=state.stopped,
+        thresholds=result.decision.thresholds,
+        temperature=result.temperature,
+        valid=result.metrics,
+        workers=world_size(),
+        packed=packed,
+        seconds=round(time.perf_counter() - started, 2),
+        settings=asdict(spec.train),
+    )
+
+
+def _log_once(message: str, value: object) -> None:
+    """Log on rank 0 alone."""
+    if rank() == 0:
+        logger.info(message, value)

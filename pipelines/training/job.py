@@ -1,0 +1,261 @@
+"""A fine-tuning job: its settings, the checks before any work, and training in this process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.decisions.calibration import check_calibration
+from pipelines.decisions.labels import encode_labels, find_labels
+from pipelines.decisions.metrics import parse_objective
+from pipelines.errors import DataError, JobError, PipelinesError, SettingsError
+from pipelines.fields import parse
+from pipelines.model.scorer import plan_of
+from pipelines.model.weights import describe
+from pipelines.progress import Progress
+from pipelines.settings import (
+    ComputeSettings,
+    DataSettings,
+    DecisionSettings,
+    TrainPaths,
+    TrainSettings,
+    WindowSettings,
+)
+from pipelines.storage.columns import check_label_column, check_text_column
+from pipelines.storage.locations import absolute, shown
+from pipelines.storage.rows import read_unit, together
+from pipelines.storage.shards import InputFile, fingerprint, read_footers, split_into_units, usual_unit_bytes
+from pipelines.text.stage import TokenizeStage
+from pipelines.text.windows import leads_with_space
+from pipelines.training.checkpoints import open_training, remove_folder, steps_of
+from pipelines.training.fit import RunSpec, TrainSummary, fit, prepare_folder
+from pipelines.training.loop import HARMLESS
+from pipelines.training.losses import resolve_loss
+from pipelines.training.splits import Split, tokenize_into_files
+from pipelines.training.state import BestMetric
+
+BYTES_PER_TOKEN = 4
+"""Bytes of text in a token, about."""
+UNITS_PER_BUFFER = 8
+"""A shuffle buffer holds at least so many units: with one unit it would mix only neighbours."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A fine-tuning job as its settings define it."""
+
+    paths: TrainPaths
+    decision: DecisionSettings = field(default_factory=DecisionSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    windows: WindowSettings = field(default_factory=WindowSettings)
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+
+    @classmethod
+    def parse(cls, values: Mapping[str, object]) -> TrainJob:
+        """A job from a flat mapping of settings, as YAML and the command line give it."""
+        groups = (TrainPaths, DecisionSettings, DataSettings, WindowSettings, TrainSettings, ComputeSettings)
+        paths, decision, data, windows, settings, compute = parse(values, *groups)
+        model = absolute(paths.model) if Path(paths.model).expanduser().is_dir() else paths.model
+        valid = None if paths.valid is None else absolute(paths.valid)
+        paths = replace(paths, train=absolute(paths.train), valid=valid, output=absolute(paths.output), model=model)
+        if settings.tensorboard_dir is not None:  # workers have another working folder
+            settings = replace(settings, tensorboard_dir=absolute(settings.tensorboard_dir))
+        return cls(paths, decision, data, windows, settings, compute)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this process trains, without Ray."""
+        return self.paths.worker_range == (0, 0)
+
+
+@dataclass(frozen=True)
+class LabelledFiles:
+    """Input files with their targets."""
+
+    location: str
+    files: list[InputFile]
+    targets: NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class CheckedTrainJob:
+    """A job whose data, labels, weights and settings fit together."""
+
+    job: TrainJob
+    spec: RunSpec
+    train: LabelledFiles
+    valid: LabelledFiles | None
+    model_limit: int | None
+    """Longest input row of the model; None for no limit."""
+    model_type: str
+
+    @property
+    def first_file(self) -> str:
+        """One of the training files, to check that every node can read it."""
+        return self.train.files[0].url
+
+    def splits(self) -> dict[str, Split]:
+        """The inputs to tokenize, by name; puts the tokenizer into the output folder."""
+        tokenizer = prepare_folder(self.spec)
+        plan = plan_of(self.spec.windows, tokenizer, model_type=self.model_type, model_limit=self.model_limit)
+        windows_per_unit = self.job.settings.shuffle_buffer // UNITS_PER_BUFFER
+        unit_bytes = _unit_bytes(self.train.files, windows_per_unit, plan.max_length)
+        found = {"train": self._split(self.train, unit_bytes)}
+        if self.valid is not None:
+            found["valid"] = self._split(self.valid, None)
+        return found
+
+    def _split(self, labelled: LabelledFiles, unit_bytes: int | None) -> Split:
+        data = self.job.data
+        texts = _text_columns(data)
+        lead_space = leads_with_space(self.spec.windows, self.model_type)
+        schema = together(labelled.files, texts)
+        stage = TokenizeStage(labelled.location, texts, schema, self.spec.output, lead_space=lead_space)
+        units = split_into_units(labelled.files, unit_bytes=unit_bytes, limit=data.limit)
+        return Split(stage, units, labelled.targets, self.job.settings.seed)
+
+
+def train_here(job: TrainJob) -> TrainSummary:
+    """Fine-tune in this process, without Ray, and write the model folder.
+
+    Raises:
+        UsageError: Data, labels, weights, windows, model or output do not fit; nothing was done.
+        JobError: The run was stopped; the same job resumes it.
+    """
+    with opened_run(job) as checked:
+        splits = checked.splits()
+        total = sum(split.units.num_rows for split in splits.values())
+        with tempfile.TemporaryDirectory(prefix="pipelines-tokens-") as scratch:
+            with Progress(logger, "tokenized", total=total, unit="rows") as progress:
+                corpora = {
+                    name: tokenize_into_files(split, Path(scratch, name), progress) for name, split in splits.items()
+                }
+            return fit(checked.spec, corpora["train"], corpora.get("valid"))
+
+
+@contextmanager
+def opened_run(job: TrainJob) -> Iterator[CheckedTrainJob]:
+    """Check a job and begin or resume its output folder; removes a new folder where the run ends with nothing in it."""
+    checked = check_job(job)
+    is_new = not open_training(job.paths.output, _identity(checked))
+    labels = ", ".join(checked.spec.decision.labels) or "regression"
+    num_valid = 0 if checked.valid is None else len(checked.valid.targets)
+    logger.info("%s training rows, %s valid; %s", f"{len(checked.train.targets):,}", f"{num_valid:,}", labels)
+    try:
+        yield checked
+    except PipelinesError:
+        if is_new and not steps_of(job.paths.output):  # there is no checkpoint to resume from
+            remove_folder(job.paths.output)
+        raise
+    except OSError as error:  # of a disk or an object store, after retries where they can help
+        raise JobError(f"training stopped: {error}; when that is repaired, the same command resumes") from error
+
+
+def check_job(job: TrainJob) -> CheckedTrainJob:
+    """Read footers and labels, and check that data, labels, weights and settings fit.
+
+    Raises:
+        UsageError: They do not; the message names the remedy.
+    """
+    paths = job.paths
+    train_files, train_labels = _read_labels(paths.train, job.data)
+    found_valid = None if paths.valid is None else _read_labels(paths.valid, job.data)
+    decision = _with_labels(job.decision, train_labels)
+    train = LabelledFiles(paths.train, train_files, _targets_of(paths.train, train_labels, decision))
+    valid = None
+    if found_valid is not None and paths.valid is not None:
+        valid = LabelledFiles(paths.valid, found_valid[0], _targets_of(paths.valid, found_valid[1], decision))
+    _check_targets(train.targets, decision, job.settings)
+    _check_without_effect(job.settings, has_valid=valid is not None)
+    model_limit, model_type = describe(paths.model, attention_dropout=job.settings.attention_dropout)
+    spec = RunSpec(paths.model, paths.output, job.windows, decision, job.settings, job.compute)
+    return CheckedTrainJob(job, spec, train, valid, model_limit, model_type)
+
+
+def _read_labels(location: str, data: DataSettings) -> tuple[list[InputFile], pa.ChunkedArray]:
+    """Footers and the label column of an input, checked: a small read before any work."""
+    files = read_footers(location, data.text_column)
+    for file in files:
+        assert file.schema is not None, "files without a schema are refused by read_footers"
+        for name in _text_columns(data):
+            check_text_column(file.schema, name, where=file.url)
+        check_label_column(file.schema, data.label_column, where=file.url)
+    units = split_into_units(files, limit=data.limit)
+    if not len(units):
+        raise DataError(f"{location} has no rows")
+    if sum(file.num_nulls for file in files) == sum(file.num_rows for file in files):
+        raise DataError(f"{shown(location)}, column {data.text_column!r}: no row has a text")
+    schema = together(files, [data.label_column])
+    return files, pa.concat_tables([read_unit(location, unit, schema) for unit in units]).column(data.label_column)
+
+
+def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray) -> DecisionSettings:
+    """The decision with the labels that occur, where none were named."""
+    if decision.labels or decision.kind == "regression":
+        return decision
+    return replace(decision, labels=find_labels([labels], decision.kind))
+
+
+def _targets_of(location: str, labels: pa.ChunkedArray, decision: DecisionSettings) -> NDArray[np.generic]:
+    """Labels as targets. Raises DataError naming the input."""
+    try:
+        return encode_labels(labels, decision)
+    except DataError as error:
+        raise DataError(f"{shown(location)}: {error}") from error
+
+
+def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, settings: TrainSettings) -> None:
+    """Raise where loss, weights, metric or objective do not fit, and where the training data has one class only."""
+    resolve_loss(settings, decision, targets)
+    BestMetric.of(settings, decision)
+    parse_objective(settings.objective)
+    if settings.objective != TrainSettings.objective and decision.kind not in ("binary", "multilabel"):
+        raise SettingsError(
+            f"objective={settings.objective!r} tunes thresholds, and kind {decision.kind} has no thresholds"
+        )
+    if settings.calibrate:
+        check_calibration(decision)
+    if decision.kind in ("binary", "multiclass") and len(np.unique(targets)) < 2:
+        only = decision.labels[int(targets[0])]
+        raise DataError(f"every training row has the label {only!r}: a classifier needs at least two")
+
+
+def _check_without_effect(settings: TrainSettings, *, has_valid: bool) -> None:
+    """Refuse settings that would have no effect without validation data."""
+    for name in ("metric", "evaluate_steps", "early_stopping_patience", "calibrate", "objective"):
+        if getattr(settings, name) != getattr(TrainSettings, name) and not has_valid:
+            raise SettingsError(f"{name}={getattr(settings, name)!r} needs validation data: add --valid")
+
+
+def _identity(checked: CheckedTrainJob) -> dict[str, Any]:
+    """What must be the same for a run to be resumed, as JSON keeps it: data, weights and settings, not the workers."""
+    job = checked.job
+    groups = (checked.spec.decision, job.data, job.windows, job.settings)
+    settings = {name: value for group in groups for name, value in asdict(group).items() if name not in HARMLESS}
+    files = {"train": checked.train.files, "valid": [] if checked.valid is None else checked.valid.files}
+    inputs = {name: fingerprint((file.url, file.size, file.version) for file in found) for name, found in files.items()}
+    found: dict[str, Any] = json.loads(json.dumps({**inputs, "model": shown(job.paths.model), **settings}))
+    return found
+
+
+def _unit_bytes(files: Sequence[InputFile], num_windows: int, max_length: int) -> int:
+    """Text bytes of a unit of about so many windows at most: full windows, or one for each of many short texts."""
+    num_rows, num_bytes = sum(file.num_rows for file in files), sum(sum(file.row_group_bytes) for file in files)
+    of_short_texts = num_windows * num_bytes // max(num_rows, 1)
+    return max(min(usual_unit_bytes(files), num_windows * max_length * BYTES_PER_TOKEN, of_short_texts), 1)
+
+
+def _text_columns(data: DataSettings) -> tuple[str, ...]:
+    return tuple(name for name in (data.text_column, data.text_pair_column) if name is not None)

@@ -1,0 +1,364 @@
+"""The training loop: steps, evaluations, early stopping and checkpoints, and resuming from one.
+
+What an evaluation measures, and where a checkpoint is written, is up to the caller (`Hooks`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pipelines.errors import ModelFolderError
+from pipelines.model.window_model import WindowModel
+from pipelines.progress import PROGRESS_SECONDS, Progress
+from pipelines.settings import TrainSettings
+from pipelines.training.checkpoints import STATE_FILE
+from pipelines.training.losses import Loss
+from pipelines.training.order import Step, TrainingWindows, epoch_steps, num_steps_of_epoch, num_steps_of_run
+from pipelines.training.ranks import answer_of_rank_0, rank, world_size
+from pipelines.training.state import BestMetric, BestWeights, Evaluation, LossLog, TrainState
+from pipelines.training.steps import Stepper
+
+TENSORS_FILE = "training_state.pt"
+"""File of a checkpoint: optimizer, schedule and the best weights so far."""
+CHECK_STEPS = 10
+"""Every so many steps all ranks check together whether the clock or a leaving machine calls for a checkpoint."""
+NAMES_SHOWN = 8
+"""Documents that a message about a step names at most."""
+HARMLESS = frozenset(
+    {
+        "train_batch_tokens",
+        "save_steps",
+        "save_minutes",
+        "save_each_epoch",
+        "save_evaluations",
+        "keep_checkpoints",
+        "max_failures",
+        "tensorboard_dir",
+        "logging_steps",
+    }
+)
+"""Settings that may change when a run is resumed."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller adds to the loop. Every rank calls the first four equally often."""
+
+    evaluate: Callable[[], Evaluation] | None = None
+    """Evaluates the model between steps."""
+    on_best: Callable[[TrainLoop], None] | None = None
+    """Follows an evaluation that was the best so far."""
+    on_checkpoint: Callable[[TrainLoop], None] | None = None
+    """Writes a checkpoint: where the settings say so, and when a machine of the run will be taken away."""
+    is_preempted: Callable[[], bool] | None = None
+    """Whether a machine of the run will be taken away."""
+    on_metrics: Callable[[Mapping[str, float]], None] | None = None
+    """Gets numbers by name every few seconds and at each evaluation, on rank 0."""
+    steps: Callable[[int, int], Iterator[Step]] | None = None
+    """The steps of an epoch after the first n, from (epoch, n). By default settings.seed draws them."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """What else, JSON-ready, must be the same for a run to be resumed."""
+
+
+class TrainLoop:
+    """One run over labelled windows. Every rank runs the same loop."""
+
+    def __init__(
+        self,
+        model: WindowModel,
+        data: TrainingWindows,
+        settings: TrainSettings,
+        loss: Loss,
+        metric: BestMetric,
+        *,
+        hooks: Hooks | None = None,
+    ) -> None:
+        self.state = TrainState()
+        self.is_epoch_end = False
+        """Whether the last step ended an epoch."""
+        self._model, self._data, self._settings = model, data, settings
+        self._hooks = Hooks() if hooks is None else hooks
+        self._best = BestWeights(metric)
+        self._losses = LossLog(self._documents_of_step)
+        self._clock = _CheckpointClock(settings, self._hooks.is_preempted)
+        self._num_steps = num_steps_of_run(data, settings)
+        self._stepper = Stepper(model, data.first().cut, settings, loss, self._num_steps)
+        self._draw = partial(epoch_steps, data, settings, loss)
+        self._monitor = _Monitor(settings, self._hooks.on_metrics)
+
+    @property
+    def best_scores(self) -> Any:
+        """Scores of the best evaluation, where it happened in this process."""
+        return self._best.scores
+
+    def run(self) -> TrainState:
+        """Train from the current state to the end; the model then has the best weights, or without valid the last."""
+        self._monitor.start(self.state, self._num_steps)
+        try:
+            while self.state.epoch < self._settings.epochs and not self.state.stopped:
+                self._run_epoch()
+        finally:
+            self._monitor.close()
+            self._model.module.eval()
+            self._stepper.release()
+        self._best.restore(self._model.module)
+        return self.state
+
+    def save(self, folder: Path) -> None:
+        """Write what is needed to resume this run, beside the weights, which the caller has put into the folder."""
+        if rank() == 0:
+            self.snapshot()(folder)
+
+    def snapshot(self) -> Callable[[Path], None]:
+        """Copy what is needed to resume this run off the device; the function returned writes it at any later time."""
+        tensors = _on_cpu({"stepper": self._stepper.state(), "best": self._best.weights})
+        content = json.dumps({**self._identity(), "state": dataclasses.asdict(self.state)})
+
+        def write(folder: Path) -> None:
+            torch.save(tensors, folder / TENSORS_FILE)
+            unfinished = folder / f"{STATE_FILE}.partial"
+            unfinished.write_text(content)
+            os.replace(unfinished, folder / STATE_FILE)
+
+        return write
+
+    def restore(self, folder: Path) -> None:
+        """Resume from a checkpoint, whose weights the model already has.
+
+        Raises:
+            ModelFolderError: It is a checkpoint of a run with other data or settings; the message names them.
+        """
+        if not (folder / TENSORS_FILE).is_file():
+            raise ModelFolderError(f"{folder} has {STATE_FILE} but no {TENSORS_FILE}: it was copied in part")
+        content = json.loads((folder / STATE_FILE).read_text())
+        differences = self._differences(content)
+        if differences:
+            raise ModelFolderError(f"{folder} is a checkpoint of another run: {'; '.join(differences)}")
+        tensors = torch.load(folder / TENSORS_FILE, map_location=self._model.device, weights_only=True)
+        self._stepper.load_state(tensors["stepper"])
+        self._best.weights = tensors["best"]
+        self.state = TrainState(**content["state"])
+        self._num_steps = 0  # unknown: the learning rate in the checkpoint belongs to the step that was next then
+
+    def _run_epoch(self) -> None:
+        self._model.module.train()
+        for step in self._steps(self.state.epoch, self.state.step - self._first_step(self.state.epoch)):
+            self._run_step(step)
+            is_evaluated = self._evaluate_if_due()
+            self._save_if_due(is_evaluated=is_evaluated)
+            if self.state.stopped:
+                return
+        self._losses.flush(self.state)
+
+    def _run_step(self, step: Step) -> None:
+        if step.num_steps is not None and step.num_steps != self._num_steps:
+            self._num_steps = step.num_steps
+            self._stepper.set_num_steps(step.num_steps)
+        loss = self._stepper(step, self.state.step)
+        self._losses.add(loss)
+        self.state.step += 1
+        self.is_epoch_end = step.ends_epoch
+        if step.ends_epoch:
+            self.state.epoch += 1
+        num_tokens = int(step.data.length_W[step.index_W].sum())
+        learning_rate = self._stepper.learning_rate
+        self._monitor.count_step(self._num_steps, loss, num_tokens=num_tokens, learning_rate=learning_rate)
+        if self._settings.tensorboard_dir is not None and self.state.step % self._settings.logging_steps == 0:
+            self._losses.flush(self.state)  # on every rank: it is a collective operation
+            self._monitor.add_scalars({"loss": self.state.losses[-1], "lr": learning_rate}, self.state.step)
+
+    def _steps(self, epoch: int, skip: int) -> Iterator[Step]:
+        """The steps of an epoch for the current rank."""
+        if self._hooks.steps is not None:
+            return self._hooks.steps(epoch, skip)
+        return self._draw(epoch=epoch, rank=rank(), world_size=world_size(), skip=skip)
+
+    def _first_step(self, epoch: int) -> int:
+        """Steps before an epoch; the units of all epochs but the first have arrived."""
+        return sum(num_steps_of_epoch(self._data, self._settings, before) for before in range(epoch))
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluate where the settings say so; whether it was done."""
+        settings, evaluate = self._settings, self._hooks.evaluate
+        is_due_by_steps = _is_multiple(self.state.step, settings.evaluate_steps)
+        if evaluate is None or not (is_due_by_steps or (self.is_epoch_end and settings.evaluate_each_epoch)):
+            return False
+        self._losses.flush(self.state)
+        self._model.module.eval()
+        counts = is_due_by_steps or settings.early_stopping_consider_epochs
+        self._record(evaluate(), counts_for_patience=counts)
+        self._model.module.train()
+        return True
+
+    def _record(self, evaluation: Evaluation, *, counts_for_patience: bool) -> None:
+        """Record an evaluation, keep the weights if they are the best, and stop the run when patience is used up."""
+        state, name = self.state, self._best.metric.name
+        improves = self._best.consider(evaluation, state, self._model.module)
+        self._monitor.show_evaluation(state, name, improves=improves)
+        if improves:
+            if self._hooks.on_best is not None:
+                self._hooks.on_best(self)
+            return
+        if counts_for_patience:
+            state.flat += 1
+        patience = self._settings.early_stopping_patience
+        if patience is not None and state.flat > patience:
+            state.stopped = True
+            if rank() == 0:
+                logger.info("stopped early: %d evaluations without a better %s", state.flat, name)
+
+    def _save_if_due(self, *, is_evaluated: bool) -> None:
+        """Write a checkpoint where the settings, the clock or a machine that leaves call for one."""
+        settings = self._settings
+        is_wanted = settings.save_each_epoch if self.is_epoch_end else settings.save_evaluations and is_evaluated
+        is_due = is_wanted or _is_multiple(self.state.step, settings.save_steps)
+        if self._hooks.on_checkpoint is None:
+            return
+        is_time = self._clock.is_time(self.state.step, self._model.device)  # on every rank, due or not
+        if is_time or is_due:
+            self._losses.flush(self.state)
+            self._hooks.on_checkpoint(self)
+            self._clock.saved()
+
+    def _documents_of_step(self, number: int) -> str:
+        """Documents of the step of that number over all ranks, the first few by name."""
+        epoch = self.state.epoch
+        if number < self._first_step(epoch):  # the epoch before, which has just ended
+            epoch -= 1
+        skip = number - self._first_step(epoch)
+        steps = self._hooks.steps(epoch, skip) if self._hooks.steps else None
+        step = next(steps or self._draw(epoch=epoch, rank=0, world_size=1, skip=skip))
+        names = self._data.names(step.data, step.index_W)
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        return ", ".join(names[:NAMES_SHOWN]) + more
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed: the windows, their targets and the settings."""
+        settings = {k: v for k, v in dataclasses.asdict(self._settings).items() if k not in HARMLESS}
+        also = {"training data": self._data.fingerprint, **self._hooks.identity}
+        return {"also": also, "settings": json.loads(json.dumps(settings))}
+
+    def _differences(self, content: Mapping[str, Any]) -> list[str]:
+        mine = self._identity()
+        theirs = content["settings"]
+        names = [name for name, value in mine["settings"].items() if theirs.get(name) != value]
+        found = [f"{name} was {theirs.get(name)!r} and is {mine['settings'][name]!r}" for name in names]
+        return found + [f"other {name}" for name, value in mine["also"].items() if content["also"].get(name) != value]
+
+
+class _CheckpointClock:
+    """Whether the clock, or a machine that will be taken away, calls for a checkpoint."""
+
+    def __init__(self, settings: TrainSettings, is_preempted: Callable[[], bool] | None) -> None:
+        self._minutes, self._is_preempted = settings.save_minutes, is_preempted
+        self._saved_at = time.monotonic()
+        self._was_preempted = False
+
+    def is_time(self, step: int, device: torch.device) -> bool:
+        """Asked after every step, on every rank, which all get the same answer."""
+        if step % CHECK_STEPS:
+            return False
+        if self._is_preempted is not None and not self._was_preempted and self._is_preempted():
+            self._was_preempted = True
+            if rank() == 0:
+                logger.warning("a machine of this run will be taken away: checkpoint at step %d", step)
+            return True
+        if self._minutes is None:
+            return False
+        return answer_of_rank_0(time.monotonic() - self._saved_at >= 60 * self._minutes, device)
+
+    def saved(self) -> None:
+        """A checkpoint was written."""
+        self._saved_at = time.monotonic()
+
+
+class _Monitor:
+    """What people see of a run, on rank 0: progress, evaluations, TensorBoard's curves and exported numbers."""
+
+    def __init__(self, settings: TrainSettings, on_metrics: Callable[[Mapping[str, float]], None] | None) -> None:
+        is_shown = rank() == 0
+        self._on_metrics = on_metrics if is_shown else None
+        self._is_shown, self._tokens, self._told = is_shown, 0, time.monotonic()
+        self._writer: Any = None
+        if settings.tensorboard_dir is not None and is_shown:
+            from tensorboardX import SummaryWriter  # comes with Ray Train; imported only where it is needed
+
+            self._writer = SummaryWriter(settings.tensorboard_dir)
+
+    def start(self, state: TrainState, num_steps: int) -> None:
+        """Show progress from the current step on."""
+        total = max(num_steps, state.step)
+        self._progress = Progress(
+            logger, "trained", total=total, unit="steps", done=state.step, is_shown=self._is_shown
+        ).__enter__()
+
+    def count_step(self, num_steps: int, loss: Tensor, *, num_tokens: int, learning_rate: float) -> None:
+        """Count a step of so many. Its tokens and loss are this rank's; they are scaled up to all ranks."""
+        self._tokens += num_tokens * world_size()
+        self._progress.total = num_steps
+        now = time.monotonic()
+        if now - self._told < PROGRESS_SECONDS:  # reading the loss waits for the device
+            self._progress.advance(1, self._progress.details)
+            return
+        self._told = now
+        mean_loss = float(loss) * world_size()
+        rate = self._tokens / max(self._progress.measured_seconds, 1e-9)
+        self._progress.advance(
+            1, [f"loss {mean_loss:.3f}", f"learning rate {learning_rate:.1e}", f"{rate:,.0f} tokens/s"]
+        )
+        if self._on_metrics is not None:
+            numbers = {"step": self._progress.done, "loss": mean_loss, "learning_rate": learning_rate}
+            left = self._progress.seconds_left or 0.0
+            self._on_metrics({**numbers, "tokens_per_second": rate, "seconds_left": left})
+
+    def show_evaluation(self, state: TrainState, name: str, *, improves: bool) -> None:
+        """Log the newest evaluation's main metric, and pass on all of its numbers."""
+        newest = state.evaluations[-1]
+        value = newest[name]
+        shown = "undefined" if value is None else f"{value:.4f}"
+        if self._is_shown:
+            best = ", the best so far" if improves else ""
+            logger.info("step %d, epoch %d: valid %s %s%s", state.step, state.epoch, name, shown, best)
+        numbers = {
+            key: number
+            for key, number in newest.items()
+            if isinstance(number, (int, float)) and key not in ("step", "epoch")
+        }
+        self.add_scalars({f"valid/{key}": number for key, number in numbers.items()}, state.step)
+        if self._on_metrics is not None:
+            self._on_metrics({f"valid_{key}": number for key, number in numbers.items()})
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Points of TensorBoard's curves at one step."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """End the bar and write what is left of the curves."""
+        self._progress.__exit__(None, None, None)
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _is_multiple(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _on_cpu(tree: Any) -> Any:
+    """A copy of nested state with every tensor in the processor's memory."""
+    return tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, tree)

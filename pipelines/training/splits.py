@@ -1,0 +1,101 @@
+"""Labelled input files as corpora of tokenized documents.
+
+Imports neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.progress import Progress
+from pipelines.storage.columns import SOURCE_COLUMNS
+from pipelines.storage.locations import shown
+from pipelines.storage.shards import WorkUnits, fingerprint, group_units
+from pipelines.text.stage import TokenizeStage, documents_of
+from pipelines.text.tokenization import Documents
+from pipelines.training.corpus import Corpus, UnitLengths
+
+
+@dataclass(frozen=True)
+class Split:
+    """One labelled input: how to tokenize it, its work units, and its targets in the same row order."""
+
+    stage: TokenizeStage
+    units: WorkUnits
+    targets: NDArray[np.generic]
+    seed: int
+    """Draws the order of tokenizing."""
+
+    @property
+    def order(self) -> list[int]:
+        """Units in the order of tokenizing. Units of one row group stay together, so that it is decoded once."""
+        groups = group_units(self.units)
+        drawn = np.random.default_rng([self.seed, 0]).permutation(len(groups))
+        return [unit.number for group in drawn for unit in groups[group]]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any file or target."""
+        files = fingerprint((file.url, file.size, file.version) for file in self.units.files)
+        digest = hashlib.sha256(files.encode())
+        digest.update(np.ascontiguousarray(self.targets).data)
+        return digest.hexdigest()
+
+    def corpus(self, lengths: Callable[[int], UnitLengths], table: Callable[[int], pa.Table]) -> Corpus:
+        """A corpus of this split's units.
+
+        Args:
+            lengths: What is known of a unit without loading it.
+            table: The tokenized table of a unit.
+        """
+        documents = _UnitDocuments(table)
+        source = f"{shown(self.stage.location)}, column {self.stage.text_columns[0]!r}"
+        return Corpus(
+            [unit.num_rows for unit in self.units],
+            self.targets,
+            lengths,
+            documents,
+            fingerprint=self.fingerprint,
+            source=source,
+            name=documents.name,
+            order=self.order,
+        )
+
+
+@dataclass(frozen=True)
+class _UnitDocuments:
+    """The documents of a unit's table, and their display names."""
+
+    table: Callable[[int], pa.Table]
+
+    def __call__(self, unit: int) -> Documents:
+        return documents_of(self.table(unit))
+
+    def name(self, unit: int, row: int) -> str:
+        file, source_row = (self.table(unit).column(name)[row] for name in SOURCE_COLUMNS)
+        return f"{shown(str(file))} row {source_row}"
+
+
+def tokenize_into_files(split: Split, folder: Path, progress: Progress) -> Corpus:
+    """A corpus tokenized in this process; its units are files that are mapped into memory when they are read."""
+    folder.mkdir()
+    lengths = []
+    for number, table in enumerate(split.stage(split.units)):
+        with pa.OSFile(str(folder / f"{number}.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        lengths.append(UnitLengths.of(documents_of(table)))
+        progress.advance(len(table))
+    corpus = split.corpus(lengths.__getitem__, lambda number: _mapped(folder / f"{number}.arrow"))
+    corpus.check_texts()
+    return corpus
+
+
+def _mapped(file: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(file))).read_all()

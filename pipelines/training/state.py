@@ -1,0 +1,162 @@
+"""How far a run is: its steps, losses and evaluations, and which evaluation is the best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipelines.decisions.metrics import HEADLINE, LESS_IS_BETTER, METRICS
+from pipelines.errors import JobError, SettingsError
+from pipelines.model.scorer import DocumentScores
+from pipelines.settings import DecisionSettings, TrainSettings
+from pipelines.training.ranks import world_size
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of the validation data with the weights as they are now."""
+
+    metrics: Mapping[str, Any]
+    scores: DocumentScores | None = None
+
+
+@dataclass(frozen=True)
+class BestMetric:
+    """The metric that chooses the best weights."""
+
+    name: str
+    minimize: bool
+    delta: float = 0.0
+    """By how much an evaluation must be better to count."""
+
+    @classmethod
+    def of(cls, settings: TrainSettings, decision: DecisionSettings, own_metrics: tuple[str, ...] = ()) -> BestMetric:
+        """The metric that the settings name, or the kind's default; own_metrics are names of the caller's metrics.
+
+        Raises:
+            SettingsError: This kind does not have the metric.
+        """
+        name = settings.metric or HEADLINE[decision.kind]
+        known = ["loss", *(metric for metric in METRICS[decision.kind] if metric != "per_label"), *own_metrics]
+        if name not in known:
+            raise SettingsError(f"metric={name!r} is no metric of kind {decision.kind}; it has {', '.join(known)}")
+        minimize = name in LESS_IS_BETTER if settings.metric_minimize is None else settings.metric_minimize
+        return cls(name, minimize, settings.early_stopping_delta)
+
+    def improves(self, metrics: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
+        """Whether metrics beat the best so far by more than delta. An undefined one beats nothing but an undefined one.
+
+        Raises:
+            SettingsError: The metric is not among them.
+        """
+        if self.name not in metrics:
+            raise SettingsError(f"metric={self.name!r} is none of the metrics of valid: {', '.join(metrics)}")
+        value, other = metrics[self.name], None if best is None else best[self.name]
+        if other is None or not np.isfinite(other):
+            return best is None or (value is not None and bool(np.isfinite(value)))
+        if value is None:
+            return False
+        return bool((other - value if self.minimize else value - other) > self.delta)
+
+
+@dataclass
+class TrainState:
+    """How far a run is, as JSON keeps it."""
+
+    epoch: int = 0
+    """Epochs finished."""
+    step: int = 0
+    """Optimizer steps done."""
+    losses: list[float] = field(default_factory=list)
+    """Loss of each step, averaged over all ranks."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Metrics of each evaluation, with its step and epoch."""
+    best: int | None = None
+    """Number of the best evaluation."""
+    flat: int = 0
+    """Evaluations since the best that count for early stopping."""
+    stopped: bool = False
+    """Whether early stopping ended the run."""
+
+    @property
+    def best_metrics(self) -> dict[str, Any]:
+        """Metrics of the best evaluation; empty without any."""
+        best = {} if self.best is None else self.evaluations[self.best]
+        return {name: value for name, value in best.items() if name not in ("step", "epoch")}
+
+    def add_evaluation(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Record an evaluation; its metrics as JSON keeps them."""
+        plain = {key: _plain(value) for key, value in metrics.items()}
+        self.evaluations.append({"step": self.step, "epoch": self.epoch, **plain})
+        return plain
+
+
+class BestWeights:
+    """A copy of the weights of the best evaluation, and the scores of it."""
+
+    def __init__(self, metric: BestMetric) -> None:
+        self.metric = metric
+        self.weights: dict[str, Tensor] | None = None
+        self.scores: DocumentScores | None = None
+        """Scores of the best evaluation, where it happened in this process."""
+
+    def consider(self, evaluation: Evaluation, state: TrainState, module: nn.Module) -> bool:
+        """Record an evaluation in the state, and copy the weights if it is the best; whether it is."""
+        improves = self.metric.improves(evaluation.metrics, state.best_metrics or None)
+        state.add_evaluation(evaluation.metrics)
+        if improves:
+            state.best, state.flat = len(state.evaluations) - 1, 0
+            self.scores = evaluation.scores
+            self.weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        return improves
+
+    def restore(self, module: nn.Module) -> None:
+        """Give the module the best weights, where there was an evaluation."""
+        if self.weights is not None:
+            module.load_state_dict(self.weights)
+
+
+class LossLog:
+    """Losses of the last steps, which stay on the device until somebody needs their values."""
+
+    def __init__(self, describe_step: Callable[[int], str]) -> None:
+        """describe_step names the documents of a step, for the error that a loss is not finite."""
+        self._describe_step = describe_step
+        self._pending: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Add this rank's share of the loss of a step."""
+        self._pending.append(loss)
+
+    def flush(self, state: TrainState) -> None:
+        """Bring the pending losses into the state: one reduction over ranks and one synchronisation for all.
+
+        Raises:
+            JobError: A loss or a gradient is not finite.
+        """
+        if not self._pending:
+            return
+        together = torch.stack(self._pending)
+        self._pending = []
+        if world_size() > 1:
+            dist.all_reduce(together)
+        first = len(state.losses)
+        state.losses += together.tolist()
+        bad = np.flatnonzero(~np.isfinite(state.losses[first:]))
+        if len(bad):
+            number = first + int(bad[0])
+            raise JobError(
+                f"the loss or its gradient is not finite at step {number + 1}: lower learning_rate, or train in "
+                f"float32 (train_dtype=float32; fp16=False in the facades); the step saw {self._describe_step(number)}"
+            )
+
+
+def _plain(value: Any) -> Any:
+    """Numpy's numbers and arrays as Python's, for JSON."""
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value

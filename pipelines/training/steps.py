@@ -1,0 +1,184 @@
+"""The optimizer step: forward and backward passes over a step's windows, and the update of the weights.
+
+The same code runs in one process and in every worker of a process group.
+
+Shapes: W windows, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipelines.errors import SettingsError
+from pipelines.model.batching import token_batches
+from pipelines.model.devices import to_device
+from pipelines.model.window_model import WindowModel
+from pipelines.settings import TrainSettings
+from pipelines.text.tokenization import CutDocuments, InputRows, assemble
+from pipelines.training.losses import Loss
+from pipelines.training.optimization import make_optimizer, make_schedule
+from pipelines.training.order import Step
+from pipelines.training.ranks import rank, shared_dtype, world_size
+
+
+class Stepper:
+    """A model in training, with its optimizer, learning-rate schedule and gradient scaler."""
+
+    def __init__(
+        self, model: WindowModel, example: CutDocuments, settings: TrainSettings, loss: Loss, num_steps: int
+    ) -> None:
+        """Prepare training of a model whose weights are float32.
+
+        Args:
+            model: The model.
+            example: Cut documents with at least one window; one of them is run to find unused parameters.
+            settings: The run's settings.
+            loss: The run's loss.
+            num_steps: Steps for which the schedule is laid out; `set_num_steps` changes it.
+        """
+        self._model, self._settings, self._loss = model, settings, loss
+        if settings.activation_checkpointing:
+            _checkpoint_activations(model.module)
+        self._frozen = _freeze_unused(model, example)
+        self._forward = _distributed(model)
+        self._dtype = shared_dtype(settings.train_dtype, model.device)
+        self._optimizer = make_optimizer(model.module, settings)
+        self._schedule = make_schedule(self._optimizer, settings, num_steps)
+        self._scaler = torch.amp.GradScaler(model.device.type, enabled=self._dtype == torch.float16)
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next step, in the last parameter group: the one without options of its own."""
+        return float(self._schedule.get_last_lr()[-1])
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Continue with the schedule of a run of so many steps, at the next step."""
+        state = self._schedule.state_dict()
+        self._schedule = make_schedule(self._optimizer, self._settings, num_steps)
+        if state["last_epoch"] > 0:  # torch calls the number of steps done so
+            self._schedule.load_state_dict({**state, "last_epoch": state["last_epoch"] - 1})
+            self._schedule.step()
+
+    def __call__(self, step: Step, number: int) -> Tensor:
+        """Run optimizer step `number` of the run.
+
+        The random numbers of dropout depend on seed, step and rank alone, so that a run resumed from a checkpoint draws
+        what the unbroken run would have drawn.
+
+        Returns:
+            This rank's share of the global mean loss, on the device. NaN where gradients are not finite; the weights
+            are then not finite either.
+        """
+        torch.manual_seed(((self._settings.seed * 1_000_003 + number) * 65_536 + rank()) % 2**63)
+        loss = self._backward(step)
+        return torch.where(self._update(), loss, torch.nan)
+
+    def release(self) -> None:
+        """Unfreeze the parameters that this run froze; those that the caller froze stay frozen."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        if self._settings.activation_checkpointing:
+            _switch_checkpointing(self._model.module, "disable")()
+
+    def state(self) -> dict[str, Any]:
+        """What the next steps depend on, beside the weights."""
+        parts = (self._optimizer, self._schedule, self._scaler)
+        return {type(part).__name__: part.state_dict() for part in parts}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        for part in (self._optimizer, self._schedule, self._scaler):
+            if state[type(part).__name__]:  # the scaler's is empty where the run was not in float16
+                part.load_state_dict(state[type(part).__name__])
+
+    def _backward(self, step: Step) -> Tensor:
+        """Gradients of the step's mean loss, in micro-batches; this rank's share of the loss."""
+        model, data, cut = self._model, step.data, step.data.cut
+        total = torch.zeros((), device=model.device)
+        lengths = data.length_W[step.index_W]
+        batches = token_batches(lengths, batch_tokens=self._settings.train_batch_tokens, padded=not model.is_packed)
+        for number, batch in enumerate(batches):
+            index_W = step.index_W[batch]
+            rows = assemble(cut, model.template, index_W)
+            target = to_device(data.targets[cut.windows.document_W[index_W]], model.device)
+            share = to_device(step.share_W[batch], model.device)
+            with self._synchronized(number == len(batches) - 1):
+                with torch.autocast(model.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+                    logits_WL = self._forward(rows)
+                mean = (self._loss(logits_WL, target) * share).sum() / step.normalizer
+                self._scaler.scale(mean * world_size()).backward()  # the ranks' gradients are averaged
+            total += mean.detach()
+        return total
+
+    def _synchronized(self, is_last: bool) -> Any:
+        """Ranks exchange gradients once a step, with its last micro-batch."""
+        if is_last or not isinstance(self._forward, DistributedDataParallel):
+            return nullcontext()
+        return self._forward.no_sync()
+
+    def _update(self) -> Tensor:
+        """Update the weights; whether the gradients were finite. A scaler skips such a step and lowers its scale."""
+        self._scaler.unscale_(self._optimizer)
+        most = self._settings.max_grad_norm or torch.inf
+        norm = torch.nn.utils.clip_grad_norm_(self._model.module.parameters(), most)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._schedule.step()
+        self._model.module.zero_grad(set_to_none=True)
+        return torch.isfinite(norm) | self._scaler.is_enabled()
+
+
+class _Forward(nn.Module):
+    """The window model as a module, so that DistributedDataParallel sees its parameters and its call."""
+
+    def __init__(self, model: WindowModel) -> None:
+        super().__init__()
+        self.module = model.module
+        self._model = model
+
+    def forward(self, rows: InputRows) -> Tensor:
+        return self._model(rows)
+
+
+def _freeze_unused(model: WindowModel, cut: CutDocuments) -> list[nn.Parameter]:
+    """Freeze, and return, parameters that the loss of a window does not depend on, such as an unused pooler.
+
+    Ranks would wait for their gradients for ever.
+    """
+    _Forward(model)(assemble(cut, model.template, np.zeros(1, np.int64))).float().sum().backward()
+    unused = [p for p in model.module.parameters() if p.requires_grad and p.grad is None]
+    for parameter in unused:
+        parameter.requires_grad_(False)
+    model.module.zero_grad(set_to_none=True)
+    return unused
+
+
+def _checkpoint_activations(module: Any) -> None:
+    """Raise SettingsError where the architecture cannot."""
+    try:
+        _switch_checkpointing(module, "enable")({"use_reentrant": False})
+    except ValueError as error:  # raised by transformers
+        raise SettingsError(f"activation_checkpointing=true: {module.config.model_type} does not support it") from error
+
+
+def _switch_checkpointing(module: Any, verb: str) -> Callable[..., None]:
+    """The method of transformers, which newer versions call differently."""
+    new, old = f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"
+    switch: Callable[..., None] = getattr(module, new if hasattr(module, new) else old)
+    return switch
+
+
+def _distributed(model: WindowModel) -> nn.Module:
+    """The forward that trains: under DistributedDataParallel where there are several ranks."""
+    forward = _Forward(model)
+    if world_size() == 1:
+        return forward
+    devices = [model.device] if model.device.type == "cuda" else None
+    return DistributedDataParallel(forward, device_ids=devices)

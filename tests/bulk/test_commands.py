@@ -1,0 +1,112 @@
+"""Dry runs, relabelling and drift, from the command line."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import cli
+from pipelines.bulk.drift import compare
+from pipelines.model_folder import write_pipeline_file
+from pipelines.storage.shards import list_files
+
+
+def run(capsys, *arguments, code=0):
+    assert cli.main(list(map(str, arguments))) == code
+    captured = capsys.readouterr()
+    return json.loads(captured.out) if code in (0, 3) else captured.err
+
+
+@pytest.fixture
+def source(tmp_path, emails):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    table = emails.slice(0, 60)
+    texts = table["text"].to_pylist()
+    texts[7] = None
+    table = table.set_column(table.schema.get_field_index("text"), "text", pa.array(texts))
+    pq.write_table(table, folder / "a.parquet", row_group_size=7)
+    return folder
+
+
+def score(capsys, folder, source, output, *more, code=3):
+    return run(capsys, "score", folder.path, "--input", source, "--output", output, "--replicas", 0, "--json",
+               "--set", "dtype=float32", "--set", "unit_bytes=9000", *more, code=code)  # fmt: skip
+
+
+def read(output):
+    return pa.concat_tables([pq.read_table(path).replace_schema_metadata(None) for path in list_files(str(output))])
+
+
+@pytest.mark.parametrize("kind", ["binary", "multilabel"])
+def test_relabelling_says_what_scoring_with_these_thresholds_would(folders, source, tmp_path, capsys, kind):
+    score(capsys, folders[kind], source, tmp_path / "scored", "--prefix", "m_")
+    scores = np.array([row for row in read(tmp_path / "scored")["m_scores"].to_pylist() if row is not None])
+    median = round(float(np.median(scores[:, -1])), 4)
+    thresholds = f"{{spam: {median}}}" if kind == "binary" else f"[0.3, 0.6, {median}]"
+    expected = score(
+        capsys, folders[kind], source, tmp_path / "again", "--prefix", "m_", "--set", f"thresholds={thresholds}"
+    )
+    summary = run(capsys, "relabel", tmp_path / "scored", "--thresholds", thresholds, "--output", tmp_path / "new",
+                  "--json", code=3)  # fmt: skip
+    assert read(tmp_path / "new").equals(read(tmp_path / "again"))
+    assert not read(tmp_path / "new").equals(read(tmp_path / "scored"))
+    for name in ("rows_out", "rows_in_error", "positive_rates", "histograms", "tokens"):
+        assert summary[name] == expected[name], name
+    first = list_files(str(tmp_path / "new"))[0]
+    limits = json.loads(pq.read_schema(first).metadata[b"pipelines.thresholds"])
+    assert list(limits.values()) == ([median] if kind == "binary" else [0.3, 0.6, median])
+    again = ("relabel", tmp_path / "scored", "--thresholds", "0.1", "--output", tmp_path / "new", "--json")
+    assert "holds another run; give a new folder" in run(capsys, *again, code=2)
+
+
+def test_relabelling_refuses_what_it_cannot_do(folders, source, tmp_path, capsys):
+    error = run(capsys, "relabel", source, "--thresholds", "0.1", "--output", tmp_path / "x", code=2)
+    assert "is no file that `pipelines score` wrote" in error
+    score(capsys, folders["multiclass"], source, tmp_path / "scored")
+    error = run(capsys, "relabel", tmp_path / "scored", "--thresholds", "0.1", "--output", tmp_path / "x", code=2)
+    assert "thresholds are for kinds binary and multilabel" in error
+    score(capsys, folders["binary"], source, tmp_path / "binary")
+    error = run(capsys, "relabel", tmp_path / "binary", "--thresholds", "{egg: 1}", "--output", tmp_path / "x", code=2)
+    assert "thresholds names 'egg'; allowed labels: spam" in error
+
+
+def test_a_dry_run_estimates_what_a_run_then_finds(folders, source, tmp_path, capsys):
+    found = score(capsys, folders["binary"], source, tmp_path / "out", "--dry-run", "--rate", "1000", code=0)
+    assert not (tmp_path / "out").exists()
+    summary = score(capsys, folders["binary"], source, tmp_path / "out")
+    assert (found["files"], found["rows"], found["units"]) == (1, 60, summary["units"])
+    assert found["tokens"] == pytest.approx(summary["tokens"], rel=0.5)
+    assert found["windows"] == pytest.approx(summary["windows"], rel=0.5)
+    assert found["replica_hours"] == pytest.approx(found["tokens_in_windows"] / 1000 / 3600, rel=0.01, abs=1e-4)
+    measured = score(capsys, folders["binary"], source, tmp_path / "none", "--dry-run", code=0)
+    assert measured["rate_is"] == "measured here"
+    assert measured["tokens_per_second_per_replica"] > 100
+
+
+def test_drift_tells_a_shift_from_none_and_draws_it(folders, source, tmp_path, capsys):
+    one = score(capsys, folders["binary"], source, tmp_path / "one")
+    score(capsys, folders["binary"], source, tmp_path / "two", "--filter", "label == 'spam'", code=0)
+    same = run(capsys, "drift", tmp_path / "one", tmp_path / "one", "--json")
+    assert (same["spam"]["psi"], same["spam"]["ks"], same["spam"]["reading"]) == (0.0, 0.0, "stable")
+    plot = tmp_path / "drift.png"
+    moved = run(capsys, "drift", tmp_path / "one", tmp_path / "two", "--json", "--plot", plot)
+    assert moved["spam"]["rows_before"] == 59 > moved["spam"]["rows_after"]
+    assert moved["spam"]["psi"] > 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    folder = folders["binary"]
+    error = run(capsys, "drift", folder.path, tmp_path / "one", code=2)
+    assert "has no score histograms" in error
+    write_pipeline_file(type(folder)(**{**vars(folder), "histograms": one["histograms"]}))
+    assert run(capsys, "drift", folder.path, tmp_path / "one", "--json") == same
+    write_pipeline_file(folder)
+
+
+def test_psi_and_ks_against_hand_counts():
+    found = compare([50, 50], [80, 20])
+    left, right = np.array([50.5, 50.5]) / 101, np.array([80.5, 20.5]) / 101
+    assert found.psi == pytest.approx(((right - left) * np.log(right / left)).sum())
+    assert found.ks == pytest.approx(0.3)
+    assert found.reading == "moved far"

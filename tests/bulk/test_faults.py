@@ -1,0 +1,285 @@
+"""What can go wrong in a bulk job, and that no row is lost by it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.bulk.job import check_job
+from pipelines.bulk.score import score_here as score
+from pipelines.errors import DataError, JobError, OutputError, SettingsError
+from pipelines.storage.shards import read_footers, split_into_units
+from tests.jobs import read_scored, score_job
+
+
+def by_row(table):
+    return {(row["source_file"].rsplit("/", 1)[1], row["source_row"]): row for row in table.to_pylist()}
+
+
+@pytest.fixture
+def bad_folder(tmp_path, emails):
+    """Every kind of bad input beside good rows."""
+    folder = tmp_path / "in"
+    (folder / "lang=en").mkdir(parents=True)
+    texts = [text[:300] for text in emails["text"].to_pylist()[:40]]
+    ids = list(range(10))
+    pq.write_table(pa.table({"id": ids, "text": texts[:10]}), folder / "good.parquet", row_group_size=4)
+    pq.write_table(pa.table({"id": ids, "text": texts[10:20]}), folder / "pages.parquet", compression=None)
+    content = bytearray((folder / "pages.parquet").read_bytes())
+    content[4 : len(content) // 2] = b"\xff" * (len(content) // 2 - 4)
+    (folder / "pages.parquet").write_bytes(content)
+    (folder / "cut.parquet").write_bytes((folder / "good.parquet").read_bytes()[:-30])
+    (folder / "noise.parquet").write_bytes(b"PAR1 this is none")
+    pq.write_table(pa.table({"id": ids[:2], "body": ["a", "b"]}), folder / "notext.parquet")
+    pq.write_table(pa.table({"id": ids[:2], "text": [1, 2]}), folder / "numbers.parquet")
+    pq.write_table(
+        pa.table({"id": pa.array([], pa.int64()), "text": pa.array([], pa.string())}), folder / "zero.parquet"
+    )
+    odd = ["", "\x00\x07 control", "\u202e turned", None, "plain", "word " * 20_000]
+    invalid = pa.array([text and text.encode() for text in odd] + [b"\xed\xa0\x80 surrogate"], pa.binary())
+    table = pa.table({"id": range(7), "text": invalid.view(pa.string()), "more": [1.5] * 7})
+    pq.write_table(table, folder / "lang=en" / "odd.parquet")
+    for name, kind in (("large", pa.large_string()), ("dictionary", pa.dictionary(pa.int32(), pa.string()))):
+        pq.write_table(pa.table({"id": ids[:3], "text": pa.array(texts[20:23]).cast(kind)}), folder / f"{name}.parquet")
+    pq.write_table(pa.table({"id": ids[:2], "text": pa.array(texts[:2], pa.string_view())}), folder / "view.parquet")
+    return folder
+
+
+def test_every_row_of_every_kind_of_bad_input_is_accounted_for(spam_folder, bad_folder, tmp_path, log_lines):
+    summary = score(score_job(spam_folder, bad_folder, tmp_path / "out"))
+    rows = by_row(read_scored(tmp_path / "out"))
+    assert summary.rows_in == summary.rows_out == len(rows) == 10 + 10 + 2 + 2 + 7 + 3 + 3 + 2
+    assert {url.rsplit("/", 1)[1] for url in summary.files_in_error} == {"cut.parquet", "noise.parquet"}
+    errors = {key: row["error"] for key, row in rows.items() if row["error"] is not None}
+    assert len(errors) == summary.rows_in_error == 10 + 2 + 2 + 2
+    assert all("pages.parquet cannot be read" in errors["pages.parquet", row] for row in range(10))
+    assert "has no column 'text'" in errors["notext.parquet", 0]
+    assert "has a column 'text' of type int64, not string" in errors["numbers.parquet", 1]
+    assert errors["odd.parquet", 3] == "the text is null"
+    assert errors["odd.parquet", 6].startswith("the text is not valid UTF-8")
+    assert rows["odd.parquet", 5]["num_windows"] > 100
+    assert rows["odd.parquet", 0]["lang"] == "en"
+    assert rows["good.parquet", 0]["lang"] is None
+    assert sum(summary.errors.values()) == summary.rows_in_error
+    assert any("2 of 9 files come out with errors" in line for line in log_lines)
+    assert {"pages", "notext", "numbers"} == {
+        kind for kind in ("pages", "notext", "numbers") if any(kind in message for message in summary.errors)
+    }
+
+
+def test_a_killed_run_resumes_and_reads_only_what_is_left(spam_folder, tmp_path, emails, log_lines):
+    source = tmp_path / "in"
+    source.mkdir()
+    for shard in range(6):
+        pq.write_table(emails.slice(shard * 10, 10), source / f"{shard}.parquet", compression=None)
+    score(score_job(spam_folder, source, tmp_path / "whole", unit_bytes=20_000))
+    whole = read_scored(tmp_path / "whole")
+    out = tmp_path / "out"
+    score(score_job(spam_folder, source, out, unit_bytes=20_000))
+    parts = sorted(out.glob("part-*"))
+    (out / "_summary.json").unlink()
+    for part in parts[len(parts) // 2 :]:
+        part.unlink()
+    before = {part.name: part.stat().st_mtime_ns for part in parts[: len(parts) // 2]}
+    files = read_footers(str(source), "text")
+    plan = split_into_units(files, unit_bytes=20_000)
+    left = {span.file.path for unit in plan if not (out / unit.output_name).exists() for span in unit.spans}
+    finished = [file.path for file in files if file.path not in left]
+    assert finished
+    for path in finished:  # whoever reads their pages again finds noise in them
+        info, content = os.stat(path), bytearray(open(path, "rb").read())  # noqa: SIM115
+        footer = int.from_bytes(content[-8:-4], "little") + 8
+        content[4:-footer] = b"\xff" * (len(content) - 4 - footer)
+        with open(path, "wb") as file:
+            file.write(content)
+        os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    (out / f".{parts[-1].name}.deadbeef").write_bytes(b"half a file")
+    log_lines.clear()
+    summary = score(score_job(spam_folder, source, out, unit_bytes=20_000))
+    assert summary.units_before == len(before)
+    assert (summary.rows_in, summary.rows_out, summary.rows_in_error) == (60, 60, 0)
+    assert any(line.startswith("resuming: ") for line in log_lines)
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+    assert read_scored(out).drop_columns(["scores", "score"]).equals(whole.drop_columns(["scores", "score"]))
+    assert not list(out.glob(".part-*")), "what the killed writer left is swept up"
+    log_lines.clear()
+    again = score(score_job(spam_folder, source, out))
+    assert again == summary
+    assert log_lines == [f"nothing to do: all {len(parts)} units of {out} are done"]
+
+
+def test_other_input_is_refused_appended_or_overwritten(spam_folder, tmp_path, emails):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    pq.write_table(emails.slice(0, 10), source / "a.parquet")
+    first = score(score_job(spam_folder, source, out))
+    pq.write_table(emails.slice(10, 5), source / "b.parquet")
+    with pytest.raises(OutputError, match=r"1 input files are new \(.*b\.parquet\); .* --append"):
+        score(score_job(spam_folder, source, out))
+    both = score(score_job(spam_folder, source, out, append=True))
+    assert (first.rows_out, both.rows_out, both.units_before) == (10, 15, first.units)
+    assert [row["source_row"] for row in read_scored(out).to_pylist()] == [*range(10), *range(5)]
+    pq.write_table(emails.slice(20, 7), source / "a.parquet")
+    with pytest.raises(OutputError, match=r"1 input files are changed .*--overwrite to score everything again"):
+        score(score_job(spam_folder, source, out, append=True))
+    with pytest.raises(OutputError, match=r"settings_hash was .* --overwrite"):
+        score(score_job(spam_folder, source, out, thresholds=0.9))
+    anew = score(score_job(spam_folder, source, out, overwrite=True))
+    assert anew.rows_out == 12 == len(read_scored(out))
+
+
+def test_appended_input_must_carry_the_same_columns(spam_folder, tmp_path, emails):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    pq.write_table(emails.slice(0, 5), source / "a.parquet")
+    score(score_job(spam_folder, source, out))
+    pq.write_table(emails.slice(5, 5).append_column("more", [list(range(5))]), source / "b.parquet")
+    with pytest.raises(OutputError, match=r"carries the columns .* and the input now gives .*'more': 'int64'"):
+        score(score_job(spam_folder, source, out, append=True))
+    assert score(score_job(spam_folder, source, tmp_path / "ids", keep=["id"])).rows_out == 10
+
+
+def test_overwriting_finds_a_bad_input_before_it_removes_anything(spam_folder, tmp_path, emails):
+    source, out, empty = tmp_path / "in", tmp_path / "out", tmp_path / "empty"
+    for folder, rows in ((source, 5), (empty, 0)):
+        folder.mkdir()
+        pq.write_table(emails.slice(0, rows), folder / "a.parquet")
+    first = score(score_job(spam_folder, source, out))
+    with pytest.raises(DataError, match="has no rows: its 1 Parquet files are empty"):
+        score(score_job(spam_folder, empty, out, overwrite=True))
+    assert json.loads((out / "_summary.json").read_text()) == first.to_json()
+    with pytest.raises(DataError, match="has no rows"):
+        score(score_job(spam_folder, empty, tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_rows_over_which_scoring_raises_cost_nothing_but_themselves(spam_folder, tmp_path, emails, monkeypatch):
+    (tmp_path / "in").mkdir()
+    pq.write_table(emails.slice(0, 9), tmp_path / "in" / "a.parquet")
+    from pipelines.model.scorer import Scorer
+
+    scored = Scorer.score_documents
+    lengths = [len(text) for text in emails["text"].to_pylist()[:9]]
+    worst = int(np.argmax(lengths))
+
+    def raises(self, documents):
+        if documents.num_tokens_D.max() == most[0]:
+            raise ValueError("this one")
+        return scored(self, documents)
+
+    most = [Scorer.load(spam_folder).tokenizer.documents(emails.slice(0, 9), "text").num_tokens_D.max()]
+    monkeypatch.setattr(Scorer, "score_documents", raises)
+    summary = score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
+    assert summary.rows_in_error == 1
+    rows = read_scored(tmp_path / "out").to_pylist()
+    assert [row["source_row"] for row in rows if row["error"] == "scoring failed: ValueError"] == [worst]
+
+
+def test_a_run_that_is_clearly_wrong_stops(spam_folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": ["fine", None, None, "fine"]}), tmp_path / "in" / "a.parquet")
+    with pytest.raises(JobError, match=r"stopped: 2 of 4 rows have errors and max_errors=1 .*\(2: the text is null\)"):
+        score(score_job(spam_folder, tmp_path / "in", tmp_path / "out", max_errors=1))
+    with pytest.raises(JobError, match=r"max_errors=0\.25 allows 1"):
+        score(score_job(spam_folder, tmp_path / "in", tmp_path / "share", max_errors=0.25))
+    assert score(score_job(spam_folder, tmp_path / "in", tmp_path / "more", max_errors=0.5)).rows_in_error == 2
+
+
+def test_a_disk_that_is_full_ends_the_job_and_the_next_one_goes_on(spam_folder, tmp_path, emails, monkeypatch):
+    from pipelines.storage import locations
+
+    (tmp_path / "in").mkdir()
+    pq.write_table(emails.slice(0, 12), tmp_path / "in" / "a.parquet", row_group_size=3)
+    monkeypatch.setattr(locations, "FIRST_PAUSE_SECONDS", 0.001)
+    written, original = [], locations._commit_locally
+
+    def full_after_two(target, content):
+        if "part-" in target:
+            written.append(target)
+            if len(written) > 2:
+                raise OSError(28, "No space left on device")
+        original(target, content)
+
+    monkeypatch.setattr(locations, "_commit_locally", full_after_two)
+    settings = {"unit_bytes": 1}
+    with pytest.raises(JobError, match="No space left on device"):
+        score(score_job(spam_folder, tmp_path / "in", tmp_path / "out", **settings))
+    monkeypatch.setattr(locations, "_commit_locally", original)
+    summary = score(score_job(spam_folder, tmp_path / "in", tmp_path / "out", **settings))
+    assert summary.units_before == 2
+    assert summary.rows_out == 12
+
+
+def test_a_job_that_was_killed_on_this_machine_is_no_other_job(spam_folder, tmp_path, emails, log_lines):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    pq.write_table(emails.slice(0, 3), tmp_path / "in" / "a.parquet")
+    beat = {"host": socket.gethostname(), "pid": dead.pid, "time": time.time()}
+    (tmp_path / "out" / "_running-dead.json").write_text(json.dumps(beat))
+    score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
+    assert not any("another job" in line for line in log_lines)
+    assert not list((tmp_path / "out").glob("_running-*")), "what it left is swept up"
+
+
+def test_a_filter_leaves_rows_out_and_counts_them(spam_folder, tmp_path, emails):
+    (tmp_path / "in").mkdir()
+    pq.write_table(emails.slice(0, 40), tmp_path / "in" / "a.parquet", row_group_size=7)
+    spam = [row for row in range(40) if emails["label"][row].as_py() == "spam"]
+    settings = {"filter": "label == 'spam'", "keep": ["id"]}
+    summary = score(score_job(spam_folder, tmp_path / "in", tmp_path / "out", **settings))
+    assert (summary.rows_in, summary.rows_out, summary.rows_filtered) == (40, len(spam), 40 - len(spam))
+    assert read_scored(tmp_path / "out")["source_row"].to_pylist() == spam
+    none = score(score_job(spam_folder, tmp_path / "in", tmp_path / "none", filter="label == 'eggs'"))
+    assert (none.rows_out, none.rows_filtered) == (0, 40)
+    with pytest.raises(DataError, match="--filter names 'lable', which is no input column"):
+        score(score_job(spam_folder, tmp_path / "in", tmp_path / "typo", filter="lable == 'spam'"))
+
+
+def test_memory_is_a_filesystem_of_one_process(spam_folder, emails):
+    import fsspec
+
+    with fsspec.open("memory://bulk/in/a.parquet", "wb") as file:
+        pq.write_table(emails.slice(0, 5), file)
+    with pytest.raises(SettingsError, match="memory:// is seen by this process alone; add --replicas 0"):
+        check_job(score_job(spam_folder, "memory://bulk/in", "memory://bulk/out", replicas=1))
+    assert score(score_job(spam_folder, "memory://bulk/in", "memory://bulk/out")).rows_out == 5
+    with fsspec.open("memory://bulk/out/_summary.json") as file:
+        assert json.load(file)["rows_out"] == 5
+
+
+def test_a_second_job_on_the_same_output_warns_and_does_no_harm(spam_folder, tmp_path, emails, log_lines):
+    from pipelines.bulk.run_folder import heartbeat
+
+    (tmp_path / "in").mkdir()
+    pq.write_table(emails.slice(0, 12), tmp_path / "in" / "a.parquet")
+    (tmp_path / "out").mkdir()
+    with heartbeat(str(tmp_path / "out")):
+        while not list((tmp_path / "out").glob("_running-*")):
+            pass
+        score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
+    assert any(f"another job writes to this folder (process {os.getpid()} on" in line for line in log_lines)
+    assert not list((tmp_path / "out").glob("_running-*"))
+    assert len(read_scored(tmp_path / "out")) == 12
+
+
+@pytest.mark.timeout(600)
+def test_a_document_of_fifty_megabytes_is_one_row(spam_folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    long = ("x" * 199 + " ") * (50 * 2**20 // 200)  # each word is one unknown token
+    pq.write_table(pa.table({"text": ["short", long, "short too"]}), tmp_path / "in" / "a.parquet")
+    summary = score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
+    rows = read_scored(tmp_path / "out").to_pylist()
+    assert (summary.rows_out, summary.rows_in_error) == (3, 0)
+    assert rows[1]["num_tokens"] == 50 * 2**20 // 200
+    assert rows[1]["num_windows"] > 10_000
+    assert not rows[1]["truncated"]
+    assert rows[0]["num_windows"] == 1

@@ -1,0 +1,11 @@
+"""Where the deployment files are."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+KUBERAY = ROOT / "infra" / "kuberay"
+
+
+OVERLAYS = ("cluster", "train", "score", "serve")

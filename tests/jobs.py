@@ -1,0 +1,96 @@
+"""Jobs on tiny models, and what they leave: used by the tests of several packages."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.progress import ROOT
+from pipelines.storage.shards import list_files
+
+FLOAT32 = {"dtype": "float32", "device": "cpu"}
+
+
+def score_job(folder, source, output, **settings):
+    """A scoring job in float32, in this process unless replicas says otherwise."""
+    from pipelines.bulk.job import ScoreJob
+
+    paths = {"model": str(folder.path), "input": str(source), "output": str(output)}
+    values = {**paths, "replicas": 0, **FLOAT32, **settings}
+    return ScoreJob.parse(values)
+
+
+def read_scored(output):
+    """All rows of a scored folder, in order."""
+    tables = [pq.read_table(path) for path in list_files(str(output))]
+    return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+
+
+def train_values(data, output, **settings):
+    """Settings of a short run on `training_data`."""
+    return {
+        "train": str(data / "data"),
+        "valid": str(data / "data" / "1.parquet"),
+        "model": str(data / "base"),
+        "output": str(output),
+        "kind": "binary",
+        "epochs": 1,
+        "batch_size": 5,
+        "max_length": 32,
+        "learning_rate": 1e-3,
+        "train_dtype": "float32",
+        **FLOAT32,
+        "weight": [1, 4],
+        **settings,
+    }
+
+
+def train_job(data, output, **settings):
+    """The same as a job."""
+    from pipelines.training.job import TrainJob
+
+    return TrainJob.parse(train_values(data, output, **settings))
+
+
+def clean_environment():
+    """The environment without the tests' Ray."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
+def start_command(*arguments, **options):
+    """A `pipelines` command in a process of its own, without the tests' Ray."""
+    command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def free_port():
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@contextmanager
+def logged():
+    """The messages that the package logs in the body, as a list that grows."""
+    lines = []
+
+    class Collect(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    handler, level = Collect(), ROOT.level
+    ROOT.addHandler(handler)
+    ROOT.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        ROOT.removeHandler(handler)
+        ROOT.setLevel(level)

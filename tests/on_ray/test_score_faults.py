@@ -1,0 +1,77 @@
+"""Faults that only separate processes can have."""
+
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.bulk.unit import RowsToScore
+from pipelines.on_ray import replica
+from pipelines.on_ray import score as score_module
+from pipelines.on_ray.replica import CrashRecord, ScoreUnits
+from pipelines.on_ray.score import score
+from tests import tiny
+from tests.jobs import read_scored, score_job
+
+
+def deadly(words):
+    """A replica whose process dies over texts that hold a word; a local class travels by value."""
+
+    class Deadly(ScoreUnits):
+        def __init__(self, *args):
+            super().__init__(*args)
+            scorer = self._units._scorer
+            bad = {int(scorer.tokenizer.encode([word]).ids[0]) for word in words}
+            scored = scorer.score_documents
+
+            def score_documents(documents):
+                if bad & set(documents.tokens.ids.tolist()):
+                    os._exit(1)
+                return scored(documents)
+
+            scorer.score_documents = score_documents
+
+    return Deadly
+
+
+@pytest.mark.timeout(600)
+def test_rows_that_kill_their_process_come_out_with_an_error(local_ray, tmp_path, emails, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    texts = [f"good text number {number}" for number in range(16)]
+    texts[5] = "a deadly one"
+    spam = tiny.model_folder(folder, [*texts, "deadly " * 50], tiny.BINARY, max_length=16)
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in" / "a.parquet", row_group_size=8)
+    monkeypatch.setattr(score_module, "ScoreUnits", deadly(["deadly"]))
+    monkeypatch.setattr(replica, "CRASHES_BEFORE_HALVING", 0)
+    summary = score(score_job(spam, tmp_path / "in", tmp_path / "out", unit_bytes=10, replicas=1))
+    rows = read_scored(tmp_path / "out").to_pylist()
+    assert len(rows) == summary.rows_out == 16
+    assert [row["source_row"] for row in rows if row["error"]] == [5]
+    assert "died over this row, again and again" in rows[5]["error"]
+
+
+def test_a_range_that_kills_is_halved_until_its_rows_stand_alone():
+    record = CrashRecord()
+    deadly_rows, is_done = {3, 10}, False
+    crashes = 0
+    while not is_done:
+        rows = record.begin(7, 12)
+        is_done = True
+        for place, (start, stop) in enumerate(rows.ranges):
+            if place:
+                record.begin_range(7, (start, stop))
+            if deadly_rows & set(range(start, stop)):
+                crashes += 1
+                is_done = False
+                break
+    assert set(rows.deadly) == deadly_rows
+    assert sorted(row for start, stop in rows.ranges for row in range(start, stop)) == sorted(
+        {*range(12)} - deadly_rows
+    )
+    assert crashes <= replica.CRASHES_BEFORE_HALVING + 2 * 5 + 1
+    record.end(7)
+    record.begin_range(7, (3, 6))
+    assert record.begin(7, 12) == RowsToScore(((0, 12),)), "a range is not taken for the whole where memory was lost"

@@ -1,0 +1,182 @@
+"""Every route of the HTTP application, without sockets and without Ray."""
+
+import hashlib
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from pipelines.errors import SettingsError
+from pipelines.serving.auth import check_exposure
+from pipelines.settings import ServeSettings
+from tests.on_ray.serve.servers import KEYS
+
+TEXTS = ["Noon at the usual place?", "WIN a free cruise now!!! " * 300]
+
+
+@pytest.fixture(scope="module")
+def truth(api):
+    """What the server's own route says of the texts."""
+    return api.predict(inputs=TEXTS).json()["predictions"]
+
+
+def test_an_answer_says_what_it_is_made_of(api, spam_folder, emails):
+    text = max(emails["text"].to_pylist()[:40], key=len)
+    answer = api.predict(inputs=[text], windows=True).json()
+    assert answer["model"] == "spam"
+    assert answer["model_hash"] == spam_folder.weights_hash
+    assert answer["labels"] == ["ham", "spam"]
+    (prediction,) = answer["predictions"]
+    assert prediction["thresholds"] == {"spam": 0.4}
+    assert prediction["score"] == prediction["scores"][prediction["label"]]
+    windows = prediction["windows"]
+    assert len(windows) == prediction["num_windows"] == answer["usage"]["num_windows"] > 5
+    assert windows[0]["start"] == 0
+    assert windows[-1]["end"] == len(text.rstrip())
+    assert all(later["start"] <= earlier["end"] for earlier, later in itertools.pairwise(windows))
+    mean = np.mean([window["scores"]["spam"] for window in windows])
+    assert mean == pytest.approx(prediction["scores"]["spam"], abs=1e-5)
+
+
+def test_thresholds_of_a_request_replace_the_folders(api):
+    for thresholds in (0.0, [0.0], {"spam": 0.0}):
+        (prediction,) = api.predict(inputs=["hello"], thresholds=thresholds).json()["predictions"]
+        assert prediction["label"] == "spam"
+        assert prediction["thresholds"] == {"spam": 0.0}
+    (prediction,) = api.predict(inputs=["hello"], thresholds=1.0).json()["predictions"]
+    assert prediction["label"] == "ham"
+    (pair,) = api.predict(inputs=[{"text": "hello", "text_pair": "you"}]).json()["predictions"]
+    assert pair["num_tokens"] > prediction["num_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [
+        (b"{", 422, "JSON"),
+        (b"[]", 422, "body"),
+        (b'{"inputs":[]}', 422, "at least 1 item"),
+        (b'{"inputs":"hello"}', 422, "inputs"),
+        (b'{"inputs":[1]}', 422, "inputs"),
+        (b'{"inputs":["a"],"treshold":1}', 422, "Extra inputs"),
+        (b'{"inputs":["a"],"thresholds":[0.1,0.2]}', 422, "needs 1"),
+        (b'{"inputs":["a"],"thresholds":{"eggs":0.1}}', 422, "allowed labels: spam"),
+        (b'{"inputs":["a"],"thresholds":2}', 422, "thresholds"),
+        (b'{"inputs":["\\ud800"]}', 422, "lone surrogate"),
+        (b'{"inputs":["a",{"text":"a","text_pair":"b"}]}', 422, "in separate requests"),
+        (
+            b'{"inputs":[' + b",".join([b'"a"'] * 41) + b"]}",
+            422,
+            "41 inputs; one request takes at least 1 and at most 40",
+        ),
+        (b'{"inputs":["' + b"word " * 6000 + b'"]}', 422, "tokens; at most 5000"),
+        (b'{"inputs":["' + b"a" * 5_000_000 + b'"]}', 413, "at most 4194304"),
+    ],
+)
+def test_bad_requests_are_told_what_is_wrong(api, content, status, message):
+    answer = api.post("/v1/predict", content=content, headers={**api.headers, "content-type": "application/json"})
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["error"]
+    assert answer.json()["error_type"]
+
+
+def test_a_bad_request_is_not_echoed(api):
+    secret = "the-patient-is-called"
+    for body in ({"inputs": secret}, {"inputs": [{"text": secret, "more": secret}]}, {"inputs": [[secret]]},
+                 {"inputs": ["a"], "thresholds": secret}):  # fmt: skip
+        answer = api.predict(**body)
+        assert answer.status_code == 422
+        assert secret not in answer.text
+
+
+def test_who_has_no_key_gets_no_answer(api):
+    body = {"inputs": ["hello"]}
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEYS[0]}, {"x-api-key": ""},
+                    {"authorization": f"Bearer {hashlib.sha256(KEYS[0].encode()).hexdigest()}"}):  # fmt: skip
+        answer = api.post("/v1/predict", json=body, headers=headers)
+        assert answer.status_code == 401
+        assert answer.json() == {"error": "the API key is missing or wrong; send Authorization: Bearer KEY",
+                                 "error_type": "unauthorized"}  # fmt: skip
+        assert answer.headers["www-authenticate"] == "Bearer"
+    for headers in ({"authorization": f"bearer {KEYS[0]}"}, {"x-api-key": KEYS[0]}):
+        assert api.post("/v1/predict", json=body, headers=headers).status_code == 200
+    for path, status in (("/health", 200), ("/livez", 200), ("/readyz", 200), ("/info", 401), ("/docs", 401)):
+        assert api.get(path, headers={}).status_code == status
+
+
+def test_a_server_for_others_wants_keys_or_a_word():
+    for host in ("0.0.0.0", "192.0.2.7", "::"):
+        with pytest.raises(SettingsError, match="lets other machines send requests without a key; set api_keys"):
+            check_exposure(ServeSettings(host=host))
+    key = hashlib.sha256(b"key").hexdigest()
+    for settings in ({"host": "localhost"}, {"host": "0.0.0.0", "api_keys": [key]},
+                     {"host": "0.0.0.0", "allow_without_key": True}):  # fmt: skip
+        check_exposure(ServeSettings(**settings))
+    with pytest.raises(SettingsError, match="api_keys takes SHA-256"):
+        ServeSettings(api_keys=("my-key",))
+
+
+def test_health_readiness_info_and_docs(api, spam_folder):
+    assert api.get("/health").json() == {"status": "ok"}
+    assert api.get("/readyz").status_code == 200
+    info = api.get("/info").json()
+    assert info["model_hash"] == spam_folder.weights_hash
+    assert info["dtype"] == "float32"
+    assert info["packed"] is True
+    assert info["limits"]["max_documents"] == 40
+    assert "/v1/predict" in api.get("/openapi.json").json()["paths"]
+
+
+def test_the_page_comes_without_a_key_and_loads_nothing_else(api):
+    answer = api.get("/", headers={})
+    assert answer.status_code == 200
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'; ")
+    assert not re.search(r"(src|href)=|@import|https?://", answer.text)
+    assert ".innerHTML" not in answer.text, "texts and labels are no markup"
+
+
+def test_text_embeddings_inferences_route(api, truth):
+    def ask(inputs, **more):
+        return api.post("/predict", json={"inputs": inputs, **more})
+
+    one = ask(TEXTS[0], truncate=True).json()
+    assert ask([TEXTS[0]]).json() == one
+    assert {item["label"]: item["score"] for item in one} == pytest.approx(truth[0]["scores"], abs=1e-5)
+    batch = ask([[text] for text in TEXTS]).json()
+    assert [answer[0]["label"] for answer in batch] == [expected["label"] for expected in truth]
+    (pair,) = ask([["a", "b"]]).json()
+    assert len(pair) == 2
+    for inputs, message in (
+        (["a", "b"], '[["a"], ["b"]] for two texts'),
+        ([["a", "b", "c"]], "has 3 texts"),
+        ([], "0 inputs"),
+    ):
+        answer = ask(inputs)
+        assert answer.status_code == 422
+        assert message in answer.json()["error"]
+    assert "raw_scores" in ask("a", raw_scores=True).json()["error"]
+    for top_k in (0, -1, "one", True):
+        assert "top_k is a number" in ask("a", parameters={"top_k": top_k}).json()["error"]
+
+
+def test_vllms_route(api, truth):
+    for route in ("/classify", "/v1/classify"):
+        answer = api.post(route, json={"model": "spam", "input": TEXTS}).json()
+        assert answer["object"] == "list"
+        assert [item["label"] for item in answer["data"]] == [expected["label"] for expected in truth]
+        for item, expected in zip(answer["data"], truth, strict=True):
+            assert item["probs"] == pytest.approx(list(expected["scores"].values()), abs=1e-5)
+            assert item["num_classes"] == 2
+        assert answer["usage"]["prompt_tokens"] == sum(expected["num_tokens"] for expected in truth)
+    assert api.post("/classify", json={"input": "one"}).json()["data"][0]["index"] == 0
+
+
+def test_a_long_text_is_not_truncated_by_any_of_them(api, truth):
+    assert truth[1]["num_windows"] > 3
+    answer = api.post("/classify", json={"input": TEXTS[1]}).json()
+    assert answer["usage"]["prompt_tokens"] == truth[1]["num_tokens"]
+
+
+def test_without_a_key_no_route_answers(api):
+    for route in ("/predict", "/models/x", "/classify", "/v1/classify", "/v1/moderations"):
+        assert api.post(route, json={"inputs": "a", "input": "a"}, headers={}).status_code == 401

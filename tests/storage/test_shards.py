@@ -1,0 +1,187 @@
+import os
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipelines.errors import DataError, OutputError
+from pipelines.storage import locations, shards
+from pipelines.storage.rows import read_unit, read_units, together
+
+
+def write(path, rows, *, group=10, start=0):
+    table = pa.table({"id": range(start, start + rows), "text": [f"text {i}" * 5 for i in range(start, start + rows)]})
+    pq.write_table(table, path, row_group_size=group)
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "year=2026").mkdir(parents=True)
+    write(folder / "b.parquet", 25)
+    write(folder / "a.parquet", 7, start=100)
+    write(folder / "year=2026" / "c.parquet", 1, start=200)
+    pq.write_table(pa.table({"id": pa.array([], pa.int64()), "text": pa.array([], pa.string())}), folder / "d.parquet")
+    (folder / "_SUCCESS").write_text("")
+    write(folder / "_hidden.parquet", 5)
+    return folder
+
+
+@settings(max_examples=30, deadline=None)
+@given(unit_bytes=st.integers(1, 5000), limit=st.none() | st.integers(1, 40))
+def test_every_row_is_in_exactly_one_unit_in_order(tmp_path_factory, unit_bytes, limit):
+    folder = tmp_path_factory.getbasetemp() / "units"
+    if not folder.exists():
+        folder.mkdir()
+        write(folder / "a.parquet", 7, start=100)
+        write(folder / "b.parquet", 25)
+    files = shards.read_footers(str(folder), "text")
+    units = shards.split_into_units(files, unit_bytes=unit_bytes, limit=limit)
+    rows = [read_unit(str(folder), unit, together(files, ["id"])) for unit in units]
+    ids = [value for table in rows for value in table.column("id").to_pylist()]
+    assert ids == [*range(100, 107), *range(25)][:limit]
+    assert [unit.number for unit in units] == list(range(len(units)))
+    assert len({unit.output_name for unit in units}) == len(units)
+    assert all(len(table) == unit.num_rows > 0 for table, unit in zip(rows, units, strict=True))
+    for table in rows:
+        for row in table.to_pylist():
+            assert row["source_row"] == (row["id"] - 100 if row["source_file"].endswith("a.parquet") else row["id"])
+
+
+def test_folders_globs_and_files_are_inputs(data):
+    names = [file.rsplit("/", 1)[1] for file in shards.list_files(str(data))]
+    assert names == ["a.parquet", "b.parquet", "d.parquet", "c.parquet"]
+    assert len(shards.list_files(f"{data}/*.parquet")) == 3
+    assert len(shards.list_files(f"{data}/a.parquet")) == 1
+
+
+def test_any_fsspec_filesystem_is_an_input_and_output(data):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(data), "/in", recursive=True)
+    files = shards.read_footers("memory://in", "text")
+    assert sum(file.num_rows for file in files) == 33
+    assert files[0].url == "memory:///in/a.parquet"
+    locations.commit_table("memory://out", "x.parquet", pa.table({"a": [1]}))
+    with memory.open("/out/x.parquet") as file:
+        assert pq.read_table(file).to_pydict() == {"a": [1]}
+
+
+def test_existing_names_with_brackets_and_folders_in_globs(data):
+    (data / "b.parquet").rename(data / "r[1].parquet")
+    assert len(shards.list_files(f"{data}/r[1].parquet")) == 1
+    assert [file.rsplit("/", 1)[1] for file in shards.list_files(f"{data}/year=*")] == ["c.parquet"]
+
+
+def test_a_column_that_a_file_lacks_is_null_and_folders_of_hive_are_columns(data):
+    pq.write_table(pa.table({"id": [7], "text": ["x"], "more": [1.5]}), data / "e.parquet")
+    files = shards.read_footers(str(data), "text")
+    (unit,) = shards.split_into_units(files, unit_bytes=10**9)
+    table = read_unit(str(data), unit, together(files), prefix="m_")
+    assert table.column_names == ["id", "text", "more", "year", "m_source_file", "m_source_row"]
+    assert table["more"].drop_null().to_pylist() == [1.5]
+    assert [row["year"] for row in table.to_pylist() if "year=" in row["m_source_file"]] == ["2026"]
+    assert table["year"].null_count == len(table) - 1 == 33
+
+
+def test_a_row_group_is_decoded_once_by_its_units_in_order(tmp_path, monkeypatch):
+    write(tmp_path / "a.parquet", 5000, group=5000)
+    files = shards.read_footers(str(tmp_path), "text")
+    plan = shards.split_into_units(files, unit_bytes=5_000)
+    assert len(plan) > 20
+    opened = []
+    original = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *a, **k: opened.append(1) or original(*a, **k))
+    tables = [rows.table for rows in read_units(str(tmp_path), plan, together(files, ["id"]))]
+    assert [value for table in tables for value in table["id"].to_pylist()] == list(range(5000))
+    assert len(opened) == 1
+
+
+def test_a_plan_of_a_hundred_thousand_units_is_small_and_quick():
+    many, more = (100,) * 100, (10**9,) * 100
+    files = [shards.InputFile(f"{n}.parquet", f"{n}.parquet", 1, "1", pa.schema([]), many, more) for n in range(1000)]
+    plan = shards.split_into_units(files)
+    assert 90_000 < len(plan) <= 110_000
+    assert plan.spans.nbytes + plan.offsets.nbytes < 10 * 2**20
+    assert plan[50_000].num_rows == 100
+
+
+def test_names_follow_the_rows_not_the_run(data):
+    files = shards.read_footers(str(data), "text")
+    again = shards.read_footers(str(data), "text")
+    assert [u.output_name for u in shards.split_into_units(files)] == [
+        u.output_name for u in shards.split_into_units(again)
+    ]
+    later = shards.split_into_units(files, first_number=7)
+    assert later[0].output_name.startswith("part-000007-")
+
+
+def test_units_grow_with_the_input_but_stay_bounded():
+    assert shards._unit_bytes(10) == 64 * 2**10
+    assert shards._unit_bytes(10 * 2**40) // 2**20 == 104, "ten terabytes are a hundred thousand units"
+    assert shards._unit_bytes(2**40) == 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "does not exist; give a Parquet file"),
+        ("empty", r"holds no \*\.parquet files \(0 other files\)"),
+        ("text", r"holds no \*\.parquet files \(1 other files\)"),
+        ("broken", r"broken\.parquet is not a readable Parquet file"),
+    ],
+)
+def test_bad_inputs_are_named(tmp_path, name, message):
+    for folder in ("empty", "text", "broken"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "text" / "a.csv").write_text("a,b")
+    (tmp_path / "broken" / "broken.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match=message):
+        shards.read_footers(str(tmp_path / name), "text")
+
+
+def test_a_commit_is_whole_or_absent(tmp_path, monkeypatch):
+    locations.commit_bytes(str(tmp_path), "x.json", b"old")
+    tries = []
+
+    def full_disk(_):
+        tries.append(1)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(locations, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(locations.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        locations.commit_bytes(str(tmp_path), "x.json", b"new and longer")
+    assert len(tries) == locations.ATTEMPTS
+    assert (tmp_path / "x.json").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_calls_that_fail_and_then_work_are_tried_again(monkeypatch):
+    monkeypatch.setattr(locations, "FIRST_PAUSE_SECONDS", 0.001)
+    fails = iter([OSError("503"), TimeoutError("slow"), None])
+
+    def call():
+        error = next(fails)
+        if error is not None:
+            raise error
+        return "done"
+
+    assert locations.retried(call) == "done"
+    with pytest.raises(FileNotFoundError):
+        locations.retried(lambda: os.stat("/nowhere/x"))
+
+
+def test_names_for_people_carry_no_credentials():
+    assert locations.shown("s3://key:secret@bucket/a/b?token=1") == "s3://bucket/a/b"
+    assert locations.shown("/a/b") == "/a/b"
+
+
+def test_a_used_output_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        locations.make_folder(str(tmp_path / "file"))
+    locations.make_folder(str(tmp_path / "new" / "deep"))
+    assert (tmp_path / "new" / "deep").is_dir()

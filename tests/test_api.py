@@ -1,0 +1,81 @@
+"""`import pipelines`: the functions that scripts and notebooks call."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import pipelines
+from pipelines.errors import DataError, SettingsError
+from tests.jobs import FLOAT32
+
+RUN = {"kind": "binary", "epochs": 1, "batch_size": 5, "max_length": 32, "train_dtype": "float32", **FLOAT32}
+
+
+def test_train_evaluate_tune_and_score_from_frames(training_data, tmp_path):
+    table = pq.read_table(training_data / "data").drop_null()
+    frame, base = table.to_pandas(), training_data / "base"
+    trained = pipelines.train(frame[:40], base, tmp_path / "model", valid=frame[40:], **RUN)
+    assert trained.documents == 40
+    assert "valid: " in repr(trained)
+    evaluated = pipelines.evaluate(tmp_path / "model", frame, report=tmp_path / "page.html", **FLOAT32)
+    assert evaluated.rows == len(frame)
+    assert (tmp_path / "page.html").exists()
+    tuned = pipelines.tune(tmp_path / "model", frame, objective="recall=0.9", **FLOAT32)
+    assert tuned.labels == ("spam",)
+    assert "TuneResult" in repr(tuned)
+    scored = pipelines.score(tmp_path / "model", frame, **FLOAT32)
+    assert scored.column_names[:2] == ["label", "predicted_label"]
+    truth = [score is not None and score >= tuned.thresholds[0] for score in scored["scores"].to_pandas().str[1]]
+    assert [label == "spam" for label in scored["predicted_label"].to_pylist()] == truth
+
+
+def test_files_are_scored_into_files(spam_folder, input_folder, tmp_path):
+    summary = pipelines.score(spam_folder.path, input_folder, tmp_path / "out", replicas=0, **FLOAT32)
+    assert (summary.rows_out, summary.rows_in_error) == (60, 2)
+    assert "60 rows scored, 2 in error" in repr(summary)
+    with pytest.raises(SettingsError, match="names files: give output"):
+        pipelines.score(spam_folder.path, input_folder)
+    with pytest.raises(SettingsError, match="leave output out"):
+        pipelines.score(spam_folder.path, {"text": ["a"]}, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"text": ["one", None], "id": [1, 2]},
+        [{"text": "one", "id": 1}, {"text": None, "id": 2}],
+        pa.table({"text": ["one", None], "id": [1, 2]}),
+        pd.DataFrame({"text": ["one", None], "id": [1, 2]}, index=[7, 8]),
+    ],
+    ids=["columns", "rows", "arrow", "pandas"],
+)
+def test_tables_of_every_form_are_scored(spam_folder, data):
+    expected = pipelines.Scorer.load(str(spam_folder.path)).predict(["one", None])
+    found = pipelines.score(spam_folder.path, data)
+    assert found["id"].to_pylist() == [1, 2]
+    assert found["error"].to_pylist() == [None, "the text is null"]
+    np.testing.assert_allclose(found["scores"].to_pylist()[0], expected["scores"].to_pylist()[0], atol=1e-6)
+    assert pipelines.score(spam_folder.path, data, keep=[], prefix="m_").column_names[0] == "m_predicted_label"
+
+
+def test_mistakes_are_named(spam_folder, tmp_path):
+    with pytest.raises(DataError, match="int is no table"):
+        pipelines.score(spam_folder.path, 7)
+    with pytest.raises(DataError, match="a list must hold rows as mappings"):
+        pipelines.score(spam_folder.path, ["a text"])
+    with pytest.raises(SettingsError, match="did you mean 'text_column'"):
+        pipelines.score(spam_folder.path, {"text": ["a"]}, text_colum="text")
+    with pytest.raises(DataError, match="has no column 'text'; it has: body"):
+        pipelines.score(spam_folder.path, {"body": ["a"]})
+
+
+def test_a_folder_is_converted(spam_folder, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(spam_folder.path, old)
+    (old / "pipeline.json").unlink()
+    made = pipelines.convert(old, tmp_path / "new", kind="binary")
+    assert made.decision.labels == ("ham", "spam")

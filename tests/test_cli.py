@@ -1,0 +1,163 @@
+"""The commands as people type them: results on stdout, progress on stderr, exit codes, no tracebacks."""
+
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.bulk.job import ScoreJob
+from pipelines.cli import _parser, _values, main
+from pipelines.model_folder import read_model_folder
+
+
+def run(*arguments, capsys):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def labelled(tmp_path, emails):
+    pq.write_table(emails.slice(0, 50), tmp_path / "labelled.parquet")
+    return tmp_path / "labelled.parquet"
+
+
+@pytest.fixture
+def folder(spam_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(spam_folder.path, tmp_path / "spam")
+    return tmp_path / "spam"
+
+
+def test_evaluate_tune_and_inspect(folder, labelled, capsys):
+    code, out, _ = run("evaluate", folder, "--data", labelled, "--json", capsys=capsys)
+    before = json.loads(out)
+    assert code == 0
+    assert before["rows"] == 50
+    code, out, _ = run("tune", folder, "--data", labelled, "--json", "--objective", "recall=0.9", capsys=capsys)
+    tuned = json.loads(out)
+    assert code == 0
+    assert "thresholds" in out
+    assert tuned["tp"] / (tuned["tp"] + tuned["fn"]) >= 0.9
+    after = read_model_folder(folder)
+    assert list(after.decision.thresholds) == tuned["thresholds"]
+    assert tuned["thresholds_before"] == [0.4]
+    code, out, _ = run("evaluate", folder, "--data", labelled, "--json", capsys=capsys)
+    assert {k: json.loads(out)[k] for k in ("mcc", "tp")} == {k: tuned[k] for k in ("mcc", "tp")}
+    code, out, _ = run("inspect", folder, capsys=capsys)
+    assert code == 0
+    assert "kind: binary" in out
+    assert f"weights_hash: {after.weights_hash}" in out
+
+
+def test_tuning_changes_the_settings_hash_only(folder, labelled, capsys):
+    before = read_model_folder(folder)
+    assert run("tune", folder, "--data", labelled, capsys=capsys)[0] == 0
+    after = read_model_folder(folder)
+    assert after.weights_hash == before.weights_hash
+    assert after.settings_hash != before.settings_hash
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_score_prints_a_summary_and_3_for_rows_in_error(folder, input_folder, tmp_path, capsys):
+    code, out, err = run("score", folder, "--input", input_folder, "--output", tmp_path / "out", capsys=capsys)
+    assert code == 3
+    assert "rows_in_error: 2" in out
+    assert "units to do" in err
+    code, out, err = run("score", folder, "--input", input_folder, "--output", tmp_path / "out", capsys=capsys)
+    assert code == 3
+    assert "rows_in_error: 2" in out
+    assert "nothing to do" in err
+
+
+def test_settings_come_from_yaml_then_set_then_flags(folder, input_folder, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(f"input: {input_folder}\noutput: {tmp_path}/out\ntext_column: a\nlimit: 1\n")
+    arguments = ("score", folder, "--config", tmp_path / "c.yaml", "--set", "text_column=b")
+    assert "has no column 'b'" in run(*arguments, capsys=capsys)[2]
+    assert "has no column 'c'" in run(*arguments, "--text-column", "c", capsys=capsys)[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["score", "{folder}", "--output", "x"],
+            "required setting 'input' is missing: Parquet file, folder or glob with the rows to score.",
+        ),
+        (["score", "{folder}", "--input", "{empty}", "--output", "{empty}/x"], "holds no *.parquet files"),
+        (["score", "{empty}", "--input", "{data}", "--output", "{empty}/x"], "has no pipeline.json"),
+        (
+            ["score", "{folder}", "--input", "{data}", "--output", "{empty}/x", "--set", "keeep=a"],
+            "did you mean 'keep'",
+        ),
+        (["score", "{folder}", "--set", "limit"], "has no '='"),
+        (["score", "{folder}", "--set", "keep=[a"], "is no valid YAML"),
+        (["score", "{folder}", "--config", "{empty}/none.yaml"], "cannot be read: No such file"),
+        (["train", "--train", "{data}"], "required setting 'model' is missing"),
+        (["evaluate", "{folder}", "--data", "{data}", "--label-column", "nope"], "has no column 'nope'"),
+        (["evaluate", "{folder}", "--data", "{data}", "--text-column", "n"], "of type int64, not string"),
+        (["tune", "{folder}", "--data", "{data}", "--objective", "f3"], "objective 'f3' is none of"),
+        (["inspect", "{empty}/none"], "is not a folder"),
+        (["serve", "{empty}"], "has no pipeline.json"),
+        (["serve", "{folder}", "--set", "port=99999"], "port=99999 must be at least 0 and at most 65535"),
+    ],
+)
+def test_mistakes_end_with_2_and_one_sentence(arguments, message, folder, tmp_path, capsys):
+    empty, data = tmp_path / "empty", tmp_path / "data.parquet"
+    empty.mkdir()
+    pq.write_table(pa.table({"text": ["a", "b"], "label": ["ham", "spam"], "n": [1, 2]}), data)
+    filled = [argument.format(folder=folder, empty=empty, data=data) for argument in arguments]
+    code, out, err = run(*filled, capsys=capsys)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith(f"pipelines {arguments[0]}: ")
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "pipelines", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0.1.0"
+
+
+def test_where_things_run_is_said_by_flags(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
+    shown = capsys.readouterr().out
+    flags = (
+        "tokenize-cpus",
+        "tokenize-resources",
+        "tokenize-labels",
+        "replica-resources",
+        "replica-labels",
+        "max-errors",
+    )
+    assert [flag for flag in flags if f"--{flag} " not in shown] == []
+    options = _parser().parse_args(
+        ["score", "m", "--input", "i", "--output", "o", "--replica-resources", "{spot: 1}", "--max-errors", "0.5",
+         "--replica-labels", "{zone: a}", "--tokenize-cpus", "2", "--append"]
+    )  # fmt: skip
+    job = ScoreJob.parse(_values(options)).score
+    assert (job.replica_resources, job.replica_labels) == ({"spot": 1.0}, {"zone": "a"})
+    assert (job.tokenize_cpus, job.max_errors, job.append, job.overwrite) == (2.0, 0.5, True, False)
+    code, _, err = run("score", folder, "--input", "i", "--output", "o", "--dry-run", "--rate", "0", capsys=capsys)
+    assert (code, err) == (2, "pipelines score: --rate 0.0 must be above 0: tokens per second of one replica\n")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("metric=mcc", "metric='mcc' needs validation data: add --valid"),
+        ("evaluate_steps=5", "evaluate_steps=5 needs validation data: add --valid"),
+        ("early_stopping_patience=2", "early_stopping_patience=2 needs validation data: add --valid"),
+    ],
+)
+def test_settings_of_training_that_would_do_nothing_are_refused(labelled, tmp_path, capsys, setting, message):
+    code, _, err = run("train", "--train", labelled, "--model", tmp_path, "--kind", "binary", "--output",
+                       tmp_path / "out", "--set", setting, capsys=capsys)  # fmt: skip
+    assert code == 2
+    assert message in err

@@ -1,0 +1,118 @@
+import json
+from dataclasses import replace
+
+import fsspec
+import pytest
+
+from pipelines.errors import DataError, ModelFolderError
+from pipelines.model_folder import ModelFolder, hash_weights, read_model_folder, seal, write_pipeline_file
+from pipelines.settings import DecisionSettings, WindowSettings
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(b"weights")
+    (path / "tokenizer.json").write_text("{}")
+    decision = DecisionSettings(kind="binary", labels=("ham", "spam"), thresholds=(0.25,))
+    return seal(ModelFolder(path, WindowSettings(max_length=128, stride=4), decision, 1.5, {"mcc": 0.5}))
+
+
+def test_what_is_sealed_is_read(folder):
+    read = read_model_folder(folder.path)
+    assert read == folder
+    assert read.settings_hash == folder.settings_hash
+    assert read.windows.stride == 4
+    assert read.decision.thresholds == (0.25,)
+
+
+def test_who_learnt_from_pairs_reads_pairs(folder):
+    for reads_pairs, refused in ((None, []), (True, [False]), (False, [True])):
+        write_pipeline_file(replace(folder, reads_pairs=reads_pairs))
+        found = read_model_folder(folder.path)
+        assert (found.reads_pairs, found.settings_hash) == (reads_pairs, folder.settings_hash)
+        for are_pairs in (True, False):
+            if are_pairs in refused:
+                with pytest.raises(DataError, match=r"was trained on (pairs|single texts)"):
+                    found.check_texts(are_pairs=are_pairs)
+            else:
+                found.check_texts(are_pairs=are_pairs)
+
+
+def test_a_url_is_fetched(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fsspec.filesystem("memory").put(str(folder.path), "/models/spam", recursive=True)
+    read = read_model_folder("memory://models/spam")
+    assert read.weights_hash == folder.weights_hash
+    assert hash_weights(read.path) == folder.weights_hash
+    write_pipeline_file(replace(folder, temperature=2.5))
+    fsspec.filesystem("memory").put_file(str(folder.path / "pipeline.json"), "/models/spam/pipeline.json")
+    assert read_model_folder("memory://models/spam").temperature == 2.5, "of the same size, and not the old one"
+    with pytest.raises(ModelFolderError, match="is empty or does not exist"):
+        read_model_folder("memory://models/none")
+
+
+def test_the_two_hashes_tell_weights_from_settings(folder):
+    (folder.path / "model.safetensors").write_bytes(b"other")
+    other = seal(folder)
+    assert other.weights_hash != folder.weights_hash
+    assert other.settings_hash == folder.settings_hash
+
+
+def test_a_killed_writer_leaves_the_old_settings(folder, monkeypatch):
+    before = (folder.path / "pipeline.json").read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_pipeline_file(folder)
+    assert (folder.path / "pipeline.json").read_bytes() == before
+
+
+def edit(path, **changes):
+    content = json.loads((path / "pipeline.json").read_text())
+    (path / "pipeline.json").write_text(json.dumps({**content, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: (path / "pipeline.json").unlink(), r"has no pipeline\.json.*pipelines train"),
+        (lambda path: (path / "config.json").unlink(), r"has no config\.json"),
+        (
+            lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
+            r"pickle \(pytorch_model\.bin\)",
+        ),
+        (lambda path: (path / "model.safetensors").unlink(), r"has no \*\.safetensors weights"),
+        (lambda path: edit(path, format_version=99), "format version 99"),
+        (lambda path: edit(path, windows={"max_lenght": 5}), "did you mean 'max_length'"),
+        (lambda path: (path / "pipeline.json").write_text("{"), "cannot be read"),
+    ],
+)
+def test_unfinished_and_unsafe_folders_are_refused(folder, spoil, message):
+    spoil(folder.path)
+    with pytest.raises(ModelFolderError, match=message):
+        read_model_folder(folder.path)
+    with pytest.raises(ModelFolderError, match="is not a folder"):
+        read_model_folder(folder.path / "nothing")
+
+
+def test_a_folder_behind_a_url_is_fetched_once_and_checked(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder.path), "/models/good", recursive=True)
+    memory.put(str(folder.path), "/models/bad", recursive=True)
+    found = read_model_folder("memory://models/good")
+    monkeypatch.setattr(type(memory), "get", lambda *_, **__: pytest.fail("fetched twice"))
+    assert read_model_folder("memory://models/good") == found
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with memory.open("/models/bad/model.safetensors", "wb") as file:
+        file.write(b"other weights")
+    with pytest.raises(ModelFolderError, match="memory://models/bad has changed since it was written"):
+        read_model_folder("memory://models/bad")
+    assert not [path for path in (tmp_path / "cache" / "ray-text-classification").iterdir() if ".fetch-" in path.name]

@@ -1,0 +1,154 @@
+"""A fine-tuning job in this process: what it refuses before work, and what it leaves."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.bulk.score import score_here
+from pipelines.errors import DataError, JobError, ModelFolderError, OutputError, SettingsError
+from pipelines.evaluation.labelled import evaluate_folder
+from pipelines.model_folder import read_model_folder
+from pipelines.settings import ComputeSettings, DataSettings
+from pipelines.storage.shards import InputFile
+from pipelines.training.job import TrainJob, _unit_bytes, train_here
+from tests.jobs import score_job, train_job, train_values
+
+
+def test_a_run_leaves_a_folder_a_page_and_curves(training_data, tmp_path, log_lines):
+    logs = {"tensorboard_dir": str(tmp_path / "logs"), "logging_steps": 3}
+    summary = train_here(train_job(training_data, tmp_path / "out", shuffle_buffer=30, **logs))
+    assert (summary.workers, summary.rows_in_error) == (1, 1)
+    assert sum("valid mcc" in line for line in log_lines) == 1
+    assert read_model_folder(tmp_path / "out").metrics == summary.valid
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "valid mcc" in page
+    assert "training fingerprint" in page
+    assert "1.parquet row" in page, "documents are named by file and row"
+    assert list((tmp_path / "logs").glob("events.*"))
+    assert summary.model in repr(summary)
+    assert json.dumps(summary.to_json())
+
+
+def test_pairs_are_trained_on_and_scored_only_as_pairs(training_data, tmp_path, emails):
+    texts = [text[:200] for text in emails["text"].to_pylist()[:24]]
+    table = pa.table({"text": ["is it spam?"] * 24, "mail": texts, "label": emails["label"].slice(0, 24)})
+    pq.write_table(table, tmp_path / "pairs.parquet", row_group_size=8)
+    pairs = {"train": str(tmp_path / "pairs.parquet"), "valid": None, "text_pair_column": "mail"}
+    summary = train_here(train_job(training_data, tmp_path / "model", **pairs))
+    assert summary.windows > 24, "the second text is cut into windows"
+    folder = read_model_folder(tmp_path / "model")
+    with pytest.raises(DataError, match="trained on pairs of texts: give the second text too"):
+        score_here(score_job(folder, pairs["train"], tmp_path / "scored"))
+    job = score_job(folder, pairs["train"], tmp_path / "scored", text_pair_column="mail")
+    assert score_here(job).rows_in_error == 0
+    data, compute = DataSettings(text_pair_column="mail"), ComputeSettings(device="cpu")
+    assert evaluate_folder(summary.model, pairs["train"], data, compute).rows == 24
+    with pytest.raises(DataError, match="trained on pairs of texts"):
+        evaluate_folder(summary.model, pairs["train"], DataSettings(), compute)
+
+
+def test_data_without_any_text_is_refused(training_data, tmp_path):
+    empty = pa.table({"text": pa.nulls(9, pa.string()), "label": ["ham", "spam", "ham"] * 3})
+    pq.write_table(empty, tmp_path / "empty.parquet", write_statistics=False)
+    with pytest.raises(DataError, match=r"empty\.parquet, column 'text': no row has a text"):
+        train_here(train_job(training_data, tmp_path / "out", train=str(tmp_path / "empty.parquet")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_texts_that_are_all_null_are_refused_by_the_footers_alone(training_data, tmp_path, split, log_lines):
+    empty = pa.table({"text": pa.nulls(9, pa.string()), "label": ["ham", "spam", "ham"] * 3})
+    pq.write_table(empty, tmp_path / "empty.parquet", row_group_size=4)
+    with pytest.raises(DataError, match=r"empty\.parquet, column 'text': no row has a text"):
+        train_here(train_job(training_data, tmp_path / "out", **{split: str(tmp_path / "empty.parquet")}))
+    assert log_lines == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_without_effect_or_meaning_are_refused_at_once(training_data, tmp_path):
+    numbers = tmp_path / "numbers.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [1.0, 2.0]}), numbers)
+    for kind, settings, message in (
+        ("regression", {"calibrate": True, "train": str(numbers), "valid": str(numbers)}, "needs probabilities"),
+        ("multiclass", {"objective": "precision=0.9"}, "kind multiclass has no thresholds"),
+        ("binary", {"objective": "precision"}, "is none of: f1, fbeta=B"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            train_here(train_job(training_data, tmp_path / "out", kind=kind, weight=None, **settings))
+    with pytest.raises(SettingsError, match="calibrate=True needs validation data"):
+        train_here(train_job(training_data, tmp_path / "out", valid=None, calibrate=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_units_are_small_enough_to_be_mixed():
+    def of(rows, size):
+        return [InputFile("a", "a", 1, "v", None, (rows,), (size,))]
+
+    assert _unit_bytes(of(1000, 10**12), 16_384, 512) == 16_384 * 512 * 4
+    assert _unit_bytes(of(600_000_000, 60 * 10**9), 16_384, 512) == 16_384 * 100
+    assert _unit_bytes(of(0, 0), 16_384, 512) == 1
+
+
+def test_relative_paths_become_absolute(training_data, monkeypatch):
+    monkeypatch.chdir(training_data)
+    values = train_values(training_data, "out", train="data", valid="data/1.parquet", model="base")
+    paths = TrainJob.parse({**values, "tensorboard_dir": "logs"}).paths
+    assert paths.train == str(training_data / "data")
+    assert paths.valid == str(training_data / "data" / "1.parquet")
+    assert paths.model == str(training_data / "base")
+    assert paths.output == str(training_data / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"train": "{base}/none"}, DataError, "does not exist"),
+        ({"text_column": "body"}, DataError, "has no column 'body'; it has: text, label"),
+        ({"label_column": "class"}, DataError, "has no column 'class'; name the label column"),
+        ({"labels": ["ham", "eggs"]}, DataError, "labels outside the label set: 'spam'"),
+        ({"kind": "regression"}, DataError, "kind regression takes numbers"),
+        ({"weight": [1, 2, 3]}, SettingsError, "weight has 3 values; there are 2 labels"),
+        ({"pos_weight": [1, 2]}, SettingsError, "pos_weight is not for kind binary"),
+        ({"thresholds": [0.1, 0.2]}, SettingsError, "thresholds has 2 values"),
+        ({"stride": 0.99}, SettingsError, "steps 31 tokens .* would skip tokens"),
+        ({"max_length": 4096}, SettingsError, "above the model's 130 positions"),
+        ({"model": "{base}/data"}, ModelFolderError, r"has no config\.json"),
+        ({"model": "no/such-model"}, ModelFolderError, "no/such-model"),
+        ({"output": "{base}/data"}, OutputError, "is not empty; give a new folder"),
+        ({"num_workers": "0:2"}, SettingsError, "minimum of 0"),
+        ({"num_workers": "two"}, SettingsError, "neither a number nor MIN:MAX"),
+    ],
+)
+def test_bad_jobs_are_refused_before_any_work(training_data, tmp_path, settings, error, message):
+    filled = {k: v.format(base=training_data) if isinstance(v, str) else v for k, v in settings.items()}
+    with pytest.raises(error, match=message):
+        train_here(train_job(training_data, filled.pop("output", tmp_path / "out"), **filled))
+    assert not (tmp_path / "out").exists(), "nothing is left behind"
+
+
+def test_a_filesystem_that_fails_ends_a_run_in_one_sentence(training_data, tmp_path):
+    (tmp_path / "file").touch()
+    expected = r"^training stopped: .*file.*; when that is repaired, the same command resumes$"
+    with pytest.raises(JobError, match=expected):
+        train_here(train_job(training_data, tmp_path / "out", tensorboard_dir=str(tmp_path / "file" / "logs")))
+
+
+def test_labels_that_training_never_saw_are_named_with_their_file(training_data, tmp_path):
+    pq.write_table(pa.table({"text": ["a", "b"], "label": ["ham", "eggs"]}), tmp_path / "valid.parquet")
+    with pytest.raises(DataError, match=r"valid\.parquet: labels outside the label set: 'eggs'; the set is: ham, spam"):
+        train_here(train_job(training_data, tmp_path / "out", valid=str(tmp_path / "valid.parquet")))
+
+
+def test_one_class_only_and_pickles_are_refused(training_data, tmp_path):
+    table = pq.read_table(training_data / "data")
+    pq.write_table(table.filter(pa.compute.equal(table["label"], "ham")), tmp_path / "ham.parquet")
+    with pytest.raises(DataError, match="the labels are all 'ham'"):
+        train_here(train_job(training_data, tmp_path / "out", train=str(tmp_path / "ham.parquet"), weight=None))
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    (pickled / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(ModelFolderError, match=r"as a pickle \(pytorch_model\.bin\)"):
+        train_here(train_job(training_data, tmp_path / "out", model=str(pickled)))
