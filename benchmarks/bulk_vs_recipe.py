@@ -124,7 +124,7 @@ def main():
         print(json.dumps({"way": name, "rows_per_s": round(rate, 2),
                           "of bare": round(rate / results["bare Scorer loop"], 2),
                           "of recipe": round(rate / results["usual recipe, float32"], 2)}))  # fmt: skip
-    print(json.dumps({"dtype": dtype, "rows": len(texts), "seconds by stage": summary["seconds"]}))
+    print(json.dumps({"dtype": dtype, "rows": len(texts), "seconds by stage": summary.seconds}))
 
 
 if __name__ == "__main__":

@@ -78,15 +78,15 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(details), refresh=False)
             self._bar.update(amount)
-        elif self._is_shown and time.monotonic() - self._last_shown >= PROGRESS_SECONDS:
-            self.show()
+        else:
+            self.show_if_due()
 
-    def show(self) -> None:
-        """Write the line now, or refresh the bar."""
-        self._last_shown = time.monotonic()
+    def show_if_due(self) -> None:
+        """Write the line if the last one is old enough, or refresh the bar."""
         if self._bar is not None:
             self._bar.refresh()
-        elif self._is_shown:
+        elif self._is_shown and time.monotonic() - self._last_shown >= 0.9 * PROGRESS_SECONDS:
+            self._last_shown = time.monotonic()
             self._logger.info("%s", self.line())
 
     @property

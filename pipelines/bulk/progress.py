@@ -53,7 +53,7 @@ class RunTotals:
         if not self.rows_here:
             logger.info("starting for %.0f s: loading the model, scoring the first units", self.elapsed)
         else:
-            self.progress.show()
+            self.progress.show_if_due()
 
     def _details(self) -> list[str]:
         """Units, token rate, errors, and what the time is spent on as shares of all stages' seconds."""

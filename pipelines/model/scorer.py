@@ -61,13 +61,13 @@ class DocumentScores:
         """Whether some tokens of the document are in no window."""
         return self.windows.truncated_D
 
-    def part(self, start: int, stop: int) -> DocumentScores:
+    def slice(self, start: int, stop: int) -> DocumentScores:
         """Return the slice of documents [start, stop)."""
         first, last = self.windows.offsets[start], self.windows.offsets[stop]
         return DocumentScores(
             self.scores_DL[start:stop],
             None if self.votes_DL is None else self.votes_DL[start:stop],
-            self.windows.part(start, stop),
+            self.windows.slice(start, stop),
             self.window_logits_WL[first:last],
             self.window_scores_WL[first:last],
             self.num_tokens_D[start:stop],
@@ -75,17 +75,17 @@ class DocumentScores:
         )
 
 
-def concat_scores(parts: Sequence[DocumentScores]) -> DocumentScores:
+def concat_scores(pieces: Sequence[DocumentScores]) -> DocumentScores:
     """Concatenate slices of documents, in order."""
-    votes = [part.votes_DL for part in parts if part.votes_DL is not None]
+    votes = [piece.votes_DL for piece in pieces if piece.votes_DL is not None]
     return DocumentScores(
-        np.concatenate([part.scores_DL for part in parts]),
+        np.concatenate([piece.scores_DL for piece in pieces]),
         np.concatenate(votes) if votes else None,
-        concat_windows([part.windows for part in parts]),
-        np.concatenate([part.window_logits_WL for part in parts]),
-        np.concatenate([part.window_scores_WL for part in parts]),
-        np.concatenate([part.num_tokens_D for part in parts]),
-        [error for part in parts for error in part.errors],
+        concat_windows([piece.windows for piece in pieces]),
+        np.concatenate([piece.window_logits_WL for piece in pieces]),
+        np.concatenate([piece.window_scores_WL for piece in pieces]),
+        np.concatenate([piece.num_tokens_D for piece in pieces]),
+        [error for piece in pieces for error in piece.errors],
     )
 
 
@@ -110,7 +110,14 @@ def results_of(scores: DocumentScores, decision: DecisionSettings, *, prefix: st
 
 
 class Scorer:
-    """A model with its tokenizer, window plan and decision: everything between a text and its label."""
+    """A model with its tokenizer, window plan and decision: everything between a text and its label.
+
+    Several threads may use one scorer.
+
+    Example:
+        >>> scorer = Scorer.load("runs/spam")
+        >>> scorer.predict(["a text of any length", None]).to_pandas()
+    """
 
     def __init__(
         self,

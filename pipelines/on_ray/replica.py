@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,10 +103,14 @@ class ServeScorer:
 class ScoreUnits:
     """The class of the actor pool: rows of tokenized units in, their counts out."""
 
-    def __init__(self, setup: ReplicaSetup, crash_record: Any = None) -> None:
-        scorer = load_scorer(setup) if setup.via_serve is None else ServeScorer(setup.via_serve, setup.decision)
-        attempts = None if crash_record is None else _RemoteAttempts(crash_record)
-        self._units = UnitScorer(setup, scorer, attempts)
+    def __init__(
+        self,
+        setup: ReplicaSetup,
+        crash_record: Any = None,
+        make_scorer: Callable[[ReplicaSetup, Any], UnitScorer] | None = None,
+    ) -> None:
+        """Load the model; make_scorer replaces what scores and commits a unit, for measurements without a model."""
+        self._units = (make_scorer or _unit_scorer)(setup, crash_record)
         self._idle = _IdleClock()
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -114,6 +119,11 @@ class ScoreUnits:
             counts = [self._units.score_unit(unit) for unit in TokenizedUnit.from_rows(rows)]
         counts[0] = replace(counts[0], seconds={**counts[0].seconds, "wait": waited})
         return pa.table({COUNTS: [json.dumps(one.to_json()) for one in counts]})
+
+
+def _unit_scorer(setup: ReplicaSetup, crash_record: Any) -> UnitScorer:
+    scorer = load_scorer(setup) if setup.via_serve is None else ServeScorer(setup.via_serve, setup.decision)
+    return UnitScorer(setup, scorer, None if crash_record is None else _RemoteAttempts(crash_record))
 
 
 class _IdleClock:

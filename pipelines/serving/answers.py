@@ -53,7 +53,7 @@ def predictions_of(
             num_tokens=int(scores.num_tokens_D[row]),
             num_windows=int(scores.num_windows_D[row]),
             truncated=bool(scores.truncated_D[row]),
-            windows=_evidence(scorer, scores.part(row, row + 1), texts[row], names) if with_windows else None,
+            windows=_evidence(scorer, scores.slice(row, row + 1), texts[row], names) if with_windows else None,
         )
         if decided.value_D is not None:
             prediction.value = float(decided.value_D[row])

@@ -161,16 +161,16 @@ class Documents:
         return Documents(self.tokens.take(index_D), pair, [self.errors[int(row)] for row in index_D])
 
 
-def concat_documents(parts: Sequence[Documents]) -> Documents:
+def concat_documents(pieces: Sequence[Documents]) -> Documents:
     """Concatenate documents in order. They must be all single texts or all pairs."""
-    if len(parts) == 1:
-        return parts[0]
-    pairs = [part.pair_tokens for part in parts if part.pair_tokens is not None]
-    assert len(pairs) in (0, len(parts)), "single texts and pairs cannot be mixed"
+    if len(pieces) == 1:
+        return pieces[0]
+    pairs = [piece.pair_tokens for piece in pieces if piece.pair_tokens is not None]
+    assert len(pairs) in (0, len(pieces)), "single texts and pairs cannot be mixed"
     return Documents(
-        concat_tokens([part.tokens for part in parts]),
+        concat_tokens([piece.tokens for piece in pieces]),
         concat_tokens(pairs) if pairs else None,
-        [error for part in parts for error in part.errors],
+        [error for piece in pieces for error in piece.errors],
     )
 
 
@@ -356,24 +356,24 @@ def ragged_index(start: NDArray[np.integer], length: NDArray[np.integer]) -> NDA
     return np.arange(total) + np.repeat(np.asarray(start, np.int64) - (ends - length), length)
 
 
-def concat_tokens(parts: Sequence[Tokens]) -> Tokens:
+def concat_tokens(pieces: Sequence[Tokens]) -> Tokens:
     """Concatenate texts in order."""
-    ids = np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)])
-    lengths = np.concatenate([np.zeros(0, np.int64), *(part.num_tokens_D for part in parts)])
+    ids = np.concatenate([np.zeros(0, np.int32), *(piece.ids for piece in pieces)])
+    lengths = np.concatenate([np.zeros(0, np.int64), *(piece.num_tokens_D for piece in pieces)])
     return Tokens(ids, offsets_of(lengths))
 
 
-_Part = tuple[NDArray[np.integer], NDArray[np.int64], NDArray[np.int64]]
+_Segment = tuple[NDArray[np.integer], NDArray[np.int64], NDArray[np.int64]]
 """One segment of every window: an array of values, the start of each window's segment in it, and its length."""
 
 
-def _repeated(special: tuple[int, ...], index_W: NDArray[np.integer]) -> _Part:
+def _repeated(special: tuple[int, ...], index_W: NDArray[np.integer]) -> _Segment:
     """Return the same special tokens as a segment of every window."""
     zero_W = np.zeros(len(index_W), np.int64)
     return np.asarray(special, np.int64), zero_W, zero_W + len(special)
 
 
-def _join(parts: Sequence[_Part], type_ids: Sequence[int]) -> InputRows:
+def _join(parts: Sequence[_Segment], type_ids: Sequence[int]) -> InputRows:
     """Concatenate the segments of each window, and then all windows, into flat rows."""
     offsets = offsets_of(np.sum([length_W for _, _, length_W in parts], axis=0, dtype=np.int64))
     ids = np.empty(int(offsets[-1]), np.int64)

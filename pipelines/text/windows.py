@@ -70,7 +70,7 @@ class Windows:
         """Number of windows of each document, at least 1."""
         return np.diff(self.offsets)
 
-    def part(self, start: int, stop: int) -> Windows:
+    def slice(self, start: int, stop: int) -> Windows:
         """Return the windows of documents [start, stop), with the documents renumbered from 0."""
         offsets = self.offsets[start : stop + 1]
         own = slice(offsets[0], offsets[-1])
@@ -148,16 +148,16 @@ def plan_windows(
     return Windows(document_W, start_W, stop_W, offsets, truncated_D)
 
 
-def concat_windows(parts: Sequence[Windows]) -> Windows:
+def concat_windows(pieces: Sequence[Windows]) -> Windows:
     """Concatenate windows in order, and renumber their documents."""
-    documents = np.cumsum([0, *(len(part.truncated_D) for part in parts)])
-    counts = np.concatenate([part.num_windows_D for part in parts])
+    documents = np.cumsum([0, *(len(piece.truncated_D) for piece in pieces)])
+    counts = np.concatenate([piece.num_windows_D for piece in pieces])
     return Windows(
-        np.concatenate([part.document_W + first for part, first in zip(parts, documents, strict=False)]),
-        np.concatenate([part.start_W for part in parts]),
-        np.concatenate([part.stop_W for part in parts]),
+        np.concatenate([piece.document_W + first for piece, first in zip(pieces, documents, strict=False)]),
+        np.concatenate([piece.start_W for piece in pieces]),
+        np.concatenate([piece.stop_W for piece in pieces]),
         np.concatenate([[0], np.cumsum(counts)]),
-        np.concatenate([part.truncated_D for part in parts]),
+        np.concatenate([piece.truncated_D for piece in pieces]),
     )
 
 

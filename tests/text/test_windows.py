@@ -144,7 +144,7 @@ def test_no_documents_have_no_windows():
 def test_a_part_is_the_plan_of_the_part(start, length):
     num_tokens_D = np.array([0, 500, 3, 1000, 99, 98, 5, 700, 1, 1])
     plan = resolve_plan(WindowSettings(max_length=100), num_special_tokens=2)
-    part = plan_windows(num_tokens_D, plan).part(start, start + length)
+    part = plan_windows(num_tokens_D, plan).slice(start, start + length)
     alone = plan_windows(num_tokens_D[start : start + length], plan)
     for name in ("document_W", "start_W", "stop_W", "offsets", "truncated_D"):
         np.testing.assert_array_equal(getattr(part, name), getattr(alone, name))
