@@ -15,11 +15,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pipelines.version import VERSION
+
 if TYPE_CHECKING:
     from pipelines.api import convert, evaluate, score, train, tune
     from pipelines.model.scorer import Scorer
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["Scorer", "convert", "evaluate", "score", "train", "tune"]
 
 _HOMES = {

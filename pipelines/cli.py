@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pipelines import __version__
 from pipelines.config_file import parse_yaml, read_config
 from pipelines.errors import PipelinesError, SettingsError
 from pipelines.fields import field_help, parse
@@ -32,6 +31,7 @@ from pipelines.settings import (
     TrainSettings,
     WindowSettings,
 )
+from pipelines.version import VERSION
 
 if TYPE_CHECKING:
     from pipelines.bulk.job import ScoreJob
@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train, score and serve text classifiers for long texts and large data, on Ray.",
         epilog="pipelines COMMAND --help lists what a command takes.",
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_score(commands)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,15 +21,31 @@ from pipelines.model.weights import first_position
 from pipelines.text.pretrained import quiet_transformers
 from pipelines.text.tokenization import InputRows
 
-if TYPE_CHECKING:
-    from pipelines.model.window_model import WindowModel
-
 ROUNDING, SLACK = 1e-6, 1e-3
 """Tolerances of the float32 checks at load (packed against padded, more padding against less).
 
 Two results agree if they differ by at most ROUNDING times the largest logit, plus SLACK times the largest difference
 between the windows.
 """
+
+
+class Probed(Protocol):
+    """What the checks need of a `WindowModel`."""
+
+    module: nn.Module
+
+    @property
+    def num_labels(self) -> int:
+        """Number of logits per window."""
+
+    def __call__(self, rows: InputRows) -> Tensor:
+        """Logits (W, L) of the windows."""
+
+    def run_padded(self, rows: InputRows, *, row_length: int | None = None) -> Tensor:
+        """Logits (W, L), computed as one padded batch."""
+
+    def run_packed(self, packed: PackedRows, rows: InputRows) -> Tensor:
+        """Logits (W, L), computed as one row without padding."""
 
 
 @contextmanager
@@ -45,7 +61,7 @@ def attention_of(module: Any, name: str | None) -> Iterator[None]:
             module.set_attn_implementation(before)
 
 
-def sees_padding(model: WindowModel) -> bool:
+def sees_padding(model: Probed) -> bool:
     """Whether logits depend on the amount of padding, tested with three short windows in float32."""
     rows = _probe(model)
     with torch.inference_mode(), quiet_transformers():
@@ -54,7 +70,7 @@ def sees_padding(model: WindowModel) -> bool:
     return not _agree(long_WL, short_WL)
 
 
-def _probe(model: WindowModel) -> InputRows:
+def _probe(model: Probed) -> InputRows:
     """Return three short windows of random tokens."""
     lengths = [7, 7, 4]
     size: int = model.module.config.vocab_size  # type: ignore[union-attr, assignment]
@@ -68,7 +84,7 @@ def _agree(found_WL: Tensor, expected_WL: Tensor) -> bool:
     return bool((found_WL - expected_WL).abs().max() <= ROUNDING * expected_WL.abs().max() + SLACK * spread)
 
 
-def find_last_layer(model: WindowModel) -> str | None:
+def find_last_layer(model: Probed) -> str | None:
     """Return the name of the linear layer with a bias whose outputs are the logits, or None.
 
     This is tested: adding 1 to the layer's output must add 1 to the logits.
@@ -92,7 +108,7 @@ def find_last_layer(model: WindowModel) -> str | None:
     return name if torch.allclose(after_WL, before_WL + 1, atol=1e-3) else None
 
 
-def packed_if_equal(model: WindowModel) -> PackedRows | None:
+def packed_if_equal(model: Probed) -> PackedRows | None:
     """Run three short windows packed and padded, in float32.
 
     If the logits agree, packing stays switched on. Otherwise, return None.

@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import pipelines
+from pipelines import version as package_version
 from pipelines.errors import PipelinesError, SettingsError
 from pipelines.model_folder import read_model_folder
 from pipelines.storage.locations import filesystem_of, is_local, list_names, shown
@@ -35,7 +35,7 @@ def check_nodes(*, model: str | None = None, files: Mapping[str, str] | None = N
     for node_id in nodes:
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
         asked[node_id] = _look.options(scheduling_strategy=there, num_cpus=0, max_retries=0).remote(
-            pipelines.__version__, model, dict(files or {}), output
+            package_version.VERSION, model, dict(files or {}), output
         )
     for node_id, answer in asked.items():
         problem = _answer(answer)
@@ -59,7 +59,7 @@ def _answer(answer: Any) -> str | None:
 @ray.remote
 def _look(version: str, model: str | None, files: dict[str, str], output: str | None) -> str | None:
     remedy = "; use a path that every node shares, or a URL such as s3://"
-    here = pipelines.__version__  # version on the node: Ray sends this function by value, but modules by name
+    here = package_version.VERSION  # version on the node: Ray sends this function by value, but modules by name
     if version != here:
         return f"has version {here} of this package, but the driver has {version}; install the same on every node"
     if model is not None:

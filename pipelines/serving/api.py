@@ -16,7 +16,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from pipelines import __version__
 from pipelines.errors import DataError
 from pipelines.serving.inference_protocol import HEADER_LENGTH, answered, described, texts_of_tensors
 from pipelines.serving.middleware import Guard
@@ -32,6 +31,7 @@ from pipelines.serving.protocols import (
     texts_of_moderation,
 )
 from pipelines.serving.schema import ErrorResponse, Pair, PredictRequest, PredictResponse, without_none
+from pipelines.version import VERSION
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorResponse, "description": "The API key is missing or wrong."},
@@ -56,7 +56,7 @@ def build_api(predictor: Predictor, *, replica: str = "local") -> FastAPI:
         predictor: The model with its queue.
         replica: Name of this process, shown by /info.
     """
-    api = FastAPI(title="pipelines", version=__version__, docs_url="/docs", redoc_url=None)
+    api = FastAPI(title="pipelines", version=VERSION, docs_url="/docs", redoc_url=None)
     api.add_middleware(
         Guard,
         api_keys=predictor.settings.api_keys,
@@ -170,7 +170,7 @@ def _inference_protocol_routes(predictor: Predictor) -> APIRouter:
     @routes.get("")
     async def describe_server() -> dict[str, Any]:
         """Name, version and extensions of this server."""
-        return {"name": "pipelines", "version": __version__, "extensions": ["binary_tensor_data"]}
+        return {"name": "pipelines", "version": VERSION, "extensions": ["binary_tensor_data"]}
 
     @routes.get("/models/{name}", responses=ERRORS)
     async def describe_model(name: str) -> dict[str, Any]:

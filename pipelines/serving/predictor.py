@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines import __version__
 from pipelines.decisions.labels import resolve_thresholds
 from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.fields import parse
@@ -30,6 +29,7 @@ from pipelines.serving.schema import Pair, Prediction, Usage
 from pipelines.serving.timings import Metrics, NoMetrics, current_timings
 from pipelines.settings import ComputeSettings, DecisionSettings, ServeSettings, parse_range
 from pipelines.text.tokenization import Documents
+from pipelines.version import VERSION
 
 INLINE_BYTES = 2**16
 """Texts up to this size are split into words on the event loop: that takes less time than a switch to a thread."""
@@ -93,7 +93,7 @@ class Predictor:
         model = self._scorer.model
         return {
             "model": self.name,
-            "version": __version__,
+            "version": VERSION,
             "model_hash": self.folder.weights_hash,
             "settings_hash": self.folder.settings_hash,
             "decision": asdict(self.decision),

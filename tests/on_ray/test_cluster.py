@@ -279,7 +279,7 @@ def test_a_driver_without_a_token_is_told_that_the_cluster_wants_one(cluster, sp
 @pytest.mark.slow
 def test_a_node_without_the_package_or_with_another_version_is_named(nodes, spam_folder, source, tmp_path):
     job = write(tmp_path / "job.yaml", model=str(spam_folder.path), input=str(source), output=str(tmp_path / "out"))
-    version = "import pipelines; pipelines.__version__ = '0.0.9'"
+    version = "import pipelines.version; pipelines.version.VERSION = '0.0.9'"
     wait_until(lambda: alive(nodes.environment) > 0)
     before = alive(nodes.environment)
     absent = "import sys; sys.modules['pipelines'] = None"
