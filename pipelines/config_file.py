@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.errors import SettingsError
+from pipelines.errors import SettingsError, first_line
 
 
 def read_config(path: str) -> dict[str, object]:
@@ -31,7 +31,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a safe loader
     except yaml.YAMLError as error:
-        raise SettingsError(f"{where} is no valid YAML: {str(error).splitlines()[0]}") from error
+        raise SettingsError(f"{where} is no valid YAML: {first_line(error)}") from error
 
 
 class _Loader(yaml.SafeLoader):

@@ -49,3 +49,12 @@ class OutputError(UsageError):
 
 class JobError(PipelinesError):
     """Work that started and could not be completed."""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of the message of another library's exception, for use in a message of our own.
+
+    This is the name of the exception's type if the message is empty.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -140,8 +140,8 @@ def _coerce(value: Any, option: Any) -> tuple[bool, Any]:
 def _coerce_tuple(value: Any, item: Any) -> tuple[bool, Any]:
     if not isinstance(value, (list, tuple)):
         return False, value
-    if item is str:  # YAML reads the labels 0 and 1 as numbers
-        value = [str(element) if isinstance(element, int) else element for element in value]
+    if item is str:  # YAML reads the labels 0 and 1 as numbers; what it reads as true may have been yes, on or true
+        value = [str(name) if isinstance(name, int) and not isinstance(name, bool) else name for name in value]
     pairs = [_coerce(element, item) for element in value]
     return all(fits for fits, _ in pairs), tuple(coerced for _, coerced in pairs)
 

@@ -82,6 +82,7 @@ def test_a_flat_mapping_is_dealt_out_and_yaml_kinds_are_coerced():
         ({"kind": "multiclass", "thresholds": 0.5}, "kind multiclass takes no thresholds"),
         ({"kind": "binary", "abstain_below": 0.5}, "abstain_below is for kind multiclass"),
         ({"labels": ["a", "a"]}, "labels repeat"),
+        ({"labels": [True, False]}, "labels"),
         ({"kind": "regression", "labels": ["a", "b"]}, "kind regression has no labels, got a, b"),
     ],
 )

@@ -14,7 +14,7 @@ from pipelines.bulk.job import CheckedJob
 from pipelines.model.scorer import Scorer, plan_of
 from pipelines.model_folder import ModelFolder
 from pipelines.settings import ComputeSettings
-from pipelines.storage.filters import kept_rows, parse_filter
+from pipelines.storage.filters import kept_rows
 from pipelines.storage.rows import read_units
 from pipelines.storage.shards import WorkUnits, split_into_units
 from pipelines.text.pretrained import load_tokenizer
@@ -98,7 +98,7 @@ def _sample(checked: CheckedJob, units: WorkUnits) -> tuple[pa.Table, float]:
         table = rows.table.slice(0, SAMPLE_ROWS)
         num_rows += len(table)
         if job.score.filter:
-            table = table.filter(kept_rows(table, parse_filter(job.score.filter)[0]))
+            table = table.filter(kept_rows(table, job.score.filter))
         tables.append(table)
     sample = pa.concat_tables(tables)
     return sample, len(sample) / max(num_rows, 1)

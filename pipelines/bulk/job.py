@@ -21,7 +21,7 @@ from pipelines.fields import parse
 from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, ScorePaths, ScoreSettings
 from pipelines.storage.columns import text_column_problem
-from pipelines.storage.filters import parse_filter
+from pipelines.storage.filters import check_filter, parse_filter
 from pipelines.storage.locations import absolute, shown
 from pipelines.storage.rows import together
 from pipelines.storage.shards import InputFile, read_footers
@@ -173,6 +173,8 @@ def _columns(job: ScoreJob, files: Sequence[InputFile], decision: DecisionSettin
     if unknown:
         raise DataError(f"--filter names {unknown[0]!r}, which is no input column; those are: {', '.join(names)}")
     read = together(files, list(dict.fromkeys([*keep, *compared])))
+    if job.score.filter:
+        check_filter(job.score.filter, read)
     carried = pa.schema([read.field(name) for name in keep])
     for name in job.text_columns:  # as strings, whatever type a file without texts has under that name
         if name not in read.names:

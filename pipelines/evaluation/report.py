@@ -276,12 +276,12 @@ def _document(data: ReportData, row: int, wrong_D: NDArray[np.float64]) -> dict[
 
 
 def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Flatten metrics: the metrics of each label become one entry under the label's name."""
+    """Flatten metrics: the metrics of each label become one entry, which names the label."""
     found: dict[str, Any] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
             for label, inner in value.items():
-                found[f"{label}"] = ", ".join(f"{key} {_shown(number)}" for key, number in inner.items())
+                found[f"label {label}"] = ", ".join(f"{key} {_shown(number)}" for key, number in inner.items())
         else:
             found[name] = "undefined" if value is None else value
     return found

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.model_folder import check_weights
 from pipelines.settings import DecisionSettings
 from pipelines.text.pretrained import quiet_transformers
@@ -130,7 +130,3 @@ def first_position(module: nn.Module) -> int:
         if name.endswith("position_embeddings") and isinstance(child, nn.Embedding):
             return 0 if child.padding_idx is None else child.padding_idx + 1
     return 0
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

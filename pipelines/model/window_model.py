@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from pipelines.decisions.labels import Scaling
-from pipelines.errors import ModelFolderError
+from pipelines.errors import ModelFolderError, first_line
 from pipelines.model.batching import token_batches
 from pipelines.model.devices import is_out_of_memory, resolve_device, resolve_dtype, to_device
 from pipelines.model.packing import PackedRows, Packing
 from pipelines.model.probes import attention_of, find_last_layer, packed_if_equal, sees_padding
-from pipelines.model.weights import first_line, row_limit
+from pipelines.model.weights import row_limit
 from pipelines.model_folder import check_weights
 from pipelines.settings import ComputeSettings
 from pipelines.text.pretrained import quiet_transformers, uses_type_ids
@@ -98,7 +98,9 @@ class WindowModel:
         module: Any = copy.deepcopy(self.module)
         if self.is_packed:
             module.set_attn_implementation("sdpa")  # the constructor decides again whether to pack
-        return WindowModel(module, self.template, compute, uses_type_ids=self._uses_type_ids)
+        copied = WindowModel(module, self.template, compute, uses_type_ids=self._uses_type_ids)
+        copied._scaling, copied._last_layer = self._scaling, self._last_layer
+        return copied
 
     def settle_rows(self, max_length: int) -> None:
         """Pad every row to max_length tokens if logits would otherwise depend on the other windows of the batch.

@@ -9,7 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import version as package_version
-from pipelines.errors import PipelinesError, SettingsError
+from pipelines.errors import PipelinesError, SettingsError, first_line
 from pipelines.model_folder import read_model_folder
 from pipelines.storage.locations import filesystem_of, is_local, list_names, shown
 
@@ -49,7 +49,11 @@ def _answer(answer: Any) -> str | None:
         problem: str | None = ray.get(answer, timeout=SECONDS_TO_ANSWER)
     except ray.exceptions.GetTimeoutError:
         return f"did not answer within {SECONDS_TO_ANSWER} s"
-    except (ray.exceptions.RaySystemError, ray.exceptions.RayTaskError) as error:
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ImportError):
+            return f"cannot run this package: {first_line(error.cause)}; install the same version on every node"
+        return f"cannot read the data: {type(error.cause).__name__}: {first_line(error.cause)}"
+    except ray.exceptions.RaySystemError as error:  # such as a function that cannot be loaded there
         return f"cannot run this package: {str(error).strip().splitlines()[-1]}; install the same version on every node"
     except ray.exceptions.RayError:
         return None  # the node left the cluster; its work will run on other nodes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Mapping, Sequence
 
 from pipelines.errors import SettingsError
@@ -11,7 +12,6 @@ from pipelines.settings import ServeSettings
 
 OPEN_PATHS = frozenset({"/", "/health", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 """Paths that need no key: the probes, and the web page, which is static and sends the key that a user types into it."""
-LOOPBACK = ("127.", "localhost", "::1")
 
 
 def is_admitted(headers: Mapping[str, str], path: str, key_hashes: Sequence[str]) -> bool:
@@ -40,10 +40,19 @@ def check_exposure(settings: ServeSettings) -> None:
     """
     if settings.api_keys or settings.allow_without_key:
         return
-    if settings.host.startswith(LOOPBACK) and settings.proxy == "python":
+    if _is_loopback(settings.host) and settings.proxy == "python":
         return
     where = f"host={settings.host}" if settings.proxy == "python" else "proxy=haproxy, which binds every interface,"
     raise SettingsError(
         f"{where} lets other machines send requests without a key; set api_keys to the SHA-256 of each key "
         "(printf %s KEY | sha256sum), or set allow_without_key if a proxy in front of the server checks requests"
     )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name; what it stands for may change
+        return False

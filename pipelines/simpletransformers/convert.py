@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from pipelines.errors import ModelFolderError, OutputError, SettingsError
+from pipelines.errors import ModelFolderError, OutputError, SettingsError, first_line
 from pipelines.model.scorer import plan_of
 from pipelines.model.weights import row_limit
 from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
@@ -75,7 +75,7 @@ def _load(old: str) -> Any:
     except pickle.UnpicklingError as error:
         raise ModelFolderError(f"the pickle in {old} holds more than tensors and may be hostile; refused") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelFolderError(f"{old} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        raise ModelFolderError(f"{old} cannot be read: {first_line(error)}") from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ModelFolderError(f"{old} lacks weights of the classifier ({missing}); fine-tune it first")
@@ -91,7 +91,8 @@ def _write(module: Any, old: str, folder: Path, kind: Kind | None) -> ModelFolde
         windows, decision = WindowSettings(), _decision_of(module.config, kind, old)
     if decision.num_labels != module.config.num_labels or (kind is not None and decision.kind != kind):
         raise SettingsError(
-            f"{old} has {module.config.num_labels} logits: this is kind {decision.kind}, not {kind or decision.kind}"
+            f"{old} has {module.config.num_labels} logits, which does not fit kind {kind or decision.kind}; "
+            f"give the kind with --kind: {', '.join(get_args(Kind))}"
         )
     plan = plan_of(windows, tokenizer, model_type=module.config.model_type, model_limit=row_limit(module))
     windows = WindowSettings(**{**vars(windows), "max_length": plan.max_length})

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, first_line
 from pipelines.settings import DecisionSettings
 
 
@@ -85,9 +85,15 @@ def split_pairs(rows: list[Any]) -> tuple[list[str], list[str] | None]:
 
 
 def text_array(texts: list[Any]) -> pa.Array:
-    """Convert texts to an Arrow array. Numbers become strings; missing values (None, NaN) become null."""
-    missing = [text is None or (isinstance(text, float) and text != text) for text in texts]
-    return pa.array([None if gone else str(text) for text, gone in zip(texts, missing, strict=True)], pa.string())
+    """Convert texts to an Arrow array. Numbers become strings; missing values become null."""
+    return pa.array([None if _is_missing(text) else str(text) for text in texts], pa.string())
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is None, NaN, or one of pandas' own missing values."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, float) and value != value
 
 
 def label_array(labels: list[Any], decision: DecisionSettings, names: list[Any] | None = None) -> pa.Array:
@@ -101,7 +107,7 @@ def label_array(labels: list[Any], decision: DecisionSettings, names: list[Any] 
     Raises:
         DataError: A label is missing or not in names, or the labels have mixed types.
     """
-    bad = next((row for row, label in enumerate(labels) if label is None or label != label), None)
+    bad = next((row for row, label in enumerate(labels) if _is_missing(label)), None)
     if bad is not None:
         raise DataError(f"row {bad} has no label")
     if names is not None:
@@ -115,7 +121,7 @@ def label_array(labels: list[Any], decision: DecisionSettings, names: list[Any] 
             return pa.array([list(row) for row in labels])
         return pa.array(labels)
     except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError) as error:
-        raise DataError(f"the labels have mixed or unusable types: {str(error).splitlines()[0]}") from error
+        raise DataError(f"the labels have mixed or unusable types: {first_line(error)}") from error
 
 
 def _read_file(path: Path) -> pa.Table:
@@ -128,4 +134,4 @@ def _read_file(path: Path) -> pa.Table:
             return pq.read_table(path)
         return csv.read_csv(path, parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True))
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.model.devices import resolve_device
 from pipelines.model_folder import PIPELINE_FILE, check_weights, read_model_folder
 from pipelines.simpletransformers.arguments import ClassificationArgs
@@ -84,7 +84,7 @@ def open_config(model_type: str, model_name: str, num_labels: int | None, args: 
         with quiet_transformers():
             config = AutoConfig.from_pretrained(model_name, **values)
     except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{model_name} is no folder and no hub name: {str(error).splitlines()[0]}") from error
+        raise ModelFolderError(f"{model_name} is no folder and no hub name: {first_line(error)}") from error
     wanted = MODEL_TYPES.get(model_type, model_type)
     if wanted not in ("auto", config.model_type):
         raise ModelFolderError(

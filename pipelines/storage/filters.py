@@ -51,12 +51,27 @@ def parse_filter(text: str) -> tuple[Any, list[str]]:
     return expression, list(dict.fromkeys(columns))
 
 
-def kept_rows(table: pa.Table, expression: Any) -> pa.Array:
+def check_filter(text: str, schema: pa.Schema) -> None:
+    """Check that a filter fits the types of its columns, before work starts.
+
+    Raises:
+        SettingsError: A column cannot be compared with this value, or the result is not true or false.
+    """
+    expression, columns = parse_filter(text)
+    try:
+        schema.empty_table().filter(expression)
+    except pa.ArrowException as error:
+        types = ", ".join(f"{name} is {schema.field(name).type}" for name in columns)
+        raise SettingsError(f"--filter {text!r} does not fit the types of the columns ({types})") from error
+
+
+def kept_rows(table: pa.Table, text: str) -> pa.Array:
     """Return for each row of the table whether it passes the filter.
 
     A row does not pass if the result is null, for example because a value is missing.
     """
-    numbered = table.append_column("", pa.array(range(len(table)), pa.int64()))
+    expression, columns = parse_filter(text)
+    numbered = table.select(columns).append_column("", pa.array(range(len(table)), pa.int64()))
     passed = numbered.filter(expression).column("")
     return pc.is_in(numbered.column("").combine_chunks(), value_set=passed.combine_chunks())
 
@@ -78,27 +93,56 @@ def _expression(node: ast.expr, columns: list[str], text: str) -> Any:
 
 
 def _comparison(node: ast.Compare, columns: list[str], text: str) -> Any:
-    left, (kind,), (right,) = _value(node.left, columns, text), node.ops, node.comparators
+    (kind,), (right,) = node.ops, node.comparators
     if isinstance(kind, (ast.Is, ast.IsNot)):
-        if not isinstance(right, (ast.Name, ast.Constant)) or _value(right, columns, text) is not None:
+        if not isinstance(right, (ast.Name, ast.Constant)) or _value(right, [], text) is not None:
             raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} is neither `is null` nor `is not null`")
-        return left.is_null() if isinstance(kind, ast.Is) else left.is_valid()
+        column = _column(node.left, columns, text)
+        return column.is_null() if isinstance(kind, ast.Is) else column.is_valid()
     if isinstance(kind, (ast.In, ast.NotIn)):
         if not isinstance(right, (ast.List, ast.Tuple)):
             raise SettingsError(f"--filter {text!r}: `in` needs a list, such as in ['en', 'de']")
-        inside = left.isin([_value(item, columns, text) for item in right.elts])
+        inside = _column(node.left, columns, text).isin(_constants(right, text))
         return inside if isinstance(kind, ast.In) else ~inside
-    return COMPARISONS[type(kind)](left, _value(right, columns, text))
+    sides = [_value(side, columns, text) for side in (node.left, right)]
+    if not any(isinstance(side, pc.Expression) for side in sides):
+        raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} compares no column")
+    if None in [side for side in sides if not isinstance(side, pc.Expression)]:
+        raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} is never true; write `is null` or `is not null`")
+    return COMPARISONS[type(kind)](*sides)
+
+
+def _column(node: ast.expr, columns: list[str], text: str) -> pc.Expression:
+    column = _value(node, columns, text)
+    if not isinstance(column, pc.Expression):
+        raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} is no column")
+    return column
+
+
+def _constants(node: ast.List | ast.Tuple, text: str) -> pa.Array:
+    values = [_value(item, [], text) for item in node.elts]
+    if any(isinstance(value, pc.Expression) for value in values):
+        raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} may contain numbers and strings, but no columns")
+    try:
+        return pa.array(values)
+    except pa.ArrowException as error:
+        raise SettingsError(f"--filter {text!r}: the values in {ast.unparse(node)!r} have different types") from error
 
 
 def _value(node: ast.expr, columns: list[str], text: str) -> Any:
+    """A column, or a constant of Python."""
     if isinstance(node, ast.Name):
         if node.id in CONSTANTS:
             return CONSTANTS[node.id]
         columns.append(node.id)
         return pc.field(node.id)
-    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, bool, type(None))):
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_value(node.operand, columns, text)
-    raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} is neither a column nor a value")
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+        value = node.operand.value
+        value = -value if isinstance(value, (int, float)) and not isinstance(value, bool) else ...
+    else:
+        value = node.value if isinstance(node, ast.Constant) else ...
+    if not isinstance(value, (int, float, str, bool, type(None))):
+        raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} is neither a column nor a value")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise SettingsError(f"--filter {text!r}: {value} has more than 64 bits")
+    return value

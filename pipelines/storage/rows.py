@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, first_line
 from pipelines.storage.columns import SOURCE_COLUMNS, text_column_problem
 from pipelines.storage.locations import filesystem_of, retried
 from pipelines.storage.shards import InputFile, Span, WorkUnit
@@ -148,8 +148,9 @@ def _read_span(
         return _fitted(table, span, schema), None
     except (pa.ArrowException, OSError, ValueError) as error:
         reader.close()
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return _nothing(span, schema), f"row group {span.row_group} of {span.file.url} cannot be read: {reason}"
+        return _nothing(
+            span, schema
+        ), f"row group {span.row_group} of {span.file.url} cannot be read: {first_line(error)}"
 
 
 def _fitted(table: pa.Table, span: Span, schema: pa.Schema) -> pa.Table:

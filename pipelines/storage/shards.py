@@ -23,7 +23,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, first_line
 from pipelines.storage.locations import filesystem_of, retried, shown
 
 SMALLEST_UNIT_BYTES = 64 * 2**10
@@ -237,7 +237,7 @@ def _read_footer(filesystem: AbstractFileSystem, entry: dict[str, Any], root: st
     try:
         metadata, schema = retried(lambda: _open_footer(filesystem, path))
     except (pa.ArrowInvalid, OSError) as error:
-        return InputFile(**known, schema=None, partitions=partitions, error=str(error).splitlines()[0])
+        return InputFile(**known, schema=None, partitions=partitions, error=first_line(error))
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     rows, sizes = tuple(group.num_rows for group in groups), tuple(_text_bytes(group, text_column) for group in groups)
     num_nulls = sum(_text_nulls(group, text_column) for group in groups)

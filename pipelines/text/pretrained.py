@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import ModelFolderError
+from pipelines.errors import ModelFolderError, first_line
 from pipelines.text.tokenization import Template, Tokenizer
 
 
@@ -103,7 +103,7 @@ def _open(name: str, otherwise: str) -> Any:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise ModelFolderError(f"{otherwise}: {str(error).strip().splitlines()[0]}") from error
+        raise ModelFolderError(f"{otherwise}: {first_line(error)}") from error
 
 
 def _python_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

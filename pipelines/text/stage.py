@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pipelines.model_folder import TOKENIZER_FILES, local_folder
 from pipelines.storage.columns import SOURCE_COLUMNS
-from pipelines.storage.filters import kept_rows, parse_filter
+from pipelines.storage.filters import kept_rows
 from pipelines.storage.rows import Rows, read_units
 from pipelines.storage.shards import WorkUnit
 from pipelines.text.pretrained import load_tokenizer
@@ -117,7 +117,7 @@ class TokenizeStage:
         """Rows that pass the filter; rows that could not be read stay, to be accounted for."""
         if self.filter is None:
             return rows.table, rows.errors
-        passed = kept_rows(rows.table, parse_filter(self.filter)[0]).to_pylist()
+        passed = kept_rows(rows.table, self.filter).to_pylist()
         kept = [number for number, ok in enumerate(passed) if ok or rows.errors[number] is not None]
         return rows.table.take(pa.array(kept, pa.int64())), [rows.errors[number] for number in kept]
 

@@ -105,11 +105,12 @@ def test_who_has_no_key_gets_no_answer(api):
 
 
 def test_a_server_for_others_wants_keys_or_a_word():
-    for host in ("0.0.0.0", "192.0.2.7", "::"):
+    for host in ("0.0.0.0", "192.0.2.7", "::", "127.example.com", "localhost.example.com", "::1234"):
         with pytest.raises(SettingsError, match="lets other machines send requests without a key; set api_keys"):
             check_exposure(ServeSettings(host=host))
     key = hashlib.sha256(b"key").hexdigest()
-    for settings in ({"host": "localhost"}, {"host": "0.0.0.0", "api_keys": [key]},
+    for settings in ({"host": "localhost"}, {"host": "127.0.0.2"}, {"host": "::1"},
+                     {"host": "0.0.0.0", "api_keys": [key]},
                      {"host": "0.0.0.0", "allow_without_key": True}):  # fmt: skip
         check_exposure(ServeSettings(**settings))
     with pytest.raises(SettingsError, match="api_keys takes SHA-256"):

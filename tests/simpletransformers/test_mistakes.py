@@ -222,11 +222,12 @@ def test_calls_that_their_scripts_make(tmp_path):
 
 def test_data_with_holes_and_files_of_text(tmp_path):
     model = open_model("binary")
-    with pytest.raises(DataError, match="text 1: the text is null"):
-        model.predict(["a", float("nan")])
-    frame = pd.DataFrame({"text": ["a", "b"], "labels": [0, None]})
-    with pytest.raises(DataError, match="row 1 has no label"):
-        model.eval_model(frame)
+    for missing in (None, float("nan"), pd.NA, pd.NaT):
+        with pytest.raises(DataError, match="text 1: the text is null"):
+            model.predict(["a", missing])
+    for labels in ([0, None], pd.array([0, None], dtype="Int64")):
+        with pytest.raises(DataError, match="row 1 has no label"):
+            model.eval_model(pd.DataFrame({"text": ["a", "b"], "labels": labels}))
     with pytest.raises(DataError, match=r"nowhere\.tsv does not exist; give a Parquet, \.tsv or \.csv file"):
         model.eval_model(str(tmp_path / "nowhere.tsv"))
     rows = train_frame("binary", 6).assign(text=["a", "b b", "c", "d", "e", "f"])

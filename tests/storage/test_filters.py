@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines.errors import SettingsError
-from pipelines.storage.filters import kept_rows, parse_filter
+from pipelines.storage.filters import check_filter, kept_rows, parse_filter
 
 TABLE = pa.table({"lang": ["en", "de", None, "en"], "n": [1, 2, 3, None], "ok": [True, False, True, None]})
 
@@ -23,13 +23,31 @@ TABLE = pa.table({"lang": ["en", "de", None, "en"], "n": [1, 2, 3, None], "ok": 
     ],
 )
 def test_filters_keep_what_they_say(text, expected):
-    kept = kept_rows(TABLE, parse_filter(text)[0]).to_pylist()
+    kept = kept_rows(TABLE, text).to_pylist()
     assert [row for row, ok in enumerate(kept) if ok] == expected
 
 
 @pytest.mark.parametrize(
-    "text", ["", "1 == 1", "lang ==", "__import__('os')", "lang.x == 1", "len(lang) > 1", "n + 1 > 2", "lang is 'en'"]
-)
+    "text",
+    ["", "1 == 1", "lang ==", "__import__('os')", "lang.x == 1", "len(lang) > 1", "n + 1 > 2", "lang is 'en'",
+     "1 in [2] and n == 1", "null is null and n == 1", "1 == 1 and n == 2", "n == -'a'", "n == -lang", "-n == 1",
+     "n in [ok]", "n in [1, 'a']", "n == null", "n == -true", "n == 99999999999999999999", "lang in 'en'",
+     "n < 2 < 3", "n == 1j", "(" * 300 + "n" + ")" * 300, "\0"],
+)  # fmt: skip
 def test_filters_are_no_code(text):
     with pytest.raises(SettingsError, match="--filter"):
         parse_filter(text)
+
+
+@pytest.mark.parametrize("text", ["n == 'a'", "lang > 3", "lang", "not lang", "n and ok", "ok == 'true'"])
+def test_filter_must_fit_the_columns(text):
+    with pytest.raises(SettingsError, match=r"--filter .* does not fit the types of the columns .* is "):
+        check_filter(text, TABLE.schema)
+
+
+@pytest.mark.parametrize("column", [pa.int8(), pa.uint8(), pa.int32(), pa.float32()])
+def test_filter_compares_numbers_of_every_type(column):
+    table = pa.table({"n": pa.array([1, 2, None]).cast(column), "view": pa.array(["a", None, "b"], pa.string_view())})
+    for text in ("n in [2, 3]", "n == 2", "n > 1"):
+        check_filter(text, table.schema)
+        assert kept_rows(table, text).to_pylist() == [False, True, False]

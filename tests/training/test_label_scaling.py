@@ -48,6 +48,7 @@ def test_logits_stay_what_they_are_and_a_saved_model_gives_them_by_itself(family
     assert model.learn_scaled(YEARS, is_scaled=False)
     with torch.inference_mode():
         np.testing.assert_allclose(model(ROWS), before, atol=1e-3)
+        np.testing.assert_allclose(model.copy(FLOAT32)(ROWS), before, atol=1e-3)
     model.save(tmp_path)
     saved = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     np.testing.assert_allclose(logits(saved, dtype="float32"), before, atol=1e-3)
