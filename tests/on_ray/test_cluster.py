@@ -272,7 +272,7 @@ def test_a_driver_without_a_token_is_told_that_the_cluster_wants_one(cluster, sp
     environment = {name: value for name, value in cluster.items() if name != "RAY_AUTH_MODE"}
     command = [sys.executable, "-m", "pipelines", "score", str(spam_folder.path), "--input", str(source),
                "--output", str(tmp_path / "out"), "--address", f"127.0.0.1:{PORT}"]  # fmt: skip
-    assert "want a token, which RAY_AUTH_MODE=token sends" in run(command, environment, code=1)
+    assert "require a token, which RAY_AUTH_MODE=token sends" in run(command, environment, code=1)
     run(command, {**environment, "RAY_AUTH_MODE": "token"})
 
 
