@@ -1,7 +1,7 @@
 """Measure the cost of Ray and the driver per unit, and how busy replicas are, with a sleep instead of the forward pass.
 
-    python benchmarks/bulk_overhead.py --units 100000                        # no-op units: rate and the driver's memory
-    python benchmarks/bulk_overhead.py --units 600 --seconds 0.5 --actors 8  # share of the time that replicas are busy
+    python benchmarks/bulk_overhead.py MODEL --units 100000  # no-op units: rate and the driver's memory
+    python benchmarks/bulk_overhead.py MODEL --units 600 --seconds 0.5 --actors 8  # how busy replicas are
 
 Tokenizing is real, with one short text per unit. Nothing is written.
 """

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,14 +140,10 @@ def fit(
         scorer = _open(spec, train, folder, checkpoint)
         data = training_windows(scorer, train, spec.train)
         loss = resolve_loss(spec.train, spec.decision, train.all_targets)
-
-        def evaluation() -> Evaluation:
-            assert valid is not None
-            return measure(scorer, valid, loss, spec.compute)
-
+        evaluate_valid = None if valid is None else partial(measure, scorer, valid, loss, spec.compute)
         checkpoints = Checkpoints(spec.output, keep=spec.train.keep_checkpoints)
         hooks = Hooks(
-            evaluate=None if valid is None else evaluation,
+            evaluate=evaluate_valid,
             on_checkpoint=lambda loop: _save_checkpoint(loop, scorer.model, checkpoints, spec.train),
             is_preempted=is_preempted,
             on_metrics=on_metrics,
@@ -157,17 +154,14 @@ def fit(
             state = loop.run()
         finally:
             checkpoints.close()
-        result = _Result(spec.decision, metrics=state.best_metrics)
-        if valid is not None:
-            scores = loop.best_scores or evaluation().scores
-            assert scores is not None
+        scores = None if evaluate_valid is None else loop.best_scores or evaluate_valid().scores
+        if valid is None or scores is None:
+            result = _Result(spec.decision, metrics=state.best_metrics)
+        else:
             result = _tune_decision(spec, valid, scores, state.best_metrics)
-        seconds = time.perf_counter() - started
         if rank() == 0:
-            page = None
-            if valid is not None:
-                steps_here = state.step - first_step
-                page = _page(spec, result, train, valid, state=state, steps_here=steps_here, seconds=seconds)
+            seconds = time.perf_counter() - started
+            page = _page(spec, result, train, valid, state=state, steps_here=state.step - first_step, seconds=seconds)
             _write_folder(spec, result, scorer, folder, has_pairs=train.has_pairs, page=page)
         barrier()
         return _summary(spec, result, (train, valid), data, state, packed=scorer.model.is_packed, started=started)
@@ -312,14 +306,15 @@ def _page(
     spec: RunSpec,
     result: _Result,
     train: Corpus,
-    valid: Corpus,
+    valid: Corpus | None,
     *,
     state: TrainState,
     steps_here: int,
     seconds: float,
-) -> str:
+) -> str | None:
     """The report on valid and on the run."""
-    assert result.scores is not None
+    if valid is None or result.scores is None:
+        return None
     scores, decision = result.scores, result.decision
     tokens = int(train.num_tokens_D.sum())
     facts: dict[str, dict[str, Any]] = {
