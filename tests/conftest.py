@@ -1,12 +1,12 @@
-"""Fixtures of all tests. Nothing here reaches a network: model hubs are switched off before anything is imported."""
+"""Fixtures for all tests. Access to model hubs is disabled before any import, so no test uses the network."""
 
 import os
 import threading
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread only waits
-os.environ["MKL_CBWR"] = "AUTO,STRICT"  # else products differ in their last bits by where in memory their factors are
+os.environ["OMP_NUM_THREADS"] = "1"  # a second thread does not speed up tiny models
+os.environ["MKL_CBWR"] = "AUTO,STRICT"  # otherwise memory alignment changes the last bits of products
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import hypothesis
@@ -19,7 +19,7 @@ from pipelines.settings import DecisionSettings
 from tests import tiny
 from tests.jobs import logged
 
-hypothesis.settings.register_profile("shared-machine", deadline=None)  # a busy machine is no failure
+hypothesis.settings.register_profile("shared-machine", deadline=None)  # a slow machine is not a failure
 hypothesis.settings.load_profile("shared-machine")
 
 EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails"
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _clean_logging():
-    """A command that ran in this process has configured the package's logger."""
+    """Restores the package's logger, because a command run in this process configures it."""
     before = (list(ROOT.handlers), ROOT.level, ROOT.propagate)
     yield
     ROOT.handlers, ROOT.propagate = before[0], before[2]
@@ -75,7 +75,7 @@ def spam_folder(tmp_path_factory, emails):
 
 @pytest.fixture(scope="session")
 def input_folder(tmp_path_factory, emails):
-    """Emails in three shards of several row groups, one of them with rows that cannot be scored."""
+    """Emails in three shards of several row groups. One shard has two rows that cannot be scored."""
     folder = tmp_path_factory.mktemp("input")
     for shard in range(3):
         table = emails.slice(shard * 20, 20)

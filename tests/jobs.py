@@ -1,4 +1,4 @@
-"""Jobs on tiny models, and what they leave: used by the tests of several packages."""
+"""Helpers that create jobs on tiny models and read their output."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ FLOAT32 = {"dtype": "float32", "device": "cpu"}
 
 
 def score_job(folder, source, output, **settings):
-    """A scoring job in float32, in this process unless replicas says otherwise."""
+    """A scoring job in float32. It runs in this process unless `replicas` is set."""
     from pipelines.bulk.job import ScoreJob
 
     paths = {"model": str(folder.path), "input": str(source), "output": str(output)}
@@ -51,19 +51,19 @@ def train_values(data, output, **settings):
 
 
 def train_job(data, output, **settings):
-    """The same as a job."""
+    """A training job with the settings of `train_values`."""
     from pipelines.training.job import TrainJob
 
     return TrainJob.parse(train_values(data, output, **settings))
 
 
 def clean_environment():
-    """The environment without the tests' Ray."""
+    """The environment without the variables of the tests' Ray."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
 def start_command(*arguments, **options):
-    """A `pipelines` command in a process of its own, without the tests' Ray."""
+    """Start a `pipelines` command in a new process, without the tests' Ray."""
     command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
     return subprocess.Popen(
         command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
@@ -71,7 +71,7 @@ def start_command(*arguments, **options):
 
 
 def free_port():
-    """A port of the loopback interface that nobody listens on."""
+    """A free port of the loopback interface."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
@@ -79,7 +79,7 @@ def free_port():
 
 @contextmanager
 def logged():
-    """The messages that the package logs in the body, as a list that grows."""
+    """A list that collects the messages that the package logs inside the with block."""
     lines = []
 
     class Collect(logging.Handler):

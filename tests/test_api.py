@@ -1,4 +1,4 @@
-"""`import pipelines`: the functions that scripts and notebooks call."""
+"""The public functions of `import pipelines`."""
 
 import shutil
 
@@ -33,7 +33,7 @@ def test_train_evaluate_tune_and_score_from_frames(training_data, tmp_path):
     assert [label == "spam" for label in scored["predicted_label"].to_pylist()] == truth
 
 
-def test_files_are_scored_into_files(spam_folder, input_folder, tmp_path):
+def test_score_files(spam_folder, input_folder, tmp_path):
     summary = pipelines.score(spam_folder.path, input_folder, tmp_path / "out", replicas=0, **FLOAT32)
     assert (summary.rows_out, summary.rows_in_error) == (60, 2)
     assert "60 rows scored, 2 in error" in repr(summary)
@@ -53,7 +53,7 @@ def test_files_are_scored_into_files(spam_folder, input_folder, tmp_path):
     ],
     ids=["columns", "rows", "arrow", "pandas"],
 )
-def test_tables_of_every_form_are_scored(spam_folder, data):
+def test_score_table_types(spam_folder, data):
     expected = pipelines.Scorer.load(str(spam_folder.path)).predict(["one", None])
     found = pipelines.score(spam_folder.path, data)
     assert found["id"].to_pylist() == [1, 2]
@@ -62,7 +62,7 @@ def test_tables_of_every_form_are_scored(spam_folder, data):
     assert pipelines.score(spam_folder.path, data, keep=[], prefix="m_").column_names[0] == "m_predicted_label"
 
 
-def test_mistakes_are_named(spam_folder, tmp_path):
+def test_error_messages(spam_folder, tmp_path):
     with pytest.raises(DataError, match="int is no table"):
         pipelines.score(spam_folder.path, 7)
     with pytest.raises(DataError, match="a list must hold rows as mappings"):
@@ -73,7 +73,7 @@ def test_mistakes_are_named(spam_folder, tmp_path):
         pipelines.score(spam_folder.path, {"body": ["a"]})
 
 
-def test_a_folder_is_converted(spam_folder, tmp_path):
+def test_convert_folder(spam_folder, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(spam_folder.path, old)
     (old / "pipeline.json").unlink()

@@ -1,4 +1,4 @@
-"""The commands as people type them: results on stdout, progress on stderr, exit codes, no tracebacks."""
+"""The command line: results on stdout, progress on stderr, exit codes, no tracebacks."""
 
 import json
 import subprocess
@@ -54,7 +54,7 @@ def test_evaluate_tune_and_inspect(folder, labelled, capsys):
     assert f"weights_hash: {after.weights_hash}" in out
 
 
-def test_tuning_changes_the_settings_hash_only(folder, labelled, capsys):
+def test_tune_changes_only_settings_hash(folder, labelled, capsys):
     before = read_model_folder(folder)
     assert run("tune", folder, "--data", labelled, capsys=capsys)[0] == 0
     after = read_model_folder(folder)
@@ -63,7 +63,7 @@ def test_tuning_changes_the_settings_hash_only(folder, labelled, capsys):
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_score_prints_a_summary_and_3_for_rows_in_error(folder, input_folder, tmp_path, capsys):
+def test_score_exits_3_with_rows_in_error(folder, input_folder, tmp_path, capsys):
     code, out, err = run("score", folder, "--input", input_folder, "--output", tmp_path / "out", capsys=capsys)
     assert code == 3
     assert "rows_in_error: 2" in out
@@ -74,7 +74,7 @@ def test_score_prints_a_summary_and_3_for_rows_in_error(folder, input_folder, tm
     assert "nothing to do" in err
 
 
-def test_settings_come_from_yaml_then_set_then_flags(folder, input_folder, tmp_path, capsys):
+def test_settings_precedence_yaml_set_flags(folder, input_folder, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(f"input: {input_folder}\noutput: {tmp_path}/out\ntext_column: a\nlimit: 1\n")
     arguments = ("score", folder, "--config", tmp_path / "c.yaml", "--set", "text_column=b")
     assert "has no column 'b'" in run(*arguments, capsys=capsys)[2]
@@ -106,7 +106,7 @@ def test_settings_come_from_yaml_then_set_then_flags(folder, input_folder, tmp_p
         (["serve", "{folder}", "--set", "port=99999"], "port=99999 must be at least 0 and at most 65535"),
     ],
 )
-def test_mistakes_end_with_2_and_one_sentence(arguments, message, folder, tmp_path, capsys):
+def test_bad_arguments_exit_2_with_one_line(arguments, message, folder, tmp_path, capsys):
     empty, data = tmp_path / "empty", tmp_path / "data.parquet"
     empty.mkdir()
     pq.write_table(pa.table({"text": ["a", "b"], "label": ["ham", "spam"], "n": [1, 2]}), data)
@@ -119,12 +119,12 @@ def test_mistakes_end_with_2_and_one_sentence(arguments, message, folder, tmp_pa
     assert err.startswith(f"pipelines {arguments[0]}: ")
 
 
-def test_the_module_is_the_command():
+def test_python_m_pipelines():
     done = subprocess.run([sys.executable, "-m", "pipelines", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0.1.0"
 
 
-def test_where_things_run_is_said_by_flags(folder, tmp_path, capsys):
+def test_score_placement_flags(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["score", "--help"])
     shown = capsys.readouterr().out
@@ -156,7 +156,7 @@ def test_where_things_run_is_said_by_flags(folder, tmp_path, capsys):
         ("early_stopping_patience=2", "early_stopping_patience=2 needs validation data: add --valid"),
     ],
 )
-def test_settings_of_training_that_would_do_nothing_are_refused(labelled, tmp_path, capsys, setting, message):
+def test_settings_that_need_valid_data(labelled, tmp_path, capsys, setting, message):
     code, _, err = run("train", "--train", labelled, "--model", tmp_path, "--kind", "binary", "--output",
                        tmp_path / "out", "--set", setting, capsys=capsys)  # fmt: skip
     assert code == 2

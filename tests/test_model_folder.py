@@ -20,7 +20,7 @@ def folder(tmp_path):
     return seal(ModelFolder(path, WindowSettings(max_length=128, stride=4), decision, 1.5, {"mcc": 0.5}))
 
 
-def test_what_is_sealed_is_read(folder):
+def test_sealed_folder_round_trip(folder):
     read = read_model_folder(folder.path)
     assert read == folder
     assert read.settings_hash == folder.settings_hash
@@ -28,7 +28,7 @@ def test_what_is_sealed_is_read(folder):
     assert read.decision.thresholds == (0.25,)
 
 
-def test_who_learnt_from_pairs_reads_pairs(folder):
+def test_reads_pairs_is_enforced(folder):
     for reads_pairs, refused in ((None, []), (True, [False]), (False, [True])):
         write_pipeline_file(replace(folder, reads_pairs=reads_pairs))
         found = read_model_folder(folder.path)
@@ -41,7 +41,7 @@ def test_who_learnt_from_pairs_reads_pairs(folder):
                 found.check_texts(are_pairs=are_pairs)
 
 
-def test_a_url_is_fetched(folder, tmp_path, monkeypatch):
+def test_url_is_fetched(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     fsspec.filesystem("memory").put(str(folder.path), "/models/spam", recursive=True)
     read = read_model_folder("memory://models/spam")
@@ -49,19 +49,19 @@ def test_a_url_is_fetched(folder, tmp_path, monkeypatch):
     assert hash_weights(read.path) == folder.weights_hash
     write_pipeline_file(replace(folder, temperature=2.5))
     fsspec.filesystem("memory").put_file(str(folder.path / "pipeline.json"), "/models/spam/pipeline.json")
-    assert read_model_folder("memory://models/spam").temperature == 2.5, "of the same size, and not the old one"
+    assert read_model_folder("memory://models/spam").temperature == 2.5, "changed files of equal size are fetched"
     with pytest.raises(ModelFolderError, match="is empty or does not exist"):
         read_model_folder("memory://models/none")
 
 
-def test_the_two_hashes_tell_weights_from_settings(folder):
+def test_weights_hash_and_settings_hash(folder):
     (folder.path / "model.safetensors").write_bytes(b"other")
     other = seal(folder)
     assert other.weights_hash != folder.weights_hash
     assert other.settings_hash == folder.settings_hash
 
 
-def test_a_killed_writer_leaves_the_old_settings(folder, monkeypatch):
+def test_killed_writer_keeps_old_settings(folder, monkeypatch):
     before = (folder.path / "pipeline.json").read_bytes()
 
     def killed(*_):
@@ -101,7 +101,7 @@ def test_unfinished_and_unsafe_folders_are_refused(folder, spoil, message):
         read_model_folder(folder.path / "nothing")
 
 
-def test_a_folder_behind_a_url_is_fetched_once_and_checked(folder, tmp_path, monkeypatch):
+def test_url_is_fetched_once_and_checked(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     memory = fsspec.filesystem("memory")
     memory.put(str(folder.path), "/models/good", recursive=True)

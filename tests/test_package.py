@@ -1,4 +1,4 @@
-"""What importing the package costs, and what its modules load."""
+"""Import time of the package, and the modules that it loads."""
 
 import subprocess
 import sys
@@ -31,14 +31,14 @@ WITHOUT_TORCH = [
 
 
 def loaded_by(code):
-    """What a fresh process prints, and which heavy packages it has loaded afterwards."""
+    """The output of a new process, and the heavy packages that it loaded."""
     code = f"{code}\nimport sys; print('LOADED', *(name for name in {HEAVY} if name in sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     printed, _, loaded = shown.rpartition("LOADED")
     return printed, loaded.split()
 
 
-def test_import_is_quick_and_loads_nothing_heavy():
+def test_import_time_and_no_heavy_modules():
     code = "import time; started = time.perf_counter(); import pipelines; print(time.perf_counter() - started)"
     seconds, loaded = loaded_by(code)
     assert float(seconds) < 0.2
@@ -46,7 +46,7 @@ def test_import_is_quick_and_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_modules_that_need_neither_torch_nor_ray(module):
+def test_modules_without_torch_and_ray(module):
     assert loaded_by(f"import {module}")[1] == []
 
 
@@ -55,7 +55,7 @@ def test_tokenize_workers_load_no_torch(module):
     assert loaded_by(f"import {module}")[1] == ["ray"]
 
 
-def test_help_is_quick():
+def test_help_loads_no_heavy_modules():
     shown, loaded = loaded_by("from pipelines.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass")
     assert loaded == []
     assert "learning_rate=5e-05" in shown
@@ -70,7 +70,7 @@ def test_public_names():
         _ = pipelines.scorer
 
 
-def test_the_drop_in_has_the_names_of_simple_transformers():
+def test_drop_in_public_names():
     import pipelines.classification as drop_in
 
     assert {"ClassificationModel", "MultiLabelClassificationModel", "ClassificationArgs"} < set(drop_in.__all__)

@@ -42,13 +42,13 @@ GROUPS = [
         ("{spam: 0.4, ham: 1}", {"spam": 0.4, "ham": 1}), ("'1'", "1"), ("2026-11-23", datetime.date(2026, 11, 23)),
     ],
 )  # fmt: skip
-def test_scalars_are_those_of_yaml_1_2(text, value, tmp_path):
+def test_scalars_follow_yaml_1_2(text, value, tmp_path):
     (tmp_path / "settings.yaml").write_text(f"name: {text}\n")
     found = read_config(str(tmp_path / "settings.yaml"))["name"]
     assert (found, type(found)) == (value, type(value))
 
 
-def test_a_flat_mapping_is_dealt_out_and_yaml_kinds_are_coerced():
+def test_flat_mapping_is_split_and_coerced():
     windows, train = parse({"stride": 4, "learning_rate": "4e-5", "weight": [1, 2]}, WindowSettings, TrainSettings)
     assert windows.stride == 4
     assert isinstance(windows.stride, int)
@@ -86,13 +86,13 @@ def test_a_flat_mapping_is_dealt_out_and_yaml_kinds_are_coerced():
         ({"kind": "regression", "labels": ["a", "b"]}, "kind regression has no labels, got a, b"),
     ],
 )
-def test_errors_name_the_value_the_limit_and_the_remedy(values, message):
+def test_error_messages(values, message):
     with pytest.raises(SettingsError) as caught:
         parse(values, TrainSettings, WindowSettings, DecisionSettings)
     assert message in str(caught.value)
 
 
-def test_what_is_missing_is_explained():
+def test_missing_setting_message():
     with pytest.raises(SettingsError, match="required setting 'output' is missing: New folder for the finished model"):
         parse({"train": "a", "model": "b", "valid": None}, TrainPaths)
 
@@ -104,11 +104,11 @@ def test_every_setting_is_documented(group):
 
 
 @pytest.mark.parametrize(("text", "expected"), [("1:8", (1, 8)), (4, (4, 4)), ("4", (4, 4)), (None, None)])
-def test_replicas_are_a_number_or_a_range(text, expected):
+def test_replicas_number_or_range(text, expected):
     assert ScoreSettings(replicas=text).replica_range == expected
 
 
 @pytest.mark.parametrize("text", ["8:1", "x", "1:", "0:2", -1])
-def test_replicas_that_are_no_range_are_refused(text):
+def test_invalid_replica_ranges_are_refused(text):
     with pytest.raises(SettingsError, match="replicas="):
         assert ScoreSettings(replicas=text).replica_range == (1, 1)

@@ -1,4 +1,4 @@
-"""Rules of the code base that a linter does not know."""
+"""Code rules that the linter does not check."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ NAMED_BY_OTHERS = {"ClassificationModel", "MultiLabelClassificationModel"}
 
 
 def functions():
-    """Every function with the class around it, if there is one."""
+    """Every function with its class, or None."""
     for file in FILES:
         for parent in ast.walk(ast.parse(file.read_text())):
             for node in ast.iter_child_nodes(parent):
@@ -21,7 +21,7 @@ def functions():
                     yield file, node, parent.name if isinstance(parent, ast.ClassDef) else None
 
 
-def test_functions_have_at_most_five_positional_parameters():
+def test_at_most_five_positional_parameters():
     too_many = []
     for file, node, owner in functions():
         names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
@@ -31,12 +31,12 @@ def test_functions_have_at_most_five_positional_parameters():
     assert not too_many, "make the others keyword-only, or a dataclass: " + "; ".join(too_many)
 
 
-def test_files_are_short_enough_to_read():
+def test_file_length():
     too_long = [f"{file.relative_to(ROOT)}" for file in FILES if len(file.read_text().splitlines()) > 550]
     assert not too_long, f"split them by concept: {too_long}"
 
 
-def test_package_files_hold_a_docstring_only():
+def test_init_files_hold_only_a_docstring():
     for file in FILES:
         if file.name == "__init__.py" and file.parent.name != "pipelines":
             body = ast.parse(file.read_text()).body

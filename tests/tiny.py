@@ -1,4 +1,4 @@
-"""Tiny models and tokenizers, made in a moment and random from a seed."""
+"""Tiny models and tokenizers. The weights are random from a seed."""
 
 import json
 from functools import cache
@@ -22,7 +22,7 @@ SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def rust_tokenizer(texts, *, vocab_size=600, roberta=False):
-    """A WordPiece tokenizer trained on texts; roberta wraps pairs in <s> a </s></s> b </s> as RoBERTa does."""
+    """A WordPiece tokenizer trained on texts. With `roberta`, pairs have two separators as in RoBERTa."""
     tokenizer = RustTokenizer.from_str(_trained(tuple(texts), vocab_size))
     pair = "[CLS] $A [SEP] [SEP] $B [SEP]" if roberta else "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -33,7 +33,7 @@ def rust_tokenizer(texts, *, vocab_size=600, roberta=False):
 
 @cache
 def _trained(texts, vocab_size):
-    """The trainer breaks ties differently every time, so that what must agree is trained once."""
+    """Cached, because the trainer breaks ties differently in each run."""
     tokenizer = RustTokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -44,7 +44,7 @@ def _trained(texts, vocab_size):
 
 
 def save_tokenizer(folder: Path, texts, **options):
-    """tokenizer.json and tokenizer_config.json of BERT's tokenizer, as transformers writes them."""
+    """Save tokenizer.json and tokenizer_config.json as transformers does for BERT."""
     rust_tokenizer(texts, **options).save(str(folder / "tokenizer.json"))
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **names}))
@@ -69,11 +69,11 @@ OWN_SHAPES = {
     "xlm": XLM_SHAPE,
     "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64},
 }  # fmt: skip
-"""What a family calls its sizes, where it is not BERT's names."""
+"""Size options of families that do not use BERT's names."""
 
 
 def save_python_tokenizer(folder: Path, kind: str):
-    """vocabulary and merges of a tokenizer that exists in Python only: xlm, flaubert or bertweet."""
+    """Save a tokenizer that exists only in Python: xlm, flaubert or bertweet."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?$%-'\"()@/"
     ends = ["</w>"] if kind != "bertweet" else []
     symbols = [letter + end for letter in letters for end in ["", *ends]]
@@ -92,7 +92,7 @@ def save_python_tokenizer(folder: Path, kind: str):
 
 
 def config(family, **changes):
-    """A config of a family with two layers of 32, and 600 tokens."""
+    """A config of a family with two layers of size 32 and 600 tokens."""
     from transformers import AutoConfig
 
     values = {
@@ -108,13 +108,13 @@ def config(family, **changes):
         "initializer_range": 0.3,
     }
     values.update(OWN_SHAPES.get(family, {}))
-    if family == "xlnet":  # it has no limit, and refuses to be given one
+    if family == "xlnet":  # xlnet has no position limit and rejects the option
         del values["max_position_embeddings"]
     return AutoConfig.for_model(family, **{**values, **changes})
 
 
 def classifier(family="bert", *, seed=0, **changes):
-    """A random classifier, drawn wide so that its logits differ between texts."""
+    """A random classifier with large weights, so that its logits differ between texts."""
     import torch
     from transformers import AutoModelForSequenceClassification
 

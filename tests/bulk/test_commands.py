@@ -41,7 +41,7 @@ def read(output):
 
 
 @pytest.mark.parametrize("kind", ["binary", "multilabel"])
-def test_relabelling_says_what_scoring_with_these_thresholds_would(folders, source, tmp_path, capsys, kind):
+def test_relabel_matches_scoring_with_thresholds(folders, source, tmp_path, capsys, kind):
     score(capsys, folders[kind], source, tmp_path / "scored", "--prefix", "m_")
     scores = np.array([row for row in read(tmp_path / "scored")["m_scores"].to_pylist() if row is not None])
     median = round(float(np.median(scores[:, -1])), 4)
@@ -62,7 +62,7 @@ def test_relabelling_says_what_scoring_with_these_thresholds_would(folders, sour
     assert "holds another run; give a new folder" in run(capsys, *again, code=2)
 
 
-def test_relabelling_refuses_what_it_cannot_do(folders, source, tmp_path, capsys):
+def test_relabel_refuses_invalid_input(folders, source, tmp_path, capsys):
     error = run(capsys, "relabel", source, "--thresholds", "0.1", "--output", tmp_path / "x", code=2)
     assert "is no file that `pipelines score` wrote" in error
     score(capsys, folders["multiclass"], source, tmp_path / "scored")
@@ -73,7 +73,7 @@ def test_relabelling_refuses_what_it_cannot_do(folders, source, tmp_path, capsys
     assert "thresholds names 'egg'; allowed labels: spam" in error
 
 
-def test_a_dry_run_estimates_what_a_run_then_finds(folders, source, tmp_path, capsys):
+def test_dry_run_estimates_match_run(folders, source, tmp_path, capsys):
     found = score(capsys, folders["binary"], source, tmp_path / "out", "--dry-run", "--rate", "1000", code=0)
     assert not (tmp_path / "out").exists()
     summary = score(capsys, folders["binary"], source, tmp_path / "out")
@@ -86,7 +86,7 @@ def test_a_dry_run_estimates_what_a_run_then_finds(folders, source, tmp_path, ca
     assert measured["tokens_per_second_per_replica"] > 100
 
 
-def test_drift_tells_a_shift_from_none_and_draws_it(folders, source, tmp_path, capsys):
+def test_drift_of_equal_and_shifted_scores(folders, source, tmp_path, capsys):
     one = score(capsys, folders["binary"], source, tmp_path / "one")
     score(capsys, folders["binary"], source, tmp_path / "two", "--filter", "label == 'spam'", code=0)
     same = run(capsys, "drift", tmp_path / "one", tmp_path / "one", "--json")

@@ -1,4 +1,4 @@
-"""What can go wrong in a bulk job, and that no row is lost by it."""
+"""Faults in bulk jobs. No row may be lost."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def by_row(table):
 
 @pytest.fixture
 def bad_folder(tmp_path, emails):
-    """Every kind of bad input beside good rows."""
+    """Good rows and every kind of bad input."""
     folder = tmp_path / "in"
     (folder / "lang=en").mkdir(parents=True)
     texts = [text[:300] for text in emails["text"].to_pylist()[:40]]
@@ -52,7 +52,7 @@ def bad_folder(tmp_path, emails):
     return folder
 
 
-def test_every_row_of_every_kind_of_bad_input_is_accounted_for(spam_folder, bad_folder, tmp_path, log_lines):
+def test_no_row_of_bad_input_is_lost(spam_folder, bad_folder, tmp_path, log_lines):
     summary = score(score_job(spam_folder, bad_folder, tmp_path / "out"))
     rows = by_row(read_scored(tmp_path / "out"))
     assert summary.rows_in == summary.rows_out == len(rows) == 10 + 10 + 2 + 2 + 7 + 3 + 3 + 2
@@ -74,7 +74,7 @@ def test_every_row_of_every_kind_of_bad_input_is_accounted_for(spam_folder, bad_
     }
 
 
-def test_a_killed_run_resumes_and_reads_only_what_is_left(spam_folder, tmp_path, emails, log_lines):
+def test_resumed_run_reads_only_remaining_files(spam_folder, tmp_path, emails, log_lines):
     source = tmp_path / "in"
     source.mkdir()
     for shard in range(6):
@@ -93,7 +93,7 @@ def test_a_killed_run_resumes_and_reads_only_what_is_left(spam_folder, tmp_path,
     left = {span.file.path for unit in plan if not (out / unit.output_name).exists() for span in unit.spans}
     finished = [file.path for file in files if file.path not in left]
     assert finished
-    for path in finished:  # whoever reads their pages again finds noise in them
+    for path in finished:  # corrupt their pages, so that reading them again fails
         info, content = os.stat(path), bytearray(open(path, "rb").read())  # noqa: SIM115
         footer = int.from_bytes(content[-8:-4], "little") + 8
         content[4:-footer] = b"\xff" * (len(content) - 4 - footer)
@@ -108,14 +108,14 @@ def test_a_killed_run_resumes_and_reads_only_what_is_left(spam_folder, tmp_path,
     assert any(line.startswith("resuming: ") for line in log_lines)
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     assert read_scored(out).drop_columns(["scores", "score"]).equals(whole.drop_columns(["scores", "score"]))
-    assert not list(out.glob(".part-*")), "what the killed writer left is swept up"
+    assert not list(out.glob(".part-*")), "files of the killed writer are removed"
     log_lines.clear()
     again = score(score_job(spam_folder, source, out))
     assert again == summary
     assert log_lines == [f"nothing to do: all {len(parts)} units of {out} are done"]
 
 
-def test_other_input_is_refused_appended_or_overwritten(spam_folder, tmp_path, emails):
+def test_changed_input_append_and_overwrite(spam_folder, tmp_path, emails):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     pq.write_table(emails.slice(0, 10), source / "a.parquet")
@@ -135,7 +135,7 @@ def test_other_input_is_refused_appended_or_overwritten(spam_folder, tmp_path, e
     assert anew.rows_out == 12 == len(read_scored(out))
 
 
-def test_appended_input_must_carry_the_same_columns(spam_folder, tmp_path, emails):
+def test_appended_input_needs_same_columns(spam_folder, tmp_path, emails):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     pq.write_table(emails.slice(0, 5), source / "a.parquet")
@@ -146,7 +146,7 @@ def test_appended_input_must_carry_the_same_columns(spam_folder, tmp_path, email
     assert score(score_job(spam_folder, source, tmp_path / "ids", keep=["id"])).rows_out == 10
 
 
-def test_overwriting_finds_a_bad_input_before_it_removes_anything(spam_folder, tmp_path, emails):
+def test_overwrite_checks_input_first(spam_folder, tmp_path, emails):
     source, out, empty = tmp_path / "in", tmp_path / "out", tmp_path / "empty"
     for folder, rows in ((source, 5), (empty, 0)):
         folder.mkdir()
@@ -160,7 +160,7 @@ def test_overwriting_finds_a_bad_input_before_it_removes_anything(spam_folder, t
     assert not (tmp_path / "new").exists()
 
 
-def test_rows_over_which_scoring_raises_cost_nothing_but_themselves(spam_folder, tmp_path, emails, monkeypatch):
+def test_scoring_exception_affects_only_its_row(spam_folder, tmp_path, emails, monkeypatch):
     (tmp_path / "in").mkdir()
     pq.write_table(emails.slice(0, 9), tmp_path / "in" / "a.parquet")
     from pipelines.model.scorer import Scorer
@@ -182,7 +182,7 @@ def test_rows_over_which_scoring_raises_cost_nothing_but_themselves(spam_folder,
     assert [row["source_row"] for row in rows if row["error"] == "scoring failed: ValueError"] == [worst]
 
 
-def test_a_run_that_is_clearly_wrong_stops(spam_folder, tmp_path):
+def test_max_errors_stops_run(spam_folder, tmp_path):
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"text": ["fine", None, None, "fine"]}), tmp_path / "in" / "a.parquet")
     with pytest.raises(JobError, match=r"stopped: 2 of 4 rows have errors and max_errors=1 .*\(2: the text is null\)"):
@@ -192,7 +192,7 @@ def test_a_run_that_is_clearly_wrong_stops(spam_folder, tmp_path):
     assert score(score_job(spam_folder, tmp_path / "in", tmp_path / "more", max_errors=0.5)).rows_in_error == 2
 
 
-def test_a_disk_that_is_full_ends_the_job_and_the_next_one_goes_on(spam_folder, tmp_path, emails, monkeypatch):
+def test_full_disk_stops_job_and_next_resumes(spam_folder, tmp_path, emails, monkeypatch):
     from pipelines.storage import locations
 
     (tmp_path / "in").mkdir()
@@ -217,7 +217,7 @@ def test_a_disk_that_is_full_ends_the_job_and_the_next_one_goes_on(spam_folder, 
     assert summary.rows_out == 12
 
 
-def test_a_job_that_was_killed_on_this_machine_is_no_other_job(spam_folder, tmp_path, emails, log_lines):
+def test_killed_job_is_not_reported_as_running(spam_folder, tmp_path, emails, log_lines):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (tmp_path / "in").mkdir()
@@ -227,10 +227,10 @@ def test_a_job_that_was_killed_on_this_machine_is_no_other_job(spam_folder, tmp_
     (tmp_path / "out" / "_running-dead.json").write_text(json.dumps(beat))
     score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
     assert not any("another job" in line for line in log_lines)
-    assert not list((tmp_path / "out").glob("_running-*")), "what it left is swept up"
+    assert not list((tmp_path / "out").glob("_running-*")), "the heartbeat file of the killed job is removed"
 
 
-def test_a_filter_leaves_rows_out_and_counts_them(spam_folder, tmp_path, emails):
+def test_filter_skips_and_counts_rows(spam_folder, tmp_path, emails):
     (tmp_path / "in").mkdir()
     pq.write_table(emails.slice(0, 40), tmp_path / "in" / "a.parquet", row_group_size=7)
     spam = [row for row in range(40) if emails["label"][row].as_py() == "spam"]
@@ -244,7 +244,7 @@ def test_a_filter_leaves_rows_out_and_counts_them(spam_folder, tmp_path, emails)
         score(score_job(spam_folder, tmp_path / "in", tmp_path / "typo", filter="lable == 'spam'"))
 
 
-def test_memory_is_a_filesystem_of_one_process(spam_folder, emails):
+def test_memory_filesystem_needs_replicas_0(spam_folder, emails):
     import fsspec
 
     with fsspec.open("memory://bulk/in/a.parquet", "wb") as file:
@@ -256,7 +256,7 @@ def test_memory_is_a_filesystem_of_one_process(spam_folder, emails):
         assert json.load(file)["rows_out"] == 5
 
 
-def test_a_second_job_on_the_same_output_warns_and_does_no_harm(spam_folder, tmp_path, emails, log_lines):
+def test_second_job_on_same_output_warns(spam_folder, tmp_path, emails, log_lines):
     from pipelines.bulk.run_folder import heartbeat
 
     (tmp_path / "in").mkdir()
@@ -272,7 +272,7 @@ def test_a_second_job_on_the_same_output_warns_and_does_no_harm(spam_folder, tmp
 
 
 @pytest.mark.timeout(600)
-def test_a_document_of_fifty_megabytes_is_one_row(spam_folder, tmp_path):
+def test_fifty_megabyte_document(spam_folder, tmp_path):
     (tmp_path / "in").mkdir()
     long = ("x" * 199 + " ") * (50 * 2**20 // 200)  # each word is one unknown token
     pq.write_table(pa.table({"text": ["short", long, "short too"]}), tmp_path / "in" / "a.parquet")

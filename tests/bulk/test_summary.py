@@ -1,4 +1,4 @@
-"""Counts of units add up to those of a run, and travel as JSON."""
+"""Counts of units add up to the counts of a run. Counts and summaries convert to JSON and back."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def test_counts_of_slices_add_up():
 
 
 @given(SOME, SOME, SOME)
-def test_addition_is_associative_and_has_a_zero(a, b, c):
+def test_addition_is_associative_with_zero(a, b, c):
     assert (a + b) + c == a + (b + c)
     assert a + Counts() == Counts() + a == a
     assert (a + b).rows_in == a.rows_in + b.rows_in
@@ -60,13 +60,13 @@ def test_addition_is_associative_and_has_a_zero(a, b, c):
 
 
 @given(SOME)
-def test_counts_survive_json(counts):
+def test_counts_json_round_trip(counts):
     assert Counts.from_json(json.loads(json.dumps(counts.to_json()))) == counts
     assert Counts.from_json({"rows_in": 3, "written_by_a_newer_version": 1}) == Counts(rows_in=3)
 
 
 @pytest.mark.parametrize("kind", ["binary", "regression"])
-def test_summaries_survive_json(kind):
+def test_summary_json_round_trip(kind):
     decision = BINARY if kind == "binary" else DecisionSettings(kind="regression")
     summary = summarize("out", no_counts(decision), decision, wall_seconds=1.5)
     content = json.loads(json.dumps(summary.to_json()))

@@ -31,7 +31,7 @@ def results(decision, scores_DL, errors, prefix=""):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_columns_are_those_of_the_schema_and_null_on_error(kind):
+def test_columns_match_schema_and_are_null_on_error(kind):
     decision = KINDS[kind]
     scores_DL = np.full((3, decision.num_labels), 0.75, np.float32)
     table = results(decision, scores_DL, [None, "the text is null", None], prefix="m_")
@@ -44,7 +44,7 @@ def test_columns_are_those_of_the_schema_and_null_on_error(kind):
     table.validate(full=True)
 
 
-def test_decisions_become_names_lists_and_nulls():
+def test_decision_column_values():
     scores_DL = np.array([[0.4, 0.6], [0.9, 0.1]], np.float32)
     rows = results(KINDS["binary"], scores_DL, [None, None]).to_pylist()
     assert [row["predicted_label"] for row in rows] == ["spam", "ham"]
@@ -62,7 +62,7 @@ def test_decisions_become_names_lists_and_nulls():
 @pytest.mark.parametrize(
     "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 )
-def test_every_arrow_kind_of_string_is_a_text(kind):
+def test_arrow_string_types(kind):
     column = pa.chunked_array([pa.array(["a", None], pa.string()).cast(kind) if "dict" not in str(kind) else
                                pa.array(["a", None]).dictionary_encode()])  # fmt: skip
     check_text_column(pa.schema({"text": column.type}), "text", where="f")
@@ -71,7 +71,7 @@ def test_every_arrow_kind_of_string_is_a_text(kind):
     assert texts.errors == [None, "the text is null"]
 
 
-def test_column_errors_name_what_there_is():
+def test_column_error_messages():
     schema = pa.schema({"body": pa.string(), "id": pa.int64(), "score": pa.float32()})
     with pytest.raises(DataError, match=r"f\.parquet has no column 'text'; it has: body, id, score"):
         check_text_column(schema, "text", where="f.parquet")

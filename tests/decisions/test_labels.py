@@ -42,7 +42,7 @@ def test_votes_and_ties(window_labels, num_labels, tie_value, expected):
     assert vote(window_labels, num_labels=num_labels, tie_value=tie_value) == expected
 
 
-def test_vote_and_mean_can_differ_and_equal_logits_are_class_0():
+def test_vote_and_mean_can_differ():
     logits_WL = np.array([[9, -9], [0.1, 0.2], [0.1, 0.2]], dtype=np.float32)
     offsets = np.array([0, 3])
     scores_DL = merge_windows(activate(logits_WL, "binary"), offsets, "mean")
@@ -63,7 +63,7 @@ def test_multilabel_thresholds(thresholds, expected):
     assert decide(scores_DL, decision).positive_DL.astype(int).tolist() == expected
 
 
-def test_thresholds_by_name_keep_the_others():
+def test_thresholds_by_name():
     decision = resolve_thresholds({"b": 0.9}, resolve_thresholds((0.1, 0.2, 0.3), MULTILABEL))
     assert decision.thresholds == (0.1, 0.9, 0.3)
     with pytest.raises(SettingsError, match="names 'z'; allowed labels: a, b, c"):
@@ -74,7 +74,7 @@ def test_thresholds_by_name_keep_the_others():
         resolve_thresholds(1.5, MULTILABEL)
 
 
-def test_a_binary_threshold_replaces_the_vote():
+def test_binary_threshold_replaces_vote():
     decision = resolve_thresholds({"spam": 0.3}, BINARY)
     scores_DL = np.array([[0.65, 0.35], [0.75, 0.25]], dtype=np.float32)
     decided = decide(scores_DL, decision)
@@ -135,12 +135,12 @@ def test_labels_are_found_sorted_and_encoded():
         ([["a", "z"]], MULTILABEL, "labels outside the label set: 'z'"),
     ],
 )
-def test_bad_labels_are_named(values, decision, message):
+def test_bad_label_error_messages(values, decision, message):
     with pytest.raises(DataError, match=message):
         encode_labels(column(values), decision)
 
 
-def test_one_class_only_is_no_classification():
+def test_single_class_is_refused():
     with pytest.raises(DataError, match="the labels are all 'ham'"):
         find_labels([column(["ham", "ham"])], "binary")
 

@@ -13,7 +13,7 @@ from pipelines.settings import DecisionSettings
 BINARY = DecisionSettings(kind="binary", labels=("ham", "spam"))
 
 
-def test_metric_vectors_of_the_specification():
+def test_specification_metric_vectors():
     scores_DL = activate(np.array([[2, -1], [0, 1], [1, 0.5], [0.2, 0.3]]), "binary")
     found = evaluate(np.array([0, 1, 1, 1]), scores_DL, decide(scores_DL, BINARY), BINARY)
     assert found["mcc"] == pytest.approx(0.57735, abs=1e-5)
@@ -29,7 +29,7 @@ def test_metric_vectors_of_the_specification():
 
 @pytest.mark.filterwarnings("ignore:A single label was found")
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60))
-def test_counts_give_what_scikit_learn_gives(pairs):
+def test_confusion_metrics_match_scikit_learn(pairs):
     target, label = np.array(pairs).T
     matrix = confusion_matrix(target, label, 4)
     assert matthews(matrix) == pytest.approx(reference.matthews_corrcoef(target, label), abs=1e-9)
@@ -40,7 +40,7 @@ def test_counts_give_what_scikit_learn_gives(pairs):
     np.testing.assert_array_equal(parts[0] + parts[1], matrix)
 
 
-def test_regression_and_multilabel_against_scikit_learn():
+def test_regression_and_multilabel_metrics():
     rng = np.random.default_rng(0)
     target, value = rng.normal(size=50).astype(np.float32), rng.normal(size=(50, 1)).astype(np.float32)
     decision = DecisionSettings(kind="regression")
@@ -56,7 +56,7 @@ def test_regression_and_multilabel_against_scikit_learn():
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 10)), min_size=2, max_size=40), st.floats(0.1, 1.0))
-def test_tuned_thresholds_are_the_best_there_are(rows, goal):
+def test_tuned_thresholds_are_optimal(rows, goal):
     positive = np.array([held for held, _ in rows])
     scores = np.array([[1 - tenths / 10, tenths / 10] for _, tenths in rows], dtype=np.float32)
     if positive.all() or not positive.any():
@@ -83,7 +83,7 @@ def test_tuned_thresholds_are_the_best_there_are(rows, goal):
     assert found[f"recall={goal}"][0] == pytest.approx(max(p for p, recall, _ in every if recall >= goal))
 
 
-def test_an_objective_out_of_reach_is_told():
+def test_unreachable_objective_is_reported():
     target, scores = np.array([0, 1, 0, 1]), np.array([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6]], np.float32)
     assert tune_thresholds(target, scores, BINARY, "precision=0.9").missed == ("spam",)
     assert tune_thresholds(target, scores, BINARY, "precision=0.5").missed == ()
@@ -96,7 +96,7 @@ def test_unknown_objectives_are_refused(objective):
         tune_thresholds(np.array([0, 1]), np.ones((2, 2), np.float32), BINARY, objective)
 
 
-def test_a_label_with_few_positives_takes_the_threshold_of_all_labels_together():
+def test_rare_labels_use_pooled_threshold():
     rng = np.random.default_rng(0)
     decision = DecisionSettings(kind="multilabel", labels=("often", "rare", "never"))
     scores = rng.random((200, 3), dtype=np.float32)
@@ -115,7 +115,7 @@ def test_a_label_with_few_positives_takes_the_threshold_of_all_labels_together()
     assert alone.remarks("f1")[0].startswith("only 4 positives: the threshold is little better than chance")
 
 
-def test_areas_of_very_many_scores_are_those_of_a_histogram_and_say_so(monkeypatch):
+def test_histogram_areas_of_many_scores(monkeypatch):
     random = np.random.default_rng(0)
     positive_D = random.random(5000) < 0.3
     score_D = np.clip(random.normal(0.4 + 0.2 * positive_D, 0.2), 0, 1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Evaluating and tuning a model folder: the page, and results as objects."""
+"""Evaluation and tuning of a model folder: the report page and the result objects."""
 
 import json
 
@@ -33,21 +33,21 @@ def run(capsys, *arguments, code=0):
     return json.loads(capsys.readouterr().out)
 
 
-def test_evaluate_writes_its_page_where_it_is_told_and_texts_only_when_asked(folders, source, tmp_path, capsys):
+def test_report_path_and_optional_texts(folders, source, tmp_path, capsys):
     command = ["evaluate", folders["binary"].path, "--data", source, "--json", "--set", "dtype=float32", "--report"]
     found = run(capsys, *command, tmp_path / "new" / "out.html", code=3)
     page = (tmp_path / "new" / "out.html").read_text()
     assert f"<td>{found['mcc']:.4g}</td>" in page
     lengths = [len(text or "") for text in pq.read_table(source)["text"].to_pylist()]
     assert f"a.parquet, row {int(np.argmax(lengths))}<" in page
-    assert "a.parquet, row 7<" not in page, "which has no text"
+    assert "a.parquet, row 7<" not in page, "row 7 has no text"
     assert "sha256:" in page
     assert "Subject: " not in page
     run(capsys, *command, tmp_path / "texts.html", "--report-texts", code=3)
     assert "Subject: " in (tmp_path / "texts.html").read_text()
 
 
-def test_files_and_a_table_in_memory_give_the_same(folders, source):
+def test_files_and_table_give_same_metrics(folders, source):
     folder = str(folders["binary"].path)
     files = evaluate_folder(folder, str(source), DataSettings(), COMPUTE)
     table = evaluate_folder(folder, pq.read_table(source), DataSettings(), COMPUTE)
@@ -61,7 +61,7 @@ def test_files_and_a_table_in_memory_give_the_same(folders, source):
         evaluate_folder(folder, pq.read_table(source), DataSettings(label_column="nope"), COMPUTE)
 
 
-def test_tuning_refuses_what_it_cannot_change(folders, source):
+def test_tune_refuses_url_and_multiclass(folders, source):
     with pytest.raises(ModelFolderError, match="is a URL; tune a local folder"):
         tune_folder("s3://models/spam", str(source), DataSettings(), COMPUTE)
     with pytest.raises(SettingsError, match="is of kind multiclass, without them"):

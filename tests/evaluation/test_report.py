@@ -1,4 +1,4 @@
-"""The evaluation page: its numbers are scikit-learn's, and nothing in it comes from elsewhere or escapes."""
+"""The evaluation page. Its numbers match scikit-learn. It loads nothing external and escapes all texts."""
 
 import html.parser
 import re
@@ -33,7 +33,7 @@ def page(decision, targets, scores_DL, **more):
     return render(data)
 
 
-def test_curves_are_those_of_scikit_learn(scored):
+def test_curves_match_scikit_learn(scored):
     positive_D, score_D = scored
     found = curve(positive_D, score_D)
     precision, recall, thresholds = precision_recall_curve(positive_D, score_D)
@@ -45,7 +45,7 @@ def test_curves_are_those_of_scikit_learn(scored):
     np.testing.assert_allclose(found["recall"], true_rate[1:])
 
 
-def test_what_a_threshold_costs(scored):
+def test_threshold_costs(scored):
     positive_D, score_D = scored
     for row in threshold_costs(positive_D, score_D, [0.2, 0.5, 0.9]):
         taken_D = score_D >= row["threshold"]
@@ -55,7 +55,7 @@ def test_what_a_threshold_costs(scored):
         assert row["false positives"] + row["false negatives"] == (taken_D != positive_D).sum()
 
 
-def test_calibration_of_scores_that_are_true_and_of_some_that_are_not():
+def test_calibration_error():
     rng = np.random.default_rng(1)
     score_D = rng.random(200_000).astype(np.float32)
     points, error = calibration(rng.random(200_000) < score_D, score_D)
@@ -84,7 +84,7 @@ class Tags(html.parser.HTMLParser):
 
 
 @pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel", "regression"])
-def test_the_page_is_whole_and_takes_nothing_from_outside(kind, scored):
+def test_page_is_valid_html_without_external_urls(kind, scored):
     positive_D, score_D = scored
     labels = ("ham", "<script>alert(1)</script>") if kind != "regression" else ()
     decision = DecisionSettings(kind=kind, labels=labels, thresholds=0.4 if kind == "multilabel" else None)
@@ -104,7 +104,7 @@ def test_the_page_is_whole_and_takes_nothing_from_outside(kind, scored):
     assert "nan" not in text
 
 
-def test_texts_are_shown_only_where_they_are_handed_over(scored):
+def test_texts_are_shown_only_if_given(scored):
     positive_D, score_D = scored
     scores_DL = np.stack([1 - score_D, score_D], axis=1)
     decision = DecisionSettings(labels=("ham", "spam"))
@@ -112,7 +112,7 @@ def test_texts_are_shown_only_where_they_are_handed_over(scored):
     assert "secret words" in page(decision, positive_D.astype(np.int64), scores_DL, text_of=lambda row: "secret words")
 
 
-def test_many_scores_are_rounded_and_the_page_says_so(scored, monkeypatch):
+def test_many_scores_are_rounded(scored, monkeypatch):
     positive_D, score_D = scored
     monkeypatch.setattr(report, "EXACT_SCORES", 100)
     text = page(
@@ -121,7 +121,7 @@ def test_many_scores_are_rounded_and_the_page_says_so(scored, monkeypatch):
     assert "Scores were rounded to 1e-4" in text
 
 
-def test_one_class_only_has_no_curve():
+def test_single_class_has_no_curve():
     scores_DL = np.tile(np.array([[0.4, 0.6]], np.float32), (5, 1))
     text = page(DecisionSettings(labels=("ham", "spam")), np.ones(5, np.int64), scores_DL)
     assert "there is no curve" in text

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the flash kernel over packed rows, half precision against the CPU, NCCL, no waiting."""
+"""Tests that need a GPU: flash kernel on packed rows, half precision against the CPU, NCCL, no synchronization."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("reach", [None, 9])
 @pytest.mark.parametrize("heads", [8, 2])
-def test_the_flash_kernel_gives_what_grouped_calls_give(reach, heads):
+def test_flash_kernel_matches_grouped_calls(reach, heads):
     torch.manual_seed(0)
     lengths = [300, 300, 64, 5, 1]
     device = torch.device("cuda")
@@ -37,7 +37,7 @@ def test_the_flash_kernel_gives_what_grouped_calls_give(reach, heads):
 
 
 @pytest.mark.parametrize("family", [*PACKED, "mpnet"])
-def test_a_gpu_gives_the_cpus_logits(family):
+def test_gpu_logits_match_cpu(family):
     def logits(device, dtype):
         module = tiny.classifier(family, num_labels=3, hidden_size=128, num_attention_heads=2, dim=128, n_heads=2)
         compute = ComputeSettings(device=device, dtype=dtype, batch_tokens=100)
@@ -52,7 +52,7 @@ def test_a_gpu_gives_the_cpus_logits(family):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_training_runs_and_learns_in_every_arithmetic(tmp_path, emails, dtype):
+def test_training_in_every_dtype(tmp_path, emails, dtype):
     compute = ComputeSettings(device="cuda", dtype="auto")
     job, train, valid = make_job(tmp_path, emails, compute=compute, train_dtype=dtype, learning_rate=1e-3)
     summary = run(job, train, valid)
@@ -64,7 +64,7 @@ def test_training_runs_and_learns_in_every_arithmetic(tmp_path, emails, dtype):
     np.testing.assert_allclose(found.scores_DL, exact.score_documents(valid.documents).scores_DL, atol=0.05)
 
 
-def test_a_worker_of_ray_train_trains_over_nccl(training_data, tmp_path):
+def test_ray_train_over_nccl(training_data, tmp_path):
     summary = train(
         train_job(training_data, tmp_path / "out", num_workers=1, device="cuda", train_dtype="auto", dtype="auto")
     )
@@ -72,14 +72,14 @@ def test_a_worker_of_ray_train_trains_over_nccl(training_data, tmp_path):
     assert np.isfinite(summary.losses).all()
 
 
-def test_a_step_waits_for_nothing_on_the_device(tmp_path, emails, monkeypatch):
+def test_step_does_not_synchronize_device(tmp_path, emails, monkeypatch):
     settings = {"train_dtype": "bfloat16", "epochs": 1, "weight": (1.0, 2.0)}
     job, train, _ = make_job(tmp_path, emails, compute=ComputeSettings(device="cuda"), **settings)
     numbers, step = [], Stepper.__call__
 
     def watched(stepper, *arguments):
         numbers.append(arguments[1])
-        if len(numbers) < 5:  # kernels are chosen, memory is taken
+        if len(numbers) < 5:  # the first steps select kernels and allocate memory
             return step(stepper, *arguments)
         torch.cuda.set_sync_debug_mode("error")
         try:

@@ -1,7 +1,7 @@
-"""Run by test_clusters.py in a process of its own: cluster.yaml's node types, from zero to a GPU node and back.
+"""Scale the node types of cluster.yaml from zero to a GPU node and back. test_clusters.py runs this as a script.
 
-Nodes are raylets on this machine that only declare their GPUs; the autoscaler is Ray's own. Prints a line of JSON for
-each change of the cluster, and one for the job.
+Nodes are raylets on this machine that declare GPUs without having them. The autoscaler is Ray's own. The script
+prints one line of JSON for each change of the cluster and one for the job.
 """
 
 import json
@@ -26,13 +26,13 @@ EMPTY = (
     "cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands",
     "head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
 )  # fmt: skip
-"""Of a launcher's configuration: what a node is set up with, here nothing."""
+"""Setup options of a launcher configuration. All are empty here."""
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-"""Ray's own, named as an external one: as its own it wants a file that is not in Ray's wheel."""
+"""Ray's own provider, configured as an external one. The built-in type needs a file that is not in Ray's wheel."""
 
 
 class LocalCluster(cluster_utils.AutoscalingCluster):
-    """Ray's own, without the base configuration that is not in Ray's wheel."""
+    """Ray's AutoscalingCluster without its base configuration, which is not in Ray's wheel."""
 
     def _generate_config(self, head_resources, worker_node_types, autoscaler_v2=False, **more):
         head = {"resources": head_resources, "node_config": {}, "max_workers": 0}
@@ -58,14 +58,14 @@ class LocalCluster(cluster_utils.AutoscalingCluster):
 
 
 def main(model: str, source: str, output: str) -> None:
-    """Score with a replica that wants a GPU, on a cluster whose head has none."""
+    """Score with a replica that needs a GPU, on a cluster whose head has none."""
     types = yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"]
     workers = {
         name: {
             **shape,
             "node_config": {},
             "resources": {**shape["resources"], "CPU": 2},
-        }  # two cores bear no 16 workers
+        }  # two cores cannot run 16 workers
         for name, shape in types.items()
         if name != "head"
     }
@@ -99,7 +99,7 @@ def main(model: str, source: str, output: str) -> None:
 
 
 def alive() -> list[str]:
-    """Node types of the cluster now."""
+    """Types of the nodes that are alive."""
     return sorted(kind_of(node["Resources"]) for node in ray.nodes() if node["Alive"])
 
 
@@ -110,7 +110,7 @@ def kind_of(resources: dict[str, float]) -> str:
 
 
 def watch(started: float, stopped: threading.Event) -> None:
-    """Say it whenever the cluster changes."""
+    """Print the nodes whenever the cluster changes."""
     last = None
     while not stopped.wait(0.5):
         now = alive()
@@ -124,7 +124,7 @@ def say(started: float, what: str, **more: object) -> None:
 
 
 def without_ray_stop() -> None:
-    """AutoscalingCluster begins and ends with `ray stop --force`, which kills every Ray of the machine."""
+    """Skip `ray stop --force`. AutoscalingCluster calls it, and it kills every Ray process of the machine."""
     real = subprocess.check_call
 
     def call(command: list[str], **options: object) -> int:

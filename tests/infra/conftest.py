@@ -1,4 +1,4 @@
-"""What renders and checks the files of infra/."""
+"""Fixtures that render the files of infra/."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ from tests.infra.paths import KUBERAY, OVERLAYS
 
 @pytest.fixture(scope="session")
 def kubectl(tmp_path_factory):
-    """The one on PATH, or the one that `make` installs inside a Python package."""
+    """kubectl from PATH, or from the Python package that `make` installs."""
     found = shutil.which("kubectl")
     if found:
         return found
@@ -49,5 +49,5 @@ def render(kubectl):
 
 @pytest.fixture(scope="session")
 def rendered(render):
-    """Every overlay's objects, by its name."""
+    """The objects of every overlay, by overlay name."""
     return {name: render(KUBERAY / name) for name in OVERLAYS}

@@ -1,4 +1,4 @@
-"""cluster.yaml and its on-premise twin: Ray's own validation, what they promise, and scaling from zero and back."""
+"""cluster.yaml and infra/onprem.yaml: Ray's validation, documented properties, scaling from zero and back."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ def validate(config):
     return validate_config(prepare_config(copy.deepcopy(config)))
 
 
-def test_rays_launcher_takes_it_and_refuses_a_typo(config):
+def test_ray_launcher_validates_config(config):
     validate(config)
     with pytest.raises(Exception, match="max_worker"):
         validate({**config, "max_worker": 3})
@@ -36,7 +36,7 @@ def test_rays_launcher_takes_it_and_refuses_a_typo(config):
         validate({**config, "docker": {**config["docker"], "image_": "x"}})
 
 
-def test_every_ray_is_started_under_token_auth_and_its_dashboard_stays_at_home(config):
+def test_token_auth_and_local_dashboard(config):
     starts = [
         command
         for commands in ("head_start_ray_commands", "worker_start_ray_commands")
@@ -49,7 +49,7 @@ def test_every_ray_is_started_under_token_auth_and_its_dashboard_stays_at_home(c
     assert any("auth_token" in source for source in config["file_mounts"].values())
 
 
-def test_images_and_versions_are_the_projects(config):
+def test_image_versions_match_project(config):
     image = config["docker"]["image"]
     from pipelines import __version__
 
@@ -59,7 +59,7 @@ def test_images_and_versions_are_the_projects(config):
     )
 
 
-def test_aws_scales_from_zero_spot_first_and_its_head_runs_no_tasks():
+def test_aws_scaling_and_spot_priority():
     types = yaml.safe_load(LAUNCHED["cluster.yaml"].read_text())["available_node_types"]
     assert types["head"]["resources"] == {"CPU": 0}
     workers = {name: shape for name, shape in types.items() if name != "head"}
@@ -72,7 +72,7 @@ def test_aws_scales_from_zero_spot_first_and_its_head_runs_no_tasks():
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_job_brings_up_a_gpu_node_from_zero_and_it_goes_when_idle(tmp_path, emails, capsys):
+def test_gpu_node_scales_up_and_down(tmp_path, emails, capsys):
     from pipelines.settings import DecisionSettings
 
     model = tmp_path / "spam"
@@ -81,7 +81,7 @@ def test_a_job_brings_up_a_gpu_node_from_zero_and_it_goes_when_idle(tmp_path, em
     (tmp_path / "in").mkdir()
     pq.write_table(emails.slice(0, 20), tmp_path / "in" / "a.parquet")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    environment["RAY_AUTH_MODE"] = "disabled"  # of head and driver alike
+    environment["RAY_AUTH_MODE"] = "disabled"  # for the head and the driver
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run(
         [sys.executable, "-m", "tests.infra.autoscaling", str(model), str(tmp_path / "in"), str(tmp_path / "out")],

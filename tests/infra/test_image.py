@@ -1,4 +1,4 @@
-"""The image: linted, its install steps run in a clean virtual environment, and nothing in it that it need not have."""
+"""The image passes its linter, its install steps work in a clean environment, and it has no unneeded files."""
 
 import os
 import re
@@ -20,17 +20,17 @@ STAGES = {
 
 def lint(path):
     hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert hadolint, "it comes with the dev extra"
+    assert hadolint, "hadolint is in the dev extra"
     return subprocess.run([hadolint, str(path)], capture_output=True, text=True, check=False)
 
 
-def test_the_dockerfile_passes_its_linter_and_a_typo_does_not(tmp_path):
+def test_dockerfile_lint(tmp_path):
     assert lint(DOCKERFILE).returncode == 0, lint(DOCKERFILE).stdout
     (tmp_path / "Dockerfile").write_text(TEXT.replace("COPY --from=build-cpu", "COPPY --from=build-cpu"))
     assert lint(tmp_path / "Dockerfile").returncode != 0
 
 
-def test_final_stages_have_no_compiler_no_root_and_are_pinned():
+def test_final_stages_are_minimal_and_pinned():
     assert set(STAGES) == {"source", "build-cpu", "build-cuda", "runtime", "cuda", "cpu"}
     final = STAGES["runtime"] + STAGES["cuda"] + STAGES["cpu"]
     assert "USER 1000" in STAGES["runtime"]
@@ -40,12 +40,12 @@ def test_final_stages_have_no_compiler_no_root_and_are_pinned():
     cpu, cuda = (
         re.sub(r"TORCH_INDEX=\S*\n", "", STAGES[name]).split("\n\n")[0].strip() for name in ("build-cpu", "build-cuda")
     )
-    assert cpu == cuda, "but for where torch comes from"
+    assert cpu == cuda, "only the index of torch differs"
     assert TEXT.count("--constraint constraints.txt") == 2
 
 
-def test_the_image_gets_only_what_the_build_needs():
-    """.dockerignore lets in what is copied, and nothing else: no data, no keys, no history."""
+def test_dockerignore_matches_copied_files():
+    """The build context contains exactly the copied files: no data, no keys, no Git history."""
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     copied = {name for line in re.findall(r"^COPY (?!--from)(.+)$", TEXT, re.MULTILINE) for name in line.split()[:-1]}
     assert copied == allowed
@@ -53,8 +53,8 @@ def test_the_image_gets_only_what_the_build_needs():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_install_steps_give_a_working_package(tmp_path):
-    """The very RUN lines, with /opt/venv elsewhere and torch from pip's own index."""
+def test_install_steps_give_working_package(tmp_path):
+    """Runs the Dockerfile's RUN lines with another path for /opt/venv and torch from pip's default index."""
     source, venv = tmp_path / "source", tmp_path / "venv"
     source.mkdir()
     for name in re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE):

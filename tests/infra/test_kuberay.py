@@ -1,4 +1,4 @@
-"""Every rendered manifest against the schema of what will read it, a typo planted in each, and what they promise."""
+"""The rendered manifests: their schemas, a planted typo in each kind, and their documented properties."""
 
 import copy
 import importlib
@@ -46,7 +46,7 @@ TYPOS = {
 
 
 def problem(manifest):
-    """What is wrong with it, or None."""
+    """The first schema error of a manifest, or None."""
     if manifest["apiVersion"] == "ray.io/v1":
         schema = json.loads((SCHEMAS / f"{manifest['kind'].lower()}.schema.json").read_text())
         errors = [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(manifest)]
@@ -69,7 +69,7 @@ def of_kind(manifests, kind):
 
 
 def walk(node):
-    """Every mapping in it."""
+    """Every mapping inside a node."""
     if isinstance(node, dict):
         yield node
     for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
@@ -77,19 +77,19 @@ def walk(node):
 
 
 def pods(manifests):
-    """Every pod's spec."""
+    """The spec of every pod."""
     return [spec for manifest in manifests for spec in walk(manifest) if "containers" in spec]
 
 
 @needs_schemas
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_every_rendered_manifest_fits_its_schema(rendered, overlay):
+def test_manifests_fit_schemas(rendered, overlay):
     for manifest in rendered[overlay]:
         assert problem(manifest) is None, manifest["kind"]
 
 
 @needs_schemas
-def test_a_typo_is_caught_in_each_kind_of_manifest(rendered):
+def test_typo_is_caught_in_each_manifest_kind(rendered):
     kinds = {manifest["kind"]: manifest for manifests in rendered.values() for manifest in manifests}
     assert set(kinds) == set(TYPOS)
     for kind, (where, name) in TYPOS.items():
@@ -98,7 +98,7 @@ def test_a_typo_is_caught_in_each_kind_of_manifest(rendered):
         assert problem(typo), f"{kind} {where}.{name}"
 
 
-def test_kustomize_refuses_a_typo_in_a_kustomization(kubectl, tmp_path):
+def test_kustomize_refuses_typo(kubectl, tmp_path):
     shutil.copytree(KUBERAY, tmp_path / "kuberay")
     file = tmp_path / "kuberay" / "score" / "kustomization.yaml"
     file.write_text(file.read_text().replace("resources:", "resorces:"))
@@ -107,7 +107,7 @@ def test_kustomize_refuses_a_typo_in_a_kustomization(kubectl, tmp_path):
     assert "resorces" in done.stderr
 
 
-def test_the_jobs_run_what_exists_with_settings_that_exist(rendered):
+def test_jobs_use_existing_modules_and_settings(rendered):
     for overlay, request in (("score", ScoreJob), ("train", TrainJob), ("cluster", ScoreJob)):
         content = yaml.safe_load(
             of_kind(rendered[overlay], "ConfigMap")["data"][f"{overlay}.yaml".replace("cluster", "score")]
@@ -141,14 +141,14 @@ def serve_config(rendered):
 
 
 def strict(schema):
-    """The same JSON schema, with unknown keys refused; Serve itself passes over them."""
+    """The same JSON schema with unknown keys refused. Serve itself ignores unknown keys."""
     for node in walk(schema):
         if "properties" in node:
             node.setdefault("additionalProperties", False)
     return schema
 
 
-def test_the_serve_config_fits_serves_schema_and_names_what_exists(rendered):
+def test_serve_config_fits_schema(rendered):
     from ray.serve.schema import ServeDeploySchema
 
     config = serve_config(rendered)
@@ -160,7 +160,7 @@ def test_the_serve_config_fits_serves_schema_and_names_what_exists(rendered):
     assert callable(getattr(importlib.import_module(module), name))
     job = ServeJob.parse(application["args"])
     assert job.serve.proxy == "haproxy"
-    with pytest.raises(SettingsError, match="set api_keys"):  # as it stands, until somebody puts keys in
+    with pytest.raises(SettingsError, match="set api_keys"):  # the repository's config has no keys
         build(application["args"])
     for spec in pods(rendered["serve"]):
         for container in spec["containers"]:
@@ -178,8 +178,8 @@ def test_the_serve_config_fits_serves_schema_and_names_what_exists(rendered):
         ServeJob.parse({"modle": "x"})
 
 
-def test_nothing_ends_before_what_it_serves(rendered):
-    """Request, then replica, then pod, then the old cluster of an upgrade."""
+def test_shutdown_timeouts_are_ordered(rendered):
+    """Order of the timeouts: request, replica, pod, old cluster of an upgrade."""
     config, service = serve_config(rendered), of_kind(rendered["serve"], "RayService")["spec"]
     drain = config["applications"][0]["deployments"][0]["graceful_shutdown_timeout_s"]
     workers = service["rayClusterConfig"]["workerGroupSpecs"]
@@ -187,7 +187,7 @@ def test_nothing_ends_before_what_it_serves(rendered):
     assert config["http_options"]["request_timeout_s"] < drain < pod < service["rayClusterDeletionDelaySeconds"]
 
 
-def test_every_cluster_demands_a_token_and_scales_from_zero(rendered):
+def test_clusters_use_tokens_and_scale_from_zero(rendered):
     keys = {
         "cluster": "spec",
         "train": "spec.rayClusterSpec",
@@ -200,7 +200,7 @@ def test_every_cluster_demands_a_token_and_scales_from_zero(rendered):
         specs.append(copy.deepcopy(inside(manifest, path)))
     redis = specs[-1].pop("gcsFaultToleranceOptions")
     assert redis["redisPassword"]["valueFrom"]["secretKeyRef"]
-    assert all(spec == specs[0] for spec in specs), "one description of the cluster, copied"
+    assert all(spec == specs[0] for spec in specs), "all overlays have the same cluster spec"
     (spec, *_) = specs
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["autoscalerOptions"]["version"] == "v2"
@@ -211,7 +211,7 @@ def test_every_cluster_demands_a_token_and_scales_from_zero(rendered):
     assert spot["template"]["spec"]["containers"] == demand["template"]["spec"]["containers"]
 
 
-def test_the_rendered_image_versions_are_those_of_the_project(rendered):
+def test_image_versions_match_project(rendered):
     from pipelines import __version__
 
     for overlay, manifests in rendered.items():
@@ -219,11 +219,11 @@ def test_the_rendered_image_versions_are_those_of_the_project(rendered):
         for tag in re.findall(r"/ray-text-classification:(\d[\d.]*)-(cpu|cuda)", text):
             assert tag[0] == __version__, overlay
             assert f"AS {tag[1]}" in DOCKERFILE
-        assert '"image": "ray-text-classification"' not in text, "no image without a registry and a tag"
+        assert '"image": "ray-text-classification"' not in text, "every image has a registry and a tag"
         assert re.search(r'"rayVersion": "([\d.]+)"', text).group(1) in (ROOT / "constraints.txt").read_text()
 
 
-def test_every_pod_is_locked_down(rendered):
+def test_pods_are_locked_down(rendered):
     for overlay, manifests in rendered.items():
         for spec in pods(manifests):
             user = spec["securityContext"]
@@ -248,8 +248,8 @@ def test_every_pod_is_locked_down(rendered):
         assert all(options["securityContext"]["readOnlyRootFilesystem"] for options in clusters)
 
 
-def test_the_network_lets_in_nobody_but_serves_clients(rendered):
-    """Ingress: the cluster itself, the operator to the dashboard, and in serve/ labelled namespaces to Serve's port."""
+def test_network_policies(rendered):
+    """Allowed ingress: own pods, the operator to the dashboard, and in serve/ labelled namespaces to Serve's port."""
     for overlay, manifests in rendered.items():
         policies = {m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "NetworkPolicy"}
         ours = {"app.kubernetes.io/part-of": "text-classification"}
@@ -276,7 +276,7 @@ def test_the_network_lets_in_nobody_but_serves_clients(rendered):
 
 
 def test_paths_variables_and_flags_exist(rendered):
-    """What a manifest mounts is writable in the image's eyes, what it sets is read, what it passes is an option."""
+    """Mounted paths exist in the image, variables are read, and start parameters are options of `ray start`."""
     folders = set(re.findall(r"(?:HOME|XDG_CACHE_HOME)=(\S+)", DOCKERFILE)) | {"/dev/shm", "/settings", "/data"}
     options = subprocess.run(
         [sys.executable, "-m", "ray.scripts.scripts", "start", "--help"], capture_output=True, text=True, check=True
@@ -293,7 +293,7 @@ def test_paths_variables_and_flags_exist(rendered):
 
 
 def is_read(variable, container):
-    """By the container's own command, or by Ray."""
+    """Whether the container's command or Ray reads a variable."""
     if f"${variable}" in json.dumps(container.get("command", [])):
         return True
     import ray
@@ -303,7 +303,7 @@ def is_read(variable, container):
     return any(variable in file.read_text() for file in sources)
 
 
-def test_scores_of_the_nightly_job_are_added_to_what_is_there(rendered):
+def test_nightly_job_appends_scores(rendered):
     content = yaml.safe_load(of_kind(rendered["cluster"], "ConfigMap")["data"]["score.yaml"])
     settings, _ = parse(
         {k: v for k, v in content.items() if k not in ("model", "input", "output")}, ScoreSettings, DataSettings

@@ -1,4 +1,4 @@
-"""Windows of many lengths, and the families that run them packed."""
+"""Windows of different lengths, and the model families that support packing."""
 
 import numpy as np
 

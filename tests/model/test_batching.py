@@ -8,7 +8,7 @@ from pipelines.model.batching import token_batches
 
 @pytest.mark.parametrize("padded", [True, False])
 @given(st.lists(st.integers(0, 512), max_size=200), st.integers(1, 4096))
-def test_every_window_is_in_one_batch_within_the_budget(padded, lengths, batch_tokens):
+def test_token_batches_cover_windows_within_budget(padded, lengths, batch_tokens):
     lengths = np.array(lengths, dtype=np.int64)
     batches = token_batches(lengths, batch_tokens=batch_tokens, padded=padded)
     flat = np.concatenate([np.zeros(0, np.int64), *batches])

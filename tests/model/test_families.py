@@ -1,4 +1,4 @@
-"""Every family that Simple Transformers names: trains, cuts windows, predicts, saves, and opens again the same."""
+"""Every model family of Simple Transformers: training, windows, prediction, saving and loading."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def save_base(folder, family, emails, **shape):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_trains_a_step_predicts_with_windows_saves_and_opens_the_same(family, tmp_path, emails):
+def test_family_train_predict_save_load(family, tmp_path, emails):
     save_base(tmp_path / "base", family, emails)
     args = {"max_seq_length": 32, "sliding_window": True, "silent": True, "output_dir": str(tmp_path / "out"),
             "train_batch_size": 64, "warmup_ratio": 0.0, "save_model_every_epoch": False}  # fmt: skip
@@ -55,19 +55,19 @@ def test_a_family_trains_a_step_predicts_with_windows_saves_and_opens_the_same(f
     labels, outputs = model.predict(texts)
     assert not np.allclose(outputs[0], untrained[0], atol=1e-7), "the step changed the model"
     assert max(len(windows) for windows in outputs) > 3
-    assert np.ptp(np.concatenate(outputs), axis=0).max() > 1e-4, "windows are told apart"
+    assert np.ptp(np.concatenate(outputs), axis=0).max() > 1e-4, "scores differ between windows"
     shutil.rmtree(tmp_path / "base")
     after = ClassificationModel(family, str(tmp_path / "out"), use_cuda=False).predict(texts)
     assert np.array_equal(labels, after[0])
     alone = model.predict(texts[:1])[1]
-    np.testing.assert_allclose(alone[0], outputs[0], atol=1e-5, err_msg="alone as in company")
+    np.testing.assert_allclose(alone[0], outputs[0], atol=1e-5, err_msg="the batch must not change the scores")
     for left, right in zip(outputs, after[1], strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
     core = Scorer.load(str(tmp_path / "out"), compute=ComputeSettings(dtype="float32", device="cpu"))
     assert core.predict(texts)["predicted_label"].to_pylist() == [str(label) for label in labels]
 
 
-def test_bigbird_answers_the_same_whatever_a_long_text_was_batched_with(tmp_path, emails):
+def test_bigbird_scores_do_not_depend_on_batch(tmp_path, emails):
     (tmp_path / "base").mkdir()
     save_base(tmp_path / "base", "bigbird", emails, attention_type="block_sparse", block_size=4, num_random_blocks=1,
               max_position_embeddings=130)  # fmt: skip
@@ -80,7 +80,7 @@ def test_bigbird_answers_the_same_whatever_a_long_text_was_batched_with(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["xlm", "flaubert", "bertweet"])
-def test_python_only_tokenizers_say_what_they_put_around_texts(kind, tmp_path):
+def test_templates_of_python_only_tokenizers(kind, tmp_path):
     from transformers import AutoTokenizer
 
     tiny.save_python_tokenizer(tmp_path, kind)

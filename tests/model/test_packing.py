@@ -25,25 +25,25 @@ def test_packed_equals_padded(family):
     assert not padded.is_packed
     logits_WL = packed.logits(ragged())
     np.testing.assert_allclose(logits_WL, padded.logits(ragged()), atol=1e-5)
-    assert np.ptp(logits_WL, axis=0).min() > 0.01, "the windows' logits differ, so agreement means something"
+    assert np.ptp(logits_WL, axis=0).min() > 0.01, "logits must differ between windows for a useful test"
 
 
 @pytest.mark.parametrize("family", PADDED)
-def test_a_family_that_cannot_be_packed_is_found_out(family):
+def test_unpackable_family_falls_back_to_padding(family):
     model = load(family)
     assert not model.is_packed
     np.testing.assert_array_equal(model.logits(ragged()), load(family, packing="off").logits(ragged()))
 
 
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
-def test_a_windows_logits_do_not_depend_on_its_batch(family):
+def test_logits_do_not_depend_on_batch(family):
     model = load(family)
     together = model.logits(ragged())
     model.batch_tokens = 1
     np.testing.assert_allclose(together, model.logits(ragged()), atol=1e-5)
 
 
-def test_attention_stays_within_windows_and_within_reach():
+def test_attention_mask_of_packed_windows():
     torch.manual_seed(0)
     lengths = [5, 5, 3, 1]
     query, key, value = (torch.randn(1, 2, sum(lengths), 8, dtype=torch.float64) for _ in range(3))
@@ -58,7 +58,7 @@ def test_attention_stays_within_windows_and_within_reach():
     torch.testing.assert_close(found, (scores.softmax(-1) @ value).transpose(1, 2))
 
 
-def test_attention_written_out_says_and_learns_what_the_kernel_does():
+def test_explicit_attention_matches_sdpa():
     from pipelines.model.packing import _attention_written_out
 
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def test_attention_written_out_says_and_learns_what_the_kernel_does():
     torch.testing.assert_close(*gradients)
 
 
-def test_grouped_key_heads_are_shared():
+def test_grouped_key_value_heads():
     query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
     packing = Packing.of([6], torch.device("cpu"))
     grouped, _ = attention(torch.nn.Identity(), query, key, value, None, packing=packing)
@@ -82,12 +82,12 @@ def test_grouped_key_heads_are_shared():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dropout_leaves_out_its_share_of_the_weights_and_makes_up_for_it(dtype):
+def test_attention_dropout_rate_and_scaling(dtype):
     torch.manual_seed(0)
     lengths, share = [32, 32], 0.3
     query, key = (torch.randn(1, 4, 64, 32, dtype=dtype) for _ in range(2))
-    value = torch.eye(32, dtype=dtype).repeat(1, 2, 1, 1).expand(1, 2, 32, 32).repeat(1, 1, 2, 1)  # shows the weights
-    key = key[:, :2]  # shared by two heads each
+    value = torch.eye(32, dtype=dtype).repeat(1, 2, 1, 1).expand(1, 2, 32, 32).repeat(1, 1, 2, 1)  # output = weights
+    key = key[:, :2]  # two query heads share one key head
 
     def weights(dropout):
         packing = Packing.of(lengths, torch.device("cpu"))
@@ -97,10 +97,10 @@ def test_dropout_leaves_out_its_share_of_the_weights_and_makes_up_for_it(dtype):
     whole = weights(0.0)
     draws = torch.stack([weights(share) for _ in range(50)])
     allowed = (whole > 0).expand_as(draws)
-    assert (draws[~allowed] == 0).all(), "out of reach stays out"
+    assert (draws[~allowed] == 0).all(), "masked weights stay zero"
     kept = draws[allowed] != 0
     assert abs(kept.double().mean() - (1 - share)) < 0.005
-    assert abs(kept.view(50, -1).double().std(0).mean() - (share * (1 - share)) ** 0.5) < 0.01, "anew in each draw"
+    assert abs(kept.view(50, -1).double().std(0).mean() - (share * (1 - share)) ** 0.5) < 0.01, "masks differ by draw"
     torch.testing.assert_close(draws[allowed][kept], (whole / (1 - share)).expand_as(draws)[allowed][kept],
                                rtol=1e-4 if dtype == torch.float64 else 0.03, atol=0)  # fmt: skip
     assert torch.isfinite(weights(1.0)).all(), "no division by zero"
@@ -110,7 +110,7 @@ def test_dropout_leaves_out_its_share_of_the_weights_and_makes_up_for_it(dtype):
     assert (weights(share) == first).all()
 
 
-def test_bfloat16_is_close_and_chosen_by_the_processor():
+def test_bfloat16_accuracy_and_auto_dtype():
     difference = np.abs(load("bert", dtype="bfloat16").logits(ragged()) - load("bert").logits(ragged())).max()
     assert 0 < difference < 0.1
     capabilities = torch.cpu.get_capabilities()
@@ -118,7 +118,7 @@ def test_bfloat16_is_close_and_chosen_by_the_processor():
     assert resolve_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if fast else torch.float32)
 
 
-def test_packed_rows_have_few_lengths_and_padding_behind_them_changes_nothing():
+def test_packed_rows_are_padded_to_few_lengths():
     from pipelines.model.window_model import _rounded_up
 
     lengths = set()
@@ -128,7 +128,7 @@ def test_packed_rows_have_few_lengths_and_padding_behind_them_changes_nothing():
         assert rows.offsets[:2].tolist() == [0, total]
         assert rows.offsets[-1] == len(rows.ids) == len(rows.type_ids)
         assert rows.length_W.min() > 0
-        assert rows.length_W.max() == total, "no window is longer than what the model was asked for"
+        assert rows.length_W.max() == total, "no window is longer than requested"
         assert len(rows.ids) - total < max(8, total / 16)
         lengths.add(len(rows.ids))
     assert len(lengths) < 160

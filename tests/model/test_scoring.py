@@ -20,7 +20,7 @@ FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
 
 
 def reference(folder, text):
-    """Document scores straight from transformers: one window at a time, cut and merged by hand."""
+    """Document scores computed with transformers alone, one window at a time."""
     tokenizer = AutoTokenizer.from_pretrained(folder.path)
     module = AutoModelForSequenceClassification.from_pretrained(folder.path).eval()
     ids = tokenizer(text, add_special_tokens=False, truncation=False)["input_ids"]
@@ -41,7 +41,7 @@ def reference(folder, text):
 
 
 @pytest.mark.parametrize("kind", DECISIONS)
-def test_scores_are_those_of_transformers_window_by_window(folders, kind, emails):
+def test_scores_match_transformers(folders, kind, emails):
     scorer = Scorer.load(folders[kind], compute=FLOAT32)
     texts = [*emails["text"].to_pylist()[:4], "", "short", "émigré 💰 \x00 text"]
     table = scorer.predict(texts)
@@ -52,7 +52,7 @@ def test_scores_are_those_of_transformers_window_by_window(folders, kind, emails
         assert not row["truncated"]
 
 
-def test_a_text_scores_the_same_whatever_it_is_batched_with(folders, emails):
+def test_scores_do_not_depend_on_batch(folders, emails):
     scorer = Scorer.load(folders["multilabel"], compute=FLOAT32)
     texts = emails["text"].to_pylist()[:30]
     alone = np.concatenate([scorer.predict([text]).column("scores").combine_chunks().flatten() for text in texts])
@@ -68,7 +68,7 @@ def test_a_text_scores_the_same_whatever_it_is_batched_with(folders, emails):
     together()
 
 
-def test_bad_rows_come_out_with_their_error_and_good_ones_scored(folders):
+def test_bad_rows_get_error_and_no_score(folders):
     scorer = Scorer.load(folders["binary"], compute=FLOAT32)
     rows = scorer.predict(["fine", None, "also fine"]).to_pylist()
     assert [row["error"] for row in rows] == [None, "the text is null", None]
@@ -78,7 +78,7 @@ def test_bad_rows_come_out_with_their_error_and_good_ones_scored(folders):
     assert len(scorer.predict([])) == 0
 
 
-def test_a_model_that_answers_nan_is_an_error_of_the_row(folders):
+def test_nan_output_is_a_row_error(folders):
     scorer = Scorer.load(folders["binary"], compute=FLOAT32)
     with torch.no_grad():
         scorer.model.module.classifier.bias[0] = torch.nan
@@ -87,7 +87,7 @@ def test_a_model_that_answers_nan_is_an_error_of_the_row(folders):
     assert rows[0]["scores"] is None
 
 
-def test_pairs_are_read_together(folders):
+def test_pair_scores_match_transformers(folders):
     scorer = Scorer.load(folders["binary"], compute=FLOAT32)
     tokenizer = AutoTokenizer.from_pretrained(folders["binary"].path)
     module = AutoModelForSequenceClassification.from_pretrained(folders["binary"].path).eval()
@@ -101,13 +101,13 @@ def test_pairs_are_read_together(folders):
     assert not long.to_pylist()[0]["truncated"]
 
 
-def test_thresholds_can_be_overridden_and_must_fit(folders):
+def test_threshold_overrides(folders):
     assert Scorer.load(folders["multilabel"], thresholds={"b": 0.9}).decision.thresholds == (0.4, 0.9, 0.6)
     with pytest.raises(SettingsError, match="needs 3"):
         Scorer.load(folders["multilabel"], thresholds=(0.1,))
 
 
-def test_a_temperature_divides_the_logits_before_activation(folders):
+def test_temperature_divides_logits(folders):
     folder = folders["binary"]
     hot = Scorer.load(replace(folder, temperature=4.0), compute=FLOAT32)
     cold = Scorer.load(folder, compute=FLOAT32)
@@ -115,7 +115,7 @@ def test_a_temperature_divides_the_logits_before_activation(folders):
     assert log_odds[1] == pytest.approx(4 * log_odds[0], rel=1e-3)
 
 
-def test_folders_whose_weights_and_labels_disagree_are_refused(folders, tmp_path):
+def test_mismatched_weights_and_labels_are_refused(folders, tmp_path):
     import shutil
 
     shutil.copytree(folders["binary"].path, tmp_path / "model")
@@ -135,7 +135,7 @@ def test_folders_whose_weights_and_labels_disagree_are_refused(folders, tmp_path
         Scorer.load(str(tmp_path / "model"))
 
 
-def test_a_pass_that_does_not_fit_is_halved_and_remembered(folders, emails):
+def test_out_of_memory_batch_is_halved(folders, emails):
     scorer = Scorer.load(folders["binary"], compute=replace(FLOAT32, packing="off"))
     expected = scorer.predict(emails["text"].to_pylist()[:20])
     module, sizes = scorer.model.module, []
@@ -150,7 +150,7 @@ def test_a_pass_that_does_not_fit_is_halved_and_remembered(folders, emails):
 
     module.forward = limited
     found = scorer.predict(emails["text"].to_pylist()[:20])
-    assert max(sizes) > 300 > scorer.model.batch_tokens, "half a pass, from then on"
+    assert max(sizes) > 300 > scorer.model.batch_tokens, "later passes have half the size"
     for left, right in zip(found["scores"].to_pylist(), expected["scores"].to_pylist(), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
     sizes.clear()
@@ -161,8 +161,8 @@ def test_a_pass_that_does_not_fit_is_halved_and_remembered(folders, emails):
         scorer.predict(["a"])
 
 
-def test_threads_get_the_answers_of_serial_calls(folders, emails):
-    """A hook that is on the module only for the time of a call would act on the calls of other threads."""
+def test_threads_match_serial_calls(folders, emails):
+    """Guards against temporary hooks on the module, which would affect calls in other threads."""
     scorer = Scorer.load(folders["binary"], compute=ComputeSettings(dtype="float32", device="cpu"))
     texts = [text[:300] for text in emails["text"].to_pylist()[:40]]
     expected = [scorer.predict([text])["scores"].to_pylist()[0] for text in texts]

@@ -1,4 +1,4 @@
-"""XLNet pads left and puts its class token last: nothing may depend on what a text is batched with."""
+"""XLNet pads on the left and puts its class token last. Scores must not depend on the batch."""
 
 import json
 
@@ -16,7 +16,7 @@ from pipelines.text.windows import WindowPlan
 from tests.tiny import rust_tokenizer
 
 
-def test_left_padding_is_taken_from_the_tokenizers_class(tmp_path, emails):
+def test_left_padding_from_tokenizer_class(tmp_path, emails):
     rust = RustTokenizer.from_str(rust_tokenizer(emails["text"].to_pylist()[:40]).to_str())
     rust.post_processor = processors.TemplateProcessing(
         single="$A:0 [SEP]:0 [CLS]:2",

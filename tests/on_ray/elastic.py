@@ -1,4 +1,4 @@
-"""Run by test_train_resume.py in a process of its own: a node joins a run, hears that it will be taken, and is."""
+"""A node joins a training run, gets a preemption notice and is removed. test_train.py runs this as a script."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ NOTICE = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"
 
 
 def main(settings: str) -> None:
-    """Train on as many workers as there are CPUs, while their number changes; print the summary."""
+    """Train with one worker per CPU while the number of CPUs changes. Print the summary."""
     from pipelines.on_ray.train import train
     from pipelines.progress import ROOT, show_logs
     from pipelines.training.job import TrainJob
@@ -30,7 +30,7 @@ def main(settings: str) -> None:
     ROOT.addHandler(Collect())
 
     def seen(start: str, run: Future[Any], after: int) -> int:
-        """Wait for a line that begins so; how many lines there were then."""
+        """Wait for a line that starts with `start`. Return the number of lines up to it."""
         while not run.done():
             for number in range(after, len(lines)):
                 if lines[number].startswith(start):
@@ -58,7 +58,7 @@ def main(settings: str) -> None:
         ]
         subprocess.run(drain, check=True, stdout=sys.stderr)
         seen("a machine", run, place)
-        time.sleep(3)  # the checkpoint is written
+        time.sleep(3)  # time to write the checkpoint
         cluster.remove_node(guest, allow_graceful=False)
         print(json.dumps(run.result().to_json()))
     cluster.shutdown()

@@ -1,4 +1,4 @@
-"""Run by test_cluster_faults.py in a process of its own: a cluster loses a raylet in the middle of a job."""
+"""A cluster loses a raylet during a job. test_cluster_faults.py runs this as a script."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from ray.cluster_utils import Cluster
 
 
 def main(model: str, source: str, output: str) -> None:
-    """Score with replicas on two nodes, kill the second node after the first units, print the summary."""
+    """Score with replicas on two nodes, kill the second node after three units and print the summary."""
     from pathlib import Path
 
     from pipelines.bulk.job import ScoreJob

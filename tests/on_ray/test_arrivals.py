@@ -1,4 +1,4 @@
-"""Corpora that Ray Data tokenizes: the same as those of one process, usable before all units have arrived."""
+"""Corpora tokenized by Ray Data. They equal local corpora and can be used before all units have arrived."""
 
 import threading
 import time
@@ -32,7 +32,7 @@ def ids_of(corpus):
 
 
 @pytest.mark.parametrize("is_pair", [False, True])
-def test_a_corpus_of_ray_data_equals_one_of_this_process(training_data, tmp_path, emails, is_pair):
+def test_ray_data_corpus_matches_local_corpus(training_data, tmp_path, emails, is_pair):
     settings = {}
     if is_pair:
         texts = [text[:200] for text in emails["text"].to_pylist()[:24]]
@@ -54,7 +54,7 @@ def test_a_corpus_of_ray_data_equals_one_of_this_process(training_data, tmp_path
 
 
 class Late(TokenizeStage):
-    """Has all units but the first few wait for a file."""
+    """Makes all units except the first few wait for a file."""
 
     def __call__(self, units):
         from pathlib import Path
@@ -77,7 +77,7 @@ def late(split):
 
 
 @pytest.mark.parametrize("is_bad", [False, True])
-def test_the_first_units_are_usable_before_the_last_are_tokenized(training_data, tmp_path, is_bad):
+def test_first_units_usable_before_all_arrive(training_data, tmp_path, is_bad):
     output = tmp_path / "out"
     split = late(splits_of(training_data, output)["train"])
     with arriving_corpora({"train": split}, num_cpus=None) as (corpora, done):
@@ -103,7 +103,7 @@ class Holder:
         return True
 
 
-def test_a_job_that_waits_for_a_busy_cluster_says_so(local_ray, training_data, tmp_path, monkeypatch, log_lines):
+def test_waiting_for_busy_cluster_is_logged(local_ray, training_data, tmp_path, monkeypatch, log_lines):
     monkeypatch.setattr("pipelines.on_ray.telemetry.WAIT_SECONDS", 0.3)
     monkeypatch.setattr("pipelines.on_ray.arrivals.WAIT_SECONDS", 0.3)
     cpus = local_ray.cluster_resources()["CPU"]

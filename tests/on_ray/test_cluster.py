@@ -1,4 +1,4 @@
-"""A real cluster on this machine under token auth: the job that `ray job submit` runs equals the local one."""
+"""A real cluster with token authentication on this machine. Submitted jobs give the results of local jobs."""
 
 import contextlib
 import json
@@ -28,21 +28,21 @@ PORT, DASHBOARD = 26379, 28265
 
 
 class Nodes:
-    """Raylets of one cluster under token auth, and the environment in which a client talks to them."""
+    """Raylets of one cluster with token authentication, and the environment of its clients."""
 
     def __init__(self, home: Path) -> None:
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         self.environment.update(HOME=str(home), RAY_AUTH_MODE="token", RAY_USAGE_STATS_ENABLED="0",
                                 RAY_API_SERVER_ADDRESS=f"http://127.0.0.1:{DASHBOARD}",
                                 PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # fmt: skip
-        self._temp, self._raylets = Path(tempfile.mkdtemp(prefix="ray-")), []  # short: it ends in socket names
+        self._temp, self._raylets = Path(tempfile.mkdtemp(prefix="ray-")), []  # short, because socket names contain it
         run([RAY, "get-auth-token", "--generate"], self.environment)
 
     def start(self, *options, **more):
-        """One more raylet; the first is the head.
+        """Start one more raylet. The first is the head.
 
-        Each has a folder of its own, as machines do: in a shared one, a new node unpacks a job's package anew and
-        so pulls it from under the drivers that run from it.
+        Each raylet has its own folder, as on separate machines. In a shared folder, a new node would unpack a job's
+        package again while drivers use it.
         """
         first = not self._raylets
         where = ["--head", f"--port={PORT}", f"--dashboard-port={DASHBOARD}"]
@@ -57,7 +57,7 @@ class Nodes:
         return process
 
     def kill(self, process):
-        """SIGKILL a raylet with all that it started, as when its machine goes."""
+        """SIGKILL a raylet and all its child processes, as if its machine failed."""
         children = psutil.Process(process.pid).children(recursive=True)
         for victim in [*children, psutil.Process(process.pid)]:
             with contextlib.suppress(psutil.Error):
@@ -65,7 +65,7 @@ class Nodes:
         process.wait(timeout=60)
 
     def stop(self):
-        """Not `ray stop`, which would end every other Ray of this machine too."""
+        """Stop the raylets. `ray stop` would also stop every other Ray on this machine."""
         for process in reversed(self._raylets):
             if process.poll() is None:
                 process.terminate()
@@ -90,7 +90,7 @@ def cluster(nodes):
 
 
 def wait_for(address, head):
-    """Until the Jobs API answers, if only that it wants a token."""
+    """Wait until the Jobs API answers with 401."""
     deadline = time.monotonic() + 90
     while True:
         assert head.poll() is None
@@ -135,7 +135,7 @@ def rows(output):
     return pa.concat_tables([pq.read_table(path) for path in list_files(str(output))])
 
 
-def test_a_submitted_job_scores_what_the_local_command_scores(cluster, spam_folder, input_folder, tmp_path):
+def test_submitted_job_matches_local_command(cluster, spam_folder, input_folder, tmp_path):
     values = {"model": str(spam_folder.path), "input": str(input_folder), "dtype": "float32"}
     for name in ("local", "submitted"):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**values, "output": str(tmp_path / name)}))
@@ -143,8 +143,8 @@ def test_a_submitted_job_scores_what_the_local_command_scores(cluster, spam_fold
     command = [sys.executable, "-m", "ray_jobs.score", str(tmp_path / "local.yaml")]
     summary = last_json(run(command, local, code=3))
     assert summary["rows_in_error"] == 2
-    log = submit(cluster, tmp_path / "submitted.yaml", code=1)  # ray's own code for any failed job
-    assert "exit code 3" in log, "rows in error: the job's own exit code is named"
+    log = submit(cluster, tmp_path / "submitted.yaml", code=1)  # Ray returns 1 for every failed job
+    assert "exit code 3" in log, "rows in error: the log contains the job's exit code"
     submitted = last_json(log)
     assert submitted["rows_out"] == 60
     found, expected = rows(tmp_path / "submitted"), rows(tmp_path / "local")
@@ -154,14 +154,14 @@ def test_a_submitted_job_scores_what_the_local_command_scores(cluster, spam_fold
             assert left == pytest.approx(right, abs=1e-5)
 
 
-def test_bad_settings_end_a_job_with_code_2_and_a_sentence(cluster, tmp_path):
+def test_bad_settings_exit_2(cluster, tmp_path):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"model": "x", "inptu": "y", "output": "z"}))
     log = submit(cluster, tmp_path / "bad.yaml", code=1)
     assert "unknown setting 'inptu'; did you mean 'input'" in log
     assert "exit code 2" in log
 
 
-def test_a_stranger_cannot_submit(cluster, tmp_path):
+def test_submit_without_token_is_401(cluster, tmp_path):
     stranger = {**cluster, "HOME": str(tmp_path)}
     done = subprocess.run([RAY, "job", "submit", "--", "true"], env=stranger, capture_output=True, text=True,
                           timeout=60, check=False)  # fmt: skip
@@ -180,7 +180,7 @@ def source(tmp_path, emails):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_job_whose_node_dies_is_stopped_and_submitted_again_and_nothing_is_lost(nodes, spam_folder, source, tmp_path):
+def test_lost_node_job_resumes_after_resubmit(nodes, spam_folder, source, tmp_path):
     doomed = nodes.start("--num-cpus=2", '--resources={"scorers": 1}')
     values = {"model": str(spam_folder.path), "input": str(source), "dtype": "float32", "unit_bytes": 6000}
     there = {"replicas": 1, "replica_resources": {"scorers": 0.5}, "num_threads": 1}
@@ -193,7 +193,7 @@ def test_a_job_whose_node_dies_is_stopped_and_submitted_again_and_nothing_is_los
     time.sleep(3)
     run([RAY, "job", "stop", "doomed"], nodes.environment)
     assert "was stopped" in run([RAY, "job", "status", "doomed"], nodes.environment)
-    assert not (output / "_summary.json").exists(), "it could not end: its scorers were gone"
+    assert not (output / "_summary.json").exists(), "the job could not finish without its scorers"
     doomed = nodes.start("--num-cpus=2", '--resources={"scorers": 1}')
     log = submit(nodes.environment, job)
     nodes.kill(doomed)
@@ -212,7 +212,7 @@ def test_a_job_whose_node_dies_is_stopped_and_submitted_again_and_nothing_is_los
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_submitted_training_ends_with_a_model_folder_that_scores(cluster, spam_folder, source, tmp_path):
+def test_submitted_training_writes_model_folder(cluster, spam_folder, source, tmp_path):
     folder = tmp_path / "trained"
     job = write(tmp_path / "train.yaml", train=str(source), valid=str(source), model=str(spam_folder.path), epochs=1,
                 kind="binary", output=str(folder), num_workers=2, max_length=64, device="cpu", limit=60)  # fmt: skip
@@ -225,7 +225,7 @@ def test_submitted_training_ends_with_a_model_folder_that_scores(cluster, spam_f
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_submitted_server_answers_until_its_job_is_stopped(cluster, spam_folder, tmp_path):
+def test_submitted_server_answers_until_stopped(cluster, spam_folder, tmp_path):
     job = write(tmp_path / "serve.yaml", model=str(spam_folder.path), port=28767, dtype="float32", device="cpu")
     submit(cluster, job, "--no-wait", "--submission-id=serving", job="serve")
 
@@ -242,7 +242,7 @@ def test_a_submitted_server_answers_until_its_job_is_stopped(cluster, spam_folde
 
 
 def pretend(tmp_path, code):
-    """A folder for PYTHONPATH whose code runs before anything else."""
+    """A folder for PYTHONPATH. Python runs its code at startup."""
     folder = tmp_path / "first"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(code)
@@ -250,14 +250,14 @@ def pretend(tmp_path, code):
 
 
 def driver(environment, settings, **more):
-    """The command on this machine, with the cluster's address."""
+    """Run the score command on this machine with the address of the cluster."""
     command = [str(Path(sys.executable).parent / "pipelines"), "score", "--config", str(settings),
                "--address", f"127.0.0.1:{PORT}"]  # fmt: skip
     return run(command, {**environment, **more}, code=2, cwd="/")
 
 
 @pytest.mark.slow
-def test_a_driver_of_another_ray_is_told_so(cluster, spam_folder, source, tmp_path):
+def test_driver_with_other_ray_version(cluster, spam_folder, source, tmp_path):
     other = pretend(tmp_path, "import ray; ray.__version__ = '2.59.1'")
     job = write(tmp_path / "job.yaml", model=str(spam_folder.path), input=str(source), output=str(tmp_path / "out"))
     said = driver(cluster, job, PYTHONPATH=other)
@@ -268,7 +268,7 @@ def test_a_driver_of_another_ray_is_told_so(cluster, spam_folder, source, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_driver_without_a_token_is_told_that_the_cluster_wants_one(cluster, spam_folder, source, tmp_path):
+def test_driver_without_token_is_refused(cluster, spam_folder, source, tmp_path):
     environment = {name: value for name, value in cluster.items() if name != "RAY_AUTH_MODE"}
     command = [sys.executable, "-m", "pipelines", "score", str(spam_folder.path), "--input", str(source),
                "--output", str(tmp_path / "out"), "--address", f"127.0.0.1:{PORT}"]  # fmt: skip
@@ -277,7 +277,7 @@ def test_a_driver_without_a_token_is_told_that_the_cluster_wants_one(cluster, sp
 
 
 @pytest.mark.slow
-def test_a_node_without_the_package_or_with_another_version_is_named(nodes, spam_folder, source, tmp_path):
+def test_node_with_missing_or_other_package(nodes, spam_folder, source, tmp_path):
     job = write(tmp_path / "job.yaml", model=str(spam_folder.path), input=str(source), output=str(tmp_path / "out"))
     version = "import pipelines.version; pipelines.version.VERSION = '0.0.9'"
     wait_until(lambda: alive(nodes.environment) > 0)
@@ -297,13 +297,13 @@ def test_a_node_without_the_package_or_with_another_version_is_named(nodes, spam
 
 
 def alive(environment):
-    """Nodes of the cluster, as its dashboard knows them."""
+    """The number of live nodes, as listed by the dashboard."""
     command = [RAY, "list", "nodes", "--format=json", "--filter=state=ALIVE"]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False).stdout
-    return len(json.loads(answer)) if answer.startswith("[") else 0  # nothing, while the head still starts
+    return len(json.loads(answer)) if answer.startswith("[") else 0  # the output is empty while the head starts
 
 
-def test_an_upload_leaves_out_what_no_job_needs(tmp_path):
+def test_upload_excludes_unneeded_files(tmp_path):
     from ray._private.ray_constants import get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import create_package
 

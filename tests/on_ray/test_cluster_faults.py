@@ -1,4 +1,4 @@
-"""Jobs on clusters that lose nodes, on object stores that fail, and through a running Serve application."""
+"""Jobs on clusters that lose nodes, with object stores that fail, and through a running Serve application."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.jobs import read_scored, score_job
 
 HERE = Path(__file__).parent
 AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-"""Azurite's own, known to everybody."""
+"""The published default key of Azurite."""
 
 
 def same(left, right):
@@ -39,7 +39,7 @@ def shards(folder, emails, count=3, rows=60):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_node_lost_in_the_middle_costs_no_row(spam_folder, tmp_path, emails):
+def test_lost_node_loses_no_rows(spam_folder, tmp_path, emails):
     source = shards(tmp_path / "in", emails)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
@@ -48,13 +48,13 @@ def test_a_node_lost_in_the_middle_costs_no_row(spam_folder, tmp_path, emails):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["lost"], "the node went while there was work"
+    assert summary["lost"], "the node was removed while the job was running"
     assert (summary["rows_out"], summary["rows_in_error"]) == (180, 0)
     score(score_job(spam_folder, source, tmp_path / "here"))
     same(read_scored(tmp_path / "out"), read_scored(tmp_path / "here"))
 
 
-def test_nodes_that_cannot_reach_a_path_are_named(local_ray, spam_folder, input_folder, tmp_path):
+def test_nodes_without_access_to_path_are_named(local_ray, spam_folder, input_folder, tmp_path):
     model, first = str(spam_folder.path), list_files(str(input_folder))[0]
     with pytest.raises(SettingsError, match=r"node \S+ \(\w+\) cannot see the output .*; use a path that every node"):
         check_nodes(model=model, files={"input": first}, output=str(tmp_path / "none"))
@@ -65,7 +65,7 @@ def test_nodes_that_cannot_reach_a_path_are_named(local_ray, spam_folder, input_
 
 
 def score_in_store(protocol, store, folder, source, tmp_path):
-    """Score in a store's bucket `bulk`, twice, and compare with a disk; everything that was printed and written."""
+    """Score twice in the bucket `bulk` and compare with a local run. Return all printed and written text."""
     store.put(str(source), "bulk/in", recursive=True)
     store.put(str(folder.path), "bulk/model", recursive=True)
     environment = {**{k: v for k, v in os.environ.items() if not k.startswith("RAY_")}, "XDG_CACHE_HOME": str(tmp_path)}
@@ -87,7 +87,7 @@ def score_in_store(protocol, store, folder, source, tmp_path):
 
 @pytest.mark.timeout(400)
 @pytest.mark.filterwarnings("ignore")
-def test_an_object_store_that_fails_now_and_then_gives_what_a_disk_gives(spam_folder, tmp_path, emails, flaky_s3):
+def test_flaky_object_store_matches_local_disk(spam_folder, tmp_path, emails, flaky_s3):
     import fsspec
 
     store = fsspec.filesystem("s3", skip_instance_cache=True)
@@ -100,7 +100,7 @@ def test_an_object_store_that_fails_now_and_then_gives_what_a_disk_gives(spam_fo
 
 @pytest.fixture
 def google_store(monkeypatch):
-    """An emulator of Google's object store on loopback, and what fsspec makes of it."""
+    """An emulator of Google Cloud Storage on loopback. Yields its fsspec protocol."""
     server = pytest.importorskip("gcp_storage_emulator.server", reason="the test server is in the dev extra")
     pytest.importorskip("gcsfs", reason="in the gcs extra")
     running = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="bulk")
@@ -113,7 +113,7 @@ def google_store(monkeypatch):
 
 @pytest.fixture
 def azure_store(monkeypatch, tmp_path):
-    """Azurite on loopback, where it is on PATH."""
+    """Azurite on loopback, if it is on PATH. Yields its fsspec protocol."""
     azurite = shutil.which("azurite-blob")
     if azurite is None:
         pytest.skip("azurite-blob is not on PATH (npm install azurite)")
@@ -142,7 +142,7 @@ def azure_store(monkeypatch, tmp_path):
 @pytest.mark.timeout(400)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["google_store", "azure_store"])
-def test_other_object_stores_give_what_a_disk_gives(request, kind, spam_folder, tmp_path, emails):
+def test_other_object_stores_match_local_disk(request, kind, spam_folder, tmp_path, emails):
     import fsspec
 
     protocol = request.getfixturevalue(kind)
@@ -155,7 +155,7 @@ def test_other_object_stores_give_what_a_disk_gives(request, kind, spam_folder, 
 
 
 @pytest.mark.timeout(400)
-def test_a_running_application_scores_like_replicas_of_the_jobs_own(local_ray, spam_folder, tmp_path, emails):
+def test_via_serve_matches_own_replicas(local_ray, spam_folder, tmp_path, emails):
     from ray import serve
 
     from pipelines.on_ray.serve.app import application

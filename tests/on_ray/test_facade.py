@@ -21,7 +21,7 @@ def train(folder, **args):
     return model, model.train_model(frame, eval_df=frame, mean=mean_prediction), frame
 
 
-def test_num_workers_in_args_trains_in_ray_train_with_the_same_result(local_ray, tmp_path):
+def test_num_workers_matches_single_process(local_ray, tmp_path):
     alone, (steps, progress), frame = train(tmp_path / "alone")
     workers, (their_steps, theirs), _ = train(tmp_path / "workers", num_workers=2)
     assert their_steps == steps == 14
@@ -37,7 +37,7 @@ def test_num_workers_in_args_trains_in_ray_train_with_the_same_result(local_ray,
     np.testing.assert_allclose(again.predict(texts)[1], workers.predict(texts)[1], atol=1e-6)
 
 
-def test_a_metric_that_fails_in_a_worker_is_told(local_ray, tmp_path):
+def test_metric_error_in_worker_is_raised(local_ray, tmp_path):
     def broken(true, predicted):
         raise ZeroDivisionError("no positives")
 

@@ -1,7 +1,6 @@
-"""A job whose processes are killed at random, started again until it is done, equals one that nobody disturbed.
+"""A job whose processes are killed at random is restarted until it finishes. Its output equals an undisturbed run.
 
-pytestmark = pytest.mark.ray
-KILLS and SEED in the environment make it longer and other: `make soak` kills a hundred times.
+The environment variables KILLS and SEED set the number of kills and the random seed. `make soak` uses 100 kills.
 """
 
 import json
@@ -20,6 +19,7 @@ import pytest
 
 from pipelines.storage.shards import list_files
 
+pytestmark = pytest.mark.ray
 KILLS, SEED = int(os.environ.get("KILLS", "3")), int(os.environ.get("SEED", "0"))
 MOST_RUNS = 10 * KILLS + 10
 OTHERS = {
@@ -30,7 +30,7 @@ OTHERS = {
     "_AutoscalingCoordinatorActor",
     "ActorLocationTracker",
 }
-"""Processes of Ray that are not at work for the job."""
+"""Ray processes that do not run the job."""
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def start(folder, source, output):
 
 
 def kill_something(process, rng, wait):
-    """SIGKILL the driver or one of its workers, wherever they are in their work; what was hit."""
+    """SIGKILL the driver or one of its workers after `wait` seconds. Return the name of the victim."""
     time.sleep(wait)
     if process.poll() is not None:
         return None
@@ -63,7 +63,7 @@ def kill_something(process, rng, wait):
     victim = psutil.Process(process.pid) if not workers or rng.random() < 0.5 else rng.choice(workers)
     title = title_of(victim)
     victim.kill()
-    if victim.pid == process.pid:  # Ray's processes follow their driver
+    if victim.pid == process.pid:  # Ray's processes exit with their driver
         process.wait()
         psutil.wait_procs(family, timeout=30)
         for left in family:
@@ -75,7 +75,7 @@ def kill_something(process, rng, wait):
 
 def title_of(process):
     try:
-        return " ".join(process.cmdline()).strip()  # Ray pads what it renames
+        return " ".join(process.cmdline()).strip()  # Ray pads the titles that it sets
     except psutil.Error:
         return ""
 
@@ -87,7 +87,7 @@ def read(output):
 
 @pytest.mark.slow
 @pytest.mark.timeout(max(600, 120 * KILLS))
-def test_a_job_killed_at_random_and_started_again_equals_an_undisturbed_one(spam_folder, source, tmp_path):
+def test_randomly_killed_job_matches_undisturbed(spam_folder, source, tmp_path):
     rng = random.Random(SEED)
     started = time.monotonic()
     undisturbed = start(spam_folder.path, source, tmp_path / "whole")
@@ -108,7 +108,7 @@ def test_a_job_killed_at_random_and_started_again_equals_an_undisturbed_one(spam
                 done = json.loads(out)
             else:
                 assert "Traceback" not in err, err[-3000:]
-        if done and len(hit) < KILLS:  # too quick for the executioner: from the beginning again
+        if done and len(hit) < KILLS:  # finished before enough kills: delete some output and run again
             done = None
             for path in (tmp_path / "killed").iterdir():
                 if rng.random() < 0.7:

@@ -1,4 +1,4 @@
-"""Who gets into the Ray that a command starts for itself: its ports are open to the network, its door is not."""
+"""Access control of the local Ray that a command starts. Its ports are reachable, but clients need the token."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=9)))
 
 
 def ask(address, **more):
-    """Another process that asks the Ray at address for its nodes."""
+    """List the nodes of the Ray at `address` from another process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-c", ASK, address]
     return subprocess.run(
@@ -23,14 +23,14 @@ def ask(address, **more):
 
 
 @pytest.mark.timeout(400)
-def test_a_local_ray_lets_nobody_in_without_its_token(local_ray):
+def test_local_ray_requires_token(local_ray):
     address = local_ray.get_runtime_context().gcs_address
-    assert ask(address, RAY_AUTH_MODE="token").stdout == "1\n", "this user, who can read the token"
+    assert ask(address, RAY_AUTH_MODE="token").stdout == "1\n", "this user can read the token"
     for stranger in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x" * 64}):
         done = ask(address, **stranger)
         assert done.returncode != 0
         assert "InvalidAuthToken" in done.stderr
 
 
-def test_a_local_ray_has_no_dashboard(local_ray):
+def test_local_ray_has_no_dashboard(local_ray):
     assert not local_ray._private.worker.global_worker.node.webui_url

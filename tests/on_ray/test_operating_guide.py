@@ -1,4 +1,4 @@
-"""The operating guide's commands, in their order, as a person would type them into one shell."""
+"""Runs the commands of docs/operating.md in order in one shell."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def is_free(port):
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def test_only_what_needs_a_cloud_is_not_run():
+def test_not_run_blocks_need_a_cloud():
     assert len(BLOCKS) >= 6
     for block in NOT_RUN:
         assert re.search(r"docker|kubectl|ray stop", block)
@@ -35,7 +35,7 @@ def test_only_what_needs_a_cloud_is_not_run():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not all(map(is_free, PORTS)), reason="another Ray has the guide's ports, 6379 and 8265")
-def test_the_guide_can_be_followed(spam_folder, tmp_path):
+def test_guide_commands_run(spam_folder, tmp_path):
     checkout = tmp_path / "checkout"
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
@@ -49,15 +49,15 @@ def test_the_guide_can_be_followed(spam_folder, tmp_path):
         {mark: "1", "HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     )
     tune = ["pipelines", "tune", "runs/demo/model", "--data", "docs/demo/emails/valid", "--limit", "40"]
-    subprocess.run(tune, cwd=checkout, env=environment, check=True, capture_output=True)  # as `make demo` leaves it
+    subprocess.run(tune, cwd=checkout, env=environment, check=True, capture_output=True)  # like `make demo`
     script = "\n".join(["set -eux", *BLOCKS])
     try:
         done = subprocess.run(["bash", "-c", script], cwd=checkout, env=environment, capture_output=True, text=True,
                               timeout=800, check=False)  # fmt: skip
         said = done.stdout + done.stderr
         assert done.returncode == 0, said[-6000:]
-        assert said.count("succeeded") == 4, "the first look and three jobs went to their end"
-        assert '"rows_out": 325' in said, "the output holds all four files in the end"
+        assert said.count("succeeded") == 4, "the trial job and three scoring jobs succeed"
+        assert '"rows_out": 325' in said, "the final output has the rows of all four files"
         assert "resuming: " in said
         assert "replica_hours" in said
     finally:

@@ -28,7 +28,7 @@ def scored(local_ray, spam_folder, input_folder, tmp_path_factory):
     return output, summary, lines
 
 
-def test_every_row_comes_out_once_in_order_with_its_error(scored, input_folder):
+def test_rows_are_in_order_with_errors(scored, input_folder):
     output, summary, lines = scored
     table = read_scored(output)
     rows = table.select(["source_file", "source_row"]).to_pylist()
@@ -47,7 +47,7 @@ def test_every_row_comes_out_once_in_order_with_its_error(scored, input_folder):
     assert set(summary.seconds) == {"read", "tokenize", "wait", "forward", "write"}
 
 
-def test_columns_and_metadata_are_those_of_the_specification(scored, spam_folder):
+def test_output_columns_and_metadata(scored, spam_folder):
     table = read_scored(scored[0])
     names = ["id", "label", "source_file", "source_row", "predicted_label", "score", "scores", "num_tokens",
              "num_windows", "truncated", "error"]  # fmt: skip
@@ -58,7 +58,7 @@ def test_columns_and_metadata_are_those_of_the_specification(scored, spam_folder
     assert json.loads(metadata[b"pipelines.thresholds"]) == {"spam": 0.4}
 
 
-def test_the_job_scores_what_the_scorer_scores(scored, spam_folder, input_folder):
+def test_job_matches_scorer(scored, spam_folder, input_folder):
     table = read_scored(scored[0])
     scorer = Scorer.load(spam_folder, compute=ComputeSettings(**FLOAT32))
     here = pa.concat_tables([scorer.score_table(pq.read_table(f"{input_folder}/shard-{s}.parquet")) for s in range(3)])
@@ -70,7 +70,7 @@ def test_the_job_scores_what_the_scorer_scores(scored, spam_folder, input_folder
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_another_unit_size_and_filesystem_give_the_same(scored, spam_folder, input_folder, tmp_path):
+def test_unit_size_and_filesystem_change_nothing(scored, spam_folder, input_folder, tmp_path):
     settings = {"keep": ["id"], "prefix": "m_", "limit": 30, "replicas": 2, "thresholds": {"spam": 0.9}}
     score(job(spam_folder, f"{input_folder}/*.parquet", f"file://{tmp_path}/out", **settings))
     table, whole = read_scored(tmp_path / "out"), read_scored(scored[0]).slice(0, 30)
@@ -95,30 +95,30 @@ def test_another_unit_size_and_filesystem_give_the_same(scored, spam_folder, inp
         ({"replicas": 2, "replica_resources": {"spot": 1}}, SettingsError, "needs 2 spot at once"),
     ],
 )
-def test_bad_jobs_say_why(spam_folder, input_folder, tmp_path, settings, error, message):
+def test_bad_job_error_messages(spam_folder, input_folder, tmp_path, settings, error, message):
     paths = {"model": str(spam_folder.path), "input": str(input_folder), "output": str(tmp_path / "out")}
     with pytest.raises(error, match=message):
         score(ScoreJob.parse({**paths, **settings}))
 
 
-def test_a_scored_folder_can_be_scored_again_under_a_prefix(scored, spam_folder, tmp_path):
+def test_scored_folder_can_be_scored_with_prefix(scored, spam_folder, tmp_path):
     output = tmp_path / "again"
     score(job(spam_folder, scored[0], output, prefix="m_", text_column="predicted_label", limit=8))
     table = read_scored(output)
     assert {"source_file", "m_source_file", "m_predicted_label"} <= set(table.column_names)
 
 
-def test_columns_that_do_not_go_together_are_named_before_work(spam_folder, tmp_path):
+def test_conflicting_columns_are_refused_early(spam_folder, tmp_path):
     (tmp_path / "in").mkdir()
     for name, ids in (("a", [1]), ("b", ["x"])):
         pq.write_table(pa.table({"id": ids, "text": ["t"]}), tmp_path / "in" / f"{name}.parquet")
     with pytest.raises(DataError, match=r"columns of .*b\.parquet do not fit"):
         score(job(spam_folder, tmp_path / "in", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    assert score(job(spam_folder, tmp_path / "in", tmp_path / "out", keep=[])).rows_out == 2, "as the error advises"
+    assert score(job(spam_folder, tmp_path / "in", tmp_path / "out", keep=[])).rows_out == 2, "the suggested remedy"
 
 
-def test_a_used_output_and_a_clashing_column_are_refused(scored, spam_folder, input_folder, tmp_path):
+def test_used_output_and_column_clash_are_refused(scored, spam_folder, input_folder, tmp_path):
     with pytest.raises(
         OutputError, match=r"text_column was 'text' and is now 'label'; give a new folder, or --overwrite"
     ):

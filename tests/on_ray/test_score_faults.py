@@ -1,4 +1,4 @@
-"""Faults that only separate processes can have."""
+"""Faults that occur only with separate processes."""
 
 import os
 
@@ -16,7 +16,7 @@ from tests.jobs import read_scored, score_job
 
 
 def deadly(words):
-    """A replica whose process dies over texts that hold a word; a local class travels by value."""
+    """A replica class whose process dies on texts with one of the words. A local class is pickled by value."""
 
     class Deadly(ScoreUnits):
         def __init__(self, *args):
@@ -36,7 +36,7 @@ def deadly(words):
 
 
 @pytest.mark.timeout(600)
-def test_rows_that_kill_their_process_come_out_with_an_error(local_ray, tmp_path, emails, monkeypatch):
+def test_row_that_kills_its_process_gets_error(local_ray, tmp_path, emails, monkeypatch):
     folder = tmp_path / "model"
     folder.mkdir()
     texts = [f"good text number {number}" for number in range(16)]
@@ -53,7 +53,7 @@ def test_rows_that_kill_their_process_come_out_with_an_error(local_ray, tmp_path
     assert "died over this row, again and again" in rows[5]["error"]
 
 
-def test_a_range_that_kills_is_halved_until_its_rows_stand_alone():
+def test_crashing_range_is_halved():
     record = CrashRecord()
     deadly_rows, is_done = {3, 10}, False
     crashes = 0
@@ -74,4 +74,4 @@ def test_a_range_that_kills_is_halved_until_its_rows_stand_alone():
     assert crashes <= replica.CRASHES_BEFORE_HALVING + 2 * 5 + 1
     record.end(7)
     record.begin_range(7, (3, 6))
-    assert record.begin(7, 12) == RowsToScore(((0, 12),)), "a range is not taken for the whole where memory was lost"
+    assert record.begin(7, 12) == RowsToScore(((0, 12),)), "a range must not replace a whole unit"

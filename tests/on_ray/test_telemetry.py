@@ -1,4 +1,4 @@
-"""Numbers of a run on their way to Prometheus."""
+"""Gauges of a run are exported to Prometheus."""
 
 import time
 
@@ -6,7 +6,7 @@ from pipelines.on_ray.serve.metrics import collect
 from pipelines.on_ray.telemetry import Gauges
 
 
-def test_gauges_reach_the_agent_of_their_node(local_ray):
+def test_gauges_reach_node_agent(local_ray):
     gauges = Gauges("train", {"model": "runs/spam"})
     gauges({"loss": 0.5, "step": 10})
     gauges({"loss": 0.25})
@@ -18,7 +18,7 @@ def test_gauges_reach_the_agent_of_their_node(local_ray):
 
 
 def series():
-    """The newest value of each gauge of the run."""
+    """The latest value of each gauge of the run."""
     lines = [line for line in collect().splitlines() if 'model="runs/spam"' in line]
     names = [line.split("{")[0].removeprefix("ray_pipelines_train_") for line in lines]
     return dict(zip(names, (float(line.split()[-1]) for line in lines), strict=True))

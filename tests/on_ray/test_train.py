@@ -1,4 +1,4 @@
-"""Fine-tuning in Ray Train workers. What needs no Ray is in tests/training."""
+"""Fine-tuning in Ray Train workers. Tests that need no Ray are in tests/training."""
 
 import json
 import re
@@ -22,7 +22,7 @@ STEPS = {"epochs": 3, "save_steps": 4, "shuffle_buffer": 30, "weight": None}
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_two_workers_take_the_steps_of_this_process(training_data, tmp_path, monkeypatch, log_lines):
+def test_two_workers_match_one_process(training_data, tmp_path, monkeypatch, log_lines):
     monkeypatch.chdir(training_data)
     paths = {"train": "data", "valid": "data/1.parquet", "model": "base"}
     alone = train(train_job(training_data, tmp_path / "0", shuffle_buffer=30))
@@ -35,14 +35,14 @@ def test_two_workers_take_the_steps_of_this_process(training_data, tmp_path, mon
     assert workers.valid == pytest.approx(alone.valid, rel=1e-3)
     assert read_model_folder(tmp_path / "2").metrics == workers.valid
     assert "2 workers on CPUs" in log_lines
-    assert sum("valid mcc" in line for line in log_lines) == 2, "one line a run, relayed from the workers"
+    assert sum("valid mcc" in line for line in log_lines) == 2, "one line per run, forwarded from the workers"
     assert "1.parquet row" in (tmp_path / "2" / "report.html").read_text(), "documents are named by file and row"
     assert list((tmp_path / "logs").glob("events.*"))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("local_ray")
-def test_an_error_in_a_worker_is_told_and_checkpoints_stay(training_data, tmp_path):
+def test_worker_error_keeps_checkpoints(training_data, tmp_path):
     settings = {"learning_rate": 1e30, "warmup_ratio": 0.9, "shuffle_buffer": 30, "save_steps": 1, "num_workers": 1}
     with pytest.raises(JobError, match=r"^the loss or its gradient is not finite at step"):
         train(train_job(training_data, tmp_path / "out", **settings))
@@ -50,7 +50,7 @@ def test_an_error_in_a_worker_is_told_and_checkpoints_stay(training_data, tmp_pa
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_more_workers_than_a_local_ray_can_hold_are_refused(training_data, tmp_path):
+def test_too_many_workers_are_refused(training_data, tmp_path):
     with pytest.raises(SettingsError, match="needs 500 CPU at once, and the local Ray has"):
         train(train_job(training_data, tmp_path / "out", num_workers=500, limit=10))
     assert not (tmp_path / "out").exists()
@@ -59,7 +59,7 @@ def test_more_workers_than_a_local_ray_can_hold_are_refused(training_data, tmp_p
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_lost_worker_is_replaced_and_the_run_resumes(training_data, tmp_path):
+def test_lost_worker_is_replaced(training_data, tmp_path):
     output = tmp_path / "lost"
     settings = train_values(training_data, output, **{**STEPS, "save_steps": None}, num_workers=2, save_minutes=0)
     (tmp_path / "train.yaml").write_text(json.dumps(settings))
@@ -75,7 +75,7 @@ def test_a_lost_worker_is_replaced_and_the_run_resumes(training_data, tmp_path):
     workers[-1].kill()
     out, err = process.communicate(timeout=300)
     assert process.returncode == 3, err[-3000:]
-    assert re.search(r"resuming from step \d*0$", err, re.MULTILINE), "the clock is looked at every ten steps"
+    assert re.search(r"resuming from step \d*0$", err, re.MULTILINE), "save_minutes is checked every ten steps"
     summary = json.loads(out)
     expected = train_here(train_job(training_data, tmp_path / "undisturbed", **STEPS))
     assert summary["steps"] == expected.steps
@@ -92,7 +92,7 @@ def title(process):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(700)
-def test_workers_come_and_go(training_data, tmp_path):
+def test_elastic_workers(training_data, tmp_path):
     changes = {**STEPS, "save_steps": None, "epochs": 60}
     settings = train_values(training_data, tmp_path / "elastic", num_workers="1:2", resize_seconds=3, **changes)
     del settings["valid"]
@@ -103,10 +103,10 @@ def test_workers_come_and_go(training_data, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     lines = done.stderr.splitlines()
     begun = [line for line in lines if line.startswith("training on")]
-    assert begun == [f"training on {count} workers" for count in (1, 2, 1)], "up, and down again"
+    assert begun == [f"training on {count} workers" for count in (1, 2, 1)], "the number of workers grows and shrinks"
     (notice,) = [line for line in lines if "a machine of this run will be taken away" in line]
     resumed = [line.split()[-1] for line in lines if line.startswith("resuming from step")]
     assert int(resumed[-1]) >= int(notice.split()[-1])
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert len(summary["losses"]) == summary["steps"], "no step is missing, none was taken twice"
+    assert len(summary["losses"]) == summary["steps"], "no step is missing or repeated"
     assert np.mean(summary["losses"][-100:]) < 0.01

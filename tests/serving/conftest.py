@@ -1,4 +1,4 @@
-"""The HTTP application without sockets and without Ray."""
+"""Fixtures for the HTTP application without sockets and without Ray."""
 
 import asyncio
 import hashlib
@@ -14,7 +14,7 @@ from tests.on_ray.serve.servers import KEYS
 
 
 class ApiClient:
-    """Requests to an application in this process; it runs on an event loop in a thread."""
+    """A client of an application in this process. The application runs on an event loop in a thread."""
 
     def __init__(self, job):
         self._loop = asyncio.new_event_loop()
@@ -28,7 +28,7 @@ class ApiClient:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(120)
 
     def request(self, method, path, *, headers=None, **options):
-        """A response; headers replace the key."""
+        """Send a request and return the response. `headers` replace the API key."""
         given = self.headers if headers is None else headers
         return self._wait(self._client.request(method, path, headers=given, **options))
 
@@ -49,7 +49,7 @@ class ApiClient:
 
 @pytest.fixture(scope="session")
 def api(spam_folder):
-    """The spam model behind two API keys and small limits."""
+    """The spam model with two API keys and small limits."""
     hashes = [hashlib.sha256(key.encode()).hexdigest() for key in KEYS]
     limits = {"max_documents": 40, "max_document_tokens": 5000, "dtype": "float32", "device": "cpu"}
     client = ApiClient(ServeJob.parse({"model": str(spam_folder.path), "api_keys": hashes, **limits}))

@@ -17,11 +17,11 @@ TEXTS = ["Noon at the usual place?", "WIN a free cruise now!!! " * 300]
 
 @pytest.fixture(scope="module")
 def truth(api):
-    """What the server's own route says of the texts."""
+    """The answers of /v1/predict for TEXTS."""
     return api.predict(inputs=TEXTS).json()["predictions"]
 
 
-def test_an_answer_says_what_it_is_made_of(api, spam_folder, emails):
+def test_predict_response_fields(api, spam_folder, emails):
     text = max(emails["text"].to_pylist()[:40], key=len)
     answer = api.predict(inputs=[text], windows=True).json()
     assert answer["model"] == "spam"
@@ -39,7 +39,7 @@ def test_an_answer_says_what_it_is_made_of(api, spam_folder, emails):
     assert mean == pytest.approx(prediction["scores"]["spam"], abs=1e-5)
 
 
-def test_thresholds_of_a_request_replace_the_folders(api):
+def test_request_thresholds(api):
     for thresholds in (0.0, [0.0], {"spam": 0.0}):
         (prediction,) = api.predict(inputs=["hello"], thresholds=thresholds).json()["predictions"]
         assert prediction["label"] == "spam"
@@ -73,14 +73,14 @@ def test_thresholds_of_a_request_replace_the_folders(api):
         (b'{"inputs":["' + b"a" * 5_000_000 + b'"]}', 413, "at most 4194304"),
     ],
 )
-def test_bad_requests_are_told_what_is_wrong(api, content, status, message):
+def test_bad_request_status_and_message(api, content, status, message):
     answer = api.post("/v1/predict", content=content, headers={**api.headers, "content-type": "application/json"})
     assert answer.status_code == status, answer.text
     assert message in answer.json()["error"]
     assert answer.json()["error_type"]
 
 
-def test_a_bad_request_is_not_echoed(api):
+def test_bad_request_is_not_echoed(api):
     secret = "the-patient-is-called"
     for body in ({"inputs": secret}, {"inputs": [{"text": secret, "more": secret}]}, {"inputs": [[secret]]},
                  {"inputs": ["a"], "thresholds": secret}):  # fmt: skip
@@ -89,7 +89,7 @@ def test_a_bad_request_is_not_echoed(api):
         assert secret not in answer.text
 
 
-def test_who_has_no_key_gets_no_answer(api):
+def test_missing_or_wrong_key_is_401(api):
     body = {"inputs": ["hello"]}
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": KEYS[0]}, {"x-api-key": ""},
                     {"authorization": f"Bearer {hashlib.sha256(KEYS[0].encode()).hexdigest()}"}):  # fmt: skip
@@ -104,7 +104,7 @@ def test_who_has_no_key_gets_no_answer(api):
         assert api.get(path, headers={}).status_code == status
 
 
-def test_a_server_for_others_wants_keys_or_a_word():
+def test_public_host_needs_keys():
     for host in ("0.0.0.0", "192.0.2.7", "::", "127.example.com", "localhost.example.com", "::1234"):
         with pytest.raises(SettingsError, match="lets other machines send requests without a key; set api_keys"):
             check_exposure(ServeSettings(host=host))
@@ -128,15 +128,15 @@ def test_health_readiness_info_and_docs(api, spam_folder):
     assert "/v1/predict" in api.get("/openapi.json").json()["paths"]
 
 
-def test_the_page_comes_without_a_key_and_loads_nothing_else(api):
+def test_page_needs_no_key_and_loads_nothing(api):
     answer = api.get("/", headers={})
     assert answer.status_code == 200
     assert answer.headers["content-security-policy"].startswith("default-src 'none'; ")
     assert not re.search(r"(src|href)=|@import|https?://", answer.text)
-    assert ".innerHTML" not in answer.text, "texts and labels are no markup"
+    assert ".innerHTML" not in answer.text, "texts and labels are never inserted as HTML"
 
 
-def test_text_embeddings_inferences_route(api, truth):
+def test_text_embeddings_inference_route(api, truth):
     def ask(inputs, **more):
         return api.post("/predict", json={"inputs": inputs, **more})
 
@@ -160,7 +160,7 @@ def test_text_embeddings_inferences_route(api, truth):
         assert "top_k is a number" in ask("a", parameters={"top_k": top_k}).json()["error"]
 
 
-def test_vllms_route(api, truth):
+def test_vllm_route(api, truth):
     for route in ("/classify", "/v1/classify"):
         answer = api.post(route, json={"model": "spam", "input": TEXTS}).json()
         assert answer["object"] == "list"
@@ -172,12 +172,12 @@ def test_vllms_route(api, truth):
     assert api.post("/classify", json={"input": "one"}).json()["data"][0]["index"] == 0
 
 
-def test_a_long_text_is_not_truncated_by_any_of_them(api, truth):
+def test_long_text_is_not_truncated(api, truth):
     assert truth[1]["num_windows"] > 3
     answer = api.post("/classify", json={"input": TEXTS[1]}).json()
     assert answer["usage"]["prompt_tokens"] == truth[1]["num_tokens"]
 
 
-def test_without_a_key_no_route_answers(api):
+def test_protocol_routes_need_key(api):
     for route in ("/predict", "/models/x", "/classify", "/v1/classify", "/v1/moderations"):
         assert api.post(route, json={"inputs": "a", "input": "a"}, headers={}).status_code == 401

@@ -21,7 +21,7 @@ def documents(*lengths, start=0):
 
 
 class Model:
-    """Stands in for a scorer: a window's logit is the first id of its document."""
+    """A fake scorer. The logit of a window is the first token id of its document."""
 
     def cut(self, batch):
         return cut_documents(batch.tokens, PLAN, Template((2,), (3,)), batch.pair_tokens)
@@ -32,13 +32,13 @@ class Model:
 
     def merge(self, batch, cut, logits_WL):
         offsets = cut.windows.offsets
-        assert len(logits_WL) == offsets[-1], "every window, once"
+        assert len(logits_WL) == offsets[-1], "every window has exactly one logit"
         return DocumentScores(logits_WL[offsets[:-1]], None, cut.windows, logits_WL, logits_WL, batch.num_tokens_D,
                               list(batch.errors))  # fmt: skip
 
 
 class Slow(Model):
-    """Scores when it is released, and remembers the windows of each pass by the first id of their document."""
+    """Waits for `release` before it scores. Records the first document id of each window in each pass."""
 
     def __init__(self):
         self.release = threading.Semaphore(0)
@@ -55,7 +55,7 @@ class Slow(Model):
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
-    """Passes are as large as batch_tokens says, however long a test holds them."""
+    """Disables the time limit of passes. Only batch_tokens limits their size."""
     monkeypatch.setattr("pipelines.serving.batcher.PASS_SECONDS", 1e9)
 
 
@@ -68,7 +68,7 @@ async def settle():
         await asyncio.sleep(0.005)
 
 
-def test_requests_gather_while_the_model_is_busy_and_each_gets_its_own():
+def test_requests_are_batched_while_model_is_busy():
     async def scenario():
         model = Slow()
         batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=1000, max_queued_tokens=10_000)
@@ -76,20 +76,20 @@ def test_requests_gather_while_the_model_is_busy_and_each_gets_its_own():
         await settle()
         tasks += [asyncio.create_task(batcher.submit(documents(3, 25, start=100 * n))) for n in range(1, 6)]
         await settle()
-        assert model.passes == [[0, 3, 3, 3]], "the first goes at once, alone"
+        assert model.passes == [[0, 3, 3, 3]], "the first request runs immediately and alone"
         model.release.release(6)
         for n, task in enumerate(tasks):
             scores = await task
             assert scores.scores_DL[:, 0].tolist() == [100 * n, 100 * n + 3]
             assert scores.num_windows_D.tolist() == [1, 3]
-        assert len(model.passes) == 2, "the rest went together"
+        assert len(model.passes) == 2, "the other requests share one pass"
         assert len(model.passes[1]) == 20
         await batcher.close()
 
     run(scenario)
 
 
-def test_a_pass_stays_within_its_tokens_but_takes_one_window_of_any_size():
+def test_pass_token_limit():
     async def scenario():
         for batch_tokens, most in ((50, 4), (5, 1)):
             model = Slow()
@@ -104,7 +104,7 @@ def test_a_pass_stays_within_its_tokens_but_takes_one_window_of_any_size():
     run(scenario)
 
 
-def test_a_long_document_keeps_no_short_one_waiting():
+def test_long_document_does_not_block_short_ones():
     async def scenario():
         model = Slow()
         batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=50, max_queued_tokens=100_000)
@@ -115,9 +115,9 @@ def test_a_long_document_keeps_no_short_one_waiting():
         for _ in range(5):
             model.release.release()
             await settle()
-        assert all(task.done() for task in short), "in the passes after the one that ran, half of each"
+        assert all(task.done() for task in short), "short documents get half of each later pass"
         assert not long.done()
-        assert all(windows.count(100_000) >= 2 for windows in model.passes), "and it goes on itself"
+        assert all(windows.count(100_000) >= 2 for windows in model.passes), "the long document also advances"
         model.release.release(1000)
         assert (await long).scores_DL.item() == 100_000
         await batcher.close()
@@ -125,7 +125,7 @@ def test_a_long_document_keeps_no_short_one_waiting():
     run(scenario)
 
 
-def test_a_pass_holds_what_the_model_does_in_its_time(monkeypatch):
+def test_pass_size_follows_pass_time(monkeypatch):
     monkeypatch.setattr("pipelines.serving.batcher.PASS_SECONDS", 0.2)
 
     class Timed(Slow):
@@ -146,7 +146,7 @@ def test_a_pass_holds_what_the_model_does_in_its_time(monkeypatch):
     run(scenario)
 
 
-def test_nothing_to_score_is_answered_at_once():
+def test_empty_request_is_answered():
     async def scenario():
         model = Slow()
         batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=50, max_queued_tokens=100)
@@ -158,7 +158,7 @@ def test_nothing_to_score_is_answered_at_once():
     run(scenario)
 
 
-def test_callers_who_go_away_at_any_moment_leave_no_tokens_behind():
+def test_cancelled_requests_leave_no_queued_tokens():
     async def scenario():
         model = Model()
         batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=30, max_queued_tokens=1_000_000)
@@ -178,7 +178,7 @@ def test_callers_who_go_away_at_any_moment_leave_no_tokens_behind():
     run(scenario)
 
 
-def test_one_large_request_leaves_room_for_others():
+def test_large_request_leaves_queue_room():
     async def scenario():
         model = Slow()
         batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=20, max_queued_tokens=200)
@@ -197,7 +197,7 @@ def test_one_large_request_leaves_room_for_others():
     run(scenario)
 
 
-def test_singles_and_pairs_take_turns():
+def test_singles_and_pairs_alternate():
     async def scenario():
         model = Slow()
         batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=40, max_queued_tokens=10_000)
@@ -215,7 +215,7 @@ def test_singles_and_pairs_take_turns():
     run(scenario)
 
 
-def test_a_failing_batch_tells_its_requests_and_the_next_one_works():
+def test_failed_batch_raises_and_next_works():
     async def scenario():
         model = Slow()
         model.release.release(100)
@@ -230,7 +230,7 @@ def test_a_failing_batch_tells_its_requests_and_the_next_one_works():
     run(scenario)
 
 
-def test_too_much_waiting_is_refused_and_abandoned_requests_make_room():
+def test_queue_limit_and_cancelled_requests():
     async def scenario():
         model = Slow()
         batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=100, max_queued_tokens=120)
@@ -242,18 +242,18 @@ def test_too_much_waiting_is_refused_and_abandoned_requests_make_room():
             await batcher.submit(documents(40))
         waiting[0].cancel()
         await settle()
-        assert batcher.queued_tokens == 48, "the room is free at once"
+        assert batcher.queued_tokens == 48, "a cancelled request frees its tokens immediately"
         model.release.release(100)
         await running
         assert (await waiting[1]).scores_DL.item() == 50
-        assert [set(windows) for windows in model.passes] == [{0}, {50}], "the abandoned request was never scored"
+        assert [set(windows) for windows in model.passes] == [{0}, {50}], "the cancelled request is never scored"
         assert batcher.queued_tokens == 0
         await batcher.close()
 
     run(scenario)
 
 
-def test_closing_finishes_the_running_pass_and_cancels_the_rest():
+def test_close_finishes_running_pass():
     async def scenario():
         model = Slow()
         batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=10, max_queued_tokens=100)

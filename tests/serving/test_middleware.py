@@ -6,7 +6,7 @@ from pipelines.serving.middleware import Guard
 
 
 class Counts:
-    """Stands in for the metrics: what was counted."""
+    """Fake metrics that record the counted statuses."""
 
     def __init__(self):
         self.seen = []
@@ -17,7 +17,7 @@ class Counts:
 
 
 def ask(messages, *, headers=(), limit=10, answer=None, counts=None):
-    """What an application behind the guard read, what was sent, and which statuses were counted."""
+    """Send messages through the guard. Return the messages read, sent and left, and the counted statuses."""
     read, sent, counts, left = [], [], counts or Counts(), list(messages)
     scope = {"type": "http", "path": "/", "headers": list(headers)}
 
@@ -25,7 +25,7 @@ def ask(messages, *, headers=(), limit=10, answer=None, counts=None):
         if answer is not None:
             raise answer
         read.append((await receive())["body"])
-        assert (await receive())["type"] == "http.disconnect", "what comes after the body still comes"
+        assert (await receive())["type"] == "http.disconnect", "messages after the body are passed on"
         await send({"type": "http.response.start", "status": 204, "headers": []})
 
     async def receive():
@@ -46,14 +46,14 @@ def part(body, more):
 GONE = {"type": "http.disconnect"}
 
 
-def test_a_body_in_parts_is_handed_on_whole_and_the_answer_says_how_long_it_took():
+def test_body_parts_are_joined_and_answer_is_timed():
     read, sent, counted, _ = ask([part(b"12345", True), part(b"", True), part(b"67890", False), GONE])
     assert read == [b"1234567890"]
     assert counted == [204]
     assert {name for name, _ in sent[0]["headers"]} >= {b"x-total-time", b"x-queue-time"}
 
 
-def test_no_more_is_read_than_the_limit():
+def test_reading_stops_at_body_limit():
     read, sent, counted, left = ask([part(b"123456", True)] * 5)
     assert not read
     assert counted == [413]
@@ -61,20 +61,20 @@ def test_no_more_is_read_than_the_limit():
     assert len(left) == 3
 
 
-def test_what_announces_too_much_is_not_read():
+def test_content_length_above_limit_is_413():
     read, _, counted, left = ask([part(b"1", False)], headers=[(b"content-length", b"11")])
     assert not read
     assert counted == [413]
     assert len(left) == 1
 
 
-def test_a_length_that_is_no_number_is_counted_instead():
+def test_invalid_content_length_is_ignored():
     read, _, counted, _ = ask([part(b"1", False), GONE], headers=[(b"content-length", b"\xb2")])
     assert read == [b"1"]
     assert counted == [204]
 
 
-def test_half_a_body_is_not_taken_for_a_whole_one():
+def test_incomplete_body_is_dropped():
     read, sent, counted, _ = ask([part(b"123", True), GONE])
     assert not read
     assert not sent
@@ -82,7 +82,7 @@ def test_half_a_body_is_not_taken_for_a_whole_one():
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError, 500), (asyncio.CancelledError, 499)])
-def test_what_is_raised_is_counted(error, status):
+def test_exceptions_are_counted(error, status):
     counts = Counts()
     with pytest.raises(error):
         ask([part(b"", False)], answer=error(), counts=counts)

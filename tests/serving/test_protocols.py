@@ -28,7 +28,7 @@ from pipelines.settings import DecisionSettings
 @example(b'{"inputs":[{"name":"text","datatype":"BYTES","parameters":{"binary_data_size":true}}]}x', "83")
 @example(b"[" * 200_000, None)
 @example(b"{}", "9" * 5000)
-def test_no_tensors_break_the_protocol(body, header_length):
+def test_malformed_tensors_raise_data_error(body, header_length):
     with contextlib.suppress(DataError):
         texts_of_tensors(body, header_length)
 
@@ -54,7 +54,7 @@ def prediction(**more):
 
 def test_several_labels():
     several = prediction(labels=["a", "c"])
-    assert [item["label"] for item in ranked(several)] == ["c", "a", "b"], "what holds comes before what does not"
+    assert [item["label"] for item in ranked(several)] == ["c", "a", "b"], "predicted labels come before the others"
     (found,) = classified([several], Usage(num_tokens=3, num_windows=1), "m")["data"]
     assert (found["label"], found["probs"]) == ("c", [0.2, 0.7, 0.6])
     (found,) = moderated([several], ["a", "b", "c"], "multilabel", "m")["results"]

@@ -1,4 +1,4 @@
-"""Facades on the golden models, for the tests of the drop-in."""
+"""Helpers that open facades on the golden models."""
 
 import pandas as pd
 

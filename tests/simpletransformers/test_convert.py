@@ -19,7 +19,7 @@ FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
 
 
 def pickled(source, folder, keep=("model_args.json",)):
-    """The golden folder of a kind as Simple Transformers of the years before safetensors saved it."""
+    """The golden folder of a kind in the old pickle format of Simple Transformers."""
     folder.mkdir()
     for file in (golden.HERE / source).iterdir():
         if file.suffix != ".safetensors" and (file.name != "model_args.json" or file.name in keep):
@@ -31,7 +31,7 @@ def pickled(source, folder, keep=("model_args.json",)):
 
 @pytest.mark.filterwarnings("ignore:without effect here")
 @pytest.mark.parametrize("kind", golden.CASES)
-def test_a_pickled_folder_becomes_a_model_folder_that_says_the_same(kind, tmp_path):
+def test_pickled_folder_is_converted(kind, tmp_path):
     old = pickled(kind, tmp_path / "old")
     facade = MultiLabelClassificationModel if kind == "multilabel" else ClassificationModel
     with pytest.raises(ModelFolderError, match=f"pytorch_model.bin.* pipelines convert {old} NEW"):
@@ -57,7 +57,7 @@ class Hostile:
         return os.system, ("touch /tmp/pipelines-was-here",)
 
 
-def test_a_hostile_pickle_does_not_run(tmp_path):
+def test_malicious_pickle_does_not_run(tmp_path):
     old = pickled("binary", tmp_path / "old")
     (old / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Hostile()}, protocol=2))
     with pytest.raises(ModelFolderError, match=r"cannot be read|holds more than tensors"):
@@ -66,10 +66,10 @@ def test_a_hostile_pickle_does_not_run(tmp_path):
     with pytest.raises(ModelFolderError, match="holds more than tensors and may be hostile"):
         convert(str(old), str(tmp_path / "new"))
     assert not os.path.exists("/tmp/pipelines-was-here")
-    assert [path.name for path in tmp_path.iterdir()] == ["old"], "nothing is left behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"], "no output folder is left"
 
 
-def test_a_plain_hugging_face_classifier_says_what_it_lacks(tmp_path):
+def test_convert_needs_kind_of_plain_classifier(tmp_path):
     old = pickled("multiclass", tmp_path / "old", keep=())
     config = json.loads((old / "config.json").read_text())
     config.pop("problem_type", None)

@@ -1,4 +1,4 @@
-"""Faults of Simple Transformers 0.70.8, each with what would show it here."""
+"""Known faults of Simple Transformers 0.70.8. Each test fails if this package has the fault."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from tests.simpletransformers.golden import freeze_simpletransformers as golden
 pytestmark = pytest.mark.filterwarnings("ignore:without effect here")
 
 
-def test_no_cache_gives_one_text_the_answer_of_another_of_the_same_length(tmp_path, monkeypatch):
+def test_no_stale_cache_between_texts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = open_model("binary", sliding_window=True, no_cache=False, reprocess_input_data=False)
     texts = golden.read_texts()
@@ -25,10 +25,10 @@ def test_no_cache_gives_one_text_the_answer_of_another_of_the_same_length(tmp_pa
     fresh = open_model("binary", sliding_window=True).predict(texts[20:40])[1]
     for left, right in zip(outputs[1], fresh, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
-    assert list(tmp_path.iterdir()) == [], "nothing is written where nothing was asked for"
+    assert list(tmp_path.iterdir()) == [], "evaluation writes no files"
 
 
-def test_predict_answers_twice_in_a_process_that_has_run_a_model_with_multiprocessing_on():
+def test_predict_twice_with_multiprocessing():
     code = """
 from tests.simpletransformers.facades import open_model
 from tests.simpletransformers.golden import freeze_simpletransformers as golden
@@ -42,7 +42,7 @@ print("done")
 
 
 @pytest.mark.parametrize("workers", [True, False])
-def test_several_labels_work_with_and_without_multiprocessing(workers):
+def test_multilabel_with_and_without_multiprocessing(workers):
     model = open_model("multilabel", use_multiprocessing=workers, use_multiprocessing_for_evaluation=workers,
                        no_save=True)  # fmt: skip
     frame = train_frame("multilabel")
@@ -51,7 +51,7 @@ def test_several_labels_work_with_and_without_multiprocessing(workers):
     assert np.shape(model.predict(frame["text"].tolist())[0]) == (24, 3)
 
 
-def test_a_threshold_of_zero_counts_in_evaluation_too():
+def test_threshold_zero_in_evaluation():
     frame = train_frame("multilabel")
     wrong = [open_model("multilabel", threshold=value).eval_model(frame)[2] for value in (0.0, 0.5)]
     expected = [row for row, labels in enumerate(frame["labels"]) if labels != [1, 1, 1]]
@@ -59,8 +59,8 @@ def test_a_threshold_of_zero_counts_in_evaluation_too():
     assert len(wrong[1]) != len(wrong[0])
 
 
-def test_windows_are_not_kept_as_python_lists():
-    """Their features cost above a kilobyte a window in Python objects; here a token costs some bytes, once."""
+def test_memory_per_window():
+    """Simple Transformers needs over a kilobyte of Python objects per window. This package stores each token once."""
     model = open_model("binary", sliding_window=True, stride=4, dense_windows=True)
     texts = ["free money now and then some more of it " * 400] * 4
     documents = model._engine.documents(texts, None)
@@ -73,7 +73,7 @@ def test_windows_are_not_kept_as_python_lists():
     assert peak / num_windows < 1_000, f"{peak / num_windows:.0f} bytes a window"
 
 
-def test_nothing_is_printed_when_windows_of_a_regression_are_averaged(capfd):
+def test_regression_windows_print_nothing(capfd):
     model = open_model("regression", sliding_window=True)
     model.eval_model(train_frame("regression"))
     assert capfd.readouterr().out == ""
@@ -85,25 +85,25 @@ def test_derived_warmup_steps_are_not_written_back():
     assert model.args.warmup_steps == 0
 
 
-def test_an_uncased_tokenizer_stays_uncased():
+def test_uncased_tokenizer_stays_uncased():
     model = MultiLabelClassificationModel("bert", str(golden.HERE / "binary"), num_labels=2, use_cuda=False)
     assert np.array_equal(
         model._engine._tokenizer.encode(["FREE Money"]).ids, model._engine._tokenizer.encode(["free money"]).ids
     )
 
 
-def test_one_text_of_a_regression_keeps_its_shape():
+def test_single_regression_text_keeps_shape():
     model = open_model("regression")
     values, raw = model.predict(["one"])
     assert values.shape == raw.shape == (1,)
     assert "rmse" in model.eval_model(train_frame("regression", 1))[0]
 
 
-def test_arguments_of_the_other_class_are_not_silently_dropped():
+def test_arguments_of_other_class_are_kept():
     args = ClassificationArgs(max_seq_length=16, silent=True)
     model = MultiLabelClassificationModel("bert", str(golden.HERE / "multilabel"), args=args, use_cuda=False)
     assert model._engine.scorer().plan.max_length == 16
 
 
-def test_the_default_device_works_where_there_is_no_gpu():
+def test_default_device_without_gpu():
     assert ClassificationModel("bert", str(golden.HERE / "binary")).predict(["a"])[0].shape == (1,)

@@ -1,6 +1,6 @@
-"""The scripts of docs/migration run here with nothing but their import changed.
+"""The scripts of docs/migration run with only their import changed.
 
-They print the lines that the page shows, with its counts and metrics; other numbers round otherwise elsewhere.
+Their output has the counts and metrics of docs/simpletransformers.md. Other numbers may round differently.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ def compare():
 
 
 @pytest.mark.parametrize("name", compare().EXAMPLES)
-def test_an_example_prints_what_the_page_says(name):
+def test_example_output_matches_docs(name):
     module = compare()
     code = (DOCS / "migration" / f"{name}.py").read_text()
     assert "import Multi" in module.changed(code) or "import Classification" in module.changed(code)
@@ -31,5 +31,5 @@ def test_an_example_prints_what_the_page_says(name):
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith(f"| {name} | ")]
     expected = {row[1]: row[3].removesuffix(" |") for row in rows if row[1] != "seconds"}
     assert printed.keys() == expected.keys()
-    exact = {"mcc", "accuracy", "wrong", "windows"} & expected.keys()  # the rest rounds otherwise on other machines
+    exact = {"mcc", "accuracy", "wrong", "windows"} & expected.keys()  # other numbers may round differently
     assert {words: printed[words] for words in exact} == {words: expected[words] for words in exact}

@@ -1,4 +1,4 @@
-"""What a review of the facades found, each as a user would meet it."""
+"""Regression tests for faults that a review of the facades found."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def copy_of(model):
     return {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
 
 
-def test_layers_that_the_user_froze_stay_as_they_are():
+def test_frozen_layers_stay_unchanged():
     model = open_model("binary", no_save=True, learning_rate=1e-2)
     for parameter in model.model.bert.parameters():
         parameter.requires_grad_(False)
@@ -42,7 +42,7 @@ def test_layers_that_the_user_froze_stay_as_they_are():
 
 
 @pytest.mark.parametrize("kind", ["binary", "roberta"])
-def test_an_args_object_keeps_the_windows_of_their_folders(kind):
+def test_args_object_keeps_window_plan(kind):
     args = ClassificationArgs(sliding_window=True, max_seq_length=32, silent=True)
     path = str(golden.HERE / kind)
     outputs = [ClassificationModel("auto", path, args=given, use_cuda=False).predict(golden.read_texts())[1]
@@ -55,7 +55,7 @@ def test_an_args_object_keeps_the_windows_of_their_folders(kind):
 @pytest.mark.parametrize(
     "labels", [[-1, 0, 1], ["b", "a", "c"], [0.0, 0.5, 1.0], list(np.array([7, 5, 6])), [True, False]], ids=str
 )
-def test_labels_come_back_as_they_were_given(labels, tmp_path):
+def test_labels_keep_their_type(labels, tmp_path):
     args = {"labels_list": labels, "output_dir": str(tmp_path / "out"), "silent": True}
     model = ClassificationModel("bert", str(golden.HERE / "binary"), args=args, use_cuda=False,
                                 ignore_mismatched_sizes=True)  # fmt: skip
@@ -71,11 +71,11 @@ def test_labels_come_back_as_they_were_given(labels, tmp_path):
     assert again.eval_model(frame)[0]["accuracy"] == model.eval_model(frame)[0]["accuracy"]
 
 
-def test_maps_and_lists_of_labels_that_do_not_go_together():
+def test_labels_map_and_labels_list_conflicts():
     path = str(golden.HERE / "binary")
     plain = open_model("binary").predict(golden.read_texts())
     turned = ClassificationModel("bert", path, args={"labels_map": {1: 1, 0: 0}, "max_seq_length": 32}, use_cuda=False)
-    assert list(turned.predict(golden.read_texts())[0]) == list(plain[0]), "a map's order means nothing"
+    assert list(turned.predict(golden.read_texts())[0]) == list(plain[0]), "the order of a map does not matter"
     with pytest.raises(SettingsError, match="must give each label its own id from 0 to 2"):
         ClassificationModel("bert", path, args={"labels_map": {"good": 1, "great": 1, "bad": 0}}, use_cuda=False)
     with pytest.raises(SettingsError, match="name different labels"):
@@ -84,7 +84,7 @@ def test_maps_and_lists_of_labels_that_do_not_go_together():
         ClassificationModel("bert", path, num_labels=1, use_cuda=False)
 
 
-def test_a_list_of_labels_beats_the_map_that_was_saved(tmp_path):
+def test_labels_list_overrides_saved_map(tmp_path):
     args = {"labels_list": ["ham", "spam"], "silent": True, "max_seq_length": 32}
     ClassificationModel("bert", str(golden.HERE / "binary"), args=args, use_cuda=False).save_model(str(tmp_path / "m"))
     other = ClassificationModel("bert", str(tmp_path / "m"), args={"labels_list": ["neg", "pos"]}, use_cuda=False)
@@ -93,7 +93,7 @@ def test_a_list_of_labels_beats_the_map_that_was_saved(tmp_path):
         ClassificationModel("bert", str(tmp_path / "m"), args={"labels_list": ["a", "b", "c"]}, use_cuda=False)
 
 
-def test_metrics_may_return_arrays_and_numpy_numbers(tmp_path):
+def test_metrics_may_return_numpy_values(tmp_path):
     model = open_model("binary", evaluate_during_training=True, output_dir=str(tmp_path / "out"))
     frame = train_frame("binary")
     _, progress = model.train_model(
@@ -103,7 +103,7 @@ def test_metrics_may_return_arrays_and_numpy_numbers(tmp_path):
     assert progress["right"] == [round(24 * model.eval_model(frame)[0]["accuracy"])]
 
 
-def test_several_labels_give_metrics_probabilities():
+def test_multilabel_metrics_get_probabilities():
     seen = {}
     frame = train_frame("multilabel")
     open_model("multilabel").eval_model(frame, look=lambda true, found: seen.update(shape=found.shape, top=found.max()))
@@ -111,7 +111,7 @@ def test_several_labels_give_metrics_probabilities():
     assert 0 < seen["top"] < 1
 
 
-def test_a_killed_save_leaves_no_folder_that_claims_to_be_finished(tmp_path):
+def test_killed_save_leaves_no_finished_folder(tmp_path):
     folder = tmp_path / "out"
     open_model("binary").save_model(str(folder))
     code = f"""
@@ -136,7 +136,7 @@ model.save_model({str(folder)!r})
     assert read_model_folder(folder).decision.kind == "binary"
 
 
-def test_a_folder_that_was_being_replaced_is_put_back(tmp_path):
+def test_interrupted_replacement_is_restored(tmp_path):
     def write(content):
         return lambda folder: (folder.mkdir(), (folder / "file").write_text(content))
 
@@ -144,7 +144,7 @@ def test_a_folder_that_was_being_replaced_is_put_back(tmp_path):
     replace_folder(best, write("one"))
     replace_folder(best, write("two"))
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
-    best.rename(tmp_path / ".best.old")  # killed between the two renames
+    best.rename(tmp_path / ".best.old")  # state after a kill between the two renames
 
     def fails(folder):
         raise OSError("disk full")
@@ -154,7 +154,7 @@ def test_a_folder_that_was_being_replaced_is_put_back(tmp_path):
     assert (best / "file").read_text() == "two"
 
 
-def test_a_run_that_breaks_off_leaves_a_model_that_answers_the_same_twice():
+def test_interrupted_training_leaves_usable_model():
     model = open_model("binary", no_save=True, evaluate_during_training=True)
     frame = train_frame("binary")
 
@@ -171,7 +171,7 @@ def test_a_run_that_breaks_off_leaves_a_model_that_answers_the_same_twice():
 
 
 @pytest.mark.parametrize(("every", "steps"), [(3, 6), (1, 2)])
-def test_evaluations_by_steps_use_up_patience_even_where_an_epoch_ends(every, steps):
+def test_step_evaluations_count_for_patience(every, steps):
     args = {"evaluate_during_training": True, "evaluate_during_training_steps": every, "num_train_epochs": 8,
             "use_early_stopping": True, "early_stopping_patience": 0, "no_save": True,
             "early_stopping_metric": "flat"}  # fmt: skip
@@ -179,7 +179,7 @@ def test_evaluations_by_steps_use_up_patience_even_where_an_epoch_ends(every, st
     assert open_model("binary", **args).train_model(frame, eval_df=frame, flat=lambda true, found: 1.0)[0] == steps
 
 
-def test_no_checkpoint_is_written_for_evaluations_that_never_happen(tmp_path):
+def test_no_checkpoints_for_disabled_evaluations(tmp_path):
     folder = tmp_path / "out"
     open_model("binary", save_steps=-1, save_model_every_epoch=False, evaluate_during_training_steps=1,
                output_dir=str(folder)).train_model(train_frame("binary"))  # fmt: skip
@@ -191,7 +191,7 @@ def test_no_checkpoint_is_written_for_evaluations_that_never_happen(tmp_path):
     assert [path.name for path in again.iterdir() if path.is_dir()] == ["checkpoint-3"]
 
 
-def test_calls_that_their_scripts_make(tmp_path):
+def test_api_calls_of_common_scripts(tmp_path):
     model = open_model("binary", output_dir=str(tmp_path / "out"))
     model.save_model(str(tmp_path / "a"), model=model.model, results={"mcc": 1.0})
     assert (tmp_path / "a" / "eval_results.txt").read_text() == "mcc = 1.0\n"
@@ -217,10 +217,10 @@ def test_calls_that_their_scripts_make(tmp_path):
         ClassificationModel("bert", str(golden.HERE / "binary"), args={"config": {"output_hidden_states": True}})
     predictions = model.predict(np.array([["a", "b"], ["c", "d"]]))[0]
     assert predictions.shape == (2,)
-    assert model.predict([12, 3.5])[0].shape == (2,), "numbers are written out, as there"
+    assert model.predict([12, 3.5])[0].shape == (2,), "numbers become text, as in Simple Transformers"
 
 
-def test_data_with_holes_and_files_of_text(tmp_path):
+def test_missing_values_and_text_files(tmp_path):
     model = open_model("binary")
     for missing in (None, float("nan"), pd.NA, pd.NaT):
         with pytest.raises(DataError, match="text 1: the text is null"):
@@ -238,7 +238,7 @@ def test_data_with_holes_and_files_of_text(tmp_path):
     assert open_model("binary", num_train_epochs=1.0, no_save=True).train_model(rows)[0] == 1
 
 
-def test_other_metrics_or_other_validation_data_are_another_run(tmp_path):
+def test_other_metrics_or_valid_data_restart_training(tmp_path):
     frame = train_frame("binary")
     args = {"evaluate_during_training": True, "save_steps": 2, "output_dir": str(tmp_path / "out")}
     open_model("binary", **args).train_model(frame, eval_df=frame, mine=lambda true, found: 1.0)
@@ -252,7 +252,7 @@ def test_other_metrics_or_other_validation_data_are_another_run(tmp_path):
         )
 
 
-def test_training_goes_by_float32_weights_whatever_the_dtype(tmp_path):
+def test_training_uses_float32_weights(tmp_path):
     frame = train_frame("binary")
     args = {"no_save": True, "learning_rate": 1e-5, "fp16": False}
     full, half = open_model("binary", **args), open_model("binary", dtype="bfloat16", **args)
@@ -266,7 +266,7 @@ def test_training_goes_by_float32_weights_whatever_the_dtype(tmp_path):
     np.testing.assert_allclose(half.predict(texts)[1], full.predict(texts)[1], atol=0.1)
 
 
-def test_the_facade_and_the_core_agree_on_a_folder_that_only_the_core_made(tmp_path, folders):
+def test_facade_and_core_agree_on_core_folder(tmp_path, folders):
     path = folders["multiclass"].path
     texts = golden.read_texts()
     core = Scorer.load(str(path), compute=ComputeSettings(dtype="float32", device="cpu")).predict(texts)
@@ -277,7 +277,7 @@ def test_the_facade_and_the_core_agree_on_a_folder_that_only_the_core_made(tmp_p
     assert (again.decision, again.windows) == (folders["multiclass"].decision, folders["multiclass"].windows)
 
 
-def test_bertweets_windows_are_the_same_for_facade_and_core(tmp_path):
+def test_bertweet_windows_match_core(tmp_path):
     args = {"sliding_window": True, "max_seq_length": 32, "window_plan": "simpletransformers"}
     facade = ClassificationModel("bertweet", str(golden.HERE / "roberta"), args=args, use_cuda=False)
     facade.save_model(str(tmp_path / "m"))
@@ -287,7 +287,7 @@ def test_bertweets_windows_are_the_same_for_facade_and_core(tmp_path):
     assert labels == [str(label) for label in facade.predict(golden.read_texts())[0]]
 
 
-def test_converting_says_what_a_folder_is(tmp_path):
+def test_convert_detects_kind(tmp_path):
     open_model("multilabel").save_model(str(tmp_path / "ours"))
     with pytest.raises(ModelFolderError, match="is a finished model folder already; there is nothing to convert"):
         convert(str(tmp_path / "ours"), str(tmp_path / "new"))
@@ -299,7 +299,7 @@ def test_converting_says_what_a_folder_is(tmp_path):
     assert os.listdir(tmp_path / "kind")
 
 
-def test_their_multilabel_class_takes_balanced_weights():
+def test_multilabel_balanced_pos_weight():
     model = MultiLabelClassificationModel("bert", str(golden.HERE / "multilabel"), num_labels=3, pos_weight="balanced",
                                           args={"no_save": True, "silent": True}, use_cuda=False)  # fmt: skip
     assert model.train_model(train_frame("multilabel"))[0] == 3

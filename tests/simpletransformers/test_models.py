@@ -1,4 +1,4 @@
-"""The facades against Simple Transformers' own answers (golden/freeze_simpletransformers.py made them)."""
+"""The facades against stored answers of Simple Transformers (made by golden/freeze_simpletransformers.py)."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:without effect here")
 
 
 @pytest.mark.parametrize(("kind", "case"), CASES)
-def test_predictions_and_raw_outputs_are_theirs(kind, case):
+def test_predictions_match_simpletransformers(kind, case):
     predictions, outputs = open_model(kind, **golden.CASES[kind][case]).predict(golden.read_texts())
     expected = ANSWERS[kind][case]
     np.testing.assert_allclose(predictions, expected["predictions"], atol=1e-4)
@@ -43,7 +43,7 @@ def test_predictions_and_raw_outputs_are_theirs(kind, case):
         np.testing.assert_allclose(found, theirs, atol=1e-4)
 
 
-def test_the_cases_tell_things_apart():
+def test_golden_cases_differ():
     binary, multiclass = ANSWERS["binary"], ANSWERS["multiclass"]
     for kind in (binary, multiclass):
         assert min(np.bincount(kind["windows"]["predictions"])) >= 5, "every label is predicted"
@@ -56,7 +56,7 @@ def test_the_cases_tell_things_apart():
 
 
 @pytest.mark.parametrize("kind", golden.CASES)
-def test_metrics_and_wrong_predictions_are_theirs(kind):
+def test_metrics_match_simpletransformers(kind):
     frame = pd.DataFrame({"text": golden.read_texts(), "labels": golden.read_labels(kind)})
     result, outputs, wrong = open_model(kind).eval_model(frame)
     expected = ANSWERS[kind]["metrics"]
@@ -69,7 +69,7 @@ def test_metrics_and_wrong_predictions_are_theirs(kind):
 
 @pytest.mark.parametrize("kind", golden.CASES)
 @pytest.mark.parametrize("windows", [False, True])
-def test_every_kind_trains_evaluates_predicts_saves_and_opens_again(kind, windows, tmp_path, capsys):
+def test_train_evaluate_predict_save_load(kind, windows, tmp_path, capsys):
     model = open_model(kind, sliding_window=windows, output_dir=str(tmp_path / "out"), num_train_epochs=2)
     frame = train_frame(kind)
     steps, loss = model.train_model(frame)
@@ -80,7 +80,7 @@ def test_every_kind_trains_evaluates_predicts_saves_and_opens_again(kind, window
     assert np.isfinite(result["eval_loss"])
     texts = frame["text"].tolist()
     first, second = model.predict(texts), model.predict(texts)
-    assert np.array_equal(first[0], second[0]), "a second call answers, and the same"
+    assert np.array_equal(first[0], second[0]), "a second call gives the same answer"
     assert len(outputs) == len(first[1]) == 24
     again = type(model)("auto", str(tmp_path / "out"), use_cuda=False)
     assert again.args.sliding_window == windows
@@ -91,11 +91,11 @@ def test_every_kind_trains_evaluates_predicts_saves_and_opens_again(kind, window
     core = Scorer.load(str(tmp_path / "out")).predict(texts).to_pylist()
     column = {"multilabel": "predicted_labels", "regression": "predicted_value"}.get(kind, "predicted_label")
     assert len(core) == 24
-    assert core[0][column] is not None, "the folder is a finished one, for score and serve too"
+    assert core[0][column] is not None, "score and serve can use the saved folder"
     assert capsys.readouterr().out == "", "nothing is printed on stdout"
 
 
-def test_string_labels_come_back_as_strings(tmp_path):
+def test_string_labels_round_trip(tmp_path):
     frame = train_frame("binary").assign(labels=["ham", "spam"] * 12)
     args = {"labels_list": ["ham", "spam"], "output_dir": str(tmp_path / "out"), "silent": True}
     model = ClassificationModel("auto", str(golden.HERE / "binary"), args=args, use_cuda=False)
@@ -106,7 +106,7 @@ def test_string_labels_come_back_as_strings(tmp_path):
         model.eval_model(frame.assign(labels="eggs"))
 
 
-def test_data_is_taken_as_frames_lists_parquet_and_pairs(tmp_path):
+def test_input_data_types(tmp_path):
     model = open_model("binary", sliding_window=True, no_save=True)
     frame = train_frame("binary")
     rows = [[text, int(label)] for text, label in frame.itertuples(index=False)]
@@ -123,7 +123,7 @@ def test_data_is_taken_as_frames_lists_parquet_and_pairs(tmp_path):
 
 
 @pytest.mark.parametrize("kind", golden.LOSSES)
-def test_losses_of_the_first_steps_are_theirs_in_their_order_of_samples(kind):
+def test_first_losses_match_simpletransformers(kind):
     case = {**golden.LOSSES[kind], **golden.no_dropout()}
     model = open_model(kind, weights=golden.WEIGHTS[kind], **case)
     frame = train_frame(kind, 50)
@@ -148,7 +148,7 @@ def test_losses_of_the_first_steps_are_theirs_in_their_order_of_samples(kind):
     np.testing.assert_allclose(loop.run().losses[:10], expected, atol=1e-4)
 
 
-def test_progress_is_kept_and_the_best_weights_too(tmp_path):
+def test_progress_scores_and_best_model(tmp_path):
     model = open_model("binary", evaluate_during_training=True, num_train_epochs=3, learning_rate=1e-2,
                        output_dir=str(tmp_path / "out"), evaluate_during_training_steps=2)  # fmt: skip
     frame = train_frame("binary")
@@ -167,7 +167,7 @@ def test_progress_is_kept_and_the_best_weights_too(tmp_path):
     assert "eval_loss = " in (tmp_path / "out" / "best_model" / "eval_results.txt").read_text()
 
 
-def test_early_stopping_keeps_the_best_weights_by_any_metric(log_lines):
+def test_early_stopping_keeps_best_weights(log_lines):
     frame = train_frame("binary")
     values = iter([0.5, 0.9, 0.1, 0.2, 0.3, 0.4])
     args = {"evaluate_during_training": True, "num_train_epochs": 6, "no_save": True, "learning_rate": 1e-2,
@@ -181,7 +181,7 @@ def test_early_stopping_keeps_the_best_weights_by_any_metric(log_lines):
         return next(values)
 
     steps, progress = model.train_model(frame, eval_df=frame, mine=mine)
-    assert progress["mine"] == [0.5, 0.9, 0.1, 0.2], "one flat evaluation is borne, the second ends the run"
+    assert progress["mine"] == [0.5, 0.9, 0.1, 0.2], "the second evaluation without improvement ends the run"
     assert steps == 12
     assert model.model.state_dict()["classifier.bias"].tolist() == seen[1] != seen[3]
     assert any(line.startswith("stopped early") for line in log_lines)
@@ -189,12 +189,12 @@ def test_early_stopping_keeps_the_best_weights_by_any_metric(log_lines):
         open_model("binary", **{**args, "early_stopping_metric": "f2"}).train_model(frame, eval_df=frame)
 
 
-def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path):
+def test_resume_from_checkpoint(tmp_path):
     frame = train_frame("binary")
     args = {"num_train_epochs": 3, "learning_rate": 1e-2, "evaluate_during_training": True, "save_steps": 4}
     whole = open_model("binary", output_dir=str(tmp_path / "mymodel-7"), **args)
     steps, progress = whole.train_model(frame, eval_df=frame)
-    assert steps == 9, "a number in a folder's name means nothing"
+    assert steps == 9, "a number in the folder name is not a step"
     checkpoint = shutil.copytree(tmp_path / "mymodel-7" / "checkpoint-4", tmp_path / "saved")
     resumed = ClassificationModel("bert", str(checkpoint), use_cuda=False, args={"output_dir": str(tmp_path / "two")})
     again_steps, again = resumed.train_model(frame, eval_df=frame)
@@ -207,7 +207,7 @@ def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path):
         assert other.train_model(frame[:8], eval_df=frame)[0] == 3
 
 
-def test_parameters_and_layers_with_options_of_their_own(tmp_path):
+def test_custom_parameter_groups_and_layers(tmp_path):
     frame = train_frame("binary")
     args = {"no_save": True, "learning_rate": 1e-2, "warmup_ratio": 0.0}
     layers = [{"layer": 1, "lr": 1e-3}]
@@ -221,7 +221,7 @@ def test_parameters_and_layers_with_options_of_their_own(tmp_path):
     assert "classifier.weight" in moved
     assert all(name == "classifier.weight" or "layer.1." in name for name in moved)
     assert any("layer.1." in name for name in moved)
-    assert layers == [{"layer": 1, "lr": 1e-3}], "the caller's lists stay as they are"
+    assert layers == [{"layer": 1, "lr": 1e-3}], "the caller's lists are not modified"
     with pytest.raises(
         SettingsError, match=r"'classifier.weigth', which the model lacks; the nearest is \['classifier.w"
     ):
@@ -230,7 +230,7 @@ def test_parameters_and_layers_with_options_of_their_own(tmp_path):
         open_model("binary", custom_layer_parameters=[{"layer": 9}], **args).train_model(frame)
 
 
-def test_tokens_of_ones_own_are_never_split(tmp_path):
+def test_special_tokens_list_is_never_split(tmp_path):
     text = "money [E1] back [/E1] today"
     model = open_model("binary", special_tokens_list=["[E1]", "[/E1]"], output_dir=str(tmp_path / "out"))
     ids = model._engine._tokenizer.encode([text]).ids
@@ -262,14 +262,14 @@ def test_every_optimizer_and_schedule_trains(optimizer, scheduler):
     assert np.isfinite(loss)
 
 
-def test_metrics_whose_name_starts_with_prob_get_raw_outputs():
+def test_prob_metrics_get_raw_outputs():
     frame = train_frame("binary")
     outputs = open_model("binary").predict(frame["text"].tolist())[1]
     result, _, _ = open_model("binary").eval_model(frame, prob_shape=lambda true, raw: raw.shape)
     assert result["prob_shape"] == outputs.shape == (24, 2)
 
 
-def test_a_seed_of_zero_counts():
+def test_seed_zero_is_used():
     def losses(seed):
         model = ClassificationModel("bert", str(golden.HERE / "multiclass"), num_labels=3, use_cuda=False,
                                     args={"manual_seed": seed, "no_save": True, "silent": True})  # fmt: skip
@@ -279,7 +279,7 @@ def test_a_seed_of_zero_counts():
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS, ids=lambda argument: argument.name)
-def test_every_argument_is_accepted_at_its_default_and_refused_where_it_says_so(argument):
+def test_argument_defaults_and_refusals(argument):
     for kind in (ClassificationArgs, MultiLabelClassificationArgs):
         assert getattr(kind(**{argument.name: argument.default}), argument.name) == argument.default
     if argument.use == "refused":
@@ -288,12 +288,12 @@ def test_every_argument_is_accepted_at_its_default_and_refused_where_it_says_so(
     assert argument.note
 
 
-def test_the_table_in_the_docs_is_the_one_in_the_code():
+def test_docs_argument_table_is_current():
     page = (Path(__file__).parent.parent.parent / "docs" / "simpletransformers.md").read_text()
     assert markdown_table() in page
 
 
-def test_mistakes_are_named(tmp_path):
+def test_error_messages(tmp_path):
     path = str(golden.HERE / "binary")
     with pytest.raises(SettingsError, match="unknown argument 'num_train_epoch'; did you mean 'num_train_epochs'"):
         ClassificationModel("bert", path, args={"num_train_epoch": 3})
@@ -322,6 +322,6 @@ def test_mistakes_are_named(tmp_path):
         open_model("binary", evaluate_during_training=True, no_save=True).train_model(train_frame("binary"))
 
 
-def test_inert_arguments_warn_once_and_say_where_to_look():
+def test_inert_arguments_warn():
     with pytest.warns(UserWarning, match=r"without effect here: .*use_multiprocessing.*docs/simpletransformers\.md"):
         ClassificationModel("bert", str(golden.HERE / "binary"), args={"use_multiprocessing": False}, use_cuda=False)

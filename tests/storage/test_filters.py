@@ -22,7 +22,7 @@ TABLE = pa.table({"lang": ["en", "de", None, "en"], "n": [1, 2, 3, None], "ok": 
         ("n == -1", []),
     ],
 )
-def test_filters_keep_what_they_say(text, expected):
+def test_filter_expressions(text, expected):
     kept = kept_rows(TABLE, text).to_pylist()
     assert [row for row, ok in enumerate(kept) if ok] == expected
 
@@ -34,7 +34,7 @@ def test_filters_keep_what_they_say(text, expected):
      "n in [ok]", "n in [1, 'a']", "n == null", "n == -true", "n == 99999999999999999999", "lang in 'en'",
      "n < 2 < 3", "n == 1j", "(" * 300 + "n" + ")" * 300, "\0"],
 )  # fmt: skip
-def test_filters_are_no_code(text):
+def test_code_in_filters_is_refused(text):
     with pytest.raises(SettingsError, match="--filter"):
         parse_filter(text)
 

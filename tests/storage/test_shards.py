@@ -32,7 +32,7 @@ def data(tmp_path):
 
 @settings(max_examples=30, deadline=None)
 @given(unit_bytes=st.integers(1, 5000), limit=st.none() | st.integers(1, 40))
-def test_every_row_is_in_exactly_one_unit_in_order(tmp_path_factory, unit_bytes, limit):
+def test_every_row_in_exactly_one_unit(tmp_path_factory, unit_bytes, limit):
     folder = tmp_path_factory.getbasetemp() / "units"
     if not folder.exists():
         folder.mkdir()
@@ -58,7 +58,7 @@ def test_folders_globs_and_files_are_inputs(data):
     assert len(shards.list_files(f"{data}/a.parquet")) == 1
 
 
-def test_any_fsspec_filesystem_is_an_input_and_output(data):
+def test_fsspec_input_and_output(data):
     memory = fsspec.filesystem("memory")
     memory.put(str(data), "/in", recursive=True)
     files = shards.read_footers("memory://in", "text")
@@ -69,13 +69,13 @@ def test_any_fsspec_filesystem_is_an_input_and_output(data):
         assert pq.read_table(file).to_pydict() == {"a": [1]}
 
 
-def test_existing_names_with_brackets_and_folders_in_globs(data):
+def test_brackets_in_names_and_folder_globs(data):
     (data / "b.parquet").rename(data / "r[1].parquet")
     assert len(shards.list_files(f"{data}/r[1].parquet")) == 1
     assert [file.rsplit("/", 1)[1] for file in shards.list_files(f"{data}/year=*")] == ["c.parquet"]
 
 
-def test_a_column_that_a_file_lacks_is_null_and_folders_of_hive_are_columns(data):
+def test_missing_columns_and_hive_partitions(data):
     pq.write_table(pa.table({"id": [7], "text": ["x"], "more": [1.5]}), data / "e.parquet")
     files = shards.read_footers(str(data), "text")
     (unit,) = shards.split_into_units(files, unit_bytes=10**9)
@@ -86,7 +86,7 @@ def test_a_column_that_a_file_lacks_is_null_and_folders_of_hive_are_columns(data
     assert table["year"].null_count == len(table) - 1 == 33
 
 
-def test_a_row_group_is_decoded_once_by_its_units_in_order(tmp_path, monkeypatch):
+def test_row_group_is_decoded_once(tmp_path, monkeypatch):
     write(tmp_path / "a.parquet", 5000, group=5000)
     files = shards.read_footers(str(tmp_path), "text")
     plan = shards.split_into_units(files, unit_bytes=5_000)
@@ -99,7 +99,7 @@ def test_a_row_group_is_decoded_once_by_its_units_in_order(tmp_path, monkeypatch
     assert len(opened) == 1
 
 
-def test_a_plan_of_a_hundred_thousand_units_is_small_and_quick():
+def test_plan_of_100_000_units_is_small():
     many, more = (100,) * 100, (10**9,) * 100
     files = [shards.InputFile(f"{n}.parquet", f"{n}.parquet", 1, "1", pa.schema([]), many, more) for n in range(1000)]
     plan = shards.split_into_units(files)
@@ -108,7 +108,7 @@ def test_a_plan_of_a_hundred_thousand_units_is_small_and_quick():
     assert plan[50_000].num_rows == 100
 
 
-def test_names_follow_the_rows_not_the_run(data):
+def test_output_names_are_deterministic(data):
     files = shards.read_footers(str(data), "text")
     again = shards.read_footers(str(data), "text")
     assert [u.output_name for u in shards.split_into_units(files)] == [
@@ -118,9 +118,9 @@ def test_names_follow_the_rows_not_the_run(data):
     assert later[0].output_name.startswith("part-000007-")
 
 
-def test_units_grow_with_the_input_but_stay_bounded():
+def test_unit_size_grows_and_is_bounded():
     assert shards._unit_bytes(10) == 64 * 2**10
-    assert shards._unit_bytes(10 * 2**40) // 2**20 == 104, "ten terabytes are a hundred thousand units"
+    assert shards._unit_bytes(10 * 2**40) // 2**20 == 104, "10 TiB give about 100 000 units"
     assert shards._unit_bytes(2**40) == 64 * 2**20
 
 
@@ -133,7 +133,7 @@ def test_units_grow_with_the_input_but_stay_bounded():
         ("broken", r"broken\.parquet is not a readable Parquet file"),
     ],
 )
-def test_bad_inputs_are_named(tmp_path, name, message):
+def test_bad_input_error_messages(tmp_path, name, message):
     for folder in ("empty", "text", "broken"):
         (tmp_path / folder).mkdir()
     (tmp_path / "text" / "a.csv").write_text("a,b")
@@ -142,7 +142,7 @@ def test_bad_inputs_are_named(tmp_path, name, message):
         shards.read_footers(str(tmp_path / name), "text")
 
 
-def test_a_commit_is_whole_or_absent(tmp_path, monkeypatch):
+def test_commit_is_atomic(tmp_path, monkeypatch):
     locations.commit_bytes(str(tmp_path), "x.json", b"old")
     tries = []
 
@@ -159,7 +159,7 @@ def test_a_commit_is_whole_or_absent(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
-def test_calls_that_fail_and_then_work_are_tried_again(monkeypatch):
+def test_transient_errors_are_retried(monkeypatch):
     monkeypatch.setattr(locations, "FIRST_PAUSE_SECONDS", 0.001)
     fails = iter([OSError("503"), TimeoutError("slow"), None])
 
@@ -174,12 +174,12 @@ def test_calls_that_fail_and_then_work_are_tried_again(monkeypatch):
         locations.retried(lambda: os.stat("/nowhere/x"))
 
 
-def test_names_for_people_carry_no_credentials():
+def test_shown_urls_hide_credentials():
     assert locations.shown("s3://key:secret@bucket/a/b?token=1") == "s3://bucket/a/b"
     assert locations.shown("/a/b") == "/a/b"
 
 
-def test_a_used_output_is_refused(tmp_path):
+def test_make_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="is a file"):
         locations.make_folder(str(tmp_path / "file"))

@@ -33,7 +33,7 @@ def folder(rust, tmp_path):
     return tmp_path
 
 
-def test_stored_truncation_and_padding_do_not_cut_texts(rust, folder, emails):
+def test_stored_truncation_and_padding_are_ignored(rust, folder, emails):
     rust.enable_truncation(128)
     rust.enable_padding(length=128)
     rust.save(str(folder / "tokenizer.json"))
@@ -47,7 +47,7 @@ def test_stored_truncation_and_padding_do_not_cut_texts(rust, folder, emails):
     assert len(whole) > 1000
 
 
-def test_many_calls_give_what_one_gives(folder, emails, monkeypatch):
+def test_split_encode_calls_give_same_tokens(folder, emails, monkeypatch):
     texts = emails["text"].to_pylist()[:60]
     tokenizer = Tokenizer.load(folder)
     whole = tokenizer.encode(texts)
@@ -58,13 +58,13 @@ def test_many_calls_give_what_one_gives(folder, emails, monkeypatch):
     assert len(tokenizer.encode([])) == 0
 
 
-def test_the_template_is_asked_of_the_tokenizer(folder):
+def test_template_is_read_from_tokenizer(folder):
     template = Tokenizer.load(folder).template
     assert template == Template((2,), (3,), (0, 0, 0), (2,), (3,), (3,), (0, 0, 0, 1, 1), 0, False)
     assert (template.num_special_tokens(pair=False), template.num_special_tokens(pair=True)) == (2, 3)
 
 
-def test_a_roberta_template_has_two_separators(emails, tmp_path):
+def test_roberta_template_has_two_separators(emails, tmp_path):
     rust_tokenizer(emails["text"].to_pylist()[:5], roberta=True).save(str(tmp_path / "tokenizer.json"))
     template = Tokenizer.load(tmp_path).template
     assert template.pair_middle == (3, 3)
@@ -72,7 +72,7 @@ def test_a_roberta_template_has_two_separators(emails, tmp_path):
 
 
 @pytest.mark.parametrize("pair", [False, True])
-def test_one_window_is_what_the_tokenizer_makes_of_the_text(rust, folder, pair):
+def test_single_window_matches_tokenizer(rust, folder, pair):
     tokenizer = Tokenizer.load(folder)
     first, second = ["free money", "", "meeting at noon"], ["now", "tomorrow it is", ""]
     pair_tokens = tokenizer.encode(second) if pair else None
@@ -87,7 +87,7 @@ def test_one_window_is_what_the_tokenizer_makes_of_the_text(rust, folder, pair):
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(6, 40))
-def test_pairs_without_windows_are_truncated_as_the_tokenizer_does(first, second, max_length):
+def test_pair_truncation_matches_tokenizer(first, second, max_length):
     rust = rust_tokenizer_of_letters()
     tokens, pair = (Tokens(np.full(n, 10, np.int32), np.array([0, n])) for n in (first, second))
     template = tokenization.template_of(rust)
@@ -107,7 +107,7 @@ def rust_tokenizer_of_letters(cache={}):  # noqa: B006  built once
 
 
 @given(st.integers(0, 60), st.integers(0, 200), st.integers(8, 50))
-def test_pairs_with_windows_keep_every_token_of_the_second_text(first, second, max_length):
+def test_pair_windows_keep_all_second_tokens(first, second, max_length):
     tokens = Tokens(np.arange(first, dtype=np.int32), np.array([0, first]))
     pair = Tokens(np.arange(1000, 1000 + second, dtype=np.int32), np.array([0, second]))
     template = Template((2,), (3,), (0, 0, 0), (2,), (3,), (3,))
@@ -120,14 +120,14 @@ def test_pairs_with_windows_keep_every_token_of_the_second_text(first, second, m
     assert cut.windows.truncated_D[0] == (kept < first)
 
 
-def test_a_pair_without_room_is_refused():
+def test_pair_without_room_is_refused():
     tokens = Tokens(np.zeros(3, np.int32), np.array([0, 3]))
     with pytest.raises(SettingsError, match="no room for a pair"):
         cut_documents(tokens, WindowPlan(4, 2, 1), Template((2,), (3,), (0, 0, 0), (2,), (3,), (3,)), tokens)
 
 
 @given(st.lists(st.integers(0, 9), max_size=8), st.data())
-def test_tokens_survive_arrow_and_taking(lengths, data):
+def test_tokens_arrow_round_trip_and_take(lengths, data):
     lengths = np.array(lengths, dtype=np.int64)
     tokens = Tokens(np.arange(lengths.sum(), dtype=np.int32), offsets_of(lengths))
     column = tokens.to_arrow()
@@ -141,7 +141,7 @@ def test_tokens_survive_arrow_and_taking(lengths, data):
     np.testing.assert_array_equal(part.offsets, taken.offsets)
 
 
-def test_bad_texts_become_errors_of_their_rows(folder):
+def test_bad_texts_become_row_errors(folder):
     tokenizer = Tokenizer.load(folder)
     broken = pa.array([b"fine", b"\xed\xa0\x80 half", None], pa.binary()).view(pa.string())
     documents = tokenizer.documents(pa.table({"text": broken}), "text")
@@ -161,6 +161,6 @@ def test_character_spans_count_code_points(folder):
     assert spans.tolist()[-2:] == [[3, 4], [5, 6]]
 
 
-def test_a_folder_without_a_fast_tokenizer_is_named(tmp_path):
+def test_missing_tokenizer_json_is_refused(tmp_path):
     with pytest.raises(ModelFolderError, match=r"has no tokenizer\.json"):
         Tokenizer.load(tmp_path)

@@ -45,12 +45,12 @@ def test_conformance_vectors(num_tokens, max_length, stride, expected):
         (126, 128, 0.8, "bert", [(0, 126)]),
     ],
 )
-def test_conformance_vectors_of_the_simpletransformers_plan(num_tokens, max_length, stride, model_type, expected):
+def test_simpletransformers_plan_vectors(num_tokens, max_length, stride, model_type, expected):
     found = spans(num_tokens, max_length, stride, model_type=model_type, window_plan="simpletransformers")
     assert found == expected
 
 
-def test_roberta_gets_what_its_tokenizer_really_adds():
+def test_exact_plan_of_roberta():
     assert spans(126, 128, 0.8, model_type="roberta") == [(0, 126)]
 
 
@@ -58,18 +58,18 @@ def test_roberta_gets_what_its_tokenizer_really_adds():
     ("stride", "message"),
     [(0.9, r"steps 9 tokens and would skip tokens"), (9, "skip tokens"), (0.05, "never end")],
 )
-def test_a_step_outside_the_budget_is_refused(stride, message):
+def test_step_outside_budget_is_refused(stride, message):
     with pytest.raises(SettingsError, match=message):
         spans(20, 10, stride)
 
 
-def test_a_stray_stride_of_one_token_tells_its_cost():
+def test_stride_of_one_token_needs_dense_windows():
     with pytest.raises(SettingsError, match="scored about 126 times"):
         spans(500, 128, 1)
     assert len(spans(500, 128, 1, dense_windows=True)) == 500 - 126 + 1
 
 
-def test_max_length_must_fit_the_model_and_hold_text():
+def test_max_length_limits():
     with pytest.raises(SettingsError, match="max_length=600 is above the model's 512 positions"):
         resolve_plan(WindowSettings(max_length=600), num_special_tokens=2, model_limit=512)
     with pytest.raises(SettingsError, match="leaves no room for text"):
@@ -78,7 +78,7 @@ def test_max_length_must_fit_the_model_and_hold_text():
     assert resolve_plan(WindowSettings(), num_special_tokens=2, model_limit=64).max_length == 64
 
 
-def test_what_a_cap_or_no_windows_cut_is_reported():
+def test_truncation_is_reported():
     assert spans(20, 10, 8, max_windows=2) == [(0, 8), (8, 16)]
     plan = resolve_plan(WindowSettings(max_length=10, stride=8, max_windows=2), num_special_tokens=2)
     assert plan_windows(np.array([20, 16, 8]), plan).truncated_D.tolist() == [True, False, False]
@@ -92,7 +92,7 @@ lengths = st.lists(st.integers(0, 3000), max_size=30)
 
 
 @given(lengths, st.integers(5, 600), st.floats(0.1, 1.0), st.booleans())
-def test_every_token_is_in_some_window_and_nothing_else_is(num_tokens_D, max_length, stride, tails):
+def test_windows_cover_every_token(num_tokens_D, max_length, stride, tails):
     plan_name = "simpletransformers" if tails else "exact"
     try:
         plan = resolve_plan(
@@ -109,13 +109,13 @@ def test_every_token_is_in_some_window_and_nothing_else_is(num_tokens_D, max_len
             assert 0 <= start <= stop <= num_tokens
             assert stop - start <= plan.budget
             covered[start:stop] = True
-        assert covered.all(), "tokens in = tokens covered"
+        assert covered.all(), "every token is covered"
         if not tails:
             assert (windows.stop_W[first : last - 1] < num_tokens).all(), "only the last window reaches the end"
 
 
 @given(lengths.filter(bool), st.integers(1, 5))
-def test_merging_agrees_with_a_loop_over_documents(num_tokens_D, num_labels):
+def test_merge_matches_loop_over_documents(num_tokens_D, num_labels):
     plan = resolve_plan(WindowSettings(max_length=100), num_special_tokens=2)
     windows = plan_windows(np.array(num_tokens_D), plan)
     values_WL = np.random.default_rng(0).normal(size=(windows.offsets[-1], num_labels)).astype(np.float32)
@@ -128,11 +128,11 @@ def test_merging_agrees_with_a_loop_over_documents(num_tokens_D, num_labels):
         np.testing.assert_array_equal(votes[document], np.bincount(own.argmax(axis=1), minlength=num_labels))
 
 
-def test_regression_windows_merge_to_their_means():
+def test_regression_merge_is_mean():
     assert merge_windows(np.array([[1.0], [2.0], [6.0]]), np.array([0, 1, 3]), "mean").ravel().tolist() == [1.0, 4.0]
 
 
-def test_no_documents_have_no_windows():
+def test_zero_documents():
     plan = resolve_plan(WindowSettings(max_length=100), num_special_tokens=2)
     windows = plan_windows(np.zeros(0, np.int64), plan)
     assert windows.offsets.tolist() == [0]
@@ -141,7 +141,7 @@ def test_no_documents_have_no_windows():
 
 @settings(max_examples=20)
 @given(st.integers(0, 5), st.integers(0, 5))
-def test_a_part_is_the_plan_of_the_part(start, length):
+def test_part_equals_plan_of_slice(start, length):
     num_tokens_D = np.array([0, 500, 3, 1000, 99, 98, 5, 700, 1, 1])
     plan = resolve_plan(WindowSettings(max_length=100), num_special_tokens=2)
     part = plan_windows(num_tokens_D, plan).slice(start, start + length)

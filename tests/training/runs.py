@@ -1,4 +1,4 @@
-"""Short runs on tiny models, for the tests of training."""
+"""Helpers for short training runs on tiny models."""
 
 import itertools
 
@@ -24,7 +24,7 @@ FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
 
 
 def make_job(tmp_path, emails, decision=BINARY, *, epochs=2, family="bert", compute=FLOAT32, **settings):
-    """A random model folder to start from, and labelled documents whose label is in the text."""
+    """A run that starts from a random model, and its training and validation documents."""
     base = tmp_path / "base"
     if not base.exists():
         tiny.classifier(family, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
@@ -55,7 +55,7 @@ def run(job, train, valid=None):
 
 
 def in_units(data, ends):
-    """The same documents, in units that end there."""
+    """A corpus of the same documents, split into units at `ends`."""
     pieces = [data.documents.take(np.arange(*span)) for span in itertools.pairwise([0, *ends, len(data.documents)])]
     lengths = [UnitLengths.of(piece) for piece in pieces]
     return Corpus(list(map(len, pieces)), data.targets, lengths.__getitem__, pieces.__getitem__, fingerprint="")

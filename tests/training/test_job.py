@@ -1,4 +1,4 @@
-"""A fine-tuning job in this process: what it refuses before work, and what it leaves."""
+"""A fine-tuning job in this process: refused settings and output files."""
 
 import json
 
@@ -16,7 +16,7 @@ from pipelines.training.job import TrainJob, _unit_bytes, train_here
 from tests.jobs import score_job, train_job, train_values
 
 
-def test_a_run_leaves_a_folder_a_page_and_curves(training_data, tmp_path, log_lines):
+def test_run_writes_folder_report_and_tensorboard(training_data, tmp_path, log_lines):
     logs = {"tensorboard_dir": str(tmp_path / "logs"), "logging_steps": 3}
     summary = train_here(train_job(training_data, tmp_path / "out", shuffle_buffer=30, **logs))
     assert (summary.workers, summary.rows_in_error) == (1, 1)
@@ -31,7 +31,7 @@ def test_a_run_leaves_a_folder_a_page_and_curves(training_data, tmp_path, log_li
     assert json.dumps(summary.to_json())
 
 
-def test_pairs_are_trained_on_and_scored_only_as_pairs(training_data, tmp_path, emails):
+def test_pair_training_and_scoring(training_data, tmp_path, emails):
     texts = [text[:200] for text in emails["text"].to_pylist()[:24]]
     table = pa.table({"text": ["is it spam?"] * 24, "mail": texts, "label": emails["label"].slice(0, 24)})
     pq.write_table(table, tmp_path / "pairs.parquet", row_group_size=8)
@@ -49,7 +49,7 @@ def test_pairs_are_trained_on_and_scored_only_as_pairs(training_data, tmp_path, 
         evaluate_folder(summary.model, pairs["train"], DataSettings(), compute)
 
 
-def test_data_without_any_text_is_refused(training_data, tmp_path):
+def test_data_without_text_is_refused(training_data, tmp_path):
     empty = pa.table({"text": pa.nulls(9, pa.string()), "label": ["ham", "spam", "ham"] * 3})
     pq.write_table(empty, tmp_path / "empty.parquet", write_statistics=False)
     with pytest.raises(DataError, match=r"empty\.parquet, column 'text': no row has a text"):
@@ -58,7 +58,7 @@ def test_data_without_any_text_is_refused(training_data, tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_texts_that_are_all_null_are_refused_by_the_footers_alone(training_data, tmp_path, split, log_lines):
+def test_all_null_texts_are_refused_from_footers(training_data, tmp_path, split, log_lines):
     empty = pa.table({"text": pa.nulls(9, pa.string()), "label": ["ham", "spam", "ham"] * 3})
     pq.write_table(empty, tmp_path / "empty.parquet", row_group_size=4)
     with pytest.raises(DataError, match=r"empty\.parquet, column 'text': no row has a text"):
@@ -67,7 +67,7 @@ def test_texts_that_are_all_null_are_refused_by_the_footers_alone(training_data,
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_without_effect_or_meaning_are_refused_at_once(training_data, tmp_path):
+def test_ineffective_settings_are_refused(training_data, tmp_path):
     numbers = tmp_path / "numbers.parquet"
     pq.write_table(pa.table({"text": ["a", "b"], "label": [1.0, 2.0]}), numbers)
     for kind, settings, message in (
@@ -82,7 +82,7 @@ def test_settings_without_effect_or_meaning_are_refused_at_once(training_data, t
     assert not (tmp_path / "out").exists()
 
 
-def test_units_are_small_enough_to_be_mixed():
+def test_unit_bytes():
     def of(rows, size):
         return [InputFile("a", "a", 1, "v", None, (rows,), (size,))]
 
@@ -121,27 +121,27 @@ def test_relative_paths_become_absolute(training_data, monkeypatch):
         ({"num_workers": "two"}, SettingsError, "neither a number nor MIN:MAX"),
     ],
 )
-def test_bad_jobs_are_refused_before_any_work(training_data, tmp_path, settings, error, message):
+def test_bad_jobs_are_refused_before_work(training_data, tmp_path, settings, error, message):
     filled = {k: v.format(base=training_data) if isinstance(v, str) else v for k, v in settings.items()}
     with pytest.raises(error, match=message):
         train_here(train_job(training_data, filled.pop("output", tmp_path / "out"), **filled))
-    assert not (tmp_path / "out").exists(), "nothing is left behind"
+    assert not (tmp_path / "out").exists(), "no output folder is left"
 
 
-def test_a_filesystem_that_fails_ends_a_run_in_one_sentence(training_data, tmp_path):
+def test_filesystem_error_is_one_sentence(training_data, tmp_path):
     (tmp_path / "file").touch()
     expected = r"^training stopped: .*file.*; when that is repaired, the same command resumes$"
     with pytest.raises(JobError, match=expected):
         train_here(train_job(training_data, tmp_path / "out", tensorboard_dir=str(tmp_path / "file" / "logs")))
 
 
-def test_labels_that_training_never_saw_are_named_with_their_file(training_data, tmp_path):
+def test_unknown_valid_labels_name_their_file(training_data, tmp_path):
     pq.write_table(pa.table({"text": ["a", "b"], "label": ["ham", "eggs"]}), tmp_path / "valid.parquet")
     with pytest.raises(DataError, match=r"valid\.parquet: labels outside the label set: 'eggs'; the set is: ham, spam"):
         train_here(train_job(training_data, tmp_path / "out", valid=str(tmp_path / "valid.parquet")))
 
 
-def test_one_class_only_and_pickles_are_refused(training_data, tmp_path):
+def test_single_class_and_pickle_are_refused(training_data, tmp_path):
     table = pq.read_table(training_data / "data")
     pq.write_table(table.filter(pa.compute.equal(table["label"], "ham")), tmp_path / "ham.parquet")
     with pytest.raises(DataError, match="the labels are all 'ham'"):

@@ -21,7 +21,7 @@ ROWS = InputRows(np.arange(10, 27), np.zeros(17, np.int64), np.array([0, 7, 17])
 
 
 def in_years(data):
-    """Labels of 0 and 3 as 1880 and 1940."""
+    """Map the labels 0 and 3 to the years 1880 and 1940."""
     return LabelledDocuments(data.documents, (data.targets * 20 + 1880).astype(np.float32))
 
 
@@ -31,9 +31,9 @@ def logits(module, **compute):
         return model(ROWS)
 
 
-def test_labels_become_numbers_around_0():
+def test_scaling_mean_and_scale():
     found = Scaling.of(np.array([1840.0, 1900.0, 1960.0], np.float32))
-    assert (found.mean, found.scale) == (1900, 64), "the power of two nearest to 49 as a ratio"
+    assert (found.mean, found.scale) == (1900, 64), "the power of two whose ratio to the deviation 49 is nearest to 1"
     assert Scaling.of(np.array([7, 7])) == Scaling(7, 1)
     assert Scaling.of(np.array([0.001, -0.001])).scale == 2**-10
 
@@ -41,7 +41,7 @@ def test_labels_become_numbers_around_0():
 @pytest.mark.parametrize(
     "family", ["bert", "distilbert", "roberta", "xlnet", "deberta-v2", "modernbert", "squeezebert"]
 )
-def test_logits_stay_what_they_are_and_a_saved_model_gives_them_by_itself(family, tmp_path):
+def test_logits_unchanged_by_scaling_and_saving(family, tmp_path):
     module = tiny.classifier(family, num_labels=1)
     before = logits(module, dtype="float32")
     model = WindowModel(module, Template((2,), (3,)), FLOAT32)
@@ -54,7 +54,7 @@ def test_logits_stay_what_they_are_and_a_saved_model_gives_them_by_itself(family
     np.testing.assert_allclose(logits(saved, dtype="float32"), before, atol=1e-3)
 
 
-def test_a_checkpoint_has_the_weights_as_they_learn(tmp_path):
+def test_checkpoint_keeps_scaled_weights(tmp_path):
     model = WindowModel(tiny.classifier(num_labels=1), Template((2,), (3,)), FLOAT32)
     assert model.learn_scaled(YEARS, is_scaled=False)
     model.snapshot()(tmp_path)
@@ -65,7 +65,7 @@ def test_a_checkpoint_has_the_weights_as_they_learn(tmp_path):
     assert again(ROWS).equal(model(ROWS))
 
 
-def test_a_new_head_begins_at_the_mean(tmp_path):
+def test_new_head_starts_at_mean(tmp_path):
     tiny.classifier(num_labels=2).save_pretrained(tmp_path)
     module, has_new_head = new_classifier(str(tmp_path), REGRESSION, seed=1)
     own = logits(module, dtype="float32")
@@ -76,7 +76,7 @@ def test_a_new_head_begins_at_the_mean(tmp_path):
         np.testing.assert_allclose(model(ROWS), own * 64 + 1903.7, atol=1e-3)
 
 
-def test_a_last_layer_without_a_bias_is_left_alone():
+def test_last_layer_without_bias_is_unchanged():
     module = tiny.classifier("gpt2", num_labels=1)
     model = WindowModel(module, Template((2,), (3,)), FLOAT32)
     before = model(ROWS)
@@ -84,7 +84,7 @@ def test_a_last_layer_without_a_bias_is_left_alone():
     assert model(ROWS).equal(before)
 
 
-def test_values_in_bfloat16_have_more_than_its_8_bits():
+def test_bfloat16_values_keep_precision():
     module = tiny.classifier(num_labels=1, initializer_range=0.02)
     with torch.no_grad():
         module.classifier.bias += 1903.7
@@ -92,13 +92,13 @@ def test_values_in_bfloat16_have_more_than_its_8_bits():
     np.testing.assert_allclose(rounded, exact, atol=0.05)
 
 
-def test_labels_far_from_0_are_learnt(tmp_path, emails):
+def test_labels_far_from_zero_are_learned(tmp_path, emails):
     found = {}
     for is_on in (True, False):
         job, *data = make_job(tmp_path / str(is_on), emails, REGRESSION, epochs=4, standardize_labels=is_on)
         found[is_on] = run(job, *map(in_years, data))
-    assert found[True].valid["mae"] < 25, "the mean of all is off by 30"
-    assert found[False].valid["mae"] > 1000, "or this shows nothing"
+    assert found[True].valid["mae"] < 25, "predicting the mean gives an error of 30"
+    assert found[False].valid["mae"] > 1000, "training without scaling must fail, or the test proves nothing"
     texts = emails["text"].slice(60, 3).to_pylist()
     scored = Scorer.load(found[True].model, compute=FLOAT32).predict([text[:60] for text in texts])
     assert scored["num_windows"].to_pylist() == [1, 1, 1]

@@ -65,8 +65,8 @@ def test_weights_are_checked_and_balanced():
         ("tversky", {"alpha": 0.3, "beta": 0.7, "gamma": 1, "scale": 2, "smooth": 1}, 0.2797928),
     ],
 )
-def test_losses_are_those_of_simpletransformers(loss_type, loss_args, expected):
-    """The numbers were printed by Simple Transformers 0.70.8's own loss classes."""
+def test_losses_match_simpletransformers(loss_type, loss_args, expected):
+    """The expected values come from the loss classes of Simple Transformers 0.70.8."""
     targets = np.array([1, 0, 1])
     loss = resolve_loss(TrainSettings(loss_type=loss_type, loss_args=loss_args), BINARY, targets)
     logits = torch.tensor([[1.0, 2.0], [0.5, -1.0], [0.0, 0.0]])
@@ -74,7 +74,7 @@ def test_losses_are_those_of_simpletransformers(loss_type, loss_args, expected):
     assert mean.item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_losses_of_many_labels_and_of_values_against_their_formulas():
+def test_losses_against_formulas():
     logits, held = np.array([[2.0, -1.0], [0.3, 4.0]]), np.array([[1, 0], [0, 1]], np.float32)
     p = 1 / (1 + np.exp(-logits))
     p_true = np.where(held == 1, p, 1 - p)
@@ -84,7 +84,7 @@ def test_losses_of_many_labels_and_of_values_against_their_formulas():
     loss = Loss("multilabel", loss_type="focal", loss_args={"gamma": 1.5, "alpha": [0.3, 0.8]})
     expected = (-np.where(held == 1, [0.3, 0.8], [0.7, 0.2]) * (1 - p_true) ** 1.5 * np.log(p_true)).mean(axis=1)
     np.testing.assert_allclose(loss(torch.tensor(logits), torch.from_numpy(held)), expected, rtol=1e-5)
-    assert loss.normalizers(held).tolist() == [1, 1], "the mean over windows, whatever labels weigh"
+    assert loss.normalizers(held).tolist() == [1, 1], "label weights do not change the normalizers"
     loss = Loss("multilabel", loss_type="asymmetric")
     shifted = np.maximum(p - 0.05, 0)
     expected = -np.where(held == 1, (1 - p) * np.log(p), shifted**4 * np.log(1 - shifted)).mean(axis=1)
@@ -122,7 +122,7 @@ def test_losses_of_many_labels_and_of_values_against_their_formulas():
         ({"label_smoothing": 0.1}, MULTILABEL, "label_smoothing is for cross-entropy"),
     ],
 )
-def test_losses_that_do_not_fit_are_refused(settings, decision, message):
+def test_invalid_loss_settings_are_refused(settings, decision, message):
     with pytest.raises(SettingsError, match=message):
         resolve_loss(TrainSettings(**settings), decision, np.array([0, 1]))
 
@@ -137,7 +137,7 @@ def test_losses_that_do_not_fit_are_refused(settings, decision, message):
         ("multilabel", "asymmetric", {"gamma_pos": 0.5, "gamma_neg": 0.5}),
     ],
 )
-def test_what_is_sure_to_the_last_bit_has_a_finite_slope(kind, loss_type, arguments):
+def test_gradient_is_finite_for_extreme_logits(kind, loss_type, arguments):
     logits = torch.tensor([[100.0, -100.0, -100.0], [-100.0, 100.0, 0.0]], requires_grad=True)
     target = torch.tensor([0, 1]) if kind == "multiclass" else torch.tensor([[1.0, 0, 0], [0, 1, 1]])
     Loss(kind, loss_type=loss_type, loss_args=arguments)(logits, target).sum().backward()

@@ -1,6 +1,6 @@
-"""The number of workers changes nothing: a gloo group of 2 and of 4 processes takes the steps of a single one.
+"""Gloo groups of 2 and 4 processes take the same steps as a single process.
 
-No Ray: the processes are forked from one that has already imported torch and transformers.
+These tests use no Ray. The processes are forked from one that has already imported torch and transformers.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ CONTEXT.set_forkserver_preload(["pipelines.training.job", "tests.training.test_r
 
 
 def train_as_rank(rank, world_size, port, job, answers):
-    """Runs in a process of the group: tokenize alone, then train together."""
+    """Runs in each process of the group. It tokenizes alone, then trains with the group."""
     import tempfile
 
     import torch
@@ -34,7 +34,7 @@ def train_as_rank(rank, world_size, port, job, answers):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     checked = check_job(job)
-    for turn in range(world_size):  # it puts the tokenizer into the output folder, which is the driver's work
+    for turn in range(world_size):  # in turns, because each rank writes the tokenizer
         if turn == rank:
             Path(job.paths.output).mkdir(exist_ok=True)
             splits = checked.splits()
@@ -49,7 +49,7 @@ def train_as_rank(rank, world_size, port, job, answers):
 
 
 def train_in_group(job, world_size):
-    """The summaries of all ranks, in their order."""
+    """The summaries of all ranks, in rank order."""
     answers, port = CONTEXT.Queue(), free_port()
     arguments = [(rank, world_size, port, job, answers) for rank in range(world_size)]
     processes = [CONTEXT.Process(target=train_as_rank, args=some) for some in arguments]
@@ -63,7 +63,7 @@ def train_in_group(job, world_size):
 
 @pytest.fixture(scope="module")
 def years(training_data, tmp_path_factory):
-    """Regression data: the length of a text, about, as a year."""
+    """Regression data. The label is a year that depends on the length of the text."""
     folder = tmp_path_factory.mktemp("years")
     texts = pq.read_table(training_data / "data")["text"].to_pylist()
     labels = [1900.0 + len(text or "") / 10 for text in texts]
@@ -73,7 +73,7 @@ def years(training_data, tmp_path_factory):
 
 
 def cases(training_data, years):
-    """Settings by name; each turns on what one rank alone could get wrong."""
+    """Settings by name. Each case uses features that depend on the number of ranks."""
     regression = {
         "kind": "regression", "weight": None, "epochs": 9, "window_weight": "document", "evaluate_steps": 3,
         "gradient_accumulation_steps": 2, "early_stopping_patience": 1, "learning_rate": 5e-3,
@@ -87,7 +87,7 @@ def cases(training_data, years):
 @pytest.mark.parametrize(
     ("name", "world_size"), [("weights", 2), ("weights", 4), ("early stopping", 2), ("fewer rows than ranks", 4)]
 )
-def test_ranks_take_the_steps_of_a_single_process(training_data, years, tmp_path, name, world_size):
+def test_ranks_match_single_process(training_data, years, tmp_path, name, world_size):
     settings = cases(training_data, years)[name]
     (alone,) = train_in_group(train_job(training_data, tmp_path / "alone", **settings), 1)
     ranks = train_in_group(train_job(training_data, tmp_path / "group", **settings), world_size)
@@ -95,7 +95,7 @@ def test_ranks_take_the_steps_of_a_single_process(training_data, years, tmp_path
         assert summary.workers == world_size
         assert len(summary.losses) == len(alone.losses)
         np.testing.assert_allclose(summary.losses[:15], alone.losses[:15], rtol=1e-3, atol=1e-5)
-        assert summary.losses == ranks[0].losses, "every rank knows the same"
+        assert summary.losses == ranks[0].losses, "all ranks report the same losses"
         assert summary.valid == ranks[0].valid
         assert summary.stopped_early == alone.stopped_early == (name == "early stopping")
         for one, other in zip(summary.evaluations, alone.evaluations, strict=True):

@@ -1,4 +1,4 @@
-"""Training that is killed and resumed: the same weights as of a run that nothing interrupted."""
+"""Training that is killed and resumed ends with the same weights as an uninterrupted run."""
 
 import json
 import re
@@ -22,13 +22,13 @@ STEPS = {"epochs": 3, "save_steps": 4, "shuffle_buffer": 30, "weight": None}
 
 
 def start(folder, settings):
-    """The command in a process of its own."""
+    """Start the train command in a new process."""
     (folder / "train.yaml").write_text(json.dumps(settings))
     return start_command("train", "--config", folder / "train.yaml", "--json")
 
 
 def finish(process):
-    """The summary and the log of a run that leaves out a row without a text."""
+    """Wait for a run and return its summary and log. Exit code 3 means that one row has no text."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == 3, err[-3000:]
     return json.loads(out), err
@@ -43,7 +43,7 @@ def wait_for_checkpoint(output, process):
 
 
 def same_weights(left, right):
-    """All but the keys' biases: softmax does not depend on them, so Adam turns their rounding into full steps."""
+    """Compare all weights except key biases. Softmax ignores those, so Adam amplifies their rounding errors."""
     one, other = load_file(Path(left) / "model.safetensors"), load_file(Path(right) / "model.safetensors")
     assert one.keys() == other.keys()
     for name, weights in one.items():
@@ -53,9 +53,9 @@ def same_weights(left, right):
 
 
 @pytest.mark.timeout(400)
-def test_a_killed_run_resumes_and_ends_with_the_same_weights(training_data, tmp_path):
+def test_killed_run_resumes_with_same_weights(training_data, tmp_path):
     output, whole = tmp_path / "killed", tmp_path / "whole"
-    expected, _ = finish(start(tmp_path, train_values(training_data, whole, **STEPS)))  # each in a process of its own
+    expected, _ = finish(start(tmp_path, train_values(training_data, whole, **STEPS)))  # both runs use a new process
     process = start(tmp_path, train_values(training_data, output, **STEPS))
     wait_for_checkpoint(output, process)
     process.send_signal(signal.SIGKILL)
@@ -73,20 +73,20 @@ def test_a_killed_run_resumes_and_ends_with_the_same_weights(training_data, tmp_
     assert summary["thresholds"] == pytest.approx(expected["thresholds"], abs=1e-4)  # scores moved by 1e-7
     same_weights(output, whole)
     names = {path.name for path in output.iterdir()}
-    assert not names & {"checkpoints", "_run.json"}, "nothing that only an unfinished run needs is left"
+    assert not names & {"checkpoints", "_run.json"}, "files of the unfinished run are removed"
     with pytest.raises(OutputError, match="is not empty"):
         train_here(train_job(training_data, output, **STEPS))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_begins_in_an_object_store_and_resumes_from_its_newest_checkpoint(tmp_path, flaky_s3, monkeypatch):
+def test_checkpoints_in_object_store(tmp_path, flaky_s3, monkeypatch):
     import fsspec
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     store = fsspec.filesystem("s3", skip_instance_cache=True)
     store.mkdir("trained")
     output = "s3://trained/new/model"
-    assert not open_training(output, {"seed": 1}), "a folder that does not exist yet is empty"
+    assert not open_training(output, {"seed": 1}), "a missing folder counts as empty"
     assert open_training(output, {"seed": 1})
     with pytest.raises(OutputError, match="seed was 1 and is 2"):
         open_training(output, {"seed": 2})
@@ -102,13 +102,13 @@ def test_a_run_begins_in_an_object_store_and_resumes_from_its_newest_checkpoint(
     newest = fetch_newest(output, tmp_path / "scratch")
     assert {file.name for file in newest.iterdir()} == {"tokenizer.json", "training_state.pt", STATE_FILE}
     fetched = {file.name for file in local_folder(output).iterdir()}
-    assert fetched == {"_run.json", "tokenizer.json"}, "a process that tokenizes needs no checkpoint"
+    assert fetched == {"_run.json", "tokenizer.json"}, "checkpoints are not fetched for tokenization"
     remove_all(output)
     store.invalidate_cache()
     assert [name.rpartition("/")[2] for name in store.find("trained/new/model")] == ["tokenizer.json"]
 
 
-def test_a_model_may_be_written_to_any_filesystem(training_data, tmp_path):
+def test_model_output_on_any_filesystem(training_data, tmp_path):
     settings = {**STEPS, "epochs": 1}
     train_here(train_job(training_data, "memory://trained/model", **settings))
     train_here(train_job(training_data, tmp_path / "out", **settings))
@@ -117,7 +117,7 @@ def test_a_model_may_be_written_to_any_filesystem(training_data, tmp_path):
     same_weights(found.path, tmp_path / "out")
 
 
-def test_only_the_newest_checkpoints_stay(training_data, tmp_path, monkeypatch):
+def test_only_newest_checkpoints_are_kept(training_data, tmp_path, monkeypatch):
     seen = []
     real = checkpoints.publish
 
@@ -128,11 +128,11 @@ def test_only_the_newest_checkpoints_stay(training_data, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, "publish", recorded)
     settings = {**STEPS, "epochs": 1, "save_steps": 2, "keep_checkpoints": 3, "save_each_epoch": False}
     train_here(train_job(training_data, tmp_path / "out", **settings))
-    assert max(map(len, seen)) == 4, "three and the one just written"
+    assert max(map(len, seen)) == 4, "three kept checkpoints and the new one"
     assert all(steps == sorted(steps) for steps in seen)
 
 
-def test_a_checkpoint_is_written_for_a_machine_that_will_be_taken_away(training_data, tmp_path, monkeypatch, log_lines):
+def test_checkpoint_on_preemption_notice(training_data, tmp_path, monkeypatch, log_lines):
     written = []
     real = checkpoints.publish
 
@@ -147,17 +147,17 @@ def test_a_checkpoint_is_written_for_a_machine_that_will_be_taken_away(training_
     monkeypatch.setattr("pipelines.training.job.fit", fit_preempted)
     settings = {**STEPS, "epochs": 1, "save_steps": None, "save_each_epoch": False}
     train_here(train_job(training_data, tmp_path / "out", **settings))
-    assert written == ["step-000000010"], "once, and no other"
+    assert written == ["step-000000010"], "exactly one checkpoint is written"
     assert "a machine of this run will be taken away: checkpoint at step 10" in log_lines
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(training_data, tmp_path):
+def test_non_finite_loss_keeps_good_checkpoints(training_data, tmp_path):
     output = tmp_path / "nan"
     settings = {**STEPS, "learning_rate": 1e30, "warmup_ratio": 0.9, "save_steps": 1}
     with pytest.raises(JobError, match=r"the loss or its gradient is not finite at step \d+: lower learning_rate"):
         train_here(train_job(training_data, output, **settings))
     left = sorted(output.glob("checkpoints/step-*"))
-    assert left, "the run can be inspected"
+    assert left, "checkpoints are kept for inspection"
     for folder in left:
         weights = load_file(folder / "model.safetensors")
         assert all(np.isfinite(array).all() for array in weights.values())

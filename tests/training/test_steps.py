@@ -1,4 +1,4 @@
-"""Which windows each optimizer step runs: buffers, ranks, steps that are done, units that have not arrived yet."""
+"""The windows of each optimizer step: buffers, ranks, skipped steps, units that have not arrived yet."""
 
 import collections
 import threading
@@ -17,7 +17,7 @@ from pipelines.training.order import LabelledWindows, TrainingWindows, WindowCou
 
 
 def windows_of(lengths_UD):
-    """Units whose documents have these lengths and, as their only token id, the number of the document."""
+    """Units of documents with these lengths. Every token id of a document is the number of the document."""
     first = np.cumsum([0, *map(len, lengths_UD)])
     loaded = []
 
@@ -48,7 +48,7 @@ def names_of(step):
     buffer=st.integers(1, 60),
     window_weight=st.sampled_from(["window", "document"]),
 )
-def test_every_window_is_seen_once_an_epoch_whatever_the_workers(lengths_UD, world_size, buffer, window_weight):
+def test_each_window_once_per_epoch(lengths_UD, world_size, buffer, window_weight):
     data, _ = windows_of([np.array(unit, int) for unit in lengths_UD])
     settings = TrainSettings(batch_size=3, window_weight=window_weight, shuffle_buffer=buffer)
     loss = Loss("binary", window_weight=window_weight)
@@ -74,7 +74,7 @@ def test_every_window_is_seen_once_an_epoch_whatever_the_workers(lengths_UD, wor
     assert {name: share for name, share in seen.items() if share} == pytest.approx(expected)
 
 
-def test_a_buffer_holds_few_parts_and_epochs_mix_them_differently():
+def test_buffer_size_and_epoch_shuffling():
     data, loaded = windows_of([np.full(20, 15)] * 50)
     settings, loss = TrainSettings(batch_size=8, shuffle_buffer=100), Loss("binary")
     epochs = []
@@ -88,7 +88,7 @@ def test_a_buffer_holds_few_parts_and_epochs_mix_them_differently():
     assert np.mean(units_of_a_batch) > 3, "a batch mixes the units of its buffer"
 
 
-def test_skipped_steps_are_the_first_and_their_buffers_are_not_loaded():
+def test_skipped_steps_load_no_buffers():
     data, loaded = windows_of([np.full(20, 15)] * 50)
     settings, loss = TrainSettings(batch_size=8, shuffle_buffer=100), Loss("binary")
     whole = [names_of(step) for step in epoch_steps(data, settings, loss, epoch=0, rank=0, world_size=1)]
@@ -99,7 +99,7 @@ def test_skipped_steps_are_the_first_and_their_buffers_are_not_loaded():
         assert len(loaded) == 10 - skip // 13
 
 
-def test_the_first_epoch_begins_when_its_first_buffer_has_come():
+def test_first_epoch_starts_with_first_buffer():
     data, _ = windows_of([np.full(20, 15)] * 50)
     settings, loss = TrainSettings(batch_size=8, shuffle_buffer=100), Loss("binary")
     order = tuple(np.random.default_rng(1).permutation(50).tolist())
@@ -114,7 +114,7 @@ def test_the_first_epoch_begins_when_its_first_buffer_has_come():
         return ((names_of(step), step.ends_epoch, step.num_steps) for step in steps)
 
     late = replace(data, counts=counts, order=order)
-    for unit in order[:6]:  # a buffer of five, and the first of the next
+    for unit in order[:6]:  # five units of the first buffer and one of the next
         come[unit].set()
     found = steps_of(late, 0)
     begun = [next(found) for _ in range(12)]
@@ -134,7 +134,7 @@ def test_the_first_epoch_begins_when_its_first_buffer_has_come():
     buffer=st.integers(1, 80),
     skip=st.integers(0, 200),
 )
-def test_the_length_of_a_run_is_judged_by_what_was_read_and_exact_at_the_end(counts, buffer, skip):
+def test_num_steps_is_exact_after_first_epoch(counts, buffer, skip):
     data, _ = windows_of([np.full(count, 15) for count in counts])
     settings, loss = TrainSettings(batch_size=3, shuffle_buffer=buffer, epochs=3), Loss("binary")
     steps = [list(epoch_steps(data, settings, loss, epoch=n, rank=0, world_size=1)) for n in range(3)]
@@ -145,7 +145,7 @@ def test_the_length_of_a_run_is_judged_by_what_was_read_and_exact_at_the_end(cou
     assert [step.num_steps for step in rest] == [step.num_steps for step in steps[0][skip:]]
 
 
-def test_ranks_get_windows_of_like_lengths():
+def test_ranks_get_similar_token_counts():
     rng = np.random.default_rng(0)
     data, _ = windows_of([rng.integers(1, 20, 400)])
     settings, loss = TrainSettings(batch_size=40), Loss("binary")

@@ -56,16 +56,16 @@ def test_schedules_follow_their_formulas():
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_attention_dropout_is_the_runs_own(tmp_path, emails, family):
+def test_attention_dropout_setting(tmp_path, emails, family):
     losses = {}
     for share in (None, 0.0, 0.5):
         job, train, _ = make_job(tmp_path / str(share), emails, epochs=1, family=family, attention_dropout=share)
         losses[share] = run(job, train).losses
-    assert (losses[0.0] == losses[None]) == (family == "bert"), "the base has none as bert, and 0.1 as distilbert"
+    assert (losses[0.0] == losses[None]) == (family == "bert"), "the base has dropout 0 for bert, 0.1 for distilbert"
     assert losses[0.5] != losses[0.0]
 
 
-def test_a_model_without_attention_dropout_is_no_place_for_it(tmp_path):
+def test_unsupported_attention_dropout_is_refused(tmp_path):
     tiny.classifier("xlnet", num_labels=2).save_pretrained(tmp_path)
     assert describe(str(tmp_path))
     with pytest.raises(
@@ -74,7 +74,7 @@ def test_a_model_without_attention_dropout_is_no_place_for_it(tmp_path):
         describe(str(tmp_path), attention_dropout=0.0)
 
 
-def test_parts_change_nothing_where_one_buffer_holds_all(tmp_path, emails):
+def test_units_in_one_buffer_change_nothing(tmp_path, emails):
     job, train, valid = make_job(tmp_path / "one", emails, epochs=1)
     valid.documents.errors[5] = train.documents.errors[30] = "the text is null"
     whole = run(job, train, valid)
@@ -88,7 +88,7 @@ def test_parts_change_nothing_where_one_buffer_holds_all(tmp_path, emails):
 
 
 @pytest.mark.parametrize(("last", "kind"), [(3, "binary"), (4, "binary"), (5, "regression"), (9, "binary")])
-def test_a_run_that_ends_within_or_between_buffers_goes_on_as_if_it_had_not(tmp_path, emails, monkeypatch, last, kind):
+def test_resume_within_and_between_buffers(tmp_path, emails, monkeypatch, last, kind):
     from pipelines.training import fit as training
 
     settings = {"shuffle_buffer": 32, "save_steps": 1, "warmup_ratio": 0.5}
@@ -113,11 +113,11 @@ def test_a_run_that_ends_within_or_between_buffers_goes_on_as_if_it_had_not(tmp_
     whole = fit(job, corpus, None)
     assert went_on.losses == pytest.approx(whole.losses, rel=1e-6)
     assert interrupted == pytest.approx(rates[last:], rel=1e-12)
-    assert interrupted[-1] < 0.2 * max(interrupted), "down to nothing at the end"
+    assert interrupted[-1] < 0.2 * max(interrupted), "the learning rate decays at the end"
 
 
 @pytest.mark.parametrize(("first", "then"), [("bfloat16", "float16"), ("float16", "bfloat16")])
-def test_a_run_resumes_in_another_arithmetic(tmp_path, emails, monkeypatch, log_lines, first, then):
+def test_resume_in_another_dtype(tmp_path, emails, monkeypatch, log_lines, first, then):
     from pipelines.training import fit as training
     from pipelines.training import ranks
 
@@ -145,7 +145,7 @@ def test_a_run_resumes_in_another_arithmetic(tmp_path, emails, monkeypatch, log_
     [(["bfloat16"] * 3, "bfloat16"), (["bfloat16", "float16", "bfloat16"], "float16"),
      (["bfloat16", "float32"], "float32")],
 )  # fmt: skip
-def test_unlike_machines_agree_on_one_arithmetic(monkeypatch, theirs, expected):
+def test_ranks_agree_on_one_dtype(monkeypatch, theirs, expected):
     from pipelines.training import ranks
 
     found = [getattr(torch, name) for name in theirs]
@@ -154,7 +154,7 @@ def test_unlike_machines_agree_on_one_arithmetic(monkeypatch, theirs, expected):
     assert ranks.shared_dtype("auto", torch.device("cpu")) == getattr(torch, expected)
 
 
-def test_a_corpus_names_documents_by_their_part_and_place():
+def test_corpus_skips_and_names_rows():
     tokens = Tokens(np.zeros(0, np.int32), np.zeros(4, np.int64))
     bad = Documents(tokens, None, [None, "null", None])
     corpus = Corpus([3, 3], np.arange(6), lambda unit: UnitLengths.of(bad), lambda unit: bad, fingerprint="",
@@ -166,7 +166,7 @@ def test_a_corpus_names_documents_by_their_part_and_place():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_finished_folder_scores_as_the_model_did_in_training(tmp_path, emails, kind):
+def test_saved_folder_scores_like_trained_model(tmp_path, emails, kind):
     job, train, valid = make_job(tmp_path, emails, KINDS[kind])
     summary = run(job, train, valid)
     assert summary.losses[-1] < summary.losses[0]
@@ -185,7 +185,7 @@ def test_a_finished_folder_scores_as_the_model_did_in_training(tmp_path, emails,
         assert folder.decision.thresholds[2] == 0.5, "a label that is always true keeps its threshold"
 
 
-def test_the_same_seed_gives_the_same_run(tmp_path, emails):
+def test_same_seed_gives_same_run(tmp_path, emails):
     losses = []
     for number in range(2):
         job, train, valid = make_job(tmp_path / str(number), emails, epochs=1)
@@ -195,7 +195,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path, emails):
     assert run(job, train, valid).losses != losses[0]
 
 
-def test_accumulation_and_micro_batches_change_nothing_but_rounding(tmp_path, emails):
+def test_accumulation_and_micro_batches_match(tmp_path, emails):
     runs = {"plain": {}, "accumulated": {"batch_size": 4, "gradient_accumulation_steps": 2},
             "small": {"train_batch_tokens": 40}}  # fmt: skip
     losses = {}
@@ -217,7 +217,7 @@ def test_packed_and_padded_training_agree(tmp_path, emails):
 
 
 @pytest.mark.parametrize("family", ["bert", "deberta-v2"])
-def test_activation_checkpointing_changes_nothing_but_rounding(tmp_path, emails, family):
+def test_activation_checkpointing_matches(tmp_path, emails, family):
     losses = []
     for on in (False, True):
         job, train, _ = make_job(tmp_path / str(on), emails, epochs=1, family=family, activation_checkpointing=on)
@@ -225,7 +225,7 @@ def test_activation_checkpointing_changes_nothing_but_rounding(tmp_path, emails,
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
 
 
-def test_a_temperature_makes_scores_say_how_often_they_are_right(tmp_path, emails, log_lines):
+def test_calibration_minimizes_log_loss(tmp_path, emails, log_lines):
     job, train, valid = make_job(tmp_path, emails, epochs=6, calibrate=True)
     summary = run(job, train, valid)
     folder = read_model_folder(job.output)
@@ -241,7 +241,7 @@ def test_a_temperature_makes_scores_say_how_often_they_are_right(tmp_path, email
     assert -np.log(np.maximum(true_scores, 1e-7)).mean() == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_the_temperature_that_scores_were_made_with_is_found():
+def test_fit_temperature_recovers_known_value():
     rng = np.random.default_rng(0)
     logits_WL = rng.normal(0, 2, (20_000, 3)).astype(np.float32)
     chances = np.exp(logits_WL / 1.7)
@@ -254,7 +254,7 @@ def test_the_temperature_that_scores_were_made_with_is_found():
         fit_temperature(logits_WL[:, :1], np.arange(20_001), chances[:, 0], KINDS["regression"])
 
 
-def test_a_loss_that_is_no_number_names_its_documents(tmp_path, emails):
+def test_non_finite_loss_names_documents(tmp_path, emails):
     job, train, _ = make_job(tmp_path, emails, epochs=1, learning_rate=1e30)
     with pytest.raises(
         JobError, match=r"the loss or its gradient is not finite at step \d+: .*; the step saw (document \d+(, )?)+"
@@ -262,7 +262,7 @@ def test_a_loss_that_is_no_number_names_its_documents(tmp_path, emails):
         run(job, train)
 
 
-def test_rows_without_a_text_are_left_out_and_counted(tmp_path, emails):
+def test_rows_without_text_are_skipped_and_counted(tmp_path, emails):
     job, train, valid = make_job(tmp_path, emails, epochs=1)
     for part in (train, valid):
         part.documents.errors[3] = "the text is null"
@@ -271,14 +271,14 @@ def test_rows_without_a_text_are_left_out_and_counted(tmp_path, emails):
     assert sum(summary.valid[name] for name in ("tp", "tn", "fp", "fn")) == 39
 
 
-def test_windows_whose_weights_are_all_zero_do_not_spoil_the_run(tmp_path, emails):
+def test_all_zero_window_weights(tmp_path, emails):
     job, train, _ = make_job(tmp_path, emails, epochs=1, weight=(0.0, 1.0), batch_size=1)
     losses = run(job, train).losses
     assert 0.0 in losses
     assert max(losses) > 0
 
 
-def test_a_cap_on_training_windows_is_reported_and_not_kept(tmp_path, emails):
+def test_train_max_windows_is_reported_and_not_saved(tmp_path, emails):
     job, train, valid = make_job(tmp_path, emails, epochs=1, train_max_windows=1)
     summary = run(job, train, valid)
     assert summary.windows == summary.documents == 60
@@ -286,13 +286,13 @@ def test_a_cap_on_training_windows_is_reported_and_not_kept(tmp_path, emails):
     assert read_model_folder(job.output).windows.max_windows is None
 
 
-def test_a_gradient_that_is_no_number_stops_the_run_before_a_checkpoint_has_it(tmp_path, emails, monkeypatch):
+def test_non_finite_gradient_is_not_checkpointed(tmp_path, emails, monkeypatch):
     calls = []
 
     def rooted(logits_WL, target_W):
         calls.append(len(target_W))
         loss_W = F.cross_entropy(logits_WL, target_W, reduction="none")
-        return loss_W + (logits_WL.sum(dim=1) * 0).sqrt() if len(calls) == 3 else loss_W  # a root's slope at 0
+        return loss_W + (logits_WL.sum(dim=1) * 0).sqrt() if len(calls) == 3 else loss_W  # not finite at 0
 
     monkeypatch.setitem(LOSSES["binary"], "focal", rooted)
     job, train, _ = make_job(tmp_path, emails, loss_type="focal", max_grad_norm=0.0, save_steps=1)
@@ -303,7 +303,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_a_checkpoint_has_it(t
     assert all(np.isfinite(weight).all() for weight in weights.values())
 
 
-def test_valid_documents_that_overflow_are_named_and_make_no_metrics(tmp_path, emails, monkeypatch):
+def test_non_finite_valid_output_stops_run(tmp_path, emails, monkeypatch):
     job, train, valid = make_job(tmp_path, emails, epochs=1)
     logits = WindowModel.logits
 
@@ -319,7 +319,7 @@ def test_valid_documents_that_overflow_are_named_and_make_no_metrics(tmp_path, e
         run(job, train, valid)
 
 
-def test_the_loss_of_valid_is_weighted_as_in_training(tmp_path, emails):
+def test_valid_loss_uses_window_weight(tmp_path, emails):
     found = {}
     for weight in ("window", "document"):
         job, train, valid = make_job(tmp_path / weight, emails, epochs=1, window_weight=weight)
@@ -335,7 +335,7 @@ def test_the_loss_of_valid_is_weighted_as_in_training(tmp_path, emails):
     assert found["window"] != pytest.approx(found["document"], rel=1e-3)
 
 
-def test_a_diverged_loss_stops_the_run_and_leaves_no_finished_folder(tmp_path, emails):
+def test_diverged_loss_leaves_no_finished_folder(tmp_path, emails):
     job, train, valid = make_job(tmp_path, emails, epochs=1, learning_rate=1e30, max_grad_norm=0.0)
     with pytest.raises(JobError, match=r"the loss or its gradient is not finite at step .*: lower learning_rate"):
         run(job, train, valid)

@@ -1,4 +1,4 @@
-"""A server as people start it, in a process of its own."""
+"""Helpers that start a server in a new process."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ KEYS = ("first-key", "clef-&+%")
 
 @contextlib.contextmanager
 def started(folder, *settings):
-    """A client of a server with KEYS, which ends as it should."""
+    """A client of a server with KEYS. The server must shut down cleanly at the end."""
     port = free_port()
     command = [sys.executable, "-m", "pipelines", "serve", str(folder.path), "--port", str(port)]
     hashes = [hashlib.sha256(key.encode()).hexdigest() for key in KEYS]

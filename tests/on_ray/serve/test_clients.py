@@ -1,4 +1,4 @@
-"""Clients of other servers, unchanged, over a real socket; and what their protocols say where they differ."""
+"""Unchanged client libraries of other servers, over a real socket."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ TEXTS = ["Noon at the usual place?", "WIN a free cruise now!!! " * 300]
 
 @pytest.fixture
 def truth(server):
-    """What our own route says of the texts."""
+    """The answers of /v1/predict for TEXTS."""
     return predict(server, inputs=TEXTS).json()["predictions"]
 
 
@@ -49,8 +49,8 @@ except HfHubHTTPError as error:
 """
 
 
-def test_huggingfaces_client(server, truth):
-    """In a process of its own, where it may reach a network, which is loopback."""
+def test_huggingface_client(server, truth):
+    """Runs in a new process without HF_HUB_OFFLINE. The client connects only to loopback."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     for route in ("/models/spam", "/predict"):
         command = [sys.executable, "-c", HUB, f"{server.base_url}{route}", KEYS[0], *TEXTS]
@@ -78,7 +78,7 @@ try {
 """
 
 
-def test_huggingfaces_client_for_javascript(server, truth, tmp_path):
+def test_huggingface_javascript_client(server, truth, tmp_path):
     npm = shutil.which("npm")
     if npm is None:
         pytest.skip("needs Node.js")
@@ -99,7 +99,7 @@ def test_huggingfaces_client_for_javascript(server, truth, tmp_path):
 
 
 @pytest.mark.parametrize("mode", GenerationMode)
-def test_nothing_that_fits_the_schema_or_does_not_breaks_the_server(server, mode):
+def test_openapi_schema_fuzzing(server, mode):
     headers = dict(server.headers)
     schema = schemathesis.openapi.from_url(f"{server.base_url}/openapi.json", headers=headers)
     asked = 0
@@ -120,7 +120,7 @@ def test_nothing_that_fits_the_schema_or_does_not_breaks_the_server(server, mode
     assert asked > 100
 
 
-def test_openais_client(server, truth):
+def test_openai_client(server, truth):
     client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key=KEYS[0], max_retries=0)
     for texts in (TEXTS, [{"type": "text", "text": text} for text in TEXTS]):
         answer = client.moderations.create(input=texts, model="spam")
@@ -137,7 +137,7 @@ def test_openais_client(server, truth):
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_tritons_client(server, truth, binary):
+def test_triton_client(server, truth, binary):
     headers = {"authorization": f"Bearer {KEYS[0]}"}
     with contextlib.closing(tritonclient.http.InferenceServerClient(server.base_url.netloc.decode())) as client:
         assert client.is_server_live()

@@ -1,4 +1,4 @@
-"""A server at work: thresholds and models change, replicas come, go and die, and who asks meanwhile is answered."""
+"""A server under load: thresholds and models change, replicas start, stop and die, and requests are answered."""
 
 import contextlib
 import threading
@@ -25,7 +25,7 @@ APP = "operations"
 
 
 class Load:
-    """Requests from a few threads, one after another each, and what became of them."""
+    """Sends requests from several threads and collects the answers and failures."""
 
     def __init__(self, url, *, threads=3, text="hello there"):
         self.answers, self.failures = [], []
@@ -58,7 +58,7 @@ class Load:
 
 @pytest.fixture(scope="module")
 def url(local_ray):
-    """Where applications of this module answer."""
+    """The URL of this module's applications."""
     serve.shutdown()
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -68,7 +68,7 @@ def url(local_ray):
 
 @pytest.fixture(scope="module")
 def other_folder(tmp_path_factory, emails):
-    """A newer version of the model: other weights."""
+    """A newer version of the model with other weights."""
     path = tmp_path_factory.mktemp("other") / "spam"
     path.mkdir()
     decision = DecisionSettings(kind="binary", labels=("ham", "spam"), thresholds=(0.4,))
@@ -81,7 +81,7 @@ def run(folder, **values):
 
 
 def deploy(folder, **user_config):
-    """As `serve deploy` and KubeRay do it, from a configuration file."""
+    """Deploy from a configuration, like `serve deploy` and KubeRay."""
     args = {"model": str(folder.path), "dtype": "float32", "device": "cpu", "num_threads": 1}
     predictor = {"name": "predictor", "user_config": user_config}
     app = {"name": APP, "route_prefix": "/", "import_path": "pipelines.on_ray.serve.app:build", "args": args,
@@ -91,7 +91,7 @@ def deploy(folder, **user_config):
 
 
 def replicas():
-    """Those of the deployment that run."""
+    """The number of running replicas of the deployment."""
     (deployment,) = serve.status().applications[APP].deployments.values()
     return deployment.replica_states.get("RUNNING", 0)
 
@@ -103,7 +103,7 @@ def wait_until(holds, seconds=90):
         time.sleep(0.2)
 
 
-def test_thresholds_change_under_load_without_a_restart(url, spam_folder):
+def test_thresholds_change_without_restart(url, spam_folder):
     deploy(spam_folder)
     before = httpx.get(f"{url}/info").json()
     with Load(url) as load:
@@ -113,13 +113,13 @@ def test_thresholds_change_under_load_without_a_restart(url, spam_folder):
     assert load.failures == []
     assert load.answers[0]["predictions"][0]["thresholds"] == {"spam": pytest.approx(0.4)}
     after = httpx.get(f"{url}/info").json()
-    assert after["replica"] == before["replica"], "the same process, which has kept its model"
+    assert after["replica"] == before["replica"], "the same replica process still runs"
     assert after["decision"]["thresholds"] == [pytest.approx(0.9)]
     with pytest.raises(SettingsError, match="allowed labels: spam"):
         run(spam_folder, thresholds={"eggs": 0.9})
 
 
-def test_a_new_model_takes_over_without_a_lost_request(url, spam_folder, other_folder):
+def test_model_update_loses_no_request(url, spam_folder, other_folder):
     run(spam_folder)
     with Load(url) as load:
         wait_until(lambda: len(load.answers) > 20)
@@ -132,7 +132,7 @@ def test_a_new_model_takes_over_without_a_lost_request(url, spam_folder, other_f
     assert {answer["model_hash"] for answer in load.answers[count:]} == {other_folder.weights_hash}
 
 
-def test_a_replica_that_dies_takes_no_more_than_its_own_requests_along(url, spam_folder):
+def test_killed_replica_loses_only_its_requests(url, spam_folder):
     run(spam_folder, num_replicas=2)
     with Load(url, threads=4) as load:
         wait_until(lambda: len(load.answers) > 40)
@@ -141,13 +141,13 @@ def test_a_replica_that_dies_takes_no_more_than_its_own_requests_along(url, spam
             ray.kill(ray.get_actor(f"SERVE_REPLICA::{APP}#predictor#{victim}", namespace="serve"))
         count = len(load.answers)
         wait_until(lambda: replicas() == 2 and len(load.answers) > count + 100)
-    assert len(load.failures) <= 4, "one for each thread, at most"
+    assert len(load.failures) <= 4, "at most one failure per thread"
     scores = [answer["predictions"][0]["score"] for answer in load.answers]
-    assert max(scores) - min(scores) < 1e-5, "nobody was answered wrongly"
+    assert max(scores) - min(scores) < 1e-5, "all answers have the same score"
 
 
 @pytest.mark.slow
-def test_replicas_follow_the_load(url, spam_folder):
+def test_autoscaling_follows_load(url, spam_folder):
     run(spam_folder, num_replicas="1:2", target_queued_tokens=500, upscale_delay_s=1, downscale_delay_s=3)
     assert replicas() == 1
     with Load(url, threads=6, text="word " * 3000) as load:
@@ -158,22 +158,22 @@ def test_replicas_follow_the_load(url, spam_folder):
 
 
 @pytest.mark.slow
-def test_an_idle_server_may_have_no_replica_and_the_next_request_brings_one(url, spam_folder):
+def test_scale_to_zero_and_back(url, spam_folder):
     run(spam_folder, num_replicas="0:1", upscale_delay_s=0, downscale_delay_s=1)
     wait_until(lambda: replicas() == 0)
     answer = httpx.post(f"{url}/v1/predict", json={"inputs": ["who is there"]}, timeout=60)
     assert answer.status_code == 200
 
 
-def test_a_second_server_of_a_cluster_says_that_the_address_is_the_firsts(url):
+def test_second_server_reports_first_address(url):
     assert start_proxies(ServeSettings(port=1)).endswith("runs on this cluster already, and not 127.0.0.1:1")
     assert httpx.get(f"{url}/-/healthz").status_code == 200
 
 
-def test_how_many_replicas_a_load_needs():
+def test_replicas_needed():
     assert replicas_needed(0, 0.0, 1000) == 0
     assert replicas_needed(0, 0.1, 1000) == 1
-    assert replicas_needed(0, 1.7, 1000) == 3, "no replica runs more than 80 % of the time"
+    assert replicas_needed(0, 1.7, 1000) == 3, "a replica is busy at most 80 % of the time"
     assert replicas_needed(4001, 1.7, 1000) == 5
     assert autoscaling_of(ServeSettings(num_replicas=3)) is None
     found = autoscaling_of(ServeSettings(num_replicas="0:4"))
@@ -183,7 +183,7 @@ def test_how_many_replicas_a_load_needs():
             ServeSettings(num_replicas=bad)
 
 
-def test_haproxy_must_be_in_the_environment_before_serve_starts(monkeypatch):
+def test_haproxy_needs_environment_variables(monkeypatch):
     check_proxy("python")
     monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
     with pytest.raises(SettingsError, match="needs RAY_SERVE_ENABLE_HA_PROXY=1 RAY_SERVE_THROUGHPUT_OPTIMIZED=1"):

