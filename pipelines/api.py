@@ -35,18 +35,18 @@ def train(
 ) -> TrainSummary:
     """Fine-tune a classifier, tune its thresholds on valid, and write a model folder.
 
-    The same call resumes a run that was interrupted, where the data are files.
+    If the data is in files, the same call resumes a run that was interrupted. A table in memory cannot be resumed.
 
     Args:
         train: Labelled Parquet file, folder or glob; or a table in memory (Arrow, pandas, polars, columns, rows).
         model: Pretrained weights: a folder or a Hugging Face hub name.
         output: New folder for the finished model.
         valid: Validation data, in the same forms.
-        address: Ray cluster to use where num_workers is not 0; by default RAY_ADDRESS, else a local Ray.
+        address: Ray cluster to use if num_workers is not 0. Default: RAY_ADDRESS, else a local Ray.
         **settings: Settings by name, such as kind="multiclass", epochs=2, text_column="body", num_workers=4.
 
     Returns:
-        How the run went; `valid` holds the metrics of the finished model.
+        Counts, losses and metrics of the run. `valid` contains the metrics of the finished model.
 
     Raises:
         UsageError: Data, labels, weights or settings do not fit; nothing was done.
@@ -77,16 +77,16 @@ def score(
     Args:
         model: Model folder, a path or URL.
         input: Parquet file, folder or glob; or a table in memory (Arrow, pandas, polars, columns, rows).
-        output: New folder for the scored files; the same call resumes a job that was interrupted. None for a table.
-        address: Ray cluster to use; by default RAY_ADDRESS, else a local Ray. replicas=0 scores without Ray.
+        output: New folder for the scored files. The same call resumes a job that was interrupted. None for a table.
+        address: Ray cluster to use. Default: RAY_ADDRESS, else a local Ray. replicas=0 scores without Ray.
         **settings: Settings by name, such as text_column="body", thresholds={"spam": 0.9}, replicas=0.
 
     Returns:
-        For files the summary of the job. For a table its columns without the texts, followed by the output columns.
+        For files: the summary of the job. For a table: its columns without the texts, then the output columns.
 
     Raises:
         UsageError: Model, input, columns or settings do not fit; nothing was done.
-        JobError: The job cannot be finished; what is done stays done.
+        JobError: The job cannot be finished. Finished files stay in the output folder.
 
     Example:
         >>> pipelines.score("runs/spam", {"text": ["first", "second"]}).to_pandas()
@@ -118,7 +118,7 @@ def evaluate(
         model: Model folder, a path or URL.
         data: Labelled Parquet file, folder or glob; or a table in memory.
         report: Where to write an HTML page with curves and threshold tables.
-        report_texts: Show on the page how documents begin.
+        report_texts: Show the first words of documents on the page.
         **settings: Settings by name, such as label_column="group", limit=1000, device="cpu".
 
     Raises:
@@ -163,15 +163,15 @@ def tune(model: Location, data: Any, *, objective: str = "f1", **settings: Any) 
 
 
 def convert(old: Location, new: Location, *, kind: Kind | None = None) -> ModelFolder:
-    """Make a model folder from a folder of Simple Transformers or of any Hugging Face classifier.
+    """Convert a folder of Simple Transformers, or of any Hugging Face classifier, to a model folder.
 
     Args:
-        old: Folder with config.json and weights; a pickle is read by a loader that refuses everything but tensors.
+        old: Folder with config.json and weights. A pickle is read by a loader that accepts only tensors.
         new: New folder.
-        kind: binary, multiclass, multilabel or regression, where config.json does not say.
+        kind: binary, multiclass, multilabel or regression. Needed if config.json does not define it.
 
     Raises:
-        UsageError: The folder is no classifier, or new is in use.
+        UsageError: The old folder is not a classifier, or the new folder is not empty.
 
     Example:
         >>> pipelines.convert("outputs/", "runs/spam")
@@ -182,7 +182,7 @@ def convert(old: Location, new: Location, *, kind: Kind | None = None) -> ModelF
 
 
 def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) -> pa.Table:
-    """The table without its texts, followed by the output columns; scored in this process."""
+    """Score a table in this process: its columns without the texts, then the output columns."""
     from pipelines.decisions.columns import check_output_columns
     from pipelines.model.scorer import Scorer
     from pipelines.settings import ScoreSettings
@@ -206,7 +206,7 @@ def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) 
 
 @contextmanager
 def _on_disk(data: Any) -> Iterator[str]:
-    """The location of the data; a table in memory lies in a temporary Parquet file while the body runs."""
+    """Yield the location of the data. A table in memory is in a temporary Parquet file inside the context."""
     if is_location(data):
         yield _path(data)
         return

@@ -47,7 +47,7 @@ SEPARATORS = {"keep": ",", "labels": ","}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
+    """Run the command line, and return the exit code."""
     options = _parser().parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     show_logs(-1 if options.quiet else 1 if options.verbose else 0)
@@ -65,10 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _results_alone() -> Iterator[TextIO]:
-    """A stream to the real stdout; what anything else writes there, such as Ray's processes, goes to stderr."""
+    """Yield a stream to the real stdout. Other output to stdout, such as that of Ray's processes, goes to stderr."""
     try:
         number = sys.stdout.fileno()
-    except (OSError, ValueError):  # stdout is no file, as when a test captures it
+    except (OSError, ValueError):  # stdout is not a file, for example when a test captures it
         yield sys.stdout
         return
     sys.stdout.flush()
@@ -166,7 +166,7 @@ def _relabel(options: argparse.Namespace) -> int:
     thresholds = parse_yaml(options.thresholds, "--thresholds")
     (settings,) = parse({"thresholds": thresholds}, ScoreSettings)
     if settings.thresholds is None:
-        raise SettingsError("--thresholds says nothing; write 0.4, [0.3, 0.5] or '{spam: 0.9}'")
+        raise SettingsError("--thresholds is empty; write 0.4, [0.3, 0.5] or '{spam: 0.9}'")
     summary = relabel(absolute(options.scored), absolute(options.output), settings.thresholds)
     result = summary.to_json()
     _print(options, result, {name: value for name, value in result.items() if name != "histograms"})
@@ -204,7 +204,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _values(options: argparse.Namespace) -> dict[str, object]:
-    """Settings from --config, then --set, then flags; the later win."""
+    """Return the settings from --config, --set and flags. A later source replaces an earlier one."""
     values: dict[str, object] = {}
     if options.config:
         values.update(read_config(options.config))
@@ -221,7 +221,7 @@ def _values(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _print(options: argparse.Namespace, result: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
-    """The result on stdout: all of it as JSON, or what people read first."""
+    """Print the result on stdout: all of it as JSON, or the most important values as text."""
     if options.json:
         print(json.dumps(result), file=options.out)
         return
@@ -263,35 +263,49 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--data", required=True, metavar="PARQUET", help="file, folder or glob with labels")
         if name == "evaluate":
             command.add_argument("--report", metavar="OUT.html", help="write a page with curves and threshold tables")
-            command.add_argument("--report-texts", action="store_true", help="show how the page's documents begin")
+            command.add_argument(
+                "--report-texts", action="store_true", help="show the first words of documents on the page"
+            )
         if name == "tune":
             command.add_argument("--objective", default="f1", help="f1 (default), fbeta=B, precision=P or recall=R")
         _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "limit"))
     command = _command(
-        commands, "inspect", _inspect, about="what a model folder is", groups=(), example="pipelines inspect runs/spam"
+        commands,
+        "inspect",
+        _inspect,
+        about="show the settings of a model folder",
+        groups=(),
+        example="pipelines inspect runs/spam",
     )
     command.add_argument("model", metavar="DIR", help="model folder")
     example = "pipelines relabel scored/ --thresholds '{spam: 0.9}' --output relabelled/"
     command = _command(
-        commands, "relabel", _relabel, about="new labels for scored Parquet from its scores", groups=(), example=example
+        commands,
+        "relabel",
+        _relabel,
+        about="decide new labels from the scores of scored Parquet",
+        groups=(),
+        example=example,
     )
     command.add_argument("scored", metavar="SCORED", help="output folder of `pipelines score`")
     command.add_argument("--thresholds", required=True, metavar="YAML", help="0.4, [0.3, 0.5] or '{label: 0.9}'")
     command.add_argument("--output", required=True, help="new folder")
     example = "pipelines drift runs/spam scored/2026-11/ --plot drift.png"
     command = _command(
-        commands, "drift", _drift, about="whether scores have moved, label by label", groups=(), example=example
+        commands, "drift", _drift, about="compare the score distributions of each label", groups=(), example=example
     )
     command.add_argument("before", metavar="A", help="scored folder, or a model folder for its validation data")
     command.add_argument("after", metavar="B", help="scored folder")
     command.add_argument("--plot", metavar="FILE.png", help="draw both histograms of each label")
-    about = "a Simple Transformers or Hugging Face classifier, pickled or not, into a model folder"
+    about = "convert a Simple Transformers or Hugging Face classifier, pickled or not, to a model folder"
     command = _command(
         commands, "convert", _convert, about=about, groups=(), example="pipelines convert outputs/ runs/spam"
     )
     command.add_argument("old", metavar="OLD", help="folder with config.json and weights")
     command.add_argument("new", metavar="NEW", help="new folder")
-    command.add_argument("--kind", help="binary, multiclass, multilabel or regression, where config.json does not say")
+    command.add_argument(
+        "--kind", help="binary, multiclass, multilabel or regression, if config.json does not define it"
+    )
     return parser
 
 
@@ -321,7 +335,7 @@ def _add_score(commands: Any) -> None:
         field.name for field in dataclasses.fields(ScoreSettings) if field.name not in ("thresholds", "unit_bytes")
     ]
     _flags(command, ScoreSettings, names)
-    command.add_argument("--dry-run", action="store_true", help="say what the job would cost, and write nothing")
+    command.add_argument("--dry-run", action="store_true", help="estimate the job's size and time, and write nothing")
     command.add_argument("--rate", type=float, metavar="X", help="with --dry-run: tokens per second of one replica")
     _flags(command, DataSettings, ("text_column", "text_pair_column", "limit"))
     command.set_defaults(flags=[*command.get_default("flags"), "model"])
@@ -370,7 +384,7 @@ def _command(
 
 
 def _flags(command: argparse.ArgumentParser, group: type[Any], names: Sequence[str]) -> None:
-    """Settings that have a flag of their own."""
+    """Add a flag for each of these settings."""
     types: dict[str, Any] = {
         "int": int,
         "int | None": int,
@@ -398,12 +412,12 @@ def _flags(command: argparse.ArgumentParser, group: type[Any], names: Sequence[s
 
 
 def _number(text: str) -> int | float:
-    """An int where it is written as one."""
+    """Return an int if the text is one, else a float."""
     return int(text) if text.isdigit() else float(text)
 
 
 def _mapping(text: str) -> Any:
-    """A mapping as YAML has it: {name: value}."""
+    """Parse a mapping in YAML: {name: value}."""
     return parse_yaml(text, "a flag's value")
 
 

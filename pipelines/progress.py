@@ -1,4 +1,4 @@
-"""Progress for people: lines in the log, or a bar on a terminal and in a notebook.
+"""Show progress: lines in the log, or a bar on a terminal and in a notebook.
 
 Every module logs to `logging.getLogger(__name__)`, below the logger `pipelines`. `Progress` counts the work of one
 task and shows how much is done, how fast it goes and how long it will still take. Nothing here configures logging,
@@ -27,11 +27,11 @@ _is_hidden: ContextVar[bool] = ContextVar("progress_is_hidden", default=False)
 
 
 class Progress:
-    """Counts the work of one task and shows it; a context manager.
+    """Counts the work of one task and shows it. This is a context manager.
 
-    Where stderr is a terminal, or in a notebook, it shows a bar. Elsewhere it writes a line to the log every few
-    seconds. `total` is the amount of work in `unit`s. `measure_from_first` measures the rate from the first call of
-    `advance` on, so that the start of a cluster does not count.
+    If stderr is a terminal, or in a notebook, it shows a bar. Otherwise it writes a line to the log every few seconds.
+    `total` is the amount of work in `unit`s. With `measure_from_first`, the rate is measured from the first call of
+    `advance`, so that the start of a cluster does not count.
 
     Example:
         >>> with Progress(logging.getLogger(__name__), "scored", total=200, unit="rows") as progress:
@@ -70,10 +70,10 @@ class Progress:
             self._bar.close()
 
     def advance(self, amount: int = 1, details: Sequence[str] = ()) -> None:
-        """Count `amount` more units as done and show it when it is time; details follow the rate."""
+        """Count `amount` more units as done, and show this every few seconds. The details follow the rate."""
         self.done += amount
         self.details = details
-        if self._measured_from is None:  # the work before was the start: processes, models, the first batch
+        if self._measured_from is None:  # everything before this was startup: processes, models, first batch
             self._measured_from, self._done_before = time.monotonic(), self.done
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(details), refresh=False)
@@ -91,22 +91,22 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units per second, 0 before anything was measured."""
+        """Units per second. 0 if nothing was measured yet."""
         seconds = self.measured_seconds
         return (self.done - self._done_before) / seconds if seconds else 0.0
 
     @property
     def measured_seconds(self) -> float:
-        """Seconds over which the rate is measured, 0 before the first unit."""
+        """Seconds over which the rate is measured. 0 before the measurement starts."""
         return 0.0 if self._measured_from is None else max(time.monotonic() - self._measured_from, 1e-9)
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated seconds to the end; None before anything was measured."""
+        """Estimated seconds to the end. None if nothing was measured yet."""
         return (self.total - self.done) / self.rate if self.rate > 0 else None
 
     def line(self) -> str:
-        """Amount done, rate, details and time to go, on one line."""
+        """Return one line with the amount done, the rate, the details and the remaining time."""
         share = self.done / max(self.total, 1)
         parts = [f"{self._verb} {self.done:,}/{self.total:,} {self._unit} ({share:.0%})"]
         if self.rate > 0:
@@ -119,7 +119,7 @@ class Progress:
 
 @contextmanager
 def hidden_progress(is_hidden: bool = True) -> Iterator[None]:
-    """Show no progress of the tasks that begin inside; messages of the loggers are not affected."""
+    """Show no progress of tasks that begin inside the context. Log messages are not affected."""
     token = _is_hidden.set(is_hidden or _is_hidden.get())
     try:
         yield
@@ -146,21 +146,21 @@ def repeated(action: Callable[[], None], every_seconds: float = PROGRESS_SECONDS
 
 
 def shows_bar() -> bool:
-    """Whether progress is a bar: stderr is a terminal or this is a notebook, and the log level was not raised."""
+    """Whether progress is a bar: stderr is a terminal or this is a notebook, and the log level includes INFO."""
     if ROOT.level > logging.INFO:
         return False
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: 45 s, 12 min, 3.5 h."""
+    """Return seconds as text in a suitable unit: 45 s, 12 min, 3.5 h."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def show_logs(verbosity: int = 0) -> None:
-    """Show the package's log on stderr: 0 its progress lines, 1 also debug messages, -1 only warnings."""
+    """Show the package's log on stderr. Verbosity 0: from INFO on; 1: also debug messages; -1: warnings and errors."""
     handler = _AboveBars()
     handler.setFormatter(_Formatter() if verbosity <= 0 else logging.Formatter("%(asctime)s %(name)s: %(message)s"))
     ROOT.handlers = [handler]
@@ -175,12 +175,12 @@ class _AboveBars(logging.Handler):
         try:
             tqdm.write(self.format(record), file=sys.stderr)
             sys.stderr.flush()
-        except Exception:  # noqa: BLE001  # as logging's own handlers do: a log line must not end the work
+        except Exception:  # noqa: BLE001  # a failed log line must not end the work, as in logging's own handlers
             self.handleError(record)
 
 
 class _Formatter(logging.Formatter):
-    """The message alone, with its level from warnings on."""
+    """Formats a record as its message. Warnings and errors start with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)

@@ -63,7 +63,7 @@ def test_score_table_types(spam_folder, data):
 
 
 def test_error_messages(spam_folder, tmp_path):
-    with pytest.raises(DataError, match="int is no table"):
+    with pytest.raises(DataError, match="int is not a table"):
         pipelines.score(spam_folder.path, 7)
     with pytest.raises(DataError, match="a list must hold rows as mappings"):
         pipelines.score(spam_folder.path, ["a text"])

@@ -14,7 +14,7 @@ from pipelines.model_folder import PIPELINE_FILE
 from pipelines.storage.locations import list_names, read_json, shown
 
 STABLE, SHIFTED = 0.1, 0.25
-"""The usual reading of the population stability index: below the first nothing happened, above the second a lot."""
+"""Usual limits of the population stability index: stable below the first, and moved far from the second on."""
 Histograms = Mapping[str, Sequence[int]]
 
 
@@ -37,7 +37,7 @@ def drift(before: str, after: str) -> dict[str, LabelDrift]:
 
     Args:
         before: A scored folder, or a model folder with validation histograms.
-        after: The same.
+        after: Also a scored folder or a model folder.
 
     Raises:
         DataError: A folder has no histograms, or the labels differ.
@@ -53,7 +53,7 @@ def drift(before: str, after: str) -> dict[str, LabelDrift]:
 def compare(before: Sequence[int], after: Sequence[int]) -> LabelDrift:
     """Drift between two histograms of the same bins.
 
-    For the PSI half a row is added to every bin, so that an empty bin does not make it infinite.
+    For the PSI, half a row is added to every bin. Otherwise, an empty bin would make it infinite.
     """
     left, right = _shares(before), _shares(after)
     psi = float(((right - left) * np.log(right / left)).sum())
@@ -64,7 +64,7 @@ def compare(before: Sequence[int], after: Sequence[int]) -> LabelDrift:
 
 
 def read_histograms(location: str) -> Histograms:
-    """Score histograms by label: of _summary.json, or of a model folder's validation data."""
+    """Return the score histograms by label, from _summary.json or from a model folder's pipeline.json."""
     names = list_names(location)
     for name in (SUMMARY, PIPELINE_FILE):
         if name in names:
@@ -72,14 +72,14 @@ def read_histograms(location: str) -> Histograms:
             if found:
                 return dict(found)
             raise DataError(
-                f"{shown(location)}/{name} has no score histograms: a finished scoring run has, and a model folder "
-                f"that was trained or tuned with validation data; regression has none"
+                f"{shown(location)}/{name} has no score histograms: only a finished scoring run has them, or a model "
+                f"folder that was trained or tuned with validation data; regression has none"
             )
     raise DataError(f"{shown(location)} is neither a finished scored folder nor a model folder")
 
 
 def plot(before: str, after: str, file: str) -> None:
-    """Both histograms of each label, as shares, into an image file."""
+    """Draw both histograms of each label, as shares of rows, into an image file."""
     try:
         import matplotlib
 

@@ -1,4 +1,4 @@
-"""Estimate what a scoring job will take, from footers and a sample: rows, tokens, windows and time."""
+"""Estimate the size and time of a scoring job from footers and a sample: rows, tokens, windows, hours."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pipelines.text.tokenization import Documents, cut_documents
 from pipelines.text.windows import leads_with_space
 
 SAMPLE_UNITS, SAMPLE_ROWS = 16, 64
-"""The sample is the first rows of units spread evenly over the input."""
+"""The sample is the first SAMPLE_ROWS rows of up to SAMPLE_UNITS units, spread evenly over the input."""
 MEASURED_SECONDS = 10.0
-"""How long the speed is measured at most."""
+"""Maximum duration of the speed measurement."""
 logger = logging.getLogger(__name__)
 
 
@@ -44,16 +44,19 @@ class Estimate:
     tokenize_cpu_hours: float
     tokens_per_second_per_replica: int
     rate_is: str
-    """Where the rate is from: measured here, or given."""
+    """Source of the rate: "measured here" or "given"."""
     replica_hours: float
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON keeps it."""
+        """Return the estimate as JSON content."""
         return asdict(self)
 
 
 def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
-    """Sizes of a checked job, and its time at `rate` tokens per second, or at the speed measured here on the sample."""
+    """Estimate the size of a checked job, and its time at `rate` tokens per second.
+
+    Without a rate, the speed of this machine is measured on the sample.
+    """
     job, folder = checked.job, checked.folder
     units = split_into_units(checked.files, unit_bytes=job.score.unit_bytes, limit=job.data.limit)
     table, share = _sample(checked, units)
@@ -88,7 +91,7 @@ def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
 
 
 def _sample(checked: CheckedJob, units: WorkUnits) -> tuple[pa.Table, float]:
-    """Rows from all over the input, and the share of rows that pass the filter."""
+    """Return sample rows from the whole input, and the share of rows that pass the filter."""
     job = checked.job
     numbers = np.unique(np.linspace(0, len(units) - 1, min(SAMPLE_UNITS, len(units))).astype(int))
     tables = []
@@ -105,7 +108,7 @@ def _sample(checked: CheckedJob, units: WorkUnits) -> tuple[pa.Table, float]:
 
 
 def _measured_rate(folder: ModelFolder, compute: ComputeSettings, documents: Documents) -> float:
-    """Window tokens per second of a scorer in this process."""
+    """Measure the window tokens per second of a scorer in this process."""
     scorer = Scorer.load(folder, compute=compute)
     scorer.predict(["warm up"])
     started, tokens, row = time.perf_counter(), 0, 0

@@ -1,7 +1,7 @@
 """A scoring job: its settings, and the checks before any work.
 
-`check_job` reads the model folder and the footers of the input, and refuses what does not fit together. What it
-returns says everything that the stages need: which columns to read, how to tokenize, how to decide.
+`check_job` reads the model folder and the footers of the input, and raises an error if they do not fit together. Its
+result contains everything that the stages need: which columns to read, how to tokenize, how to decide.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ class ScoreJob:
 
     @classmethod
     def parse(cls, values: Mapping[str, object]) -> ScoreJob:
-        """A job from a flat mapping of settings, as YAML and the command line give it."""
+        """Create a job from a flat mapping of settings, as YAML and the command line provide it."""
         paths, data, score, compute = parse(values, ScorePaths, DataSettings, ScoreSettings, ComputeSettings)
         return cls(absolute(paths.model), absolute(paths.input), absolute(paths.output), data, score, compute)
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """The text column, or the two of a pair."""
+        """The text column, or the two text columns of pairs."""
         return tuple(name for name in (self.data.text_column, self.data.text_pair_column) if name is not None)
 
     @property
     def is_local(self) -> bool:
-        """Whether this process scores, without Ray."""
+        """Whether the job runs in this process, without Ray."""
         return self.score.replica_range == (0, 0)
 
 
@@ -66,12 +66,12 @@ class CheckedJob:
 
     job: ScoreJob
     folder: ModelFolder
-    """With the job's thresholds, where it has any."""
+    """The model folder, with the thresholds of the job if it sets any."""
     files: list[InputFile]
     carried: pa.Schema
-    """Columns that are carried from the input into the output."""
+    """Columns that are copied from the input to the output."""
     read: pa.Schema
-    """Columns that are read: the carried ones, the texts, and those that the filter compares."""
+    """Columns that are read: the copied ones, the texts, and those in the filter."""
 
     @property
     def decision(self) -> DecisionSettings:
@@ -80,7 +80,7 @@ class CheckedJob:
 
     @property
     def identity(self) -> RunIdentity:
-        """What must be the same for a job to resume this run, beside its input."""
+        """The settings that must be unchanged for a job to resume this run."""
         job = self.job
         return RunIdentity(
             weights_hash=self.folder.weights_hash,
@@ -110,7 +110,7 @@ class CheckedJob:
         )
 
     def replica_setup(self, *, replicas_per_node: int = 1) -> ReplicaSetup:
-        """What a replica that scores work units needs to know."""
+        """Settings of a replica that scores work units."""
         job, folder = self.job, self.folder
         metadata = schema_metadata(
             self.decision,
@@ -134,14 +134,14 @@ def check_job(job: ScoreJob) -> CheckedJob:
     """Read the model folder and the footers of the input, and check that columns and settings fit.
 
     Raises:
-        UsageError: Model, input, columns or settings do not fit together; the message names the remedy.
+        UsageError: Model, input, columns or settings do not fit together. The message names the remedy.
     """
     folder = read_model_folder(job.model)
     folder.check_texts(are_pairs=job.data.text_pair_column is not None)
     folder = replace(folder, decision=resolve_thresholds(job.score.thresholds, folder.decision))
     load_tokenizer(folder.path)
     if not job.is_local and "memory://" in (job.input[:9], job.output[:9]):
-        raise SettingsError("memory:// is seen by this process alone; add --replicas 0 to score without Ray")
+        raise SettingsError("memory:// exists only in this process; add --replicas 0 to score without Ray")
     files = read_footers(job.input, job.data.text_column, lenient=True)
     readable = [file for file in files if file.schema is not None]
     if not sum(file.num_rows for file in readable):
@@ -152,18 +152,18 @@ def check_job(job: ScoreJob) -> CheckedJob:
 
 
 def _check_text_columns(job: ScoreJob, files: Sequence[InputFile]) -> None:
-    """Some files may lack the text column, and their rows then come out with an error; not all files may."""
+    """Check the text columns. Rows of a file without them get an error. Raises DataError if no file has them."""
     for name in job.text_columns:
         problems = {file.url: text_column_problem(file.schema or pa.schema([]), name) for file in files}
         bad = [f"{url} {problem}" for url, problem in problems.items() if problem is not None]
         if len(bad) == len(files):
             raise DataError(f"{bad[0]}; name the text column with --text-column")
         if bad:
-            logger.warning("%d of %d files come out with errors, such as: %s", len(bad), len(files), bad[0])
+            logger.warning("all rows of %d of %d files will have errors, such as: %s", len(bad), len(files), bad[0])
 
 
 def _columns(job: ScoreJob, files: Sequence[InputFile], decision: DecisionSettings) -> tuple[pa.Schema, pa.Schema]:
-    """Schemas of the columns that are carried along and of those that are read."""
+    """Return the schemas of the columns that are copied and of those that are read."""
     names = list(dict.fromkeys(name for file in files for name in file.column_names))
     keep = [name for name in names if name not in job.text_columns] if job.score.keep is None else list(job.score.keep)
     outputs = [column.name for column in output_fields(decision, prefix=job.score.prefix)]
@@ -171,12 +171,12 @@ def _columns(job: ScoreJob, files: Sequence[InputFile], decision: DecisionSettin
     compared = parse_filter(job.score.filter)[1] if job.score.filter else []
     unknown = [name for name in compared if name not in names]
     if unknown:
-        raise DataError(f"--filter names {unknown[0]!r}, which is no input column; those are: {', '.join(names)}")
+        raise DataError(f"--filter names {unknown[0]!r}, which is not an input column; those are: {', '.join(names)}")
     read = together(files, list(dict.fromkeys([*keep, *compared])))
     if job.score.filter:
         check_filter(job.score.filter, read)
     carried = pa.schema([read.field(name) for name in keep])
-    for name in job.text_columns:  # as strings, whatever type a file without texts has under that name
+    for name in job.text_columns:  # always read as strings, even if this column has another type in some files
         if name not in read.names:
             read = read.append(pa.field(name, pa.large_string()))
     return carried, read

@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 class RunTotals:
-    """Counts of all units that are done, and of those that this process did; kept by the driver."""
+    """Counts of all finished units, and of those that this process finished. The driver keeps them."""
 
     def __init__(self, run: Run, decision: DecisionSettings, max_errors: float | int | None) -> None:
-        """max_errors stops the job: more rows in error (int), or a larger share of the rows (float)."""
+        """The job stops if more rows have errors than max_errors: a number (int) or a share of all rows (float)."""
         self.total = sum_counts(decision, [])
         self.rows_here = 0
-        """Rows done by this process, without those that earlier starts did."""
+        """Rows that this process finished, without those of earlier starts of the job."""
         self._num_rows, self._num_units, self._max_errors = run.num_rows, run.num_units, max_errors
         self._started = time.monotonic()
         self._tokens_before = 0
@@ -34,12 +34,12 @@ class RunTotals:
         return time.monotonic() - self._started
 
     def add_finished(self, counts: Iterable[Counts]) -> None:
-        """Count the units that an earlier start finished."""
+        """Count the units that an earlier start of the job finished."""
         self.total = sum(counts, start=self.total)
         self.progress.done = self.total.rows_in
 
     def add(self, counts: Counts) -> None:
-        """Count a unit. Raises JobError where there are more errors than max_errors allows."""
+        """Count a unit. Raises JobError if more rows have errors than max_errors allows."""
         is_first = not self.rows_here
         self.total = self.total + counts
         self.rows_here += counts.rows_in
@@ -49,14 +49,14 @@ class RunTotals:
         self._check_errors()
 
     def show(self) -> None:
-        """Show how far the job is; before the first unit, that it is starting."""
+        """Show the progress of the job. Before the first unit is finished, show that the job is starting."""
         if not self.rows_here:
             logger.info("starting for %.0f s: loading the model, scoring the first units", self.elapsed)
         else:
             self.progress.show_if_due()
 
     def _details(self) -> list[str]:
-        """Units, token rate, errors, and what the time is spent on as shares of all stages' seconds."""
+        """Return the units, the token rate, the errors, and each stage's share of the seconds of all stages."""
         details = [f"{self.total.units:,}/{self._num_units:,} units"]
         if seconds := self.progress.measured_seconds:
             details.append(f"{(self.total.tokens - self._tokens_before) / seconds:,.0f} tokens/s")

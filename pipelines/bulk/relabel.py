@@ -1,7 +1,7 @@
-"""New labels for scored Parquet files from the scores in them: no model and no texts are needed.
+"""Decide new labels for scored Parquet files from the scores in them. No model and no texts are needed.
 
-Files are rewritten under the same names, several at a time. An output folder that was begun with the same thresholds
-is resumed.
+New files with the same names are written to another folder, several at a time. If that folder contains an unfinished
+relabelling with the same thresholds, it is resumed.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ Thresholds = float | tuple[float, ...] | Mapping[str, float]
 
 
 def relabel(scored: str, output: str, thresholds: Thresholds) -> ScoreSummary:
-    """Decide again for every row of a scored folder, and write the same files with other labels.
+    """Decide the labels of every row of a scored folder again, and write files with the new labels.
 
     Args:
         scored: Output folder of a scoring job.
-        output: New folder, or one in which the same relabelling was begun.
+        output: New folder, or the folder of the same relabelling that was interrupted.
         thresholds: One number, one per label, or by label name.
 
     Raises:
-        DataError: The files are not scored ones.
+        DataError: The files were not written by a scoring job.
         SettingsError: The thresholds do not fit the labels.
     """
     files = list_files(scored)
@@ -65,7 +65,7 @@ def relabel(scored: str, output: str, thresholds: Thresholds) -> ScoreSummary:
 
 
 def _open_output(scored: str, output: str, decision: DecisionSettings, names: list[str]) -> set[str]:
-    """The names that are still to be written."""
+    """Begin or resume the output folder, and return the names of the files that are not written yet."""
     manifest = {"relabelled_from": shown(scored), "thresholds": thresholds_by_label(decision)}
     make_folder(output)
     here = list_names(output)
@@ -81,7 +81,7 @@ def _open_output(scored: str, output: str, decision: DecisionSettings, names: li
 def _read_decision(scored: str, path: str) -> tuple[DecisionSettings, str]:
     metadata = read_metadata(scored, path)
     if DECISION_METADATA not in metadata:
-        raise DataError(f"{path} is no file that `pipelines score` wrote; give its output folder")
+        raise DataError(f"{path} was not written by `pipelines score`; give the output folder of a scoring job")
     (decision,) = parse(json.loads(metadata[DECISION_METADATA]), DecisionSettings)
     if decision.kind not in ("binary", "multilabel"):
         raise SettingsError(f"thresholds are for kinds binary and multilabel; {shown(scored)} is {decision.kind}")

@@ -1,9 +1,9 @@
-"""The output folder of a scoring job: what it holds, what is finished, and how it is begun, resumed or replaced.
+"""The output folder of a scoring job: its content, its finished units, and how a run is begun, resumed or replaced.
 
-`_manifest.json` is written before any unit. It names the model, the settings and one generation of input per start
-that added files; the list of a generation's files lies beside it (`_inputs-0000.parquet`, ...). Which units are
-finished follows from the names of the files that are there, and their counts from their own footers; nothing else
-keeps account. `_summary.json` is written last.
+`_manifest.json` is written before any unit. It contains the hashes of the model and the settings, and the generations
+of input: the first start of a run creates one, and each start with --append that finds new files adds one. The files of
+a generation are listed in `_inputs-0000.parquet`, `_inputs-0001.parquet` and so on. A unit is finished if its file
+exists, and its counts are in the footer of this file. No other state is stored. `_summary.json` is written last.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from pipelines.storage.shards import InputFile, WorkUnits, fingerprint, split_in
 MANIFEST, SUMMARY = "_manifest.json", "_summary.json"
 FORMAT_VERSION = 2
 COUNTS_METADATA = b"pipelines.part"
-"""Key in a scored file's schema metadata: the `Counts` of its unit, as JSON."""
+"""Key in a scored file's schema metadata. The value is the `Counts` of its unit, as JSON."""
 HEARTBEAT_SECONDS = 15.0
 FOOTER_THREADS = 32
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What must be the same for a job to resume a run, beside its input."""
+    """The settings that must be unchanged for a job to resume a run. The input must be unchanged too."""
 
     weights_hash: str
     settings_hash: str
@@ -64,7 +64,7 @@ class RunIdentity:
     dtype: str
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON keeps it."""
+        """Return the identity as JSON content, which has no tuples."""
         return {**dataclasses.asdict(self), "keep": None if self.keep is None else list(self.keep)}
 
 
@@ -73,7 +73,7 @@ class Generation:
     """Input files that one start of the run added."""
 
     listing: str
-    """Name of the file that lists them."""
+    """Name of the file with the list of these input files."""
     fingerprint: str
     files: int
     rows: int
@@ -88,22 +88,22 @@ class Manifest:
     input: str
     identity: Mapping[str, Any]
     columns: Mapping[str, str]
-    """Arrow types of the columns that are carried along."""
+    """Arrow types of the columns that are copied from the input, by name."""
     generations: tuple[Generation, ...] = ()
 
     @property
     def limit(self) -> int | None:
-        """Rows of each generation that are scored at most."""
+        """Maximum number of rows that are scored in each generation."""
         limit: int | None = self.identity["limit"]
         return limit
 
     @property
     def num_units(self) -> int:
-        """Units of all generations."""
+        """Number of units of all generations."""
         return sum(generation.units for generation in self.generations)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON keeps it: the identity's fields stand beside the others."""
+        """Return the content of `_manifest.json`, with the identity's fields on the top level."""
         return {
             "format_version": FORMAT_VERSION,
             "input": self.input,
@@ -114,7 +114,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Manifest:
-        """Back from `to_json`."""
+        """Create a manifest from the result of `to_json`."""
         own = ("format_version", "input", "columns", "generations")
         identity = {name: value for name, value in content.items() if name not in own}
         generations = tuple(Generation(**generation) for generation in content["generations"])
@@ -133,22 +133,22 @@ class Run:
 
     @property
     def num_units(self) -> int:
-        """Units of all generations."""
+        """Number of units of all generations."""
         return sum(map(len, self.generations))
 
     @property
     def num_rows(self) -> int:
-        """Input rows of all units."""
+        """Number of input rows of all units."""
         return sum(units.num_rows for units in self.generations)
 
     @property
     def num_files(self) -> int:
-        """Input files of all generations."""
+        """Number of input files of all generations."""
         return sum(len(units.files) for units in self.generations)
 
     @property
     def files_in_error(self) -> dict[str, str]:
-        """Input files that could not be opened, and why."""
+        """The reason for each input file that could not be opened."""
         files = {file.url: file for units in self.generations for file in units.files}
         return {url: file.error for url, file in files.items() if file.error is not None}
 
@@ -164,20 +164,20 @@ def open_run(
     overwrite: bool = False,
     append: bool = False,
 ) -> Run:
-    """Begin a run in an output folder, or resume the one that is there.
+    """Begin a run in an output folder, or resume the run in it.
 
     Args:
         location: The output folder, a path or URL.
         files: The input files with their footers.
-        columns: Columns that are carried from the input into the output.
-        identity: What must be the same for a run to be resumed.
+        columns: Columns that are copied from the input to the output.
+        identity: Settings that must be unchanged for a run to be resumed.
         input: The input as the caller named it.
-        unit_bytes: Text bytes of a work unit; by default it grows with the input.
-        overwrite: Remove the run that is there first.
+        unit_bytes: Text bytes of a work unit. By default it grows with the input.
+        overwrite: First remove the run in the folder.
         append: Add input files that are new since the run was begun.
 
     Raises:
-        OutputError: The folder holds another run or other files; the message names the difference.
+        OutputError: The folder contains another run or other files. The message names the difference.
     """
     make_folder(location)
     names = list_names(location)
@@ -202,14 +202,14 @@ def open_run(
 
 
 def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
-    """Counts of the given finished files of a folder, from their footers."""
+    """Read the counts of finished files from their footers."""
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         found = pool.map(lambda name: read_metadata(location, name)[COUNTS_METADATA], names)
         return [Counts.from_json(json.loads(content)) for content in found]
 
 
 def read_metadata(location: str, name: str) -> dict[bytes, bytes]:
-    """The schema metadata of a Parquet file in a folder."""
+    """Read the schema metadata of a Parquet file in a folder."""
     filesystem, folder = filesystem_of(location)
 
     def read() -> dict[bytes, bytes]:
@@ -220,13 +220,13 @@ def read_metadata(location: str, name: str) -> dict[bytes, bytes]:
 
 
 def commit_unit(location: str, name: str, table: pa.Table, counts: Counts) -> None:
-    """Write a unit's scored file in one step, its counts in its footer."""
+    """Write a unit's scored file atomically, with its counts in the footer."""
     metadata = {**(table.schema.metadata or {}), COUNTS_METADATA: json.dumps(counts.to_json())}
     commit_table(location, name, table.replace_schema_metadata(metadata))
 
 
 def finished_summary(run: Run) -> ScoreSummary | None:
-    """The summary of a run with nothing left to do; None where there is none yet."""
+    """Return the summary of a finished run, or None if units or the summary are missing."""
     if len(run.finished) < run.num_units or SUMMARY not in list_names(run.location):
         return None
     return ScoreSummary.from_json(run.location, read_json(run.location, SUMMARY))
@@ -234,14 +234,14 @@ def finished_summary(run: Run) -> ScoreSummary | None:
 
 @contextmanager
 def heartbeat(location: str) -> Iterator[list[str]]:
-    """Mark the folder as written by a running job while the body runs; yields the other jobs that mark it now."""
+    """Mark the folder as in use by a running job inside the context. Yields the other jobs that use it now."""
     name = f"_running-{uuid.uuid4().hex}.json"
     content = {"host": socket.gethostname(), "pid": os.getpid()}
     stop = threading.Event()
 
     def beat() -> None:
         while True:
-            with suppress(OSError):  # other jobs only warn about it; errors of the folder end the job elsewhere
+            with suppress(OSError):  # the mark is only for a warning; if the folder is broken, committing a unit fails
                 commit_json(location, name, {**content, "time": time.time()})
             if stop.wait(HEARTBEAT_SECONDS):
                 return
@@ -259,7 +259,7 @@ def heartbeat(location: str) -> Iterator[list[str]]:
 
 
 def sweep(location: str) -> None:
-    """Remove what killed jobs left: half-written files and heartbeats. Does nothing while another job runs."""
+    """Remove incomplete files and heartbeats of killed jobs. Does nothing while another job uses the folder."""
     if not _others(location):
         for name in list_names(location):
             if name.startswith((".part-", "._", "_running-")):
@@ -270,12 +270,12 @@ def _check_is_empty(location: str, names: Mapping[str, int]) -> None:
     others = sorted(name for name in names if not name.startswith((".", "_inputs-", "_running-")))
     if others:
         raise OutputError(
-            f"--output {shown(location)} is not empty and holds no scoring run (it has {others[0]}); give a new folder"
+            f"--output {shown(location)} is not empty and has no scoring run (it has {others[0]}); give a new folder"
         )
 
 
 def _clear(location: str, names: Mapping[str, int]) -> None:
-    """Remove a run; its manifest goes last, so that a kill leaves something that is known to be a run."""
+    """Remove a run. Its manifest is removed last: after a kill, the folder is still recognized as a run."""
     if MANIFEST not in names:
         _check_is_empty(location, names)
     rest = [name for name in names if name not in (MANIFEST, SUMMARY) and not name.startswith("_running-")]
@@ -284,7 +284,7 @@ def _clear(location: str, names: Mapping[str, int]) -> None:
 
 
 def _add_generation(location: str, manifest: Manifest, files: Sequence[InputFile], unit_bytes: int | None) -> Manifest:
-    """Write the list of new input files, then the manifest that names it."""
+    """Write the list of new input files, then a manifest that contains their generation."""
     table = _listing(files)
     name = f"_inputs-{len(manifest.generations):04d}.parquet"
     size = unit_bytes or usual_unit_bytes(files)
@@ -305,7 +305,7 @@ def _read_manifest(location: str) -> Manifest:
 
 
 def _units_of(manifest: Manifest, generations: Sequence[Sequence[InputFile]]) -> list[WorkUnits]:
-    """The units of each generation, numbered through."""
+    """Return the units of each generation. The numbers continue from one generation to the next."""
     found: list[WorkUnits] = []
     for generation, files in zip(manifest.generations, generations, strict=True):
         first = sum(map(len, found))
@@ -331,12 +331,12 @@ def _check_identity(location: str, manifest: Manifest, identity: RunIdentity) ->
 
 
 def _check_columns(location: str, manifest: Manifest, columns: pa.Schema) -> None:
-    """Every file of a run carries the same columns, also those of appended input."""
+    """Check that all input files of a run give the same columns, including appended files."""
     before, now = dict(manifest.columns), _types(columns)
     if before != now:
         raise OutputError(
-            f"--output {shown(location)} carries the columns {before} along and the input now gives {now}; make the "
-            f"new files alike, or give a new folder"
+            f"--output {shown(location)} contains the columns {before}, but the input now gives {now}; change "
+            f"the new files to the same columns, or give a new folder"
         )
 
 
@@ -347,7 +347,7 @@ def _types(columns: pa.Schema) -> dict[str, str]:
 def _new_files(
     location: str, generations: Sequence[Sequence[InputFile]], files: Sequence[InputFile], *, append: bool
 ) -> list[InputFile]:
-    """The input files that are new, where append allows them. Raises OutputError for any other difference."""
+    """Return the new input files if append is set. Raises OutputError for any other difference."""
     known = {file.url: file for generation in generations for file in generation}
     here = {file.url: file for file in files}
     gone = [url for url in known if url not in here]
@@ -427,13 +427,13 @@ def _others(location: str) -> list[str]:
 
 
 def _is_dead(content: Mapping[str, Any]) -> bool:
-    """Whether a heartbeat is of a process of this machine that has ended; for another machine nobody can tell."""
+    """Whether a heartbeat comes from an ended process of this machine. Other machines' processes count as running."""
     if content["host"] != socket.gethostname():
         return False
     try:
         os.kill(content["pid"], 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # it runs, as another user
+    except PermissionError:  # it runs under another user
         return False
     return False

@@ -1,6 +1,6 @@
-"""Run a scoring job: begin or resume its output folder, score the units that are left, write the summary.
+"""Run a scoring job: begin or resume its output folder, score the remaining units, write the summary.
 
-Who scores the units is the caller's choice: this process (`score_here`), or Ray (`pipelines.on_ray.score`).
+The caller chooses how units are scored: in this process (`score_here`), or on Ray (`pipelines.on_ray.score`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pipelines.storage.locations import commit_json, shown
 from pipelines.storage.shards import WorkUnit
 from pipelines.text.stage import TokenizedUnit
 
-RESUME_HINT = "what is done stays done: start the job again and it resumes"
+RESUME_HINT = "finished units are kept: start the job again to resume it"
 ScoreUnits = Callable[[CheckedJob, Iterator[WorkUnit]], Iterator[Counts]]
-"""Scores and commits units; yields the counts of each as soon as it is committed."""
+"""Function that scores and commits units, and yields the counts of each unit when it is committed."""
 logger = logging.getLogger(__name__)
 
 
@@ -29,16 +29,16 @@ def score_here(job: ScoreJob) -> ScoreSummary:
     """Score the job in this process, without Ray.
 
     Raises:
-        UsageError: Model, input, columns, settings or output do not fit; nothing was done.
-        JobError: The job cannot be finished; what is done stays done.
+        UsageError: Model, input, columns, settings or output do not fit. No work was done.
+        JobError: The job cannot be finished. Finished units are kept.
     """
     return run_job(check_job(job), score_units_here)
 
 
 def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
-    """Score every row of the input into the output folder; the summary, which is also written there.
+    """Score every row of the input, and return the summary, which is also written to the output folder.
 
-    A run that was begun there is resumed. A finished one is left alone.
+    If the output folder contains an unfinished run, it is resumed. A finished run is not changed.
     """
     job = checked.job
     run = open_run(
@@ -67,7 +67,7 @@ def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
     with heartbeat(job.output) as others:
         if others:
             logger.warning(
-                "another job writes to this folder (%s): the result is right, the work done twice", others[0]
+                "another job writes to this folder (%s): both do the same work, and the result is correct", others[0]
             )
         units = (unit for units in run.generations for unit in units if unit.output_name not in run.finished)
         with totals.progress, repeated(totals.show):

@@ -1,7 +1,7 @@
-"""What a scoring run says about its output: counts, score histograms and shares of each label.
+"""Statistics of a scoring run: counts, score histograms, and the share of each label.
 
-`Counts` of work units add up to the counts of a run. Each output file carries its own in its footer, and
-`_summary.json` holds those of the whole run.
+The `Counts` of work units add up to the counts of a run. The footer of each output file contains the counts of its
+unit, and `_summary.json` contains those of the whole run.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pipelines.decisions.metrics import HISTOGRAM_BINS, histograms_of
 from pipelines.settings import DecisionSettings
 
 MOST_ERRORS = 20
-"""Kinds of error that a summary lists, the commonest first."""
+"""Maximum number of kinds of errors in a summary. The most frequent come first."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of one work unit or of many; `+` adds two of them."""
+    """Counts of one or more work units. `+` adds two of them."""
 
     units: int = 0
     rows_in: int = 0
@@ -35,31 +35,31 @@ class Counts:
     tokens: int = 0
     windows: int = 0
     errors: Mapping[str, int] = field(default_factory=dict)
-    """Rows by the kind of their error."""
+    """Number of rows with each kind of error."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Time by stage: read, tokenize, wait, forward, write."""
+    """Seconds of each stage: read, tokenize, wait, forward, write."""
     histograms: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Documents by score, in 20 equal bins of [0, 1], for each label."""
+    """For each label, the number of documents by score, in 20 equal bins of [0, 1]."""
     positives: Mapping[str, int] = field(default_factory=dict)
-    """Documents that were given each label."""
+    """Number of documents with each label."""
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{f.name: _add(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)})
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON keeps it."""
+        """Return the counts as JSON content."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Counts:
-        """Back from `to_json`; counts that an older version did not write are 0."""
+        """Create counts from the result of `to_json`. Counts that an older version did not write are 0."""
         names = {f.name for f in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in content.items() if name in names})
 
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """The result of a scoring run; `_summary.json` holds the same."""
+    """The result of a scoring run. `_summary.json` contains the same values, except output."""
 
     output: str
     """Folder of the scored files."""
@@ -75,9 +75,9 @@ class ScoreSummary:
     seconds: Mapping[str, float]
     histograms: Mapping[str, Sequence[int]] = field(default_factory=dict)
     positive_rates: Mapping[str, float] = field(default_factory=dict)
-    """Share of the scored documents that was given each label."""
+    """Share of the scored documents with each label."""
     files_in_error: Mapping[str, str] = field(default_factory=dict)
-    """Input files that could not be opened, and why."""
+    """The reason for each input file that could not be opened."""
     labels: tuple[str, ...] = ()
     wall_seconds: float = 0.0
     rows_per_second: float = 0.0
@@ -94,7 +94,7 @@ class ScoreSummary:
         return "\n".join([*lines, *([f"  {rates}"] if rates else [])])
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `_summary.json`; a regression has no histograms."""
+        """Return the content of `_summary.json`. Regression has no histograms and no positive rates."""
         content = {**dataclasses.asdict(self), "labels": list(self.labels)}
         del content["output"]
         if not self.labels:
@@ -103,14 +103,14 @@ class ScoreSummary:
 
     @classmethod
     def from_json(cls, output: str, content: Mapping[str, Any]) -> ScoreSummary:
-        """Back from `to_json`."""
+        """Create a summary from the result of `to_json`."""
         names = {f.name for f in dataclasses.fields(cls)}
         known = {name: value for name, value in content.items() if name in names}
         return cls(output, **{**known, "labels": tuple(content.get("labels", ()))})
 
 
 def count_table(table: pa.Table, decision: DecisionSettings, *, prefix: str = "") -> Counts:
-    """Counts of one table of output columns."""
+    """Count the rows of a table of output columns, as one unit."""
     error = table.column(prefix + "error")
     counts = Counts(
         units=1,
@@ -134,7 +134,7 @@ def count_table(table: pa.Table, decision: DecisionSettings, *, prefix: str = ""
 
 
 def no_counts(decision: DecisionSettings) -> Counts:
-    """The counts of no rows: each label is there, with 0."""
+    """Return the counts of no rows, with 0 for each label."""
     return Counts(
         histograms={label: [0] * HISTOGRAM_BINS for label in decision.labels},
         positives=dict.fromkeys(decision.labels, 0),
@@ -142,12 +142,12 @@ def no_counts(decision: DecisionSettings) -> Counts:
 
 
 def sum_counts(decision: DecisionSettings, counts: Iterable[Counts]) -> Counts:
-    """The sum of all counts."""
+    """Add all counts."""
     return sum(counts, start=no_counts(decision))
 
 
 def summarize(output: str, total: Counts, decision: DecisionSettings, **more: Any) -> ScoreSummary:
-    """The summary of a run from its total counts; `more` are further fields of `ScoreSummary`."""
+    """Create the summary of a run from its total counts. `more` are further fields of `ScoreSummary`."""
     scored = max(total.rows_out - total.rows_in_error, 1)
     content = total.to_json()
     positives = content.pop("positives")
@@ -159,7 +159,7 @@ def summarize(output: str, total: Counts, decision: DecisionSettings, **more: An
 
 
 def _error_kinds(error: pa.ChunkedArray) -> dict[str, int]:
-    """Rows by their error, without the details that a message has in parentheses."""
+    """Return the number of rows with each error. Details in parentheses at the end of an error are omitted."""
     kinds: dict[str, int] = {}
     for item in error.drop_null().value_counts().to_pylist():
         kind = item["values"].partition(" (")[0]
@@ -168,7 +168,7 @@ def _error_kinds(error: pa.ChunkedArray) -> dict[str, int]:
 
 
 def _add(left: Any, right: Any) -> Any:
-    """Numbers and lists of numbers are added, mappings by key."""
+    """Add two numbers, two lists element by element, or two mappings key by key."""
     if isinstance(left, Mapping):
         return {key: _add(left[key], right[key]) if key in left and key in right else {**left, **right}[key]
                 for key in [*left, *(key for key in right if key not in left)]}  # fmt: skip

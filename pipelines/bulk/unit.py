@@ -1,7 +1,7 @@
 """Score one tokenized work unit and commit its output file.
 
-One unit is scored while the next is prepared and the last is written. Rows over which scoring fails come out with an
-error and cost no other row its score.
+With several threads, one unit is scored while another is prepared or written. If scoring fails for a row, this row gets
+an error, and all other rows still get their scores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipelines.text.tokenization import Documents
 
 @dataclass(frozen=True)
 class ReplicaSetup:
-    """What a replica needs to know; it is sent to every actor."""
+    """Settings of a replica. They are sent to every actor."""
 
     model: str
     output: str
@@ -37,54 +37,54 @@ class ReplicaSetup:
     prefix: str = ""
     replicas_per_node: int = 1
     via_serve: str | None = None
-    """Name of a Serve application that scores, instead of a model in the replica."""
+    """Name of a Serve application that scores instead. The replica then has no model of its own."""
 
 
 class DocumentScorer(Protocol):
-    """What a replica needs of a `Scorer`."""
+    """The methods of `Scorer` that a replica uses."""
 
     def score_documents(self, documents: Documents) -> Any:
-        """Scores of tokenized documents."""
+        """Return the scores of tokenized documents."""
 
     def results(self, scores: Any, *, prefix: str = "") -> pa.Table:
-        """Output columns, one row for each document."""
+        """Return the output columns, one row per document."""
 
 
 @dataclass(frozen=True)
 class RowsToScore:
-    """How the rows of a unit are scored, after what earlier attempts found out."""
+    """How the rows of a unit are scored, given the crashes of earlier attempts."""
 
     ranges: Sequence[tuple[int, int]]
     """Row ranges [start, stop) that are scored one after another."""
     deadly: Sequence[int] = ()
-    """Rows that are not scored, because they killed their process several times."""
+    """Rows that are not scored, because the process crashed each time it scored them."""
 
 
 class Attempts(Protocol):
-    """Remembers which rows were being scored when a process died."""
+    """Records which rows are being scored, so that they are known if the process dies."""
 
     def begin(self, unit: int, num_rows: int) -> RowsToScore:
-        """The unit is about to be scored; its first range counts as begun."""
+        """Record that scoring of the unit starts with its first range. Returns how its rows are scored."""
 
     def begin_range(self, unit: int, rows: tuple[int, int]) -> None:
-        """Another range of the unit is about to be scored."""
+        """Record that scoring of another range of the unit starts."""
 
     def end(self, unit: int) -> None:
-        """All rows of the unit are scored."""
+        """Record that all rows of the unit are scored."""
 
 
 class NoAttempts:
-    """`Attempts` of a single process: after it has died, nothing remembers."""
+    """`Attempts` that records nothing, for a job in a single process."""
 
     def begin(self, unit: int, num_rows: int) -> RowsToScore:
-        """All rows at once."""
+        """Return all rows as one range."""
         return RowsToScore([(0, num_rows)])
 
     def begin_range(self, unit: int, rows: tuple[int, int]) -> None:
-        """Nothing to remember."""
+        """Do nothing."""
 
     def end(self, unit: int) -> None:
-        """Nothing to forget."""
+        """Do nothing."""
 
 
 class UnitScorer:
@@ -96,7 +96,7 @@ class UnitScorer:
         self._forward = threading.Lock()
 
     def score_unit(self, unit: TokenizedUnit) -> Counts:
-        """Score a unit and commit its output file; the counts of the unit."""
+        """Score a unit, commit its output file, and return the counts of the unit."""
         results, forward_seconds = self._results(unit.number, documents_of(unit.table))
         scored = unit.table.drop_columns([n for n in (IDS, PAIR_IDS, ERROR) if n in unit.table.column_names])
         for field, column in zip(results.schema, results.columns, strict=True):
@@ -114,7 +114,7 @@ class UnitScorer:
         return replace(counts, seconds={**counts.seconds, "write": time.perf_counter() - started})
 
     def _results(self, number: int, documents: Documents) -> tuple[pa.Table, float]:
-        """Output columns of a unit and the seconds they took; one forward pass runs at a time."""
+        """Return the output columns of a unit, and the seconds of scoring. Only one thread scores at a time."""
         with self._forward:
             rows = self._attempts.begin(number, len(documents))
             started = time.perf_counter()
@@ -127,15 +127,15 @@ class UnitScorer:
             seconds = time.perf_counter() - started
             self._attempts.end(number)
         for row in rows.deadly:
-            tables[row] = self._error("the model's process died over this row, again and again")
+            tables[row] = self._error("the model's process died several times while it scored this row")
         return pa.concat_tables([tables[start] for start in sorted(tables)]), seconds
 
     def _score(self, documents: Documents) -> pa.Table:
-        """Output columns; where scoring raises, halves are tried, down to single rows."""
+        """Return the output columns. If scoring raises an error, the two halves are tried, down to single rows."""
         try:
             return self._scorer.results(self._scorer.score_documents(documents), prefix=self._setup.prefix)
-        except Exception as error:  # noqa: BLE001  # whatever it is, it must cost no other row its score
-            if "CUDA error" in str(error):  # after it, nothing works in this process
+        except Exception as error:  # noqa: BLE001  # any error: all other rows must still get their scores
+            if "CUDA error" in str(error):  # after it, CUDA is unusable in this process
                 os._exit(1)
             if len(documents) > 1:
                 halves = np.array_split(np.arange(len(documents)), 2)
@@ -147,8 +147,8 @@ class UnitScorer:
 
 
 def load_scorer(setup: ReplicaSetup) -> Any:
-    """The `Scorer` of a replica, with its share of the machine's cores."""
-    from pipelines.model.scorer import Scorer  # torch is loaded where the model is, not in every task that reads
+    """Load the `Scorer` of a replica, with its share of the machine's cores."""
+    from pipelines.model.scorer import Scorer  # loads torch, which is needed only where the model runs
 
     threads = setup.compute.num_threads or max(1, (os.cpu_count() or 1) // setup.replicas_per_node)
     scorer = Scorer.load(setup.model, compute=replace(setup.compute, num_threads=threads))

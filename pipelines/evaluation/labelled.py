@@ -37,57 +37,57 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabelledInput:
-    """Labelled documents: files or a table in memory. The labels are read and checked, the texts not yet."""
+    """Labelled documents in files or in memory. The labels are already read and checked; the texts are not."""
 
     source: str
-    """The input as messages and pages name it."""
+    """Display name of the input, for messages and pages."""
     fingerprint: str
-    """Changes when the data changes."""
+    """Changes if the data changes."""
     num_rows: int
     targets: NDArray[np.generic]
     """(D,) label ids, (D, L) 0/1 or (D,) values, as `labels.encode_labels` gives them."""
     tables: Callable[[], Iterable[pa.Table]]
-    """The text columns, table after table, in the order of the targets."""
+    """Returns tables of the text columns, in the order of the targets."""
     name_of: Callable[[int], str]
-    """Display name of a row."""
+    """Returns the display name of a row."""
 
 
 @dataclass(frozen=True)
 class LabelledScores:
-    """Scores beside targets, of the D rows that could be scored."""
+    """Scores and targets of the D rows that could be scored."""
 
     scores_DL: NDArray[np.float32]
     votes_DL: NDArray[np.int64] | None
     num_tokens_D: NDArray[np.int64]
     row_D: NDArray[np.int64]
-    """Number of each row in the input."""
+    """Index of each row in the input."""
     targets: NDArray[np.generic]
     num_rows: int
-    """Rows of the input."""
+    """Number of rows of the input."""
     texts: pa.ChunkedArray | None = None
-    """Texts of the scored rows, where they were asked for."""
+    """Texts of the scored rows, if they were requested."""
 
     @property
     def rows_in_error(self) -> int:
-        """Rows that could not be scored."""
+        """Number of rows that could not be scored."""
         return self.num_rows - len(self.row_D)
 
     def decide(self, decision: DecisionSettings) -> Decisions:
-        """Labels for the scores."""
+        """Decide labels from the scores."""
         return decide(self.scores_DL, decision, self.votes_DL)
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """How good a model folder is on labelled data."""
+    """Metrics of a model folder on labelled data."""
 
     model: str
     rows: int
     rows_in_error: int
     metrics: Mapping[str, Any]
-    """By name; `metrics.METRICS` lists them for each kind."""
+    """Metrics by name. `metrics.METRICS` lists them for each kind."""
     report: str | None = None
-    """Where the evaluation page is, if one was written."""
+    """Location of the evaluation page, if one was written."""
 
     def __repr__(self) -> str:
         lines = [f"EvaluationResult of {self.model}: {self.rows:,} rows, {self.rows_in_error:,} in error"]
@@ -97,7 +97,7 @@ class EvaluationResult:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """As `pipelines evaluate --json` prints it."""
+        """Return the result as `pipelines evaluate --json` prints it."""
         return {"rows": self.rows, "rows_in_error": self.rows_in_error, **self.metrics}
 
 
@@ -113,7 +113,7 @@ class TuneResult:
     thresholds: tuple[float, ...]
     thresholds_before: float | tuple[float, ...] | None
     untuned: tuple[str, ...] = ()
-    """Labels that keep their threshold, because every row has the same label value."""
+    """Labels that keep their old threshold, because all rows have them or no row has them."""
     missed: tuple[str, ...] = ()
     """Labels for which no threshold reaches the objective."""
     pooled: tuple[str, ...] = ()
@@ -131,7 +131,7 @@ class TuneResult:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """As `pipelines tune --json` prints it."""
+        """Return the result as `pipelines tune --json` prints it."""
         before = self.thresholds_before
         return {
             "rows_in_error": self.rows_in_error,
@@ -146,10 +146,10 @@ class TuneResult:
 
 
 def labelled_files(location: str, data: DataSettings, decision: DecisionSettings) -> LabelledInput:
-    """Labelled Parquet files; all labels are read and checked here, before any text is.
+    """Open labelled Parquet files, and read and check all labels. No text is read.
 
     Raises:
-        DataError: A file has no such columns, or labels that the decision does not have.
+        DataError: A file does not have the columns, or has labels that the decision does not have.
     """
     files = read_footers(location, data.text_column)
     texts = _text_columns(data)
@@ -174,10 +174,10 @@ def labelled_files(location: str, data: DataSettings, decision: DecisionSettings
 
 
 def labelled_table(table: pa.Table, data: DataSettings, decision: DecisionSettings) -> LabelledInput:
-    """A labelled table in memory.
+    """Open a labelled table in memory, and check its labels.
 
     Raises:
-        DataError: It has no such columns, no rows, or labels that the decision does not have.
+        DataError: The table does not have the columns, has no rows, or has labels that the decision does not have.
     """
     texts = _text_columns(data)
     for name in texts:
@@ -245,7 +245,7 @@ def evaluate_folder(
     report: str | None = None,
     report_texts: bool = False,
 ) -> EvaluationResult:
-    """Metrics of a model folder on labelled files or a labelled table.
+    """Compute the metrics of a model folder on labelled files or a labelled table.
 
     Args:
         model: Model folder, a path or URL.
@@ -253,10 +253,10 @@ def evaluate_folder(
         data: Which columns are read, and how many rows.
         compute: How the forward pass runs.
         report: Where to write the evaluation page.
-        report_texts: Show how documents begin on the page.
+        report_texts: Show the first words of documents on the page.
 
     Raises:
-        UsageError: Model, data and settings do not fit together; nothing was scored.
+        UsageError: Model, data and settings do not fit together. Nothing was scored.
     """
     started = time.monotonic()
     folder = _open_for(model, data)
@@ -293,7 +293,8 @@ def tune_folder(
     folder = _open_for(model, data)
     if folder.decision.kind not in ("binary", "multilabel"):
         raise SettingsError(
-            f"thresholds are for kinds binary and multilabel; {model} is of kind {folder.decision.kind}, without them"
+            f"thresholds are for kinds binary and multilabel; {model} is of kind {folder.decision.kind}, "
+            "which has no thresholds"
         )
     scored = score_labelled(folder, _labelled(source, data, folder.decision), data, compute)
     tuned = tune_thresholds(scored.targets, scored.scores_DL, folder.decision, objective)
@@ -334,7 +335,7 @@ def _text_columns(data: DataSettings) -> list[str]:
 
 
 def _name_in_files(files: list[InputFile], row: int) -> str:
-    """File name and row of a row that is counted over all files."""
+    """Return the file name, and the row in this file, of a row that is counted over all files."""
     for file in files:
         if row < file.num_rows:
             return f"{posixpath.basename(file.url)}, row {row}"
@@ -345,7 +346,7 @@ def _name_in_files(files: list[InputFile], row: int) -> str:
 def _page(
     folder: ModelFolder, labelled: LabelledInput, scored: LabelledScores, *, metrics: Mapping[str, Any], seconds: float
 ) -> str:
-    """The evaluation page."""
+    """Render the evaluation page."""
     decision, texts = folder.decision, scored.texts
     tokens = int(scored.num_tokens_D.sum())
     facts: dict[str, dict[str, Any]] = {

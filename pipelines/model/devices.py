@@ -1,4 +1,4 @@
-"""Devices and arithmetic: what is there, what `auto` means, and how arrays get onto a device."""
+"""Resolve device and dtype settings, including `auto`, and copy arrays to a device."""
 
 from __future__ import annotations
 

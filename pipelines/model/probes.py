@@ -1,6 +1,6 @@
-"""Checks that run a loaded model on three short windows: which ways of running it agree.
+"""Checks of a loaded model with three short windows, which show how it can be run.
 
-How a model is run is decided by these checks, never by a table of model names.
+These checks decide how a model is run. There is no table of model names.
 
 Shapes: W windows, L labels.
 """
@@ -22,7 +22,7 @@ from pipelines.text.pretrained import quiet_transformers
 from pipelines.text.tokenization import InputRows
 
 ROUNDING, SLACK = 1e-6, 1e-3
-"""Tolerances of the float32 checks at load (packed against padded, more padding against less).
+"""Tolerances of the float32 checks when a model is loaded (packed and padded, more and less padding).
 
 Two results agree if they differ by at most ROUNDING times the largest logit, plus SLACK times the largest difference
 between the windows.
@@ -111,7 +111,9 @@ def find_last_layer(model: Probed) -> str | None:
 def packed_if_equal(model: Probed) -> PackedRows | None:
     """Run three short windows packed and padded, in float32.
 
-    If the logits agree, packing stays switched on. Otherwise, return None.
+    Returns:
+        If the logits agree: the packing, which is then switched on in the module. Otherwise None, and the module is
+        unchanged.
     """
     module: Any = model.module
     rows = _probe(model)

@@ -1,7 +1,7 @@
 """Corpora that Ray Data tokenizes while workers already train on them.
 
-A process that needs a unit which has not arrived waits for it. Units are tokenized in the order in which the first
-epoch needs them, so that training begins when its first shuffle buffer is there. Does not import torch.
+A process that needs a unit waits until it has arrived. Units are tokenized in the order in which the first epoch needs
+them, so that training begins when the first shuffle buffer is complete. Does not import torch.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ logger = logging.getLogger(__name__)
 def arriving_corpora(
     splits: Mapping[str, Split], *, num_cpus: float | None
 ) -> Iterator[tuple[dict[str, Corpus], Future[None]]]:
-    """Corpora that Ray Data tokenizes while the body runs, one after another.
+    """Tokenize corpora with Ray Data, one after another, while the body of the with statement runs.
 
-    Any process of the cluster may read them. Where tokenizing fails, a JobError is raised in every process that waits
-    for a unit, and set in the future.
+    Any process of the cluster may read them. If tokenizing fails, every process that waits for a unit raises a
+    JobError, and the future contains the error.
 
     Args:
         splits: The inputs by name.
-        num_cpus: CPUs that Ray Data takes at most; None for all.
+        num_cpus: Maximum number of CPUs that Ray Data uses. None means all.
 
     Yields:
         The corpora by name, and a future that is done when all units have arrived.
@@ -58,8 +58,8 @@ def arriving_corpora(
             for name, split in splits.items():
                 _tokenize(split, arrivals[name], stop, num_cpus)
             done.set_result(None)
-        except Exception as error:  # noqa: BLE001  # in a thread: whatever it is, other processes wait for it
-            if stop.is_set():  # nobody waits any more, and Ray may have ended
+        except Exception as error:  # noqa: BLE001  # any error: other processes wait for these units
+            if stop.is_set():  # no process waits any more, and Ray may have ended
                 return
             known = isinstance(error, PipelinesError)
             reason = error if known else JobError(f"tokenizing failed: {root_cause(error)}")
@@ -83,14 +83,14 @@ def arriving_corpora(
 
 
 def _tokenize(split: Split, arrivals: Any, stop: threading.Event, num_cpus: float | None) -> None:
-    """Tokenize all units, and announce each as soon as it is there."""
+    """Tokenize all units, and announce each one when it is tokenized."""
     dataset = tokenized_units(split.stage, [split.units[number] for number in split.order])
     dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=num_cpus)
     measure: Any = ray.remote(_measure).options(num_cpus=TOKENIZE_CPUS, num_returns=2)
     announced: list[Any] = []
 
     def log_wait() -> None:
-        if stop.is_set():  # Ray may have ended, and a call would start it anew
+        if stop.is_set():  # Ray may have ended, and a call would start it again
             return
         total, free = (found.get("CPU", 0) for found in (ray.cluster_resources(), ray.available_resources()))
         logger.info("no unit is tokenized yet; the cluster has %g CPU, of which %g are free", total, free)
@@ -110,14 +110,14 @@ def _tokenize(split: Split, arrivals: Any, stop: threading.Event, num_cpus: floa
 
 
 def _measure(block: pa.Table) -> tuple[int, UnitLengths]:
-    """A block's unit number, and the lengths of its documents."""
+    """Return the unit number of a block, and the lengths of its documents."""
     (unit,) = TokenizedUnit.from_rows(block)
     return unit.number, UnitLengths.of(documents_of(unit.table))
 
 
 @ray.remote(num_cpus=0)
 class Arrivals:
-    """Which units of a corpus have arrived, and where they are; any number of processes wait here."""
+    """Actor that knows which units of a corpus have arrived, and where they are. Any number of processes can wait."""
 
     def __init__(self) -> None:
         self._arrived: list[tuple[int, list[Any]]] = []
@@ -126,27 +126,27 @@ class Arrivals:
         self._changed = asyncio.Condition()
 
     async def add(self, number: int, refs: list[Any]) -> None:
-        """A unit has arrived: references to its lengths and to its block."""
+        """Add a unit that has arrived: references to its lengths and to its block."""
         async with self._changed:
             self._arrived.append((number, refs))
             self._numbers.add(number)
             self._changed.notify_all()
 
     async def fail(self, error: PipelinesError) -> None:
-        """No more units will arrive."""
+        """Set the error after which no more units will arrive."""
         async with self._changed:
             self._error = error
             self._changed.notify_all()
 
     async def since(self, seen: int, number: int) -> tuple[list[tuple[int, list[Any]]], PipelinesError | None]:
-        """All units that arrived after the first `seen`, as soon as the given one has arrived or will not arrive."""
+        """Wait for a unit or an error. Return all units that arrived after the first `seen` ones, and the error."""
         async with self._changed:
             await self._changed.wait_for(lambda: number in self._numbers or self._error is not None)
             return self._arrived[seen:], self._error
 
 
 class _ArrivingUnits:
-    """The units of a corpus; usable from any process of the cluster and from several of its threads."""
+    """The units of a corpus. Any process of the cluster, and several threads of it, can use this."""
 
     def __init__(self, arrivals: Any) -> None:
         self._arrivals = arrivals
@@ -155,12 +155,12 @@ class _ArrivingUnits:
         self._blocks: dict[int, Any] = {}
 
     def lengths(self, number: int) -> UnitLengths:
-        """The lengths of a unit's documents; waits until it has arrived."""
+        """Return the lengths of a unit's documents. Waits until it has arrived."""
         self._wait_for(number)
         return self._lengths[number]
 
     def table(self, number: int) -> pa.Table:
-        """The tokenized table of a unit; waits until it has arrived."""
+        """Return the tokenized table of a unit. Waits until it has arrived."""
         self._wait_for(number)
         (unit,) = TokenizedUnit.from_rows(ray.get(self._blocks[number]))
         return unit.table

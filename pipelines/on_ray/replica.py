@@ -1,7 +1,7 @@
-"""The actor of a scoring job: it holds one model, and scores and commits units.
+"""The actor of a scoring job: it has one model, and scores and commits units.
 
-A unit that kills its actor several times is halved until the deadly rows stand alone; those come out with an error.
-The actor `CrashRecord` outlives the replicas and remembers what they were scoring.
+A unit that kills its actor several times is halved repeatedly, until the rows that cause this are isolated. These rows
+get an error. The actor `CrashRecord` survives the replicas and records which rows they are scoring.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pipelines.text.stage import TokenizedUnit
 from pipelines.text.tokenization import Documents
 
 CRASHES_BEFORE_HALVING = 2
-"""Crashes after which a unit is halved; the first ones may be the fault of a lost node."""
+"""A unit is halved after more crashes than this. The first ones may be caused by a lost node."""
 COUNTS = "counts"
-"""Column of what the actor returns: the counts of each unit, as JSON."""
+"""Column of the actor's result: the counts of each unit, as JSON."""
 
 
 @dataclass
@@ -36,13 +36,13 @@ class _UnitRecord:
 
 
 class CrashRecord:
-    """Which rows of which unit are being scored now. A range that begins a second time has killed its actor."""
+    """Records which rows of which unit are being scored. A unit that begins again without an end has crashed."""
 
     def __init__(self) -> None:
         self._units: dict[int, _UnitRecord] = {}
 
     def begin(self, unit: int, num_rows: int) -> RowsToScore:
-        """How the rows of a unit are scored; the first range counts as begun."""
+        """Record that scoring of the unit starts with its first range. Returns how its rows are scored."""
         record = self._units.setdefault(unit, _UnitRecord([(0, num_rows)]))
         if record.current is not None:
             record.crashes += 1
@@ -52,12 +52,12 @@ class CrashRecord:
         return RowsToScore(tuple(record.ranges), tuple(record.deadly))
 
     def begin_range(self, unit: int, rows: tuple[int, int]) -> None:
-        """Another range of the unit begins; ignored where this record was lost since the unit began."""
+        """Record that scoring of another range starts. Ignored if this actor was restarted after the unit began."""
         if unit in self._units:
             self._units[unit].current = rows
 
     def end(self, unit: int) -> None:
-        """All rows of the unit are scored."""
+        """Record that all rows of the unit are scored."""
         self._units.pop(unit, None)
 
 
@@ -65,7 +65,7 @@ CrashRecordActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(
 
 
 class _RemoteAttempts:
-    """`bulk.unit.Attempts`, kept by the actor of a job."""
+    """`bulk.unit.Attempts` that calls the `CrashRecord` actor of a job."""
 
     def __init__(self, record: Any) -> None:
         self._record = record
@@ -82,7 +82,7 @@ class _RemoteAttempts:
 
 
 class ServeScorer:
-    """A Serve application in place of a `Scorer`; it must serve the same model folder."""
+    """Scores with a Serve application instead of a `Scorer`. The application must serve the same model folder."""
 
     def __init__(self, application: str, decision: DecisionSettings) -> None:
         from ray import serve
@@ -90,18 +90,18 @@ class ServeScorer:
         self._handle, self.decision = serve.get_app_handle(application), decision
 
     def score_documents(self, documents: Documents) -> Any:
-        """Scores of tokenized documents by the application's model."""
+        """Score tokenized documents with the application's model."""
         return self._handle.score_documents.remote(documents).result()
 
     def results(self, scores: Any, *, prefix: str = "") -> pa.Table:
-        """The output columns, decided here."""
+        """Return the output columns. Labels are decided here, not in the application."""
         from pipelines.model.scorer import results_of
 
         return results_of(scores, self.decision, prefix=prefix)
 
 
 class ScoreUnits:
-    """The class of the actor pool: rows of tokenized units in, their counts out."""
+    """The class of Ray Data's actors: rows of tokenized units in, their counts out."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ def _unit_scorer(setup: ReplicaSetup, crash_record: Any) -> UnitScorer:
 
 
 class _IdleClock:
-    """Measures how long no call was under way before each call; calls come from several threads."""
+    """Measures the idle time before each call. Several threads may call at the same time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

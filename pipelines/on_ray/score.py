@@ -1,7 +1,7 @@
 """Bulk scoring on Ray Data.
 
-Tasks read and tokenize units; actors score and commit them; the driver adds up their counts. A run goes in waves of
-bounded size, because Ray keeps some memory for every task that it ever ran.
+Tasks read and tokenize units. Actors score and commit them. The driver adds their counts. A run is divided into waves
+of limited size, because Ray keeps some memory for every task that it has run.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from pipelines.on_ray.replica import COUNTS, CrashRecordActor, ScoreUnits
 from pipelines.storage.shards import WorkUnit
 
 ACTOR_CPUS = 0.5
-"""Different from the CPUs of tokenizing, so that Ray does not fuse the stages; small, so that it fits beside them."""
+"""CPUs of an actor. They differ from the CPUs of tokenizing, because Ray would otherwise fuse the two stages."""
 UNITS_IN_FLIGHT = 4
-"""Units per actor: one in the forward pass, one being prepared or written, and two on their way to it."""
+"""Units per actor: one in the forward pass, one that is prepared or written, and two that are sent to it."""
 CALLS_AT_ONCE = 2
 UNITS_PER_WAVE = 5_000
 
 
 def score(job: ScoreJob, *, address: str | None = None) -> ScoreSummary:
-    """Score the job on Ray, or in this process where it asks for 0 replicas.
+    """Score the job on Ray, or in this process if replicas is 0.
 
-    A run that was begun in the output folder is resumed; a finished one is left alone.
+    If the output folder contains an unfinished run, it is resumed. A finished run is not changed.
 
     Args:
         job: The job.
-        address: Ray cluster to use; by default RAY_ADDRESS, else a local Ray is started.
+        address: Ray cluster to use. Default: RAY_ADDRESS, else a local Ray is started.
 
     Raises:
-        UsageError: Model, input, columns, settings or output do not fit; nothing was done.
-        JobError: The job cannot be finished; what is done stays done.
+        UsageError: Model, input, columns, settings or output do not fit. No work was done.
+        JobError: The job cannot be finished. Finished units are kept.
     """
     if job.is_local:
         return score_here(job)
@@ -52,7 +52,7 @@ def score(job: ScoreJob, *, address: str | None = None) -> ScoreSummary:
 
 
 def _score_units(checked: CheckedJob, units: Iterator[WorkUnit], *, address: str | None) -> Iterator[Counts]:
-    """The counts of each unit, as soon as it is committed."""
+    """Yield the counts of each unit when it is committed."""
     job = checked.job
     with connected(address):
         first = next(file.url for file in checked.files if file.error is None)
@@ -72,7 +72,7 @@ def _score_units(checked: CheckedJob, units: Iterator[WorkUnit], *, address: str
 
 
 def _score_stage(checked: CheckedJob, units: Sequence[WorkUnit], crash_record: Any) -> Dataset:
-    """Tasks that tokenize, then the actor pool: a GPU or a share of the machine's cores for each replica."""
+    """Build the dataset: tasks that tokenize, then a pool of actors, each with a GPU or a share of the cores."""
     settings = checked.job.score
     gpus = _gpus_per_replica(checked.job)
     num_nodes = max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes()))
@@ -121,6 +121,6 @@ def _check_resources(job: ScoreJob) -> None:
 
 
 def _placement(resources: Mapping[str, float] | None, labels: Mapping[str, str] | None) -> dict[str, Any]:
-    """Ray's options for where tasks or actors run."""
+    """Return the options of Ray that determine where tasks or actors run."""
     found = {"resources": dict(resources or {}), "label_selector": dict(labels or {})}
     return {name: value for name, value in found.items() if value}

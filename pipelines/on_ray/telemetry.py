@@ -1,4 +1,4 @@
-"""What the processes of a job tell the driver and Prometheus: log lines, numbers, and what they wait for."""
+"""Send log records of workers to the driver, export numbers to Prometheus, and log what a job waits for."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ray.util.metrics import Gauge
 from pipelines.progress import ROOT, repeated
 
 WAIT_SECONDS = 30.0
-"""How often a job that waits for machines says so."""
+"""Seconds between two log messages of a job that waits for machines."""
 logger = logging.getLogger(__name__)
 
 
 class Gauges:
-    """Numbers by name, which Ray's agents export to Prometheus as pipelines_KIND_NAME."""
+    """Exports numbers by name. Ray's agents pass them to Prometheus as ray_pipelines_KIND_NAME."""
 
     def __init__(self, kind: str, tags: dict[str, str]) -> None:
         self._kind, self._tags = kind, tags
@@ -36,17 +36,17 @@ class Gauges:
 
 @ray.remote(num_cpus=0)
 class LogRelay:
-    """Carries log records from workers to the driver; one per job."""
+    """Actor that stores log records of workers until the driver takes them. There is one per job."""
 
     def __init__(self) -> None:
         self._records: list[tuple[str, int, str]] = []
 
     def add(self, name: str, level: int, message: str) -> None:
-        """Leave a record."""
+        """Store a record."""
         self._records.append((name, level, message))
 
     def take(self) -> list[tuple[str, int, str]]:
-        """The records left since the last call."""
+        """Return the records since the last call."""
         records, self._records = self._records, []
         return records
 
@@ -72,7 +72,7 @@ def relay_logs(relay: Any) -> None:
 
 @contextmanager
 def relayed_logs(relay: Any) -> Iterator[None]:
-    """Log the workers' records here while the body runs, and the last of them after it."""
+    """Log the workers' records in this process inside the context, and the last ones after it."""
 
     def show() -> None:
         for name, level, message in ray.get(relay.take.remote(), timeout=5):
@@ -80,13 +80,13 @@ def relayed_logs(relay: Any) -> Iterator[None]:
 
     with repeated(_unless_ray_fails(show), 1.0):
         yield
-    with suppress(ray.exceptions.RayError):  # only log lines are lost
+    with suppress(ray.exceptions.RayError):  # in that case only log lines are lost
         show()
 
 
 @contextmanager
 def waits_logged(needed: Mapping[str, float]) -> Iterator[None]:
-    """While the body runs, log every WAIT_SECONDS that its workers wait for resources: Ray waits in silence."""
+    """Inside the context, log every WAIT_SECONDS if workers wait for resources. Ray itself logs nothing."""
     job = ray.get_runtime_context().get_job_id()
 
     def show() -> None:
@@ -105,7 +105,7 @@ def waits_logged(needed: Mapping[str, float]) -> Iterator[None]:
 
 
 def _unless_ray_fails(action: Callable[[], None]) -> Callable[[], None]:
-    """The action without Ray's errors: the cluster is busy or going down, and the job itself will say so."""
+    """Return the action without Ray's errors. If the cluster fails, the job itself reports it."""
 
     def run() -> None:
         with suppress(ray.exceptions.RayError):

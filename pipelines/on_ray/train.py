@@ -1,7 +1,7 @@
 """Fine-tuning in Ray Train workers, fed by Ray Data.
 
-Ray Data reads and tokenizes the shards in parallel, once. The token ids stay in Ray's object store, which spills to
-disk what memory does not hold. Every worker runs the same loop as a single process does, on its share of each step.
+Ray Data reads and tokenizes the files in parallel, once. The token ids stay in Ray's object store, which spills to
+disk if memory is full. Every worker runs the same loop as a single process, on its share of each step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What every worker runs: function(argument, *data)."""
+    """The task of every worker: function(argument, *data)."""
 
     function: Callable[..., Any]
     argument: Any
@@ -46,26 +46,26 @@ class WorkerTask:
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """How many workers run a task, and on what."""
+    """Number, device and failure handling of the workers."""
 
     fewest: int
     most: int
     device: str = "auto"
     max_failures: int = 0
-    """How often lost workers are replaced; the task then begins again."""
+    """How often lost workers are replaced. The task then begins again on all workers."""
     resize_seconds: float = 60.0
 
 
 def train(job: TrainJob, *, address: str | None = None) -> TrainSummary:
-    """Fine-tune on labelled files and write the model folder: on Ray, or in this process where num_workers is 0.
+    """Fine-tune on labelled files and write the model folder: on Ray, or in this process if num_workers is 0.
 
     Args:
         job: The job.
-        address: Ray cluster to use; by default RAY_ADDRESS, else a local Ray is started.
+        address: Ray cluster to use. Default: RAY_ADDRESS, else a local Ray is started.
 
     Raises:
-        UsageError: Data, labels, weights, windows, model or output do not fit; nothing was done.
-        JobError: The run was stopped; the same job resumes it.
+        UsageError: Data, labels, weights, windows, model or output do not fit. No work was done.
+        JobError: The run was stopped. The same job resumes it.
     """
     if job.is_local:
         return train_here(job)
@@ -79,14 +79,14 @@ def train(job: TrainJob, *, address: str | None = None) -> TrainSummary:
 
 
 def run_on_workers(function: Callable[..., Any], argument: Any, data: Sequence[Any], *, num_workers: int) -> Any:
-    """What function(argument, *data) returns on rank 0, run in a local Ray or the one at RAY_ADDRESS."""
+    """Run function(argument, *data) on workers of RAY_ADDRESS or a local Ray. Return the result of rank 0."""
     with connected():
         task = WorkerTask(function, argument, [ray.put(one) for one in data])
         return _run(task, WorkerGroup(num_workers, num_workers))
 
 
 def _fit_on_workers(checked: CheckedTrainJob, splits: Any) -> TrainSummary:
-    """Train while Ray Data tokenizes, or after it where the cluster has no room for both."""
+    """Train while Ray Data tokenizes, or after it if the cluster has too few CPUs for both."""
     spec, paths = checked.spec, checked.job.paths
     fewest, most = paths.worker_range
     group = WorkerGroup(fewest, most, spec.compute.device, spec.train.max_failures, paths.resize_seconds)
@@ -112,16 +112,16 @@ def _is_preempted() -> bool:
 
 
 def _room_beside(group: WorkerGroup) -> tuple[bool, float | None]:
-    """Whether workers and tokenizing fit the cluster together, and how many CPUs tokenizing may then take at most."""
+    """Return whether the cluster has room for workers and tokenizing together, and a CPU limit for tokenizing."""
     total = ray.cluster_resources()
-    if uses_gpus(group.device):  # their workers take no CPUs; workers that are still to come need no data yet
+    if uses_gpus(group.device):  # workers on GPUs reserve no CPUs
         return total.get("GPU", 0) >= group.fewest, None
     left = total.get("CPU", 0) - group.most
     return left >= TOKENIZE_CPUS, left if left >= TOKENIZE_CPUS else None
 
 
 def _run(task: WorkerTask, group: WorkerGroup) -> Any:
-    """What rank 0 returns. Workers that are lost are replaced, and then all begin the task again."""
+    """Run the task, and return the result of rank 0. If workers are lost, they are replaced and all begin again."""
     gpus = uses_gpus(group.device)
     relay = LogRelay.remote()  # type: ignore[attr-defined]
     workers = str(group.fewest) if group.fewest == group.most else f"{group.fewest} to {group.most}"
@@ -131,7 +131,7 @@ def _run(task: WorkerTask, group: WorkerGroup) -> Any:
         check_resources(needed)
         try:
             trainer = TorchTrainer(
-                _worker,  # Ray keeps what it returns, and its annotation does not say so
+                _worker,  # Ray keeps its result, although Ray's annotation says that it has none
                 train_loop_config={"task": task, "relay": relay},
                 scaling_config=ScalingConfig(
                     num_workers=group.fewest if group.fewest == group.most else (group.fewest, group.most),  # type: ignore[arg-type]  # as V2 takes it
@@ -155,12 +155,12 @@ def _run(task: WorkerTask, group: WorkerGroup) -> Any:
 
 
 def _worker(loop_config: dict[str, Any]) -> Any:
-    """Runs in every Ray Train worker, whose process group is up; Ray Train keeps what rank 0 returns."""
+    """Run the task in a Ray Train worker, whose process group exists. Ray Train keeps the result of rank 0."""
     task: WorkerTask = loop_config["task"]
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
     if rank() == 0:
         relay_logs(loop_config["relay"])
     try:
         return task.function(task.argument, *map(ray.get, task.data))
-    except PipelinesError as error:  # another attempt would end the same way
+    except PipelinesError as error:  # returned, not raised: another attempt would fail in the same way
         return error

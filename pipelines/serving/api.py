@@ -50,11 +50,11 @@ PAGE_HEADERS = {
 
 
 def build_api(predictor: Predictor, *, replica: str = "local") -> FastAPI:
-    """The application that answers for a predictor.
+    """Build the HTTP application of a predictor.
 
     Args:
         predictor: The model with its queue.
-        replica: Name of this process, shown by /info.
+        replica: Name of this process, which /info returns.
     """
     api = FastAPI(title="pipelines", version=VERSION, docs_url="/docs", redoc_url=None)
     api.add_middleware(
@@ -73,13 +73,13 @@ def build_api(predictor: Predictor, *, replica: str = "local") -> FastAPI:
 
 
 def _own_routes(predictor: Predictor) -> APIRouter:
-    """The server's own protocol, and a page to try it."""
+    """Routes of the server's own protocol, and a web page to try it."""
     routes = APIRouter()
     page = resources.files("pipelines").joinpath("serving/page.html").read_bytes()
 
     @routes.get("/", include_in_schema=False)
     async def show_page() -> Response:
-        """A page to try the model on."""
+        """A web page to try the model."""
         return Response(page, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
     @routes.post("/v1/predict", response_model=PredictResponse, responses=ERRORS)
@@ -100,7 +100,7 @@ def _own_routes(predictor: Predictor) -> APIRouter:
 
 
 def _hub_routes(predictor: Predictor) -> APIRouter:
-    """The protocols of text-embeddings-inference and of Hugging Face."""
+    """Routes of text-embeddings-inference and Hugging Face."""
     routes = APIRouter()
 
     async def infer(body: InferenceRequest, *, is_nested: bool) -> Response:
@@ -114,19 +114,19 @@ def _hub_routes(predictor: Predictor) -> APIRouter:
 
     @routes.post("/predict", responses=ERRORS)
     async def predict_as_inference(body: InferenceRequest) -> Response:
-        """text-embeddings-inference's route: labels with scores, the decided label first; nested for a batch."""
+        """text-embeddings-inference's route: labels with scores, predicted labels first. Nested for a batch."""
         return await infer(body, is_nested=body.parameters is not None)
 
     @routes.post("/models/{name:path}", responses=ERRORS)
     async def predict_as_hub(name: str, body: InferenceRequest) -> Response:
-        """Hugging Face's route: always nested."""
+        """Hugging Face's route. The answer is always nested."""
         return await infer(body.model_copy(update={"parameters": body.parameters or {}}), is_nested=True)
 
     return routes
 
 
 def _classify_routes(predictor: Predictor) -> APIRouter:
-    """The protocols of vLLM and of OpenAI's moderation."""
+    """Routes of vLLM's classification and OpenAI's moderation."""
     routes = APIRouter()
 
     @routes.post("/classify", responses=ERRORS)
@@ -150,7 +150,7 @@ def _classify_routes(predictor: Predictor) -> APIRouter:
 
 
 def _inference_protocol_routes(predictor: Predictor) -> APIRouter:
-    """The Open Inference Protocol, as KServe and Triton's clients speak it."""
+    """Routes of the Open Inference Protocol, which clients of KServe and Triton use."""
     routes = APIRouter(prefix="/v2")
 
     def check_name(name: str) -> None:
@@ -187,7 +187,7 @@ def _inference_protocol_routes(predictor: Predictor) -> APIRouter:
 
     @routes.get("/models/{name}/ready", responses=ERRORS)
     async def protocol_readiness(name: str) -> dict[str, bool]:
-        """Whether this replica works and has that model."""
+        """Whether this replica works and has the model of this name."""
         check_name(name)
         return await protocol_health()
 
@@ -195,7 +195,7 @@ def _inference_protocol_routes(predictor: Predictor) -> APIRouter:
 
 
 def _operating_routes(predictor: Predictor, replica: str) -> APIRouter:
-    """Probes, metrics and facts for operators."""
+    """Routes for operators: probes, metrics and information about the server."""
     routes = APIRouter()
 
     @routes.get("/livez")
@@ -207,18 +207,18 @@ def _operating_routes(predictor: Predictor, replica: str) -> APIRouter:
 
     @routes.get("/readyz")
     async def ready() -> dict[str, str]:
-        """Whether this replica can answer; requests reach it only after its model is loaded."""
+        """Whether this replica is ready. Always true: requests reach a replica only after its model is loaded."""
         return {"status": "ready"}
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        """What all replicas have counted, for Prometheus."""
+        """The metrics of all replicas, for Prometheus."""
         text = await asyncio.get_running_loop().run_in_executor(None, predictor.metrics.text)
         return Response(text, media_type="text/plain; version=0.0.4")
 
     @routes.get("/info")
     async def info() -> dict[str, Any]:
-        """The model, how it decides, and this server's limits."""
+        """The model, its decision settings, and this server's limits."""
         return {**predictor.info, "replica": replica}
 
     return routes
@@ -230,7 +230,7 @@ def _check_health(predictor: Predictor) -> None:
 
 
 def _read(function: Callable[[Any], Any], content: Any) -> Any:
-    """What function makes of a request's content; a DataError is the caller's mistake."""
+    """Apply function to a request's content. A DataError becomes a RequestError with status 422."""
     try:
         return function(content)
     except DataError as error:
@@ -243,14 +243,14 @@ def _error(status: int, error_type: str, message: str, headers: Any = None) -> J
 
 
 async def _answer_request_error(_: Request, error: Exception) -> Response:
-    """Our own refusals; for an overload they say when to come back."""
+    """Answer a RequestError. For an overload, the header Retry-After tells the client when to try again."""
     assert isinstance(error, RequestError)
     headers = {"Retry-After": "1"} if error.status == 429 else None
     return _error(error.status, error.error_type, str(error), headers)
 
 
 async def _answer_http_exception(_: Request, error: Exception) -> Response:
-    """No such route, or not with this method; FastAPI's 400 is a body that is not JSON."""
+    """Answer an unknown route or method. FastAPI raises status 400 for a body that is not JSON."""
     assert isinstance(error, HTTPException)
     if error.status_code == 400:
         return _error(422, "validation", "the body is not JSON in UTF-8")
@@ -258,7 +258,7 @@ async def _answer_http_exception(_: Request, error: Exception) -> Response:
 
 
 async def _answer_validation_error(_: Request, error: Exception) -> Response:
-    """The body does not fit the schema; the input itself is not echoed."""
+    """Answer a body that does not fit the schema. The message does not contain the input."""
     assert isinstance(error, RequestValidationError)
     problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
     return _error(422, "validation", "; ".join(problems[:3]))

@@ -14,7 +14,7 @@ from pipelines.storage.locations import absolute
 
 @dataclass(frozen=True)
 class ServeJob:
-    """One server, from a model folder."""
+    """One server of one model folder."""
 
     model: str
     serve: ServeSettings = field(default_factory=ServeSettings)
@@ -22,11 +22,11 @@ class ServeJob:
 
     @classmethod
     def parse(cls, values: Mapping[str, object]) -> ServeJob:
-        """A job from a flat mapping of settings, as YAML, Serve's configuration and the command line give it."""
+        """Create a job from a flat mapping of settings, as YAML, Serve's configuration or the command line has it."""
         paths, serve_settings, compute = parse(values, ServePaths, ServeSettings, ComputeSettings)
         return cls(absolute(paths.model), serve_settings, compute)
 
 
 def check_job(job: ServeJob) -> None:
-    """Raise a UsageError where the model folder cannot be opened, or the thresholds do not fit its labels."""
+    """Raise a UsageError if the model folder cannot be opened, or if the thresholds do not fit its labels."""
     resolve_thresholds(job.serve.thresholds, read_model_folder(job.model).decision)

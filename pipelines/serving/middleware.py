@@ -1,4 +1,4 @@
-"""What every request passes before and after its route: keys, the body's size, timings, and the count of responses."""
+"""Middleware around all routes: it checks API keys and body sizes, measures times, and counts responses."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Guard:
         self._max_body_bytes, self._metrics = max_body_bytes, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer the request, or refuse it; headers say how long it took."""
+        """Answer or refuse the request. Response headers contain its times."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         timings = begin_timings()
-        status = 500  # for exceptions; 499, as nginx has it, where the client disconnected
+        status = 500  # for exceptions; 499, as in nginx, if the client disconnected
 
         async def send_timed(message: Message) -> None:
             nonlocal status
@@ -52,7 +52,7 @@ class Guard:
             self._metrics.count_request(route, status, timings)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a request without a key before anything is read, and a body that is too large."""
+        """Refuse a request without a valid key before its body is read, and a body that is too large."""
         headers = Headers(scope=scope)
         if not is_admitted(headers, scope["path"], self._api_keys):
             message = "the API key is missing or wrong; send Authorization: Bearer KEY"
@@ -75,9 +75,9 @@ class Guard:
 
 
 async def _read(receive: Receive, announced: int, limit: int) -> tuple[int, bytes]:
-    """Bytes of the body, as announced or as counted, and the body; no more of it is read than the limit.
+    """Return the size of the body, announced or counted, and the body. Reading stops when the limit is exceeded.
 
-    Raises ClientDisconnect where the client disconnects in the middle.
+    Raises ClientDisconnect if the client disconnects before the end of the body.
     """
     if announced > limit:
         return announced, b""

@@ -1,6 +1,6 @@
-"""`Predictor`: texts in, predictions out, within the server's limits. Knows neither HTTP nor Ray.
+"""`Predictor`: texts in, predictions out, within the server's limits. Uses neither HTTP nor Ray.
 
-Nothing that blocks runs on the event loop: tokenizing and the forward pass each have a thread.
+Blocking work does not run on the event loop: tokenizing and the forward pass each have a thread.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ from pipelines.text.tokenization import Documents
 from pipelines.version import VERSION
 
 INLINE_BYTES = 2**16
-"""Texts up to this size are split into words on the event loop: that takes less time than a switch to a thread."""
+"""Texts up to this size are split into words on the event loop, which is faster than a switch to a thread."""
 FULL_COLLECTION = 1000
-"""One of so many garbage collections is full. Python's default of 10 stops the event loop for 0.2 s every other second
-while hundreds of requests wait; a request leaves little behind, and nearly all of it is freed without."""
+"""Number of collections of the middle generation before a full garbage collection. With Python's default of 10, a full
+collection stops the event loop for 0.2 s every two seconds while hundreds of requests wait. Nearly all objects of a
+request are freed without a full collection."""
 
 
 class RequestError(Exception):
-    """A request that cannot be answered with a result."""
+    """A request that is answered with an error. It has the HTTP status and the error type of the response."""
 
     def __init__(self, status: int, error_type: str, message: str) -> None:
         super().__init__(message)
@@ -47,12 +48,12 @@ class RequestError(Exception):
 
 
 class Predictor:
-    """One model with a queue in front of it. Lives on one event loop; `open` makes one."""
+    """One model with a queue in front of it. It belongs to one event loop. Create it with `open`."""
 
     def __init__(
         self, job: ServeJob, folder: ModelFolder, scorer: Scorer, computing: ThreadPoolExecutor, metrics: Metrics
     ) -> None:
-        """The scorer was loaded in the one thread of `computing`."""
+        """The scorer must have been loaded in the only thread of `computing`."""
         self.folder, self.decision = folder, folder.decision
         self.name = job.serve.name or Path(job.model.rstrip("/")).name
         self.metrics = metrics
@@ -70,7 +71,7 @@ class Predictor:
 
     @classmethod
     async def open(cls, job: ServeJob, make_metrics: Callable[[Scorer], Metrics] | None = None) -> Predictor:
-        """Load and warm up the model of a job; a fixed share of the machine's cores is used where none is set."""
+        """Load and warm up the model of a job. Without num_threads, it uses its share of the machine's cores."""
         gc.set_threshold(*gc.get_threshold()[:2], FULL_COLLECTION)
         folder = read_model_folder(job.model)
         _, most = parse_range("num_replicas", job.serve.num_replicas)
@@ -83,7 +84,7 @@ class Predictor:
         return predictor
 
     async def close(self) -> None:
-        """Finish the forward pass that is running, and stop."""
+        """Finish the current forward pass, and stop."""
         await self._batcher.close()
         self._tokenizing.shutdown(wait=True)
 
@@ -106,29 +107,29 @@ class Predictor:
 
     @property
     def is_alive(self) -> bool:
-        """Whether requests will still be answered."""
+        """Whether the predictor still answers requests."""
         return self._batcher.is_alive
 
     def load(self) -> tuple[int, float]:
-        """Tokens that wait, and the share of the time since the last call in which a forward pass ran."""
+        """Return the waiting tokens, and the share of the time since the last call in which a forward pass ran."""
         busy, now = self._batcher.busy_seconds, time.perf_counter()
         share = (busy - self._busy_before) / max(now - self._asked_at, 1e-3)
         self._busy_before, self._asked_at = busy, now
         return self._batcher.queued_tokens, min(share, 1.0)
 
     def set_thresholds(self, thresholds: float | tuple[float, ...] | Mapping[str, float] | None) -> None:
-        """Decide by other thresholds from now on. Raises SettingsError where they do not fit the labels."""
+        """Use other thresholds from now on. Raises SettingsError if they do not fit the labels."""
         self.decision = resolve_thresholds(thresholds, self.folder.decision)
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Take the thresholds of Ray Serve's user_config. Raises SettingsError for anything else in it."""
+        """Use the thresholds in Ray Serve's user_config. Raises SettingsError if it contains anything else."""
         (settings,) = parse({"thresholds": self.settings.thresholds, **user_config}, ServeSettings)
         if others := user_config.keys() - {"thresholds"}:
             raise SettingsError(f"user_config takes only thresholds, and not {', '.join(sorted(others))}")
         self.set_thresholds(settings.thresholds)
 
     def decision_with(self, thresholds: float | list[float] | Mapping[str, float] | None) -> DecisionSettings:
-        """The decision under a request's own thresholds. Raises RequestError where they do not fit the labels."""
+        """Return the decision with a request's own thresholds. Raises RequestError if they do not fit the labels."""
         given = tuple(thresholds) if isinstance(thresholds, list) else thresholds
         try:
             return resolve_thresholds(given, self.decision)
@@ -138,7 +139,7 @@ class Predictor:
     async def predict(
         self, inputs: list[str | Pair], decision: DecisionSettings | None = None, *, with_windows: bool = False
     ) -> tuple[list[Prediction], Usage]:
-        """Predictions of texts or pairs, in order, and what they cost.
+        """Return the predictions of texts or pairs, in order, and the number of tokens and windows.
 
         Raises:
             RequestError: The inputs break a limit, too many tokens wait, or the model fails.
@@ -154,7 +155,7 @@ class Predictor:
         return predictions, usage
 
     async def score_documents(self, documents: Documents) -> DocumentScores:
-        """Scores of tokenized documents, for a bulk job of the cluster; it waits where a request would be refused."""
+        """Score tokenized documents of a bulk job on the cluster. If the queue is full, wait instead of failing."""
         while True:
             try:
                 return await self._batcher.submit(documents)
@@ -162,7 +163,7 @@ class Predictor:
                 await asyncio.sleep(0.1)
 
     async def _score(self, inputs: list[str | Pair]) -> tuple[DocumentScores, list[str]]:
-        """Scores, and the texts that were cut into windows."""
+        """Return the scores, and the texts that were cut into windows (for pairs: the second texts)."""
         table = self._checked_table(inputs)
         timings = current_timings()
         await self._refuse_early(table)
@@ -185,7 +186,7 @@ class Predictor:
         return scores, table.column(table.column_names[-1]).to_pylist()
 
     def _checked_table(self, inputs: list[str | Pair]) -> pa.Table:
-        """The inputs as columns text (and text_pair). Raises RequestError where there are too many, or unfit ones."""
+        """Return the inputs as columns text (and text_pair). Raises RequestError if they are invalid or too many."""
         most = self.settings.max_documents
         if not 1 <= len(inputs) <= most:
             message = f"{len(inputs)} inputs; one request takes at least 1 and at most {most}"
@@ -198,7 +199,7 @@ class Predictor:
         return table
 
     async def _refuse_early(self, table: pa.Table) -> None:
-        """Refuse before tokenizing what certainly finds no room in the queue: a word is at least one token."""
+        """Refuse a request before tokenizing if the queue certainly has no room: a word has at least one token."""
         plan = self._scorer.plan
         reads_all = plan.sliding and plan.max_windows is None and table.num_columns == 1
         if not reads_all or self._batcher.queued_tokens < self.settings.max_queued_tokens // 2:
@@ -220,10 +221,10 @@ class Predictor:
 
 
 def _load(folder: ModelFolder, compute: ComputeSettings) -> Scorer:
-    """The scorer, ready to answer, loaded in the thread that will compute.
+    """Load and warm up the scorer. This runs in the thread that later computes.
 
-    GNU OpenMP keeps a team of threads for every thread that ever computed. Where they are more than the cores, no team
-    waits awake for its next piece of work: a short text then takes 18 ms instead of 11.
+    GNU OpenMP keeps a team of threads for every thread that has computed something. If the teams have more threads than
+    there are cores, idle threads sleep instead of spinning, and a short text takes 18 ms instead of 11.
     """
     scorer = Scorer.load(folder, compute=compute)
     scorer.warm_up()

@@ -1,6 +1,6 @@
-"""How long a request took, and who counts requests.
+"""Times of a request, and the interface of the server's metrics.
 
-The headers have the names of text-embeddings-inference's, in milliseconds.
+The response headers have the same names as those of text-embeddings-inference. Their unit is milliseconds.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class Timings:
 
     @contextmanager
     def tokenizing(self) -> Iterator[None]:
-        """Count the time of the body as tokenization, its wait for the thread too."""
+        """Count the time inside the context as tokenization, including the wait for the thread."""
         begun = time.perf_counter()
         yield
         self.tokenization += time.perf_counter() - begun
 
     @property
     def total(self) -> float:
-        """Time since the request came to the replica."""
+        """Seconds since the request arrived at the replica."""
         return time.perf_counter() - self.started
 
     def headers(self) -> dict[str, str]:
-        """Response headers."""
+        """Return the response headers."""
         seconds = {
             "total": self.total,
             "tokenization": self.tokenization,
@@ -58,7 +58,7 @@ def begin_timings() -> Timings:
 
 
 def current_timings() -> Timings:
-    """Timings of the request that this task answers; new ones outside of a request."""
+    """Return the timings of the request that this task answers. Outside of a request, they are new."""
     return _current.get() or begin_timings()
 
 
@@ -66,16 +66,16 @@ class Metrics(Protocol):
     """Counts what a server does."""
 
     def count_request(self, route: str, status: int, timings: Timings) -> None:
-        """A response left."""
+        """Count a response that was sent."""
 
     def count_pass(self, num_tokens: int, seconds: float, queued_tokens: int) -> None:
-        """A forward pass ended, and so many tokens wait for the next."""
+        """Count a forward pass. queued_tokens is the number of tokens that wait after it."""
 
     def count_predictions(self, predictions: Iterable[Prediction]) -> None:
-        """Documents got labels."""
+        """Count documents by their predicted labels."""
 
     def text(self) -> str:
-        """All counts in Prometheus' text format."""
+        """Return all counts in Prometheus' text format."""
 
 
 class NoMetrics:
@@ -91,5 +91,5 @@ class NoMetrics:
         """Do nothing."""
 
     def text(self) -> str:
-        """Nothing was counted."""
+        """Return an empty text."""
         return ""

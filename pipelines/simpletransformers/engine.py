@@ -1,4 +1,6 @@
-"""The model behind a facade: weights, tokenizer and config, and what the facade's arguments mean for the core.
+"""The model of a facade: weights, tokenizer and config, and the core's settings from the facade's arguments.
+
+A facade is one of the two classes in `models`.
 
 Shapes: n texts, W windows of one text, L labels.
 """
@@ -43,7 +45,7 @@ from pipelines.training.corpus import LabelledDocuments
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, as the caller of a facade says it."""
+    """The model that the caller of a facade wants to open."""
 
     model_type: str
     model_name: str
@@ -55,7 +57,7 @@ class ModelSource:
 
 
 class Engine:
-    """An open model. Its arguments may be changed between calls; each call reads them anew."""
+    """An open model. Its arguments may be changed between calls: each call reads them again."""
 
     def __init__(
         self, args: ClassificationArgs, source: ModelSource, *, device: str, known_type: str | None = None
@@ -63,10 +65,10 @@ class Engine:
         """Open pretrained or fine-tuned weights.
 
         Args:
-            args: The facade's arguments; labels_list and labels_map are completed.
-            source: Where the model comes from.
+            args: The facade's arguments. labels_list and labels_map are completed in place.
+            source: The model to open.
             device: Device of the model, such as cpu or cuda:0.
-            known_type: The architecture as Simple Transformers calls it; by default source.model_type.
+            known_type: Name of the architecture in Simple Transformers. Default: source.model_type.
 
         Raises:
             SettingsError: Arguments that do not fit together.
@@ -88,23 +90,23 @@ class Engine:
 
     @property
     def decision(self) -> DecisionSettings:
-        """Kind, labels, merge and thresholds under the arguments as they are now."""
+        """Kind, labels, merge and thresholds according to the current arguments."""
         return decision_settings(self.args, self.num_labels, is_multilabel=self.is_multilabel)
 
     @property
     def compute(self) -> ComputeSettings:
-        """How the forward pass runs under the arguments as they are now."""
+        """Settings of the forward pass according to the current arguments."""
         return compute_settings(self.args, self.device)
 
     @property
     def label_names(self) -> list[Any] | None:
-        """Labels as the caller spells them, by id, where answers use them; else None."""
+        """Label names of the caller, by id, if predictions use them. Otherwise None."""
         uses_names = self.args.labels_map and not self.is_multilabel and self.decision.kind != "regression"
         return list(self.args.labels_list) if uses_names else None
 
     @property
     def model_type(self) -> str:
-        """The architecture as Simple Transformers calls it, as far as it is known."""
+        """Name of the architecture in Simple Transformers, or "auto" if it is unknown."""
         return self._their_type
 
     @cached_property
@@ -113,9 +115,10 @@ class Engine:
         return AutoTokenizer.from_pretrained(self._folder.name, trust_remote_code=False)
 
     def scorer(self, *, for_predictions: bool = False) -> Scorer:
-        """The core's scorer under the arguments as they are now.
+        """Create a scorer according to the current arguments.
 
-        Weights are kept in float32, from which training continues exactly. for_predictions takes a copy in args.dtype.
+        The model keeps float32 weights, so that training continues exactly. With for_predictions, the scorer uses a
+        copy in args.dtype.
         """
         windows, model_type = self._windows(), str(self.config.model_type)
         plan = plan_of(windows, self._tokenizer, model_type=model_type, model_limit=row_limit(self.model.module))
@@ -124,7 +127,7 @@ class Engine:
         return Scorer(model, tokenizer, plan, self.decision)
 
     def documents(self, texts: list[Any], pairs: list[Any] | None) -> Documents:
-        """Tokenized texts or pairs. Raises DataError for one that is missing."""
+        """Tokenize texts or pairs. Raises DataError if a text is missing or invalid."""
         columns = {"text": text_array(texts)}
         if pairs is not None:
             columns["text_pair"] = text_array(pairs)
@@ -135,7 +138,7 @@ class Engine:
         return documents
 
     def labelled(self, data: LabelledTexts) -> LabelledDocuments:
-        """Tokenized texts with their targets. Raises DataError where there are no rows or no labels."""
+        """Tokenize texts and encode their labels. Raises DataError if there are no rows or no labels."""
         if data.labels is None:
             raise DataError("the data has no labels: it needs a column `labels`, or labels as its second column")
         if not data.texts:
@@ -146,7 +149,7 @@ class Engine:
         return LabelledDocuments(self.documents(data.texts, data.pairs), targets)
 
     def write(self, folder: Path) -> None:
-        """Write everything of a finished model folder into one that does not exist yet."""
+        """Write a finished model folder to a path that does not exist yet."""
         shutil.copytree(self._folder.name, folder)
         self.model.save(folder)
         self.args.save(str(folder))
@@ -154,7 +157,7 @@ class Engine:
         seal(ModelFolder(folder, windows, self.decision))
 
     def weights_changed(self) -> None:
-        """Forget copies of the weights."""
+        """Discard copies of the weights. Call this after training."""
         self._in_other_dtype = None
 
     def _windows(self) -> WindowSettings:
@@ -184,7 +187,7 @@ class Engine:
         return module
 
     def _in_dtype(self) -> WindowModel:
-        """The model in args.dtype: itself, or a copy."""
+        """Return the model in args.dtype: the float32 model itself, or a copy."""
         compute = self.compute
         if resolve_dtype(compute.dtype, self.model.device) == torch.float32:
             return self.model

@@ -1,4 +1,4 @@
-"""What a facade checks and reads to open a model: keywords, device, config, and the folder's own arguments."""
+"""Checks before a facade opens a model: keywords, device and config. Reads the arguments stored in the folder."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ MODEL_TYPES = {
     "herbert": "bert",
     "xlmroberta": "xlm-roberta",
 }
-"""Their names of architectures that are not Hugging Face's."""
+"""Architectures with another name in Simple Transformers than in Hugging Face."""
 
 
 def refuse_keywords(kwargs: dict[str, Any]) -> None:
-    """Take out Simple Transformers' own keywords where they ask for nothing, and refuse those that do."""
+    """Refuse keywords of Simple Transformers that are not supported. Unset ones are removed from kwargs."""
     if kwargs.get("trust_remote_code"):
         raise SettingsError("trust_remote_code=True is refused: remote code never runs")
     for name in ("onnx_execution_provider", "global_attention_fn", "sweep_config"):
         if kwargs.pop(name, None):
-            raise SettingsError(f"{name} is refused: there is no such thing here")
+            raise SettingsError(f"{name} is refused: it is not supported")
 
 
 def args_of_folder(folder: Path) -> dict[str, Any]:
-    """What a model folder's pipeline.json says, where no model_args.json says it better."""
+    """Return the arguments from a folder's pipeline.json, if it has no model_args.json, which is more complete."""
     if not (folder / PIPELINE_FILE).is_file() or (folder / MODEL_ARGS).is_file():
         return {}
     found = read_model_folder(folder)
@@ -45,19 +45,19 @@ def args_of_folder(folder: Path) -> dict[str, Any]:
 
 
 def loss_weights(values: Any) -> Any:
-    """Loss weights as a tuple, or "balanced"."""
+    """Convert loss weights to a tuple. None and "balanced" are unchanged."""
     return values if values is None or isinstance(values, str) else tuple(float(value) for value in values)
 
 
 def check_metrics(metrics: Mapping[str, Any]) -> None:
-    """Raise SettingsError for a keyword that is no function."""
+    """Raise SettingsError for a keyword whose value is not a function."""
     for name, metric in metrics.items():
         if not callable(metric):
-            raise SettingsError(f"{name}={metric!r} is no metric: pass a function of (true labels, predictions)")
+            raise SettingsError(f"{name}={metric!r} is not a metric: pass a function of (true labels, predictions)")
 
 
 def warn_of_inert(args: ClassificationArgs) -> None:
-    """One warning for all arguments that were set and do nothing here."""
+    """Give one warning for all arguments that are set and have no effect here."""
     names = args.changed("inert")
     if names:
         message = f"without effect here: {', '.join(names)} (docs/simpletransformers.md says why)"
@@ -65,7 +65,7 @@ def warn_of_inert(args: ClassificationArgs) -> None:
 
 
 def device_of(use_cuda: bool | None, cuda_device: int) -> str:
-    """A GPU when there is one, where use_cuda is None; SettingsError where it is True and there is none."""
+    """Return the device. use_cuda None uses a GPU if there is one; True raises SettingsError if there is none."""
     if use_cuda is None:
         return str(resolve_device("auto" if cuda_device < 0 else f"cuda:{cuda_device}"))
     if not use_cuda:
@@ -74,17 +74,17 @@ def device_of(use_cuda: bool | None, cuda_device: int) -> str:
 
 
 def open_config(model_type: str, model_name: str, num_labels: int | None, args: ClassificationArgs) -> Any:
-    """Hugging Face's config. Raises ModelFolderError where model_type is another than that of the weights."""
+    """Read Hugging Face's config. Raises ModelFolderError if model_type differs from that of the weights."""
     if Path(model_name).is_dir():
         check_weights(Path(model_name))
     if args.config.get("output_hidden_states") or args.config.get("output_attentions"):
-        raise SettingsError("config output_hidden_states is refused: predict returns predictions and raw outputs alone")
+        raise SettingsError("config output_hidden_states is refused: predict returns only predictions and raw outputs")
     values = {**({} if num_labels is None else {"num_labels": num_labels}), **args.config}
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(model_name, **values)
     except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{model_name} is no folder and no hub name: {first_line(error)}") from error
+        raise ModelFolderError(f"{model_name} is neither a folder nor a hub name: {first_line(error)}") from error
     wanted = MODEL_TYPES.get(model_type, model_type)
     if wanted not in ("auto", config.model_type):
         raise ModelFolderError(

@@ -1,7 +1,8 @@
-"""A drop-in for the classification models of Simple Transformers: change the import, keep the script.
+"""A drop-in replacement for the classification models of Simple Transformers: only the import changes.
 
-The facades translate arguments to settings, data to documents, and answers to the shapes that scripts expect.
-Tokenizing, windows, training and scoring are the core's. docs/simpletransformers.md lists what differs on purpose.
+The two classes are facades. They translate arguments to settings, data to documents, and results to the shapes that
+scripts expect. The core does tokenizing, windows, training and scoring. docs/simpletransformers.md lists intended
+differences.
 
 Shapes: n texts, W windows of one text, L labels.
 """
@@ -75,11 +76,11 @@ class ClassificationModel:
     ) -> None:
         """Open pretrained or fine-tuned weights, by hub name or folder.
 
-        use_cuda None takes a GPU when there is one. Further keywords go to Hugging Face's from_pretrained.
+        use_cuda=None uses a GPU if there is one. Further keywords are passed to Hugging Face's from_pretrained.
 
         Raises:
-            SettingsError: Arguments that are unknown or do not fit together; before any weights are read.
-            ModelFolderError: Weights that cannot be opened.
+            SettingsError: Arguments are unknown or do not fit together. Most are found before weights are read.
+            ModelFolderError: The weights cannot be opened.
         """
         refuse_keywords(kwargs)
         resolved = resolve_args(self._args_class, model_name, args, args_of_folder(Path(model_name)))
@@ -104,11 +105,11 @@ class ClassificationModel:
         self._checkpoint = Path(model_name) if (Path(model_name) / STATE_FILE).is_file() else None
         self.config, self.num_labels = self._engine.config, self._engine.num_labels
         self.results: dict[str, Any] = {}
-        self._engine.scorer()  # arguments that do not fit the model are refused now
+        self._engine.scorer()  # raises an error now if arguments do not fit the model
 
     @property
     def args(self) -> ClassificationArgs:
-        """The arguments; they may be changed between calls."""
+        """The arguments. They may be changed between calls."""
         return self._engine.args
 
     @args.setter
@@ -117,7 +118,7 @@ class ClassificationModel:
 
     @property
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer; scoring and training use the folder's tokenizer.json."""
+        """The Hugging Face tokenizer. Scoring and training do not use it: they use tokenizer.json directly."""
         return self._engine.tokenizer
 
     @property
@@ -137,12 +138,12 @@ class ClassificationModel:
         eval_data: Any = None,
         **metrics: Metric,
     ) -> tuple[int, float | dict[str, list[Any]]]:
-        """Fine-tune, keep the best weights where evaluate_during_training, and save to output_dir.
+        """Fine-tune and save to output_dir. With evaluate_during_training, the best weights are kept.
 
-        Opened on a checkpoint of an unfinished run, the first call resumes that run.
+        If the model was opened from a checkpoint of an unfinished run, the first call resumes that run.
 
         Returns:
-            (optimizer steps, mean loss), or (steps, progress lists by name) under evaluate_during_training.
+            (optimizer steps, mean loss), or (steps, progress lists by name) with evaluate_during_training.
         """
         self.args.update_from_dict(args or {})
         output = output_dir or self.args.output_dir
@@ -178,10 +179,10 @@ class ClassificationModel:
         wandb_log: bool = False,
         **metrics: Metric,
     ) -> tuple[dict[str, Any], Any, list[InputExample]]:
-        """Metrics, raw outputs as `predict` gives them, and the texts that were predicted wrong.
+        """Return metrics, raw outputs as from `predict`, and the texts with wrong predictions.
 
-        Further keywords are metrics of the caller. They get (true labels, predictions), or, where the name starts with
-        prob_, (true labels, raw outputs). Their results replace built-in ones of the same name.
+        Further keywords are metrics of the caller. They get (true labels, predictions). If the name starts with prob_,
+        they get (true labels, raw outputs). Their results replace built-in metrics of the same name.
         """
         check_metrics(metrics)
         data = read_rows(eval_df)
@@ -200,12 +201,12 @@ class ClassificationModel:
         return result, outputs, wrong_predictions(data, labelled.targets, predicted(decisions))
 
     def predict(self, to_predict: Sequence[Any], multi_label: bool = False) -> tuple[Any, Any]:
-        """Predictions and raw outputs of texts, or of pairs given as [text_a, text_b].
+        """Return predictions and raw outputs of texts, or of pairs [text_a, text_b].
 
         Returns:
-            Predictions: label ids (n,), label names where labels_list gives them, 0/1 lists for several labels, values
-            (n,) for regression. Raw outputs: logits (n, L) (several labels: probabilities; regression: values (n,)),
-            or with sliding_window a list of n arrays (W, L).
+            Predictions: label ids (n,), or label names if labels_list has them; 0/1 lists for multi-label; values (n,)
+            for regression. Raw outputs: logits (n, L); probabilities for multi-label; values (n,) for regression. With
+            sliding_window, raw outputs are a list of n arrays (W, L).
         """
         if isinstance(to_predict, str):
             raise DataError("predict takes a list of texts; put the text into a list")
@@ -225,10 +226,10 @@ class ClassificationModel:
         model: Any = None,
         results: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write a finished model folder, which `pipelines score` and `pipelines serve` take, with model_args.json.
+        """Write a finished model folder with model_args.json. `pipelines score` and `pipelines serve` can read it.
 
-        optimizer, scheduler and model are accepted because Simple Transformers has them. Checkpoints keep the first
-        two, and the weights are always this model's. results are written into eval_results.txt.
+        optimizer, scheduler and model are ignored; Simple Transformers has these parameters. Only checkpoints contain
+        the first two, and the weights are always those of this model. results are written to eval_results.txt.
         """
         folder = Path(output_dir or self.args.output_dir)
         replace_files(folder, self._engine.write)
@@ -236,11 +237,11 @@ class ClassificationModel:
             write_results(folder, results)
 
     def save_model_args(self, output_dir: str) -> None:
-        """Write model_args.json alone."""
+        """Write only model_args.json."""
         self.args.save(output_dir)
 
     def get_named_parameters(self) -> list[str]:
-        """Names that custom_parameter_groups can use."""
+        """Return the parameter names that custom_parameter_groups can use."""
         return [name for name, _ in self.model.named_parameters()]
 
     def _train_settings(self) -> TrainSettings:
@@ -251,7 +252,7 @@ class ClassificationModel:
 
 
 class MultiLabelClassificationModel(ClassificationModel):
-    """Any number of labels per text; the third positional argument is num_labels, as in Simple Transformers."""
+    """Any number of labels per text. The third positional argument is num_labels, as in Simple Transformers."""
 
     _args_class = MultiLabelClassificationArgs
     _is_multilabel = True
@@ -267,7 +268,7 @@ class MultiLabelClassificationModel(ClassificationModel):
         cuda_device: int = -1,
         **kwargs: Any,
     ) -> None:
-        """Open pretrained or fine-tuned weights; 2 labels unless num_labels, labels_list or the weights say more."""
+        """Open pretrained or fine-tuned weights. Default: 2 labels, if num_labels, labels_list and weights set none."""
         self.pos_weight = loss_weights(pos_weight)
         super().__init__(
             model_type,
@@ -291,7 +292,7 @@ class MultiLabelClassificationModel(ClassificationModel):
         eval_data: Any = None,
         **metrics: Metric,
     ) -> tuple[int, float | dict[str, list[Any]]]:
-        """As for one label; metrics of the caller get probabilities (n, L)."""
+        """As in `ClassificationModel`, but metrics of the caller get probabilities (n, L)."""
         return super().train_model(
             train_df, multi_label, output_dir, show_running_loss, args, eval_df, verbose, eval_data, **metrics
         )

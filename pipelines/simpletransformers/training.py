@@ -1,4 +1,4 @@
-"""Training of a facade: its metrics, its checkpoints, its best model; in this process or as one rank of a group."""
+"""Training of a facade in this process or as one rank of a group: its metrics, checkpoints and best model."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class FacadeRun:
     metrics: Mapping[str, Metric]
     """Metrics of the caller, by name."""
     checkpoint: Path | None = None
-    """Where the model was opened, if that is a checkpoint of an unfinished run."""
+    """Folder from which the model was opened, if it is a checkpoint of an unfinished run."""
 
     def without_data(self) -> FacadeRun:
-        """The same run with empty data, for processes that get the data another way."""
+        """Return the same run without its data, for workers that receive the data separately."""
         return replace(self, train=None, valid=None)  # type: ignore[arg-type]
 
 
 def fit_documents(engine: Engine, run: FacadeRun) -> TrainState:
-    """Train the engine's model, in this process or as one rank of a group; rank 0 writes the files."""
+    """Train the engine's model, in this process or as one rank of a group. Rank 0 writes the files."""
     scorer, args = engine.scorer(), engine.args
     corpus = Corpus.of(run.train)
     valid = None if run.valid is None else Corpus.of(run.valid)
@@ -94,16 +94,16 @@ def own_metrics(
     decisions: Decisions,
     scores: DocumentScores,
 ) -> dict[str, Any]:
-    """Values of the caller's metrics. Those whose name starts with prob_ get raw outputs, the others predictions."""
+    """Compute the caller's metrics. A metric whose name starts with prob_ gets raw outputs, others get predictions."""
     found = predicted(decisions)
     outputs = raw_outputs(scores, engine.decision, by_window=engine.args.sliding_window)
-    if engine.is_multilabel:  # Simple Transformers hands these metrics probabilities
+    if engine.is_multilabel:  # as in Simple Transformers, metrics get probabilities here
         found = scores.scores_DL.astype(np.float64)
     return {name: metric(targets, outputs if name.startswith("prob_") else found) for name, metric in metrics.items()}
 
 
 def _resume(loop: TrainLoop, checkpoint: Path | None) -> None:
-    """Resume where the model was opened on a checkpoint of the same run; else warn and train from its weights."""
+    """Resume from a checkpoint of the same run. If it is from another run, warn and train from its weights."""
     if checkpoint is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""Training of a facade in Ray Train workers: each opens the model from a folder that all of them reach."""
+"""Training of a facade in Ray Train workers. Each worker opens the model from a folder that all of them can read."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from pipelines.training.state import TrainState
 
 @dataclass(frozen=True)
 class _WorkerJob:
-    """What a worker opens and runs."""
+    """The model and the run of a worker."""
 
     folder: str
-    """Shared folder: the model is in `start`, and rank 0 leaves the trained one in `trained`."""
+    """Shared folder: the model is in `start`, and rank 0 writes the trained model to `trained`."""
     model_type: str
     is_multilabel: bool
     args: Mapping[str, Any]
@@ -41,7 +41,7 @@ class _WorkerJob:
 
 
 def fit_on_workers(engine: Engine, run: FacadeRun) -> TrainState:
-    """Train in args.num_workers workers; the engine's model then has the trained weights."""
+    """Train in args.num_workers workers, and load the trained weights into the engine's model."""
     args = engine.args
     if not args.no_save:
         Path(run.output).mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def fit_on_workers(engine: Engine, run: FacadeRun) -> TrainState:
 
 
 def _fit(job: _WorkerJob, train: LabelledDocuments, valid: LabelledDocuments | None) -> TrainState:
-    """Runs in every worker; rank 0 leaves the trained model beside the one that all opened."""
+    """Open the model and train it in a worker. Rank 0 writes the trained model to the shared folder."""
     has_gpu = torch.cuda.is_available()
     device = device_of(has_gpu, torch.cuda.current_device() if has_gpu else -1)
     start = Path(job.folder, "start")
@@ -88,6 +88,6 @@ def _fit(job: _WorkerJob, train: LabelledDocuments, valid: LabelledDocuments | N
 
 
 def _absolute_folders(args: ClassificationArgs) -> dict[str, str]:
-    """Arguments that name folders, as processes with another working folder find them."""
+    """Return the arguments that name folders, as absolute paths, because workers have another working folder."""
     given = {name: getattr(args, name) for name in ("best_model_dir", "tensorboard_dir")}
     return {name: os.path.abspath(path) for name, path in given.items() if path and path != BY_NAME[name].default}

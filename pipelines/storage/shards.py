@@ -117,7 +117,7 @@ class WorkUnits:
     offsets: NDArray[np.int64]
     """Unit u contains spans[offsets[u]:offsets[u + 1]]."""
     first_number: int = 0
-    """Number of the first unit. Earlier runs that wrote to the same output used the numbers below it."""
+    """Number of the first unit. Earlier generations of input in the same output use the numbers below it."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -1,4 +1,4 @@
-"""Tables in memory, as Python programs hold them: Arrow, pandas, polars, columns by name, or rows by name."""
+"""Convert tables in memory to Arrow: pandas and polars frames, Hugging Face datasets, columns by name, rows by name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pipelines.errors import DataError
 
 
 def is_location(data: Any) -> bool:
-    """Whether data names files: a path or a URL."""
+    """Whether data is a path or a URL."""
     return isinstance(data, str) or hasattr(data, "__fspath__")
 
 
 def as_table(data: Any) -> pa.Table:
-    """An Arrow table of the data.
+    """Convert data to an Arrow table.
 
     Args:
         data: An Arrow table, a pandas or polars frame, a Hugging Face dataset, a mapping of columns by name, or a list
@@ -41,13 +41,13 @@ def _as_table(data: Any) -> pa.Table:
         if not all(isinstance(row, Mapping) for row in data):
             raise DataError("a list must hold rows as mappings of column names to values, such as {'text': ...}")
         return pa.Table.from_pylist(list(data))
-    if hasattr(data, "iloc"):  # pandas, whose index is no column
+    if hasattr(data, "iloc"):  # pandas: the index does not become a column
         return pa.Table.from_pandas(data, preserve_index=False)
     if hasattr(data, "with_format"):  # a Hugging Face dataset
         return data.with_format("arrow")[:]
     if hasattr(data, "__arrow_c_stream__"):
         return pa.table(data)
     raise DataError(
-        f"{type(data).__name__} is no table: give an Arrow table, a pandas or polars frame, a mapping of columns, or a "
-        "list of rows"
+        f"{type(data).__name__} is not a table: give an Arrow table, a pandas or polars frame, a mapping of columns, "
+        "or a list of rows"
     )

@@ -25,26 +25,26 @@ from pipelines.text.pretrained import load_tokenizer
 from pipelines.text.tokenization import Documents, Tokenizer, Tokens
 
 UNIT, NAME, TABLE = "unit", "name", "table"
-"""Columns of a travelling unit: its number, its output's name, its tokenized table in Arrow's stream format."""
+"""Columns of `TokenizedUnit.to_row`: the unit's number, its output name, and its table in Arrow's stream format."""
 IDS, PAIR_IDS, ERROR = "__ids", "__pair_ids", "__error"
-"""Columns of a tokenized table: token ids, those of the second text, and why a row cannot be scored."""
+"""Columns of a tokenized table: token ids, token ids of the second text, and why a row cannot be scored."""
 STATS_METADATA = b"pipelines.stats"
-"""Key in a tokenized table's schema metadata: its `TokenizeStats` as JSON."""
+"""Key in a tokenized table's schema metadata. The value is its `TokenizeStats`, as JSON."""
 
 
 @dataclass(frozen=True)
 class TokenizeStats:
-    """What reading and tokenizing one unit took."""
+    """Row counts and times of reading and tokenizing one unit."""
 
     rows_in: int
     rows_filtered: int
-    """Rows that did not pass the filter."""
+    """Number of rows that did not pass the filter."""
     read_seconds: float
     tokenize_seconds: float
 
     @classmethod
     def of(cls, table: pa.Table) -> TokenizeStats:
-        """The statistics in the metadata of a tokenized table."""
+        """Read the statistics from the metadata of a tokenized table."""
         return cls(**json.loads(table.schema.metadata[STATS_METADATA]))
 
 
@@ -57,7 +57,7 @@ class TokenizedUnit:
     table: pa.Table
 
     def to_row(self) -> pa.Table:
-        """One row that holds the whole unit."""
+        """Return a table with one row, which contains the whole unit."""
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, self.table.schema) as stream:
             stream.write_table(self.table)
@@ -68,7 +68,7 @@ class TokenizedUnit:
 
     @classmethod
     def from_rows(cls, rows: pa.Table) -> Iterator[TokenizedUnit]:
-        """The units of a table of such rows; nothing is copied."""
+        """Yield the units of a table of rows from `to_row`. The data is not copied."""
         for number, name, content in zip(rows.column(UNIT), rows.column(NAME), rows.column(TABLE), strict=True):
             with pa.ipc.open_stream(content.as_buffer()) as stream:
                 yield cls(number.as_py(), name.as_py(), stream.read_all())
@@ -80,21 +80,21 @@ class TokenizeStage:
 
     location: str
     text_columns: tuple[str, ...]
-    """The text column, or the two of a pair."""
+    """The text column, or the two text columns of pairs."""
     schema: pa.Schema
-    """Every column to read."""
+    """Schema of all columns to read."""
     tokenizer_folder: str
     keep: tuple[str, ...] = ()
-    """Columns to carry into the result."""
+    """Columns to copy to the result."""
     prefix: str = ""
-    """Put before the names of the source columns."""
+    """Prefix for the names of the source columns."""
     lead_space: bool = False
     """Put a space before each text (`windows.leads_with_space`)."""
     filter: str | None = None
-    """Rows that do not pass are left out and counted."""
+    """Expression of `storage.filters`. Rows that do not pass are omitted and counted."""
 
     def __call__(self, units: Iterable[WorkUnit]) -> Iterator[pa.Table]:
-        """The rows of each unit in order: kept columns, source columns, then IDS, PAIR_IDS (pairs only), ERROR."""
+        """Yield the table of each unit: kept columns, source columns, then IDS, PAIR_IDS (pairs only), ERROR."""
         found = read_units(self.location, units, self.schema, text_columns=self.text_columns, prefix=self.prefix)
         for rows in found:
             yield self._tokenize(rows)
@@ -114,7 +114,7 @@ class TokenizeStage:
         return result.replace_schema_metadata({STATS_METADATA: json.dumps(dataclasses.asdict(stats))})
 
     def _filtered(self, rows: Rows) -> tuple[pa.Table, list[str | None]]:
-        """Rows that pass the filter; rows that could not be read stay, to be accounted for."""
+        """Return the rows that pass the filter, and their errors. Rows that could not be read are kept."""
         if self.filter is None:
             return rows.table, rows.errors
         passed = kept_rows(rows.table, self.filter).to_pylist()
@@ -123,13 +123,13 @@ class TokenizeStage:
 
 
 def documents_of(table: pa.Table) -> Documents:
-    """The documents of a tokenized table."""
+    """Return the documents of a tokenized table."""
     pair = Tokens.from_arrow(table.column(PAIR_IDS)) if PAIR_IDS in table.column_names else None
     return Documents(Tokens.from_arrow(table.column(IDS)), pair, table.column(ERROR).to_pylist())
 
 
 def _tokenizer(location: str, lead_space: bool) -> Tokenizer:
-    """The tokenizer of a model folder; loaded once per process, and again when its files change."""
+    """Return the tokenizer of a model folder. It is loaded once per process, and again if its files change."""
     folder = local_folder(location)
     changed = max(file.stat().st_mtime_ns for file in folder.iterdir() if file.name in TOKENIZER_FILES)
     return _loaded(folder, changed, lead_space)

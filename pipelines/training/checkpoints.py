@@ -1,7 +1,7 @@
 """Checkpoints of a training run, on any filesystem: written in the background, and complete or absent.
 
-A checkpoint is a folder `checkpoints/step-000000120` in the run's output. Its state file is written last, and a folder
-without it does not count. Beside the checkpoints is `_run.json`, which says what the run was started with.
+A checkpoint is a folder such as `checkpoints/step-000000120` in the run's output. Its state file is written last, and a
+folder without it is ignored. `_run.json` in the output contains the data and settings with which the run was started.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from pipelines.storage.locations import (
 RUN_FILE = "_run.json"
 FOLDER = "checkpoints"
 STATE_FILE = "training_state.json"
-"""How far the run is; the last file of a checkpoint."""
+"""File with the state of the run. It is written last in a checkpoint."""
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run, one at a time, while training continues; used by rank 0."""
+    """Writes the checkpoints of one run, one at a time, while training continues. Only rank 0 uses it."""
 
     def __init__(self, output: str, *, keep: int) -> None:
         """Keep the newest `keep` checkpoints under output, a path or URL."""
@@ -47,12 +47,15 @@ class Checkpoints:
         self._last: Future[None] | None = None
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Let `write` fill a local folder, and publish it. Waits for the checkpoint before, and raises its error."""
+        """Let `write` fill a local folder, and copy it to the output in the background.
+
+        First waits for the previous checkpoint, and raises its error.
+        """
         self.wait()
         self._last = self._writer.submit(self._save, step, write)
 
     def wait(self) -> None:
-        """Wait until the checkpoint that was begun is written."""
+        """Wait until the current checkpoint is written. Raises its error."""
         last, self._last = self._last, None
         if last is not None:
             last.result()
@@ -74,7 +77,7 @@ class Checkpoints:
 
 
 def publish(folder: Path, location: str, *, last: str) -> None:
-    """Copy the files of a local folder to a location; the file named `last` comes after all others."""
+    """Copy the files of a local folder to a location. The file named `last` is copied after all others."""
     files = sorted((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.name == last)
     filesystem, target = filesystem_of(location)
     if isinstance(filesystem, LocalFileSystem):
@@ -93,7 +96,7 @@ def publish(folder: Path, location: str, *, last: str) -> None:
 
 
 def steps_of(output: str) -> list[int]:
-    """The steps of all complete checkpoints, in order."""
+    """Return the steps of all complete checkpoints, in order."""
     filesystem, folder = filesystem_of(posixpath.join(output, FOLDER))
     filesystem.invalidate_cache()
     try:
@@ -106,7 +109,7 @@ def steps_of(output: str) -> list[int]:
 
 
 def fetch_newest(output: str, scratch: Path) -> Path | None:
-    """A local folder with the newest checkpoint: the folder itself, or a copy under scratch. None if there is none."""
+    """Return a local folder with the newest checkpoint, or None: the folder itself, or a copy under scratch."""
     steps = steps_of(output)
     if not steps:
         return None
@@ -121,7 +124,7 @@ def fetch_newest(output: str, scratch: Path) -> Path | None:
 
 
 def remove_all(output: str) -> None:
-    """Remove the files that only an unfinished run needs."""
+    """Remove the checkpoints and `_run.json`, which only an unfinished run needs."""
     remove_folder(posixpath.join(output, FOLDER))
     filesystem, folder = filesystem_of(output)
     if RUN_FILE in list_names(output):
@@ -138,10 +141,11 @@ def remove_folder(location: str) -> None:
 
 
 def open_training(output: str, identity: Mapping[str, Any]) -> bool:
-    """Begin a run in an empty folder, or resume the unfinished one that is there; whether there was one.
+    """Begin a run in an empty folder, or resume the unfinished run in it. Return whether a run is resumed.
 
     Raises:
-        OutputError: The folder holds anything else, or a run with another identity; the message names the differences.
+        OutputError: The folder contains anything else, or a run with another identity. The message names the
+            differences.
     """
     make_folder(output)
     names = list_names(output)
@@ -151,7 +155,7 @@ def open_training(output: str, identity: Mapping[str, Any]) -> bool:
         differences = [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in changed.items()]
         if differences:
             raise OutputError(
-                f"--output {shown(output)} holds an unfinished run whose {'; '.join(differences)}; "
+                f"--output {shown(output)} contains an unfinished run whose {'; '.join(differences)}; "
                 "use those settings to resume it, or give a new folder"
             )
         return True

@@ -1,8 +1,8 @@
-"""Labelled documents in units, each of which is waited for and loaded when it is needed.
+"""Labelled documents in units. A unit is loaded when it is needed.
 
-Memory holds a few numbers per document. The tokens of a unit are wherever `load` finds them: in this process, in
-files, or in Ray's object store, where they may not have arrived yet. Documents without a text are left out and
-counted. Imports neither torch nor Ray.
+Only a few numbers per document are in memory. The tokens of a unit are in this process, in files, or in Ray's object
+store. In the object store, a unit may not have arrived yet, and `load` then waits for it. Documents without a text are
+omitted and counted. Imports neither torch nor Ray.
 
 Shapes: D documents, U units.
 """
@@ -31,13 +31,13 @@ class LabelledDocuments:
 
 @dataclass(frozen=True)
 class UnitLengths:
-    """What is known of a unit without loading it: its documents that have a text, and their lengths."""
+    """The documents of a unit that have a text, and their lengths. They are known without loading the unit."""
 
     with_text: NDArray[np.int32]
-    """Numbers of the unit's documents that have a text; the lengths below are theirs."""
+    """Indices of the unit's documents that have a text. The lengths below are in the same order."""
     num_tokens_D: NDArray[np.int32]
     pair_num_tokens_D: NDArray[np.int32] | None
-    """Lengths of the second texts of pairs."""
+    """Lengths of the second texts of pairs, or None for single texts."""
 
     @classmethod
     def of(cls, documents: Documents) -> UnitLengths:
@@ -63,29 +63,29 @@ class Corpus:
         name: Callable[[int, int], str] | None = None,
         order: Sequence[int] | None = None,
     ) -> None:
-        """A corpus over units that `lengths` describes and `load` reads; both wait for a unit that is not there yet.
+        """Create a corpus. `lengths` and `load` wait for a unit that has not arrived yet.
 
         Args:
-            num_documents_U: Documents of each unit, those without a text too.
-            targets: Targets of all documents, those without a text too.
-            lengths: What is known of a unit without loading it.
-            load: The tokenized documents of a unit.
-            fingerprint: Changes with any text or target.
+            num_documents_U: Number of documents of each unit, including those without a text.
+            targets: Targets of all documents, including those without a text.
+            lengths: Function that returns the lengths of a unit.
+            load: Function that returns the tokenized documents of a unit.
+            fingerprint: Changes if any text or target changes.
             source: Display name of the input.
-            name: Display name of a document, from the numbers of its unit and of its row in it.
+            name: Function that returns the display name of a document, given its unit and its row in the unit.
             order: The order in which units arrive.
         """
         self.first_row_U = np.cumsum([0, *num_documents_U])
-        """Unit u holds the input's rows first_row_U[u] to first_row_U[u + 1]."""
+        """Unit u contains the rows of the input from first_row_U[u] up to but excluding first_row_U[u + 1]."""
         self.all_targets = targets
-        """Targets of all documents, those without a text too: known before any unit is tokenized."""
+        """Targets of all documents, including those without a text. Known before any unit is tokenized."""
         self.fingerprint = fingerprint
         self.order = None if order is None else tuple(order)
         self._lengths, self._load, self._source, self._name = lengths, load, source, name
 
     @classmethod
     def of(cls, data: LabelledDocuments) -> Corpus:
-        """Documents in memory, as one unit."""
+        """Create a corpus of documents in memory, as one unit."""
         documents = data.documents
         digest = hashlib.sha256(np.ascontiguousarray(data.targets).data)
         for side in (documents.tokens, documents.pair_tokens):
@@ -98,41 +98,41 @@ class Corpus:
 
     @property
     def num_units(self) -> int:
-        """Units, those that have not arrived too."""
+        """Number of units, including those that have not arrived."""
         return len(self.first_row_U) - 1
 
     def lengths(self, unit: int) -> UnitLengths:
-        """What is known of a unit without loading it."""
+        """Return the lengths of a unit. Waits until the unit has arrived."""
         return self._lengths(unit)
 
     def load(self, unit: int) -> LabelledDocuments:
-        """The documents of a unit that have a text, with their targets."""
+        """Load the documents of a unit that have a text, with their targets."""
         documents, with_text = self._load(unit), self.lengths(unit).with_text
         if len(with_text) < len(documents):
             documents = documents.take(with_text)
         return LabelledDocuments(documents, self.all_targets[self.rows(unit)])
 
     def rows(self, unit: int) -> NDArray[np.int64]:
-        """The input's row of each of the unit's documents that have a text."""
+        """Return the row in the input of each document of a unit that has a text."""
         return np.asarray(self.first_row_U[unit] + self.lengths(unit).with_text, np.int64)
 
     def name(self, row: int) -> str:
-        """Display name of an input row."""
+        """Return the display name of a row of the input."""
         unit = int(np.searchsorted(self.first_row_U, row, side="right")) - 1
         return f"document {row}" if self._name is None else self._name(unit, int(row - self.first_row_U[unit]))
 
     def check_texts(self) -> None:
-        """Raise DataError where no document has a text; waits for the first unit that has one."""
+        """Raise DataError if no document has a text. Waits for the first unit that has one."""
         if not any(len(self.lengths(unit).with_text) for unit in self.order or range(self.num_units)):
             raise DataError(f"{self._source}: no row has a text")
 
     def __len__(self) -> int:
-        """Documents that have a text."""
+        """Number of documents that have a text."""
         return int(self._offsets[-1])
 
     @property
     def num_errors(self) -> int:
-        """Documents without a text."""
+        """Number of documents without a text."""
         return int(self.first_row_U[-1]) - len(self)
 
     @property
@@ -142,7 +142,7 @@ class Corpus:
 
     @cached_property
     def rows_D(self) -> NDArray[np.int64]:
-        """The input's row of each document that has a text."""
+        """Row in the input of each document that has a text."""
         return np.concatenate([self.rows(unit) for unit in range(self.num_units)])
 
     @cached_property
@@ -160,7 +160,7 @@ class Corpus:
         return np.concatenate(found).astype(np.int64)
 
     def between(self, start: int, stop: int) -> Iterator[Documents]:
-        """Documents [start, stop) of those with a text, unit after unit."""
+        """Yield the documents [start, stop) of those with a text, unit by unit."""
         for unit, (begin, end) in enumerate(zip(self._offsets, self._offsets[1:], strict=False)):
             first, last = max(start, begin) - begin, min(stop, end) - begin
             if first >= last:
@@ -170,6 +170,6 @@ class Corpus:
 
     @cached_property
     def _offsets(self) -> NDArray[np.int64]:
-        """Documents with a text before each unit. Raises DataError where there are none at all."""
+        """Number of documents with a text before each unit. Raises DataError if no document has a text."""
         self.check_texts()
         return np.cumsum([0, *(len(self.lengths(unit).with_text) for unit in range(self.num_units))])

@@ -1,6 +1,6 @@
 """Fine-tuning on documents: open the model, train, tune the decision on valid, write the model folder.
 
-Evaluations score documents with `Scorer`, each rank its share.
+In an evaluation, each rank scores its share of the documents with `Scorer`.
 
 Shapes: D documents, W windows, L labels.
 """
@@ -44,7 +44,7 @@ from pipelines.training.state import BestMetric, Evaluation, TrainState
 
 REPORT_FILE = "report.html"
 OwnMetrics = Callable[[NDArray[np.generic], Decisions, DocumentScores], dict[str, Any]]
-"""Metrics of the caller: from targets, decisions and scores to numbers by name."""
+"""Function that computes the caller's own metrics, by name, from targets, decisions and scores."""
 logger = logging.getLogger(__name__)
 
 
@@ -63,7 +63,7 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class TrainSummary:
-    """How a finished run went."""
+    """The result of a finished run."""
 
     model: str
     """The finished model folder."""
@@ -78,12 +78,12 @@ class TrainSummary:
     evaluations: list[dict[str, Any]]
     """Metrics of valid at each evaluation, with its step and epoch."""
     best: int | None
-    """Number of the best evaluation."""
+    """Index of the best evaluation."""
     stopped_early: bool
     thresholds: float | tuple[float, ...] | None
     temperature: float
     valid: Mapping[str, Any]
-    """Metrics of the finished model on valid; empty without valid."""
+    """Metrics of the finished model on valid. Empty without valid."""
     workers: int
     packed: bool
     seconds: float
@@ -98,13 +98,13 @@ class TrainSummary:
         return "\n".join([*lines, *([f"  valid: {', '.join(shown_metrics)}"] if shown_metrics else [])])
 
     def to_json(self) -> dict[str, Any]:
-        """As `pipelines train --json` prints it."""
+        """Return the summary as `pipelines train --json` prints it."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class _Result:
-    """What training and valid settle: the decision of the finished model, and its scores of valid."""
+    """The decision of the finished model, and its metrics and scores on valid."""
 
     decision: DecisionSettings
     temperature: float = 1.0
@@ -123,15 +123,15 @@ def fit(
 ) -> TrainSummary:
     """Fine-tune, keep the best weights, tune thresholds on valid, and write the model folder.
 
-    A run with checkpoints under spec.output is resumed from the newest. Every rank calls this with the same arguments;
-    rank 0 writes the files; the summary is the same on each.
+    A run with checkpoints under spec.output is resumed from the newest one. Every rank calls this with the same
+    arguments and returns the same summary. Rank 0 writes the files.
 
     Args:
-        spec: What defines the run.
+        spec: Everything that defines the run, except its data.
         train: The training data.
-        valid: The validation data, if there is any.
-        is_preempted: Whether a machine of the run will be taken away.
-        on_metrics: Gets numbers by name during the run, on rank 0.
+        valid: The validation data, or None.
+        is_preempted: Returns whether a machine of the run will be taken away.
+        on_metrics: Receives numbers by name during the run, on rank 0.
     """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="pipelines-train-") as scratch:
@@ -168,7 +168,7 @@ def fit(
 
 
 def prepare_folder(spec: RunSpec) -> Tokenizer:
-    """Put the tokenizer into the output folder and return it: tokenizing needs it before any model is loaded."""
+    """Write the tokenizer to the output folder, and return it. The data is tokenized before any model is loaded."""
     with tempfile.TemporaryDirectory(prefix="pipelines-train-") as scratch:
         tokenizer = save_tokenizer(spec.model, Path(scratch))
         publish(Path(scratch), spec.output, last="tokenizer.json")
@@ -178,12 +178,12 @@ def prepare_folder(spec: RunSpec) -> Tokenizer:
 def measure(
     scorer: Scorer, valid: Corpus, loss: Loss, compute: ComputeSettings, own_metrics: OwnMetrics | None = None
 ) -> Evaluation:
-    """Loss (mean over windows, weighted as in training) and metrics of valid, the same on every rank.
+    """Compute the loss (mean over windows, weighted as in training) and the metrics of valid, the same on every rank.
 
-    The arithmetic is the one in which the finished folder will be scored on this machine, by autocast.
+    The forward pass runs under autocast, in the number format in which this machine would score the finished folder.
 
     Raises:
-        JobError: The model's output is not finite; the message names documents.
+        JobError: The model's output is not finite. The message names documents.
     """
     share = np.linspace(0, len(valid), world_size() + 1).astype(int)
     dtype = shared_dtype(compute.dtype, scorer.model.device)
@@ -208,7 +208,7 @@ def measure(
 
 
 def mean_loss(scores: DocumentScores, targets: NDArray[np.generic], loss: Loss) -> float:
-    """Mean loss over the windows of documents, weighted as in training."""
+    """Compute the mean loss over the windows of documents, weighted as in training."""
     targets_W = targets[scores.windows.document_W]
     losses_W = loss(torch.from_numpy(scores.window_logits_WL), torch.from_numpy(targets_W)).numpy()
     share_W = loss.shares(scores.windows)
@@ -216,7 +216,7 @@ def mean_loss(scores: DocumentScores, targets: NDArray[np.generic], loss: Loss) 
 
 
 def _open(spec: RunSpec, train: Corpus, folder: Path, checkpoint: Path | None) -> Scorer:
-    """The scorer that trains: pretrained weights, or those of the checkpoint. The tokenizer goes into the folder."""
+    """Open the model to train: pretrained weights, or those of the checkpoint. Writes the tokenizer to the folder."""
     tokenizer = save_tokenizer(spec.model, folder)
     module, has_new_head = new_classifier(
         str(checkpoint or spec.model),
@@ -237,7 +237,7 @@ def _open(spec: RunSpec, train: Corpus, folder: Path, checkpoint: Path | None) -
 
 
 def _resume(loop: TrainLoop, checkpoint: Path | None) -> int:
-    """Resume from the checkpoint, if there is one; the step at which this process begins."""
+    """Resume from the checkpoint, if there is one. Return the step at which this process begins."""
     if checkpoint is not None:
         loop.restore(checkpoint)
         if rank() == 0:
@@ -246,7 +246,7 @@ def _resume(loop: TrainLoop, checkpoint: Path | None) -> int:
 
 
 def _save_checkpoint(loop: TrainLoop, model: WindowModel, checkpoints: Checkpoints, settings: TrainSettings) -> None:
-    """Copy weights and state off the device; they are written while training continues. Not at the very end."""
+    """Write a checkpoint while training continues, unless the run is finished."""
     if rank() > 0 or loop.state.epoch == settings.epochs or loop.state.stopped:
         return
     write_weights, write_state = model.snapshot(), loop.snapshot()
@@ -259,7 +259,7 @@ def _save_checkpoint(loop: TrainLoop, model: WindowModel, checkpoints: Checkpoin
 
 
 def _tune_decision(spec: RunSpec, valid: Corpus, scores: DocumentScores, best_metrics: Mapping[str, Any]) -> _Result:
-    """Fit the temperature and tune thresholds on the best evaluation's scores, where the settings ask for it."""
+    """Fit the temperature and tune the thresholds on the scores of the best evaluation, if the settings say so."""
     decision, temperature = spec.decision, 1.0
     if spec.train.calibrate:
         temperature = fit_temperature(scores.window_logits_WL, scores.windows.offsets, valid.targets, decision)
@@ -276,14 +276,14 @@ def _tune_decision(spec: RunSpec, valid: Corpus, scores: DocumentScores, best_me
 
 
 def _has_tunable_thresholds(decision: DecisionSettings) -> bool:
-    """Whether thresholds apply, were not given, and may replace the merge that was asked for."""
+    """Whether the kind has thresholds, none were given, and the merge is not vote, which thresholds would replace."""
     return decision.kind in ("binary", "multilabel") and decision.thresholds is None and decision.merge != "vote"
 
 
 def _write_folder(
     spec: RunSpec, result: _Result, scorer: Scorer, folder: Path, *, has_pairs: bool, page: str | None
 ) -> None:
-    """Finish the model folder and publish it; checkpoints are removed afterwards."""
+    """Finish the model folder, copy it to the output, and then remove the checkpoints."""
     scorer.model.save(folder)
     if page is not None:
         (folder / REPORT_FILE).write_text(page)
@@ -312,7 +312,7 @@ def _page(
     steps_here: int,
     seconds: float,
 ) -> str | None:
-    """The report on valid and on the run."""
+    """Render the report page about the run and its validation data, if there is any."""
     if valid is None or result.scores is None:
         return None
     scores, decision = result.scores, result.decision
@@ -384,6 +384,6 @@ def _summary(
 
 
 def _log_once(message: str, value: object) -> None:
-    """Log on rank 0 alone."""
+    """Log on rank 0 only."""
     if rank() == 0:
         logger.info(message, value)

@@ -45,15 +45,15 @@ from pipelines.training.splits import Split, tokenize_into_files
 from pipelines.training.state import BestMetric
 
 BYTES_PER_TOKEN = 4
-"""Bytes of text in a token, about."""
+"""Approximate number of bytes of text per token."""
 UNITS_PER_BUFFER = 8
-"""A shuffle buffer holds at least so many units: with one unit it would mix only neighbours."""
+"""Minimum number of units in a shuffle buffer. A buffer with one unit would mix only neighbouring rows."""
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A fine-tuning job as its settings define it."""
+    """The settings of a fine-tuning job."""
 
     paths: TrainPaths
     decision: DecisionSettings = field(default_factory=DecisionSettings)
@@ -64,7 +64,7 @@ class TrainJob:
 
     @classmethod
     def parse(cls, values: Mapping[str, object]) -> TrainJob:
-        """A job from a flat mapping of settings, as YAML and the command line give it."""
+        """Create a job from a flat mapping of settings, as YAML and the command line provide it."""
         groups = (TrainPaths, DecisionSettings, DataSettings, WindowSettings, TrainSettings, ComputeSettings)
         paths, decision, data, windows, settings, compute = parse(values, *groups)
         model = absolute(paths.model) if Path(paths.model).expanduser().is_dir() else paths.model
@@ -76,7 +76,7 @@ class TrainJob:
 
     @property
     def is_local(self) -> bool:
-        """Whether this process trains, without Ray."""
+        """Whether the job runs in this process, without Ray."""
         return self.paths.worker_range == (0, 0)
 
 
@@ -98,16 +98,16 @@ class CheckedTrainJob:
     train: LabelledFiles
     valid: LabelledFiles | None
     model_limit: int | None
-    """Longest input row of the model; None for no limit."""
+    """Longest input row of the model, in tokens. None means no limit."""
     model_type: str
 
     @property
     def first_file(self) -> str:
-        """One of the training files, to check that every node can read it."""
+        """The first training file. It is used to check that every node can read the input."""
         return self.train.files[0].url
 
     def splits(self) -> dict[str, Split]:
-        """The inputs to tokenize, by name; puts the tokenizer into the output folder."""
+        """Write the tokenizer to the output folder, and return the inputs to tokenize: train, and valid if given."""
         tokenizer = prepare_folder(self.spec)
         plan = plan_of(self.spec.windows, tokenizer, model_type=self.model_type, model_limit=self.model_limit)
         windows_per_unit = self.job.settings.shuffle_buffer // UNITS_PER_BUFFER
@@ -131,8 +131,8 @@ def train_here(job: TrainJob) -> TrainSummary:
     """Fine-tune in this process, without Ray, and write the model folder.
 
     Raises:
-        UsageError: Data, labels, weights, windows, model or output do not fit; nothing was done.
-        JobError: The run was stopped; the same job resumes it.
+        UsageError: Data, labels, weights, windows, model or output do not fit. No work was done.
+        JobError: The run was stopped. The same job resumes it.
     """
     with opened_run(job) as checked:
         splits = checked.splits()
@@ -147,7 +147,7 @@ def train_here(job: TrainJob) -> TrainSummary:
 
 @contextmanager
 def opened_run(job: TrainJob) -> Iterator[CheckedTrainJob]:
-    """Check a job and begin or resume its output folder; removes a new folder where the run ends with nothing in it."""
+    """Check a job, and begin or resume its output folder. If a new run fails before a checkpoint, remove the folder."""
     checked = check_job(job)
     is_new = not open_training(job.paths.output, _identity(checked))
     labels = ", ".join(checked.spec.decision.labels) or "regression"
@@ -156,18 +156,18 @@ def opened_run(job: TrainJob) -> Iterator[CheckedTrainJob]:
     try:
         yield checked
     except PipelinesError:
-        if is_new and not steps_of(job.paths.output):  # there is no checkpoint to resume from
+        if is_new and not steps_of(job.paths.output):  # no checkpoint to resume from
             remove_folder(job.paths.output)
         raise
-    except OSError as error:  # of a disk or an object store, after retries where they can help
-        raise JobError(f"training stopped: {error}; when that is repaired, the same command resumes") from error
+    except OSError as error:  # from a disk or an object store, after the retries of `retried`
+        raise JobError(f"training stopped: {error}; after the repair, the same command resumes the run") from error
 
 
 def check_job(job: TrainJob) -> CheckedTrainJob:
     """Read footers and labels, and check that data, labels, weights and settings fit.
 
     Raises:
-        UsageError: They do not; the message names the remedy.
+        UsageError: They do not fit. The message names the remedy.
     """
     paths = job.paths
     train_files, train_labels = _read_labels(paths.train, job.data)
@@ -185,7 +185,7 @@ def check_job(job: TrainJob) -> CheckedTrainJob:
 
 
 def _read_labels(location: str, data: DataSettings) -> tuple[list[InputFile], pa.ChunkedArray]:
-    """Footers and the label column of an input, checked: a small read before any work."""
+    """Read and check the footers and the label column of an input. No text is read."""
     files = read_footers(location, data.text_column)
     for file in files:
         assert file.schema is not None, "files without a schema are refused by read_footers"
@@ -202,14 +202,14 @@ def _read_labels(location: str, data: DataSettings) -> tuple[list[InputFile], pa
 
 
 def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray) -> DecisionSettings:
-    """The decision with the labels that occur, where none were named."""
+    """Return the decision. If it has no labels, they are set to those that occur in the data."""
     if decision.labels or decision.kind == "regression":
         return decision
     return replace(decision, labels=find_labels([labels], decision.kind))
 
 
 def _targets_of(location: str, labels: pa.ChunkedArray, decision: DecisionSettings) -> NDArray[np.generic]:
-    """Labels as targets. Raises DataError naming the input."""
+    """Convert labels to targets. Raises DataError, and the message names the input."""
     try:
         return encode_labels(labels, decision)
     except DataError as error:
@@ -217,7 +217,7 @@ def _targets_of(location: str, labels: pa.ChunkedArray, decision: DecisionSettin
 
 
 def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, settings: TrainSettings) -> None:
-    """Raise where loss, weights, metric or objective do not fit, and where the training data has one class only."""
+    """Raise an error if loss, weights, metric or objective do not fit, or if all training rows have the same label."""
     resolve_loss(settings, decision, targets)
     BestMetric.of(settings, decision)
     parse_objective(settings.objective)
@@ -233,14 +233,14 @@ def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, set
 
 
 def _check_without_effect(settings: TrainSettings, *, has_valid: bool) -> None:
-    """Refuse settings that would have no effect without validation data."""
+    """Raise SettingsError for settings that need validation data if there is none."""
     for name in ("metric", "evaluate_steps", "early_stopping_patience", "calibrate", "objective"):
         if getattr(settings, name) != getattr(TrainSettings, name) and not has_valid:
             raise SettingsError(f"{name}={getattr(settings, name)!r} needs validation data: add --valid")
 
 
 def _identity(checked: CheckedTrainJob) -> dict[str, Any]:
-    """What must be the same for a run to be resumed, as JSON keeps it: data, weights and settings, not the workers."""
+    """Return what must be unchanged for a run to be resumed, as JSON content: data, weights and settings."""
     job = checked.job
     groups = (checked.spec.decision, job.data, job.windows, job.settings)
     settings = {name: value for group in groups for name, value in asdict(group).items() if name not in HARMLESS}
@@ -251,7 +251,7 @@ def _identity(checked: CheckedTrainJob) -> dict[str, Any]:
 
 
 def _unit_bytes(files: Sequence[InputFile], num_windows: int, max_length: int) -> int:
-    """Text bytes of a unit of about so many windows at most: full windows, or one for each of many short texts."""
+    """Return text bytes per unit, so that a unit has at most about num_windows windows, also if all texts are short."""
     num_rows, num_bytes = sum(file.num_rows for file in files), sum(sum(file.row_group_bytes) for file in files)
     of_short_texts = num_windows * num_bytes // max(num_rows, 1)
     return max(min(usual_unit_bytes(files), num_windows * max_length * BYTES_PER_TOKEN, of_short_texts), 1)

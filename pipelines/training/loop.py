@@ -1,6 +1,6 @@
-"""The training loop: steps, evaluations, early stopping and checkpoints, and resuming from one.
+"""The training loop: steps, evaluations, early stopping and checkpoints, and resuming from a checkpoint.
 
-What an evaluation measures, and where a checkpoint is written, is up to the caller (`Hooks`).
+The caller defines what an evaluation measures and where a checkpoint is written (`Hooks`).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from pipelines.training.steps import Stepper
 TENSORS_FILE = "training_state.pt"
 """File of a checkpoint: optimizer, schedule and the best weights so far."""
 CHECK_STEPS = 10
-"""Every so many steps all ranks check together whether the clock or a leaving machine calls for a checkpoint."""
+"""Every this many steps, all ranks check together whether save_minutes or a preemption requires a checkpoint."""
 NAMES_SHOWN = 8
-"""Documents that a message about a step names at most."""
+"""Maximum number of documents that an error message names."""
 HARMLESS = frozenset(
     {
         "train_batch_tokens",
@@ -56,26 +56,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller adds to the loop. Every rank calls the first four equally often."""
+    """Functions that the caller adds to the loop. The first four are called the same number of times on every rank."""
 
     evaluate: Callable[[], Evaluation] | None = None
     """Evaluates the model between steps."""
     on_best: Callable[[TrainLoop], None] | None = None
-    """Follows an evaluation that was the best so far."""
+    """Called after an evaluation that is the best so far."""
     on_checkpoint: Callable[[TrainLoop], None] | None = None
-    """Writes a checkpoint: where the settings say so, and when a machine of the run will be taken away."""
+    """Writes a checkpoint. Called when the settings require one, and when a machine will be taken away."""
     is_preempted: Callable[[], bool] | None = None
-    """Whether a machine of the run will be taken away."""
+    """Returns whether a machine of the run will be taken away."""
     on_metrics: Callable[[Mapping[str, float]], None] | None = None
-    """Gets numbers by name every few seconds and at each evaluation, on rank 0."""
+    """Receives numbers by name every few seconds and at each evaluation, on rank 0."""
     steps: Callable[[int, int], Iterator[Step]] | None = None
-    """The steps of an epoch after the first n, from (epoch, n). By default settings.seed draws them."""
+    """Returns the steps of an epoch after the first n, given (epoch, n). Default: drawn with settings.seed."""
     identity: Mapping[str, Any] = field(default_factory=dict)
-    """What else, JSON-ready, must be the same for a run to be resumed."""
+    """More values that must be unchanged for a run to be resumed, as JSON content."""
 
 
 class TrainLoop:
-    """One run over labelled windows. Every rank runs the same loop."""
+    """One training run over labelled windows. Every rank runs the same loop."""
 
     def __init__(
         self,
@@ -102,11 +102,11 @@ class TrainLoop:
 
     @property
     def best_scores(self) -> Any:
-        """Scores of the best evaluation, where it happened in this process."""
+        """Scores of the best evaluation, or None if an earlier process computed them."""
         return self._best.scores
 
     def run(self) -> TrainState:
-        """Train from the current state to the end; the model then has the best weights, or without valid the last."""
+        """Train from the current state to the end. The model then has the best weights (without valid: the last)."""
         self._monitor.start(self.state, self._num_steps)
         try:
             while self.state.epoch < self._settings.epochs and not self.state.stopped:
@@ -119,12 +119,12 @@ class TrainLoop:
         return self.state
 
     def save(self, folder: Path) -> None:
-        """Write what is needed to resume this run, beside the weights, which the caller has put into the folder."""
+        """Write what a resumed run needs to a folder, except the weights, which the caller writes to it."""
         if rank() == 0:
             self.snapshot()(folder)
 
     def snapshot(self) -> Callable[[Path], None]:
-        """Copy what is needed to resume this run off the device; the function returned writes it at any later time."""
+        """Copy what a resumed run needs off the device. Return a function that writes it to a folder later."""
         tensors = _on_cpu({"stepper": self._stepper.state(), "best": self._best.weights})
         content = json.dumps({**self._identity(), "state": dataclasses.asdict(self.state)})
 
@@ -137,13 +137,14 @@ class TrainLoop:
         return write
 
     def restore(self, folder: Path) -> None:
-        """Resume from a checkpoint, whose weights the model already has.
+        """Resume from a checkpoint. The model must already have its weights.
 
         Raises:
-            ModelFolderError: It is a checkpoint of a run with other data or settings; the message names them.
+            ModelFolderError: The checkpoint is incomplete, or is from a run with other data or settings. The message
+                names the differences.
         """
         if not (folder / TENSORS_FILE).is_file():
-            raise ModelFolderError(f"{folder} has {STATE_FILE} but no {TENSORS_FILE}: it was copied in part")
+            raise ModelFolderError(f"{folder} has {STATE_FILE} but no {TENSORS_FILE}: the checkpoint is incomplete")
         content = json.loads((folder / STATE_FILE).read_text())
         differences = self._differences(content)
         if differences:
@@ -152,7 +153,7 @@ class TrainLoop:
         self._stepper.load_state(tensors["stepper"])
         self._best.weights = tensors["best"]
         self.state = TrainState(**content["state"])
-        self._num_steps = 0  # unknown: the learning rate in the checkpoint belongs to the step that was next then
+        self._num_steps = 0  # unknown until the next step says it; the restored schedule has the right learning rate
 
     def _run_epoch(self) -> None:
         self._model.module.train()
@@ -188,11 +189,11 @@ class TrainLoop:
         return self._draw(epoch=epoch, rank=rank(), world_size=world_size(), skip=skip)
 
     def _first_step(self, epoch: int) -> int:
-        """Steps before an epoch; the units of all epochs but the first have arrived."""
+        """Return the number of steps before an epoch. For epochs after the first, all units must have arrived."""
         return sum(num_steps_of_epoch(self._data, self._settings, before) for before in range(epoch))
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluate where the settings say so; whether it was done."""
+        """Evaluate if the settings require it now. Return whether an evaluation was done."""
         settings, evaluate = self._settings, self._hooks.evaluate
         is_due_by_steps = _is_multiple(self.state.step, settings.evaluate_steps)
         if evaluate is None or not (is_due_by_steps or (self.is_epoch_end and settings.evaluate_each_epoch)):
@@ -205,7 +206,7 @@ class TrainLoop:
         return True
 
     def _record(self, evaluation: Evaluation, *, counts_for_patience: bool) -> None:
-        """Record an evaluation, keep the weights if they are the best, and stop the run when patience is used up."""
+        """Record an evaluation, keep the weights if they are the best, and stop the run if it does not improve."""
         state, name = self.state, self._best.metric.name
         improves = self._best.consider(evaluation, state, self._model.module)
         self._monitor.show_evaluation(state, name, improves=improves)
@@ -222,7 +223,7 @@ class TrainLoop:
                 logger.info("stopped early: %d evaluations without a better %s", state.flat, name)
 
     def _save_if_due(self, *, is_evaluated: bool) -> None:
-        """Write a checkpoint where the settings, the clock or a machine that leaves call for one."""
+        """Write a checkpoint if the settings, save_minutes or a preemption require one now."""
         settings = self._settings
         is_wanted = settings.save_each_epoch if self.is_epoch_end else settings.save_evaluations and is_evaluated
         is_due = is_wanted or _is_multiple(self.state.step, settings.save_steps)
@@ -235,7 +236,7 @@ class TrainLoop:
             self._clock.saved()
 
     def _documents_of_step(self, number: int) -> str:
-        """Documents of the step of that number over all ranks, the first few by name."""
+        """Return the names of the first few documents of a step, over all ranks."""
         epoch = self.state.epoch
         if number < self._first_step(epoch):  # the epoch before, which has just ended
             epoch -= 1
@@ -247,7 +248,7 @@ class TrainLoop:
         return ", ".join(names[:NAMES_SHOWN]) + more
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a run to be resumed: the windows, their targets and the settings."""
+        """Return what must be unchanged for a run to be resumed: the windows, their targets and the settings."""
         settings = {k: v for k, v in dataclasses.asdict(self._settings).items() if k not in HARMLESS}
         also = {"training data": self._data.fingerprint, **self._hooks.identity}
         return {"also": also, "settings": json.loads(json.dumps(settings))}
@@ -261,7 +262,7 @@ class TrainLoop:
 
 
 class _CheckpointClock:
-    """Whether the clock, or a machine that will be taken away, calls for a checkpoint."""
+    """Decides whether save_minutes, or a machine that will be taken away, requires a checkpoint."""
 
     def __init__(self, settings: TrainSettings, is_preempted: Callable[[], bool] | None) -> None:
         self._minutes, self._is_preempted = settings.save_minutes, is_preempted
@@ -269,7 +270,7 @@ class _CheckpointClock:
         self._was_preempted = False
 
     def is_time(self, step: int, device: torch.device) -> bool:
-        """Asked after every step, on every rank, which all get the same answer."""
+        """Return whether a checkpoint is required. Called after every step on every rank; the answer is the same."""
         if step % CHECK_STEPS:
             return False
         if self._is_preempted is not None and not self._was_preempted and self._is_preempted():
@@ -282,12 +283,12 @@ class _CheckpointClock:
         return answer_of_rank_0(time.monotonic() - self._saved_at >= 60 * self._minutes, device)
 
     def saved(self) -> None:
-        """A checkpoint was written."""
+        """Record that a checkpoint was written now."""
         self._saved_at = time.monotonic()
 
 
 class _Monitor:
-    """What people see of a run, on rank 0: progress, evaluations, TensorBoard's curves and exported numbers."""
+    """Shows a run on rank 0: progress, evaluations, TensorBoard's curves and exported numbers."""
 
     def __init__(self, settings: TrainSettings, on_metrics: Callable[[Mapping[str, float]], None] | None) -> None:
         is_shown = rank() == 0
@@ -307,7 +308,7 @@ class _Monitor:
         ).__enter__()
 
     def count_step(self, num_steps: int, loss: Tensor, *, num_tokens: int, learning_rate: float) -> None:
-        """Count a step of so many. Its tokens and loss are this rank's; they are scaled up to all ranks."""
+        """Count a step of a run of num_steps. Tokens and loss are this rank's, and are scaled up to all ranks."""
         self._tokens += num_tokens * world_size()
         self._progress.total = num_steps
         now = time.monotonic()
@@ -326,7 +327,7 @@ class _Monitor:
             self._on_metrics({**numbers, "tokens_per_second": rate, "seconds_left": left})
 
     def show_evaluation(self, state: TrainState, name: str, *, improves: bool) -> None:
-        """Log the newest evaluation's main metric, and pass on all of its numbers."""
+        """Log the main metric of the newest evaluation, and export all of its numbers."""
         newest = state.evaluations[-1]
         value = newest[name]
         shown = "undefined" if value is None else f"{value:.4f}"
@@ -343,13 +344,13 @@ class _Monitor:
             self._on_metrics({f"valid_{key}": number for key, number in numbers.items()})
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Points of TensorBoard's curves at one step."""
+        """Add one point to each of TensorBoard's curves."""
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """End the bar and write what is left of the curves."""
+        """Close the progress bar and the TensorBoard files."""
         self._progress.__exit__(None, None, None)
         if self._writer is not None:
             self._writer.close()
@@ -360,5 +361,5 @@ def _is_multiple(step: int, every: int | None) -> bool:
 
 
 def _on_cpu(tree: Any) -> Any:
-    """A copy of nested state with every tensor in the processor's memory."""
+    """Copy nested state, with every tensor in CPU memory."""
     return tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, tree)

@@ -1,11 +1,11 @@
 """The order of training: which windows each rank runs in which optimizer step.
 
-A seed fixes the windows of every step, the ranks take equal shares of them, and the loss is averaged over the step's
-windows of all ranks. So the number of workers changes only rounding and the random numbers of dropout.
+The seed determines the windows of every step. The ranks take equal shares of them, and the loss is averaged over the
+windows of all ranks. Therefore, the number of workers changes only rounding and the random numbers of dropout.
 
 Each epoch draws a new order of the units, fills a shuffle buffer with one unit after another, and draws the order of
-the windows in it. The next buffer is loaded at the same time. So memory holds the tokens of two buffers, and the first
-epoch begins when the units of the first buffer have arrived.
+the windows in it. The next buffer is loaded while the current one is used, so memory contains the tokens of two
+buffers. The first epoch takes the units in the order in which they arrive, and begins when the first buffer is full.
 
 Shapes: U units, D documents, W windows, L labels.
 """
@@ -35,23 +35,23 @@ class LabelledWindows:
     cut: CutDocuments
     targets: NDArray[np.generic]
     row_D: NDArray[np.int64] | None = None
-    """The corpus row of each document; None where they are all of them."""
+    """Row in the corpus of each document. None means that the documents are all rows, in order."""
 
     @cached_property
     def length_W(self) -> NDArray[np.int64]:
-        """Tokens of each window's input row, special tokens included."""
+        """Number of tokens of each window's input row, including special tokens."""
         return self.cut.length_W
 
 
 @dataclass(frozen=True)
 class WindowCounts:
-    """What is known of a unit's windows without cutting them."""
+    """Counts of a unit's windows. They are computed without cutting the texts."""
 
     num_windows: int
     num_tokens: int = 0
-    """Tokens of all input rows, special tokens included."""
+    """Number of tokens of all input rows, including special tokens."""
     num_truncated: int = 0
-    """Documents of which some tokens are in no window."""
+    """Number of documents that have tokens in no window."""
 
 
 @dataclass(frozen=True)
@@ -59,33 +59,33 @@ class TrainingWindows:
     """The windows of a corpus, in units that may not have arrived yet."""
 
     num_documents_U: NDArray[np.int64]
-    """Documents of each unit; known before the unit has arrived."""
+    """Number of documents of each unit. Known before the unit has arrived."""
     counts: Callable[[int], WindowCounts]
-    """Counts of a unit; waits until it has arrived."""
+    """Returns the counts of a unit. Waits until it has arrived."""
     fingerprint: str
-    """Changes with any window or target."""
+    """Changes if any window or target changes."""
     load: Callable[[tuple[int, ...]], LabelledWindows]
-    """The windows of the given units, numbered through; called from another thread."""
+    """Returns the windows of the given units, numbered from 0. Called from another thread."""
     name: Callable[[int], str] = "document {}".format
-    """Display name of a document, from its row in the corpus."""
+    """Returns the display name of a document, given its row in the corpus."""
     order: tuple[int, ...] | None = None
-    """Units in the order in which they arrive; the first epoch takes them in this order."""
+    """Units in the order in which they arrive. The first epoch uses this order."""
 
     @property
     def num_units(self) -> int:
-        """Units, those that have not arrived too."""
+        """Number of units, including those that have not arrived."""
         return len(self.num_documents_U)
 
     def num_windows(self, units: Iterable[int]) -> int:
-        """Windows of these units together."""
+        """Return the number of windows of these units together."""
         return sum(self.counts(unit).num_windows for unit in units)
 
     def first(self) -> LabelledWindows:
-        """The first unit that has a window."""
+        """Load the first unit that has a window."""
         return self.load((next(unit for unit in self.order or range(self.num_units) if self.num_windows([unit])),))
 
     def names(self, data: LabelledWindows, index_W: NDArray[np.integer]) -> list[str]:
-        """Display names of the documents of windows, each once."""
+        """Return the display names of the documents of windows, without duplicates."""
         document = np.unique(data.cut.windows.document_W[index_W])
         return [self.name(int(row)) for row in (document if data.row_D is None else data.row_D[document])]
 
@@ -97,7 +97,7 @@ class Step:
     data: LabelledWindows
     """The shuffle buffer."""
     index_W: NDArray[np.int64]
-    """This rank's windows of the step. Where a step has fewer windows than ranks: one window with share 0."""
+    """This rank's windows of the step. If there are none, because a step has few windows: one window with share 0."""
     share_W: NDArray[np.float32]
     """Weight of each window in the mean."""
     normalizer: float
@@ -105,13 +105,13 @@ class Step:
     ends_epoch: bool
     """Whether it is the last step of its epoch."""
     num_steps: int | None = None
-    """Steps of the whole run, as far as they are known now; None: as before."""
+    """Number of steps of the whole run, or its estimate. None leaves the previous number unchanged."""
 
 
 def training_windows(scorer: Scorer, train: Corpus, settings: TrainSettings) -> TrainingWindows:
-    """The training windows of a corpus, under the scorer's window plan and the settings' cap.
+    """Return the training windows of a corpus, for the scorer's window plan and train_max_windows of the settings.
 
-    They are counted from the documents' lengths, and cut when a buffer is loaded.
+    The windows are counted from the lengths of the documents. They are cut when a buffer is loaded.
 
     Raises:
         DataError: No document has a text.
@@ -140,7 +140,7 @@ def training_windows(scorer: Scorer, train: Corpus, settings: TrainSettings) -> 
 
 
 def buffers_of(data: TrainingWindows, settings: TrainSettings, epoch: int) -> Iterator[tuple[int, ...]]:
-    """Units that are shuffled together in an epoch, buffer after buffer; every unit is in exactly one."""
+    """Yield the units of each shuffle buffer of an epoch. Every unit is in exactly one buffer."""
     drawn = np.random.default_rng([settings.seed, epoch]).permutation(data.num_units).tolist()
     buffer: list[int] = []
     filled = 0
@@ -151,18 +151,21 @@ def buffers_of(data: TrainingWindows, settings: TrainSettings, epoch: int) -> It
             buffer, filled = [], 0
         buffer.append(unit)
         filled += num_windows
-    if len(buffer) == data.num_units:  # one buffer holds all: how the data is split into units must not matter
+    if len(buffer) == data.num_units:  # if one buffer contains all data, the split into units must not change the order
         buffer.sort()
     yield tuple(buffer)
 
 
 def num_steps_of_epoch(data: TrainingWindows, settings: TrainSettings, epoch: int) -> int:
-    """Optimizer steps of an epoch; the last step of each buffer may be smaller. Waits for all units."""
+    """Return the number of optimizer steps of an epoch. Waits for all units.
+
+    The last step of each buffer may have fewer windows.
+    """
     return sum(_num_steps(data, units, settings) for units in buffers_of(data, settings, epoch))
 
 
 def num_steps_of_run(data: TrainingWindows, settings: TrainSettings) -> int:
-    """Optimizer steps of all epochs, estimated from the first buffer that has windows."""
+    """Estimate the number of optimizer steps of all epochs from the first buffer that has windows."""
     return next(_buffers_after(data, settings, 0, 0)).num_steps
 
 
@@ -176,9 +179,9 @@ def epoch_steps(
     world_size: int,
     skip: int = 0,
 ) -> Iterator[Step]:
-    """The optimizer steps of one epoch after the first `skip`, for one rank.
+    """Yield the optimizer steps of one epoch after the first `skip` steps, for one rank.
 
-    Every window of the epoch is in exactly one step of one rank. Buffers that are skipped whole are not loaded.
+    Every window of the epoch is in exactly one step of one rank. A buffer whose steps are all skipped is not loaded.
     """
     size = settings.batch_size * settings.gradient_accumulation_steps
     for buffer, windows, is_last in _loaded_ahead(data.load, _buffers_after(data, settings, epoch, skip)):
@@ -192,7 +195,7 @@ def epoch_steps(
 def steps_of(
     batches: list[NDArray[np.int64]], data: LabelledWindows, loss: Loss, *, rank: int, world_size: int
 ) -> Iterator[Step]:
-    """One step per batch of window numbers. Ranks get windows of similar lengths, so that none waits for another."""
+    """Yield one step per batch of window indices. Ranks get windows of similar lengths, so that none has to wait."""
     document_W = data.cut.windows.document_W
     share_W = loss.shares(data.cut.windows)
     normalizer_W = share_W * loss.normalizers(data.targets[document_W])
@@ -202,7 +205,7 @@ def steps_of(
         shares = share_W[mine]
         if not len(mine):
             mine, shares = batch[:1], np.zeros(1, np.float32)
-        normalizer = float(normalizer_W[batch].sum()) or 1.0  # 0 where every weight is 0, and so the loss
+        normalizer = float(normalizer_W[batch].sum()) or 1.0  # 0 if every weight is 0; the loss is then 0 too
         yield Step(data, mine, shares, normalizer, ends_epoch=number == len(batches))
 
 
@@ -211,20 +214,20 @@ class _Buffer:
     """Units that are shuffled together."""
 
     number: int
-    """Number of the buffer in its epoch."""
+    """Index of the buffer in its epoch."""
     units: tuple[int, ...]
     skip: int
-    """Steps of it that are done."""
+    """Number of its first steps that are already done."""
     num_steps: int
-    """Steps of the run, estimated from the units up to here."""
+    """Number of steps of the run, estimated from this buffer and the previous ones."""
 
 
 def _buffers_after(data: TrainingWindows, settings: TrainSettings, epoch: int, skip: int) -> Iterator[_Buffer]:
-    """The buffers of an epoch, without the first `skip` steps.
+    """Yield the buffers of an epoch, without the first `skip` steps.
 
-    The length of the run is estimated from the units read up to a buffer, as if all other documents had as many
-    windows. No other unit is looked at, so the estimate is the same on every rank and in every run. It is exact when
-    all units are read.
+    The number of steps of the run is estimated from the units of a buffer and the previous ones. All other documents
+    are assumed to have the same number of windows on average. The estimate uses no other units, so it is the same on
+    every rank and in every run. It is exact from the last buffer of the first epoch on.
     """
     left = num_documents = int(data.num_documents_U.sum())
     exact = _exact_steps(data, settings) if epoch else None
@@ -242,7 +245,7 @@ def _buffers_after(data: TrainingWindows, settings: TrainSettings, epoch: int, s
 
 
 def _exact_steps(data: TrainingWindows, settings: TrainSettings) -> int:
-    """Optimizer steps of all epochs. Waits for all units."""
+    """Return the number of optimizer steps of all epochs. Waits for all units."""
     return sum(num_steps_of_epoch(data, settings, epoch) for epoch in range(settings.epochs))
 
 
@@ -253,7 +256,10 @@ def _num_steps(data: TrainingWindows, units: Collection[int], settings: TrainSet
 def _loaded_ahead(
     load: Callable[[tuple[int, ...]], LabelledWindows], buffers: Iterator[_Buffer]
 ) -> Iterator[tuple[_Buffer, LabelledWindows, Callable[[], bool]]]:
-    """Each buffer in turn, loaded, and whether it is the last; the next is loaded while the caller works on one."""
+    """Yield each buffer, its windows, and a function that returns whether it is the last one.
+
+    The next buffer is loaded while the caller works on the current one.
+    """
 
     def fetch() -> tuple[_Buffer, LabelledWindows] | None:
         buffer = next(buffers, None)
@@ -271,7 +277,7 @@ def _loaded_ahead(
 
 
 def _only_lengths(num_tokens_D: NDArray[np.integer]) -> Tokens:
-    """Texts of the given lengths without ids, for a caller that needs only their lengths."""
+    """Return texts of the given lengths without ids, for functions that use only the lengths."""
     return Tokens(np.zeros(0, np.int32), offsets_of(num_tokens_D))
 
 

@@ -1,6 +1,6 @@
-"""The processes of a training run: rank, number of ranks, and what they agree on.
+"""The processes of a training run: rank, number of ranks, and values that are the same on all ranks.
 
-Everything also works in a single process without a process group.
+All functions also work in a single process without a process group.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from pipelines.settings import Dtype
 
 
 def rank() -> int:
-    """Number of this process in its group; 0 without one."""
+    """Return the rank of this process. 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Processes in the group; 1 without one."""
+    """Return the number of processes in the group. 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this function."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def answer_of_rank_0(answer: bool, device: torch.device) -> bool:
-    """Rank 0's answer, on every rank: clocks and events differ between machines."""
+    """Return the answer of rank 0 on every rank. Clocks and events differ between machines."""
     if world_size() == 1:
         return answer
     shared = torch.tensor(int(answer), device=device)
@@ -38,7 +38,7 @@ def answer_of_rank_0(answer: bool, device: torch.device) -> bool:
 
 
 def shared_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
-    """The arithmetic that every rank supports: float16 on unlike GPUs, float32 on unlike CPUs."""
+    """Return one dtype for all ranks. If they differ, it is float16 on GPUs and float32 on CPUs."""
     mine = resolve_dtype(dtype, device)
     if world_size() == 1:
         return mine
@@ -48,7 +48,7 @@ def shared_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
 
 
 def worker_device(device: str) -> str:
-    """`auto` on a machine of several GPUs is this worker's own, which Ray Train has made current."""
+    """Return the device of this worker. With several workers, `auto` means the GPU that Ray Train selected for it."""
     if device == "auto" and world_size() > 1 and torch.cuda.is_available():
         return f"cuda:{torch.cuda.current_device()}"
     return device

@@ -1,4 +1,4 @@
-"""Labelled input files as corpora of tokenized documents.
+"""Tokenize labelled input files into corpora.
 
 Imports neither torch nor Ray.
 """
@@ -31,29 +31,29 @@ class Split:
     units: WorkUnits
     targets: NDArray[np.generic]
     seed: int
-    """Draws the order of tokenizing."""
+    """Seed of the order in which units are tokenized."""
 
     @property
     def order(self) -> list[int]:
-        """Units in the order of tokenizing. Units of one row group stay together, so that it is decoded once."""
+        """Units in the order of tokenizing. Units of one row group are kept together, so that it is decoded once."""
         groups = group_units(self.units)
         drawn = np.random.default_rng([self.seed, 0]).permutation(len(groups))
         return [unit.number for group in drawn for unit in groups[group]]
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any file or target."""
+        """Changes if any file or target changes."""
         files = fingerprint((file.url, file.size, file.version) for file in self.units.files)
         digest = hashlib.sha256(files.encode())
         digest.update(np.ascontiguousarray(self.targets).data)
         return digest.hexdigest()
 
     def corpus(self, lengths: Callable[[int], UnitLengths], table: Callable[[int], pa.Table]) -> Corpus:
-        """A corpus of this split's units.
+        """Create a corpus of this split's units.
 
         Args:
-            lengths: What is known of a unit without loading it.
-            table: The tokenized table of a unit.
+            lengths: Function that returns the lengths of a unit.
+            table: Function that returns the tokenized table of a unit.
         """
         documents = _UnitDocuments(table)
         source = f"{shown(self.stage.location)}, column {self.stage.text_columns[0]!r}"
@@ -71,7 +71,7 @@ class Split:
 
 @dataclass(frozen=True)
 class _UnitDocuments:
-    """The documents of a unit's table, and their display names."""
+    """Reads the documents of a unit from its table, and their display names."""
 
     table: Callable[[int], pa.Table]
 
@@ -84,7 +84,7 @@ class _UnitDocuments:
 
 
 def tokenize_into_files(split: Split, folder: Path, progress: Progress) -> Corpus:
-    """A corpus tokenized in this process; its units are files that are mapped into memory when they are read."""
+    """Tokenize a split in this process, into one file per unit. The files are mapped into memory when they are read."""
     folder.mkdir()
     lengths = []
     for number, table in enumerate(split.stage(split.units)):

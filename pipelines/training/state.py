@@ -1,4 +1,4 @@
-"""How far a run is: its steps, losses and evaluations, and which evaluation is the best."""
+"""The state of a run: its steps, losses and evaluations, and which evaluation is the best."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.training.ranks import world_size
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of the validation data with the weights as they are now."""
+    """Metrics of the validation data with the current weights."""
 
     metrics: Mapping[str, Any]
     scores: DocumentScores | None = None
@@ -33,11 +33,16 @@ class BestMetric:
     name: str
     minimize: bool
     delta: float = 0.0
-    """By how much an evaluation must be better to count."""
+    """Minimum improvement over the best evaluation so far."""
 
     @classmethod
     def of(cls, settings: TrainSettings, decision: DecisionSettings, own_metrics: tuple[str, ...] = ()) -> BestMetric:
-        """The metric that the settings name, or the kind's default; own_metrics are names of the caller's metrics.
+        """Return the metric in the settings, or the default of the kind.
+
+        Args:
+            settings: Training settings.
+            decision: Kind and labels.
+            own_metrics: Names of the caller's own metrics.
 
         Raises:
             SettingsError: This kind does not have the metric.
@@ -45,15 +50,18 @@ class BestMetric:
         name = settings.metric or HEADLINE[decision.kind]
         known = ["loss", *(metric for metric in METRICS[decision.kind] if metric != "per_label"), *own_metrics]
         if name not in known:
-            raise SettingsError(f"metric={name!r} is no metric of kind {decision.kind}; it has {', '.join(known)}")
+            raise SettingsError(f"metric={name!r} is not a metric of kind {decision.kind}; it has {', '.join(known)}")
         minimize = name in LESS_IS_BETTER if settings.metric_minimize is None else settings.metric_minimize
         return cls(name, minimize, settings.early_stopping_delta)
 
     def improves(self, metrics: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
-        """Whether metrics beat the best so far by more than delta. An undefined one beats nothing but an undefined one.
+        """Whether metrics are better than the best so far by more than delta.
+
+        A finite value is better than an undefined one. An undefined value is never better, except in the first
+        evaluation.
 
         Raises:
-            SettingsError: The metric is not among them.
+            SettingsError: The metric is not in metrics.
         """
         if self.name not in metrics:
             raise SettingsError(f"metric={self.name!r} is none of the metrics of valid: {', '.join(metrics)}")
@@ -67,47 +75,47 @@ class BestMetric:
 
 @dataclass
 class TrainState:
-    """How far a run is, as JSON keeps it."""
+    """The state of a run. All values are JSON content."""
 
     epoch: int = 0
-    """Epochs finished."""
+    """Number of finished epochs."""
     step: int = 0
-    """Optimizer steps done."""
+    """Number of optimizer steps done."""
     losses: list[float] = field(default_factory=list)
     """Loss of each step, averaged over all ranks."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """Metrics of each evaluation, with its step and epoch."""
     best: int | None = None
-    """Number of the best evaluation."""
+    """Index of the best evaluation."""
     flat: int = 0
-    """Evaluations since the best that count for early stopping."""
+    """Number of evaluations since the best one that count for early stopping."""
     stopped: bool = False
     """Whether early stopping ended the run."""
 
     @property
     def best_metrics(self) -> dict[str, Any]:
-        """Metrics of the best evaluation; empty without any."""
+        """Metrics of the best evaluation. Empty before the first evaluation."""
         best = {} if self.best is None else self.evaluations[self.best]
         return {name: value for name, value in best.items() if name not in ("step", "epoch")}
 
     def add_evaluation(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Record an evaluation; its metrics as JSON keeps them."""
+        """Record an evaluation, and return its metrics as JSON content."""
         plain = {key: _plain(value) for key, value in metrics.items()}
         self.evaluations.append({"step": self.step, "epoch": self.epoch, **plain})
         return plain
 
 
 class BestWeights:
-    """A copy of the weights of the best evaluation, and the scores of it."""
+    """A copy of the weights of the best evaluation, and its scores."""
 
     def __init__(self, metric: BestMetric) -> None:
         self.metric = metric
         self.weights: dict[str, Tensor] | None = None
         self.scores: DocumentScores | None = None
-        """Scores of the best evaluation, where it happened in this process."""
+        """Scores of the best evaluation, or None if an earlier process computed them."""
 
     def consider(self, evaluation: Evaluation, state: TrainState, module: nn.Module) -> bool:
-        """Record an evaluation in the state, and copy the weights if it is the best; whether it is."""
+        """Record an evaluation in the state, and copy the weights if it is the best. Return whether it is."""
         improves = self.metric.improves(evaluation.metrics, state.best_metrics or None)
         state.add_evaluation(evaluation.metrics)
         if improves:
@@ -117,16 +125,16 @@ class BestWeights:
         return improves
 
     def restore(self, module: nn.Module) -> None:
-        """Give the module the best weights, where there was an evaluation."""
+        """Load the best weights into the module, if there was an evaluation."""
         if self.weights is not None:
             module.load_state_dict(self.weights)
 
 
 class LossLog:
-    """Losses of the last steps, which stay on the device until somebody needs their values."""
+    """Losses of the last steps. They stay on the device until their values are needed."""
 
     def __init__(self, describe_step: Callable[[int], str]) -> None:
-        """describe_step names the documents of a step, for the error that a loss is not finite."""
+        """describe_step returns the documents of a step, for the error message if a loss is not finite."""
         self._describe_step = describe_step
         self._pending: list[Tensor] = []
 
@@ -135,7 +143,7 @@ class LossLog:
         self._pending.append(loss)
 
     def flush(self, state: TrainState) -> None:
-        """Bring the pending losses into the state: one reduction over ranks and one synchronisation for all.
+        """Move the pending losses into the state, with one reduction over ranks and one synchronization.
 
         Raises:
             JobError: A loss or a gradient is not finite.
@@ -153,10 +161,11 @@ class LossLog:
             number = first + int(bad[0])
             raise JobError(
                 f"the loss or its gradient is not finite at step {number + 1}: lower learning_rate, or train in "
-                f"float32 (train_dtype=float32; fp16=False in the facades); the step saw {self._describe_step(number)}"
+                f"float32 (train_dtype=float32; in Simple Transformers: fp16=False); the step saw "
+                f"{self._describe_step(number)}"
             )
 
 
 def _plain(value: Any) -> Any:
-    """Numpy's numbers and arrays as Python's, for JSON."""
+    """Convert Numpy numbers and arrays to Python ones, for JSON."""
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else value

@@ -38,10 +38,10 @@ class Stepper:
 
         Args:
             model: The model.
-            example: Cut documents with at least one window; one of them is run to find unused parameters.
-            settings: The run's settings.
-            loss: The run's loss.
-            num_steps: Steps for which the schedule is laid out; `set_num_steps` changes it.
+            example: Cut documents with at least one window. The first window is run to find unused parameters.
+            settings: The settings of the run.
+            loss: The loss of the run.
+            num_steps: Number of steps of the learning-rate schedule. `set_num_steps` changes it.
         """
         self._model, self._settings, self._loss = model, settings, loss
         if settings.activation_checkpointing:
@@ -55,51 +55,51 @@ class Stepper:
 
     @property
     def learning_rate(self) -> float:
-        """Learning rate of the next step, in the last parameter group: the one without options of its own."""
+        """Learning rate of the next step in the last parameter group, which normally has no options of its own."""
         return float(self._schedule.get_last_lr()[-1])
 
     def set_num_steps(self, num_steps: int) -> None:
-        """Continue with the schedule of a run of so many steps, at the next step."""
+        """Change the number of steps of the schedule, from the next step on."""
         state = self._schedule.state_dict()
         self._schedule = make_schedule(self._optimizer, self._settings, num_steps)
-        if state["last_epoch"] > 0:  # torch calls the number of steps done so
+        if state["last_epoch"] > 0:  # torch's name for the number of steps done
             self._schedule.load_state_dict({**state, "last_epoch": state["last_epoch"] - 1})
             self._schedule.step()
 
     def __call__(self, step: Step, number: int) -> Tensor:
         """Run optimizer step `number` of the run.
 
-        The random numbers of dropout depend on seed, step and rank alone, so that a run resumed from a checkpoint draws
-        what the unbroken run would have drawn.
+        The random numbers of dropout depend only on seed, step and rank. A resumed run therefore draws the same numbers
+        as a run without interruption.
 
         Returns:
-            This rank's share of the global mean loss, on the device. NaN where gradients are not finite; the weights
-            are then not finite either.
+            This rank's share of the global mean loss, on the device. NaN if gradients are not finite, because then the
+            weights are not finite either.
         """
         torch.manual_seed(((self._settings.seed * 1_000_003 + number) * 65_536 + rank()) % 2**63)
         loss = self._backward(step)
         return torch.where(self._update(), loss, torch.nan)
 
     def release(self) -> None:
-        """Unfreeze the parameters that this run froze; those that the caller froze stay frozen."""
+        """Unfreeze the parameters that this run froze, and switch off activation checkpointing."""
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         if self._settings.activation_checkpointing:
             _switch_checkpointing(self._model.module, "disable")()
 
     def state(self) -> dict[str, Any]:
-        """What the next steps depend on, beside the weights."""
+        """Return everything that the next steps depend on, except the weights."""
         parts = (self._optimizer, self._schedule, self._scaler)
         return {type(part).__name__: part.state_dict() for part in parts}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
+        """Restore the result of `state`."""
         for part in (self._optimizer, self._schedule, self._scaler):
             if state[type(part).__name__]:  # the scaler's is empty where the run was not in float16
                 part.load_state_dict(state[type(part).__name__])
 
     def _backward(self, step: Step) -> Tensor:
-        """Gradients of the step's mean loss, in micro-batches; this rank's share of the loss."""
+        """Compute the gradients of the step's mean loss in micro-batches. Return this rank's share of the loss."""
         model, data, cut = self._model, step.data, step.data.cut
         total = torch.zeros((), device=model.device)
         lengths = data.length_W[step.index_W]
@@ -118,13 +118,16 @@ class Stepper:
         return total
 
     def _synchronized(self, is_last: bool) -> Any:
-        """Ranks exchange gradients once a step, with its last micro-batch."""
+        """Return a context in which ranks exchange gradients only with the last micro-batch of a step."""
         if is_last or not isinstance(self._forward, DistributedDataParallel):
             return nullcontext()
         return self._forward.no_sync()
 
     def _update(self) -> Tensor:
-        """Update the weights; whether the gradients were finite. A scaler skips such a step and lowers its scale."""
+        """Update the weights, and return whether the gradients were finite.
+
+        With a gradient scaler (float16), a step with other gradients is skipped and counts as finite.
+        """
         self._scaler.unscale_(self._optimizer)
         most = self._settings.max_grad_norm or torch.inf
         norm = torch.nn.utils.clip_grad_norm_(self._model.module.parameters(), most)
@@ -148,9 +151,9 @@ class _Forward(nn.Module):
 
 
 def _freeze_unused(model: WindowModel, cut: CutDocuments) -> list[nn.Parameter]:
-    """Freeze, and return, parameters that the loss of a window does not depend on, such as an unused pooler.
+    """Freeze the parameters that the logits do not depend on, such as an unused pooler, and return them.
 
-    Ranks would wait for their gradients for ever.
+    Otherwise, DistributedDataParallel would wait forever for their gradients.
     """
     _Forward(model)(assemble(cut, model.template, np.zeros(1, np.int64))).float().sum().backward()
     unused = [p for p in model.module.parameters() if p.requires_grad and p.grad is None]
@@ -161,7 +164,7 @@ def _freeze_unused(model: WindowModel, cut: CutDocuments) -> list[nn.Parameter]:
 
 
 def _checkpoint_activations(module: Any) -> None:
-    """Raise SettingsError where the architecture cannot."""
+    """Switch activation checkpointing on. Raises SettingsError if the architecture does not support it."""
     try:
         _switch_checkpointing(module, "enable")({"use_reentrant": False})
     except ValueError as error:  # raised by transformers
@@ -169,14 +172,14 @@ def _checkpoint_activations(module: Any) -> None:
 
 
 def _switch_checkpointing(module: Any, verb: str) -> Callable[..., None]:
-    """The method of transformers, which newer versions call differently."""
+    """Return the method that switches activation checkpointing. Its name depends on the version of transformers."""
     new, old = f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"
     switch: Callable[..., None] = getattr(module, new if hasattr(module, new) else old)
     return switch
 
 
 def _distributed(model: WindowModel) -> nn.Module:
-    """The forward that trains: under DistributedDataParallel where there are several ranks."""
+    """Return the module to train. With several ranks, it is wrapped in DistributedDataParallel."""
     forward = _Forward(model)
     if world_size() == 1:
         return forward

@@ -64,7 +64,7 @@ def test_relabel_matches_scoring_with_thresholds(folders, source, tmp_path, caps
 
 def test_relabel_refuses_invalid_input(folders, source, tmp_path, capsys):
     error = run(capsys, "relabel", source, "--thresholds", "0.1", "--output", tmp_path / "x", code=2)
-    assert "is no file that `pipelines score` wrote" in error
+    assert "was not written by `pipelines score`" in error
     score(capsys, folders["multiclass"], source, tmp_path / "scored")
     error = run(capsys, "relabel", tmp_path / "scored", "--thresholds", "0.1", "--output", tmp_path / "x", code=2)
     assert "thresholds are for kinds binary and multilabel" in error

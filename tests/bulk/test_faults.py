@@ -68,7 +68,7 @@ def test_no_row_of_bad_input_is_lost(spam_folder, bad_folder, tmp_path, log_line
     assert rows["odd.parquet", 0]["lang"] == "en"
     assert rows["good.parquet", 0]["lang"] is None
     assert sum(summary.errors.values()) == summary.rows_in_error
-    assert any("2 of 9 files come out with errors" in line for line in log_lines)
+    assert any("all rows of 2 of 9 files will have errors" in line for line in log_lines)
     assert {"pages", "notext", "numbers"} == {
         kind for kind in ("pages", "notext", "numbers") if any(kind in message for message in summary.errors)
     }
@@ -141,7 +141,7 @@ def test_appended_input_needs_same_columns(spam_folder, tmp_path, emails):
     pq.write_table(emails.slice(0, 5), source / "a.parquet")
     score(score_job(spam_folder, source, out))
     pq.write_table(emails.slice(5, 5).append_column("more", [list(range(5))]), source / "b.parquet")
-    with pytest.raises(OutputError, match=r"carries the columns .* and the input now gives .*'more': 'int64'"):
+    with pytest.raises(OutputError, match=r"contains the columns .*, but the input now gives .*'more': 'int64'"):
         score(score_job(spam_folder, source, out, append=True))
     assert score(score_job(spam_folder, source, tmp_path / "ids", keep=["id"])).rows_out == 10
 
@@ -240,7 +240,7 @@ def test_filter_skips_and_counts_rows(spam_folder, tmp_path, emails):
     assert read_scored(tmp_path / "out")["source_row"].to_pylist() == spam
     none = score(score_job(spam_folder, tmp_path / "in", tmp_path / "none", filter="label == 'eggs'"))
     assert (none.rows_out, none.rows_filtered) == (0, 40)
-    with pytest.raises(DataError, match="--filter names 'lable', which is no input column"):
+    with pytest.raises(DataError, match="--filter names 'lable', which is not an input column"):
         score(score_job(spam_folder, tmp_path / "in", tmp_path / "typo", filter="lable == 'spam'"))
 
 
@@ -249,7 +249,7 @@ def test_memory_filesystem_needs_replicas_0(spam_folder, emails):
 
     with fsspec.open("memory://bulk/in/a.parquet", "wb") as file:
         pq.write_table(emails.slice(0, 5), file)
-    with pytest.raises(SettingsError, match="memory:// is seen by this process alone; add --replicas 0"):
+    with pytest.raises(SettingsError, match="memory:// exists only in this process; add --replicas 0"):
         check_job(score_job(spam_folder, "memory://bulk/in", "memory://bulk/out", replicas=1))
     assert score(score_job(spam_folder, "memory://bulk/in", "memory://bulk/out")).rows_out == 5
     with fsspec.open("memory://bulk/out/_summary.json") as file:

@@ -64,5 +64,5 @@ def test_files_and_table_give_same_metrics(folders, source):
 def test_tune_refuses_url_and_multiclass(folders, source):
     with pytest.raises(ModelFolderError, match="is a URL; tune a local folder"):
         tune_folder("s3://models/spam", str(source), DataSettings(), COMPUTE)
-    with pytest.raises(SettingsError, match="is of kind multiclass, without them"):
+    with pytest.raises(SettingsError, match="is of kind multiclass, which has no thresholds"):
         tune_folder(str(folders["multiclass"].path), str(source), DataSettings(), COMPUTE)

@@ -125,7 +125,7 @@ def test_used_output_and_column_clash_are_refused(scored, spam_folder, input_fol
         score(job(spam_folder, input_folder, scored[0], text_column="label"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"is not empty and holds no scoring run \(it has notes.txt\)"):
+    with pytest.raises(OutputError, match=r"is not empty and has no scoring run \(it has notes.txt\)"):
         score(job(spam_folder, input_folder, tmp_path / "other", overwrite=True))
     with pytest.raises(DataError, match="has the same name as an output column"):
         score(job(spam_folder, scored[0], tmp_path / "again", text_column="id"))

@@ -50,7 +50,7 @@ def test_row_that_kills_its_process_gets_error(local_ray, tmp_path, emails, monk
     rows = read_scored(tmp_path / "out").to_pylist()
     assert len(rows) == summary.rows_out == 16
     assert [row["source_row"] for row in rows if row["error"]] == [5]
-    assert "died over this row, again and again" in rows[5]["error"]
+    assert "died several times while it scored this row" in rows[5]["error"]
 
 
 def test_crashing_range_is_halved():

@@ -185,7 +185,7 @@ def test_early_stopping_keeps_best_weights(log_lines):
     assert steps == 12
     assert model.model.state_dict()["classifier.bias"].tolist() == seen[1] != seen[3]
     assert any(line.startswith("stopped early") for line in log_lines)
-    with pytest.raises(SettingsError, match="metric='f2' is no metric of kind binary; it has loss, mcc, "):
+    with pytest.raises(SettingsError, match="metric='f2' is not a metric of kind binary; it has loss, mcc, "):
         open_model("binary", **{**args, "early_stopping_metric": "f2"}).train_model(frame, eval_df=frame)
 
 

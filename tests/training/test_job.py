@@ -130,7 +130,7 @@ def test_bad_jobs_are_refused_before_work(training_data, tmp_path, settings, err
 
 def test_filesystem_error_is_one_sentence(training_data, tmp_path):
     (tmp_path / "file").touch()
-    expected = r"^training stopped: .*file.*; when that is repaired, the same command resumes$"
+    expected = r"^training stopped: .*file.*; after the repair, the same command resumes the run$"
     with pytest.raises(JobError, match=expected):
         train_here(train_job(training_data, tmp_path / "out", tensorboard_dir=str(tmp_path / "file" / "logs")))
 

@@ -32,30 +32,30 @@ class PredictorReplica:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """The application of this replica; Ray Serve calls this once."""
+        """Build the HTTP application of this replica. Ray Serve calls this once."""
         return build_api(self._predictor, replica=serve.get_replica_context().replica_id.unique_id)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take other thresholds; Ray Serve calls this with `user_config`, at first and when it changes."""
+        """Use other thresholds. Ray Serve calls this with `user_config` at the start and when it changes."""
         self._predictor.reconfigure(user_config)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy reads."""
+        """Return the metrics that the autoscaling policy reads."""
         queued_tokens, busy = self._predictor.load()
         return {QUEUED: queued_tokens, BUSY: busy}
 
     async def score_documents(self, documents: Documents) -> DocumentScores:
-        """Scores of tokenized documents, for a bulk job of the cluster."""
+        """Score tokenized documents of a bulk job on the same cluster."""
         return await self._predictor.score_documents(documents)
 
     async def check_health(self) -> None:
-        """Ray Serve replaces the replica when this raises."""
+        """Raise an error if the replica does not work. Ray Serve then replaces it."""
         if not self._predictor.is_alive:
             raise RuntimeError("the batcher stopped")
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Application builder for Serve configuration files: `model`, and any serve or compute setting beside it."""
+    """Build the application from the args in a Serve configuration file: `model`, and serve and compute settings."""
     job = ServeJob.parse(args)
     if job.serve.proxy == "haproxy":
         check_exposure(job.serve)
@@ -63,7 +63,7 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def application(job: ServeJob) -> Application:
-    """The Serve application of a job. Raises a UsageError where the job does not fit its model folder."""
+    """Build the Serve application of a job. Raises a UsageError if the job does not fit its model folder."""
     check_job(job)
     num_gpus = job.serve.gpus_per_replica
     if num_gpus is None:

@@ -1,4 +1,4 @@
-"""Run a server until it is told to stop."""
+"""Run a server until it receives a signal to stop."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run_server(job: ServeJob, *, address: str | None = None) -> None:
         try:
             where = start_proxies(job.serve)
             serve.run(application(job), name=APPLICATION, route_prefix="/")
-            for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which has its own handlers
+            for number in (signal.SIGINT, signal.SIGTERM):  # set after Ray has set its own handlers
                 signal.signal(number, lambda *_: stop.set())
             logger.info("ready on %s (a page to try it, POST /v1/predict, docs at /docs)", where)
             stop.wait()
@@ -48,13 +48,13 @@ def run_server(job: ServeJob, *, address: str | None = None) -> None:
                 f"the server cannot run on {job.serve.host}:{job.serve.port}: {root_cause(error)}"
             ) from error
         finally:
-            with suppress(RayServeException):  # where it never started
+            with suppress(RayServeException):  # if it never started
                 serve.delete(APPLICATION)
 
 
 def start_proxies(settings: ServeSettings) -> str:
-    """Start Ray Serve at the settings' address; where it listens: a cluster has one Serve, whoever started it."""
+    """Start Ray Serve, and return its address in words. If the cluster already has a Serve, that one is used."""
     if serve.status().proxies:
-        return f"the address of the Serve that runs on this cluster already, and not {settings.host}:{settings.port}"
+        return f"the address of the Serve that already runs on this cluster, not on {settings.host}:{settings.port}"
     serve.start(http_options={"host": settings.host, "port": settings.port})
     return f"http://{settings.host}:{settings.port}"

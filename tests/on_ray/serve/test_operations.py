@@ -166,7 +166,7 @@ def test_scale_to_zero_and_back(url, spam_folder):
 
 
 def test_second_server_reports_first_address(url):
-    assert start_proxies(ServeSettings(port=1)).endswith("runs on this cluster already, and not 127.0.0.1:1")
+    assert start_proxies(ServeSettings(port=1)).endswith("that already runs on this cluster, not on 127.0.0.1:1")
     assert httpx.get(f"{url}/-/healthz").status_code == 200
 
 
