@@ -6,6 +6,7 @@ terminal and in a notebook; elsewhere it goes to the logger `pipelines`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from pipelines.training.fit import TrainSummary
 
 Location = str | os.PathLike[str]
+TABLE_SETTINGS = ("thresholds", "keep", "prefix")
+"""The settings of a scoring job that also apply to a table in memory."""
 
 
 def train(
@@ -97,7 +100,9 @@ def score(
             raise SettingsError("a table in memory is scored into a table; leave output out, or write it to Parquet")
         return _score_table(model, as_table(input), settings)
     if output is None:
-        raise SettingsError(f"input {_path(input)!r} names files: give output, the folder for the scored files")
+        from pipelines.storage.locations import shown
+
+        raise SettingsError(f"input {shown(_path(input))!r} names files: give output, the folder for the scored files")
     from pipelines.bulk.job import ScoreJob
     from pipelines.bulk.score import score_here
 
@@ -183,21 +188,31 @@ def convert(old: Location, new: Location, *, kind: Kind | None = None) -> ModelF
 
 def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) -> pa.Table:
     """Score a table in this process: its columns without the texts, then the output columns."""
-    from pipelines.decisions.columns import check_output_columns
+    from pipelines.decisions.columns import check_output_columns, output_fields
     from pipelines.model.scorer import Scorer
+    from pipelines.model_folder import read_model_folder
     from pipelines.settings import ScoreSettings
     from pipelines.storage.columns import check_text_column
 
     data, scoring, compute = parse(settings, DataSettings, ScoreSettings, ComputeSettings)
+    for field in dataclasses.fields(scoring):
+        value = getattr(scoring, field.name)
+        if field.name not in TABLE_SETTINGS and value != field.default and (field.name, value) != ("replicas", 0):
+            raise SettingsError(
+                f"{field.name}={value!r} is for files; for a table in memory there are {', '.join(TABLE_SETTINGS)}"
+            )
     texts = [name for name in (data.text_column, data.text_pair_column) if name is not None]
     for name in texts:
         check_text_column(table.schema, name, where="the table")
+    names = table.column_names
+    keep = [name for name in names if name not in texts] if scoring.keep is None else list(scoring.keep)
+    folder = read_model_folder(_path(model))
+    folder.check_texts(are_pairs=len(texts) == 2)
+    outputs = [column.name for column in output_fields(folder.decision, prefix=scoring.prefix)]
+    check_output_columns(names, keep, outputs, prefix=scoring.prefix)
     table = table if data.limit is None else table.slice(0, data.limit)
     scorer = Scorer.load(_path(model), compute=compute, thresholds=scoring.thresholds)
     results = scorer.results(scorer.score_documents(scorer.tokenizer.documents(table, *texts)), prefix=scoring.prefix)
-    names = table.column_names
-    keep = [name for name in names if name not in texts] if scoring.keep is None else list(scoring.keep)
-    check_output_columns(names, keep, results.column_names, prefix=scoring.prefix)
     kept = table.select(keep)
     for field, column in zip(results.schema, results.columns, strict=True):
         kept = kept.append_column(field, column)

@@ -88,7 +88,7 @@ class ComputeSettings:
     """How the forward pass runs. With float32, these settings change scores only by rounding errors."""
 
     dtype: Dtype = "auto"
-    """auto uses bfloat16 if the processor multiplies it faster than float32. Otherwise it uses float32."""
+    """auto uses bfloat16 if the processor multiplies it fast, else float16 on a GPU and float32 on a CPU."""
     device: str = "auto"
     """auto uses a GPU if there is one. Other values: cpu, cuda, cuda:1."""
     batch_tokens: int = 16384
@@ -391,6 +391,8 @@ class ScoreSettings:
             raise SettingsError(
                 "overwrite and append exclude each other: overwrite deletes the run that append extends; set only one"
             )
+        if self.via_serve is not None and self.replicas is not None and high == 0:
+            raise SettingsError("replicas=0 scores in this process and via_serve in an application; set only one")
         check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
         check_range(self, "unit_bytes", self.unit_bytes, low=1)
 

@@ -1,6 +1,7 @@
 """The public functions of `import pipelines`."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import pytest
 
 import pipelines
 from pipelines.errors import DataError, SettingsError
+from pipelines.model_folder import write_pipeline_file
 from tests.jobs import FLOAT32
 
 RUN = {"kind": "binary", "epochs": 1, "batch_size": 5, "max_length": 32, "train_dtype": "float32", **FLOAT32}
@@ -67,6 +69,15 @@ def test_error_messages(spam_folder, tmp_path):
         pipelines.score(spam_folder.path, 7)
     with pytest.raises(DataError, match="a list must hold rows as mappings"):
         pipelines.score(spam_folder.path, ["a text"])
+    with pytest.raises(DataError, match="column 'text' is one text; give a list of texts"):
+        pipelines.score(spam_folder.path, {"text": "hello"})
+    for name, value in {"filter": "id == 1", "max_errors": 0, "append": True, "replicas": 2, "via_serve": "a"}.items():
+        with pytest.raises(SettingsError, match=f"{name}=.* is for files; for a table in memory there are thresholds"):
+            pipelines.score(spam_folder.path, {"text": ["a"], "id": [1]}, **{name: value})
+    shutil.copytree(spam_folder.path, tmp_path / "pairs")
+    write_pipeline_file(replace(spam_folder, path=tmp_path / "pairs", reads_pairs=True))
+    with pytest.raises(DataError, match="trained on pairs of texts"):
+        pipelines.score(tmp_path / "pairs", {"text": ["a"]})
     with pytest.raises(SettingsError, match="did you mean 'text_column'"):
         pipelines.score(spam_folder.path, {"text": ["a"]}, text_colum="text")
     with pytest.raises(DataError, match="has no column 'text'; it has: body"):

@@ -79,7 +79,7 @@ def _open_output(scored: str, output: str, decision: DecisionSettings, names: li
 
 
 def _read_decision(scored: str, path: str) -> tuple[DecisionSettings, str]:
-    metadata = read_metadata(scored, path)
+    metadata = read_metadata(filesystem_of(scored)[0], path)
     if DECISION_METADATA not in metadata:
         raise DataError(f"{path} was not written by `pipelines score`; give the output folder of a scoring job")
     (decision,) = parse(json.loads(metadata[DECISION_METADATA]), DecisionSettings)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import posixpath
 import socket
 import threading
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
 
 from pipelines.bulk.summary import Counts, ScoreSummary
 from pipelines.errors import OutputError
@@ -177,11 +177,18 @@ def open_run(
         append: Add input files that are new since the run was begun.
 
     Raises:
-        OutputError: The folder contains another run or other files. The message names the difference.
+        OutputError: The folder contains another run or other files, and the message names the difference; or overwrite
+            is set, and another job writes to the folder now.
     """
     make_folder(location)
     names = list_names(location)
     if overwrite:
+        others = _others(location)
+        if others:
+            raise OutputError(
+                f"--overwrite would remove files of a job that runs now ({others[0]}) and writes to {shown(location)}; "
+                f"stop it, or give a new folder. A killed job counts as running for {3 * HEARTBEAT_SECONDS:g} s"
+            )
         _clear(location, names)
         names = {}
     if MANIFEST not in names:
@@ -203,17 +210,17 @@ def open_run(
 
 def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
     """Read the counts of finished files from their footers."""
+    filesystem, folder = filesystem_of(location)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        found = pool.map(lambda name: read_metadata(location, name)[COUNTS_METADATA], names)
+        found = pool.map(lambda name: read_metadata(filesystem, f"{folder}/{name}")[COUNTS_METADATA], names)
         return [Counts.from_json(json.loads(content)) for content in found]
 
 
-def read_metadata(location: str, name: str) -> dict[bytes, bytes]:
-    """Read the schema metadata of a Parquet file in a folder."""
-    filesystem, folder = filesystem_of(location)
+def read_metadata(filesystem: AbstractFileSystem, path: str) -> dict[bytes, bytes]:
+    """Read the schema metadata of a Parquet file."""
 
     def read() -> dict[bytes, bytes]:
-        with filesystem.open(posixpath.join(folder, name), "rb") as file:
+        with filesystem.open(path, "rb") as file:
             return dict(pq.ParquetFile(file).schema_arrow.metadata or {})
 
     return retried(read)

@@ -19,6 +19,7 @@ import pyarrow as pa
 from pipelines.bulk.run_folder import commit_unit
 from pipelines.bulk.summary import Counts, count_table
 from pipelines.decisions.columns import error_columns
+from pipelines.errors import JobError, first_line
 from pipelines.settings import ComputeSettings, DecisionSettings
 from pipelines.text.stage import ERROR, IDS, PAIR_IDS, TokenizedUnit, TokenizeStats, documents_of
 from pipelines.text.tokenization import Documents
@@ -87,6 +88,10 @@ class NoAttempts:
         """Do nothing."""
 
 
+class BrokenDeviceError(JobError):
+    """An error after which CUDA cannot be used in this process any more."""
+
+
 class UnitScorer:
     """Scores tokenized units and commits their files. Several threads may call it."""
 
@@ -134,9 +139,9 @@ class UnitScorer:
         """Return the output columns. If scoring raises an error, the two halves are tried, down to single rows."""
         try:
             return self._scorer.results(self._scorer.score_documents(documents), prefix=self._setup.prefix)
-        except Exception as error:  # noqa: BLE001  # any error: all other rows must still get their scores
-            if "CUDA error" in str(error):  # after it, CUDA is unusable in this process
-                os._exit(1)
+        except Exception as error:  # any error: all other rows must still get their scores
+            if "CUDA error" in str(error):
+                raise BrokenDeviceError(f"the GPU is unusable in this process: {first_line(error)}") from error
             if len(documents) > 1:
                 halves = np.array_split(np.arange(len(documents)), 2)
                 return pa.concat_tables([self._score(documents.take(half)) for half in halves])

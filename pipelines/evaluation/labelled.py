@@ -160,7 +160,7 @@ def labelled_files(location: str, data: DataSettings, decision: DecisionSettings
         check_label_column(file.schema, data.label_column, where=file.url)
     units = split_into_units(files, limit=data.limit)
     if not len(units):
-        raise DataError(f"{location} has no rows")
+        raise DataError(f"{shown(location)} has no rows")
     labels, read = together(files, [data.label_column]), together(files, texts)
     targets = [encode_labels(read_unit(location, unit, labels).column(data.label_column), decision) for unit in units]
     return LabelledInput(
@@ -289,11 +289,11 @@ def tune_folder(
     """
     parse_objective(objective)
     if "://" in model:
-        raise ModelFolderError(f"{model} is a URL; tune a local folder and upload it")
+        raise ModelFolderError(f"{shown(model)} is a URL; tune a local folder and upload it")
     folder = _open_for(model, data)
     if folder.decision.kind not in ("binary", "multilabel"):
         raise SettingsError(
-            f"thresholds are for kinds binary and multilabel; {model} is of kind {folder.decision.kind}, "
+            f"thresholds are for kinds binary and multilabel; {shown(model)} is of kind {folder.decision.kind}, "
             "which has no thresholds"
         )
     scored = score_labelled(folder, _labelled(source, data, folder.decision), data, compute)

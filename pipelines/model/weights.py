@@ -111,8 +111,13 @@ def describe(name: str, *, attention_dropout: float | None = None) -> tuple[int 
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"--model {name} is neither a folder nor a hub name: {first_line(error)}") from error
     _set_attention_dropout(config, attention_dropout)
-    with torch.device("meta"):
-        return row_limit(AutoModelForSequenceClassification.from_config(config)), str(config.model_type)
+    try:
+        with torch.device("meta"):
+            return row_limit(AutoModelForSequenceClassification.from_config(config)), str(config.model_type)
+    except ValueError as error:
+        raise ModelFolderError(
+            f"--model {name} cannot be used as a sequence classifier: transformers has none for {config.model_type!r}"
+        ) from error
 
 
 def row_limit(module: Any) -> int | None:

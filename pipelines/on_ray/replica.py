@@ -7,6 +7,7 @@ get an error. The actor `CrashRecord` survives the replicas and records which ro
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from pipelines.bulk.unit import ReplicaSetup, RowsToScore, UnitScorer, load_scorer
+from pipelines.bulk.unit import BrokenDeviceError, ReplicaSetup, RowsToScore, UnitScorer, load_scorer
 from pipelines.settings import DecisionSettings
 from pipelines.text.stage import TokenizedUnit
 from pipelines.text.tokenization import Documents
@@ -116,7 +117,10 @@ class ScoreUnits:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Score and commit the units of a block."""
         with self._idle as waited:
-            counts = [self._units.score_unit(unit) for unit in TokenizedUnit.from_rows(rows)]
+            try:
+                counts = [self._units.score_unit(unit) for unit in TokenizedUnit.from_rows(rows)]
+            except BrokenDeviceError:
+                os._exit(1)  # Ray starts the actor in a new process
         counts[0] = replace(counts[0], seconds={**counts[0].seconds, "wait": waited})
         return pa.table({COUNTS: [json.dumps(one.to_json()) for one in counts]})
 

@@ -78,10 +78,13 @@ def relayed_logs(relay: Any) -> Iterator[None]:
         for name, level, message in ray.get(relay.take.remote(), timeout=5):
             logging.getLogger(name).log(level, "%s", message)
 
-    with repeated(_unless_ray_fails(show), 1.0):
-        yield
-    with suppress(ray.exceptions.RayError):  # in that case only log lines are lost
-        show()
+    try:
+        with repeated(_unless_ray_fails(show), 1.0):
+            yield
+    finally:
+        with suppress(ray.exceptions.RayError):  # in that case only log lines are lost
+            show()
+            ray.kill(relay)
 
 
 @contextmanager

@@ -147,7 +147,6 @@ def _run(task: WorkerTask, group: WorkerGroup) -> Any:
                 result = trainer.fit()
         except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
             raise JobError(f"training failed: {root_cause(error)}") from error
-    ray.kill(relay)
     answer = result.return_value  # type: ignore[attr-defined]
     if isinstance(answer, PipelinesError):
         raise answer

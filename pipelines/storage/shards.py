@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import unquote
 
@@ -35,6 +35,9 @@ then their size to USUAL_UNIT_BYTES, then their number to MOST_UNITS, and then t
 """
 FOOTER_THREADS = 16
 """Number of threads that read footers."""
+
+
+GLOB_CHARACTERS = "*?["
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ def _list_entries(location: str) -> list[dict[str, Any]]:
     if retried(lambda: filesystem.isfile(path)):
         return [filesystem.info(path)]
     found: dict[str, dict[str, Any]] = {}
-    if any(character in path for character in "*?["):
+    if any(character in path for character in GLOB_CHARACTERS):
         for match in retried(lambda: filesystem.glob(path)):
             found |= filesystem.find(match, detail=True) or {match: filesystem.info(match)}
     elif filesystem.isdir(path):
@@ -316,10 +319,14 @@ def _limited(
 def _is_data(name: str, root: str) -> bool:
     """Return whether no component of a name below root begins with `_` or `.`.
 
-    Spark and Hive mark files that are not data in this way.
+    Spark and Hive mark files that are not data in this way. If root is a glob, it counts up to its first wildcard, and
+    what its own components name with a `_` or `.` is data.
     """
-    below = name[len(root) :] if name.startswith(root) else posixpath.basename(name)
-    return not any(part.startswith(("_", ".")) for part in below.split("/"))
+    below, pattern = name.split("/"), root.rstrip("/").split("/")
+    fixed = next((place for place, part in enumerate(pattern) if set(part) & set(GLOB_CHARACTERS)), len(pattern))
+    named = [part for part in pattern[fixed:] if part.startswith(("_", "."))]
+    hidden = [part for part in below[fixed:] if part.startswith(("_", "."))]
+    return all(any(fnmatchcase(part, name) for name in named) for part in hidden)
 
 
 TASKS_PER_ROW_GROUP = 8

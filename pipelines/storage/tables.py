@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, first_line
 
 
 def is_location(data: Any) -> bool:
@@ -28,14 +28,16 @@ def as_table(data: Any) -> pa.Table:
     try:
         return _as_table(data)
     except (pa.ArrowException, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"the table cannot be read: {reason}") from error
+        raise DataError(f"the table cannot be read: {first_line(error)}") from error
 
 
 def _as_table(data: Any) -> pa.Table:
     if isinstance(data, pa.Table):
         return data
     if isinstance(data, Mapping):
+        single = next((name for name, values in data.items() if isinstance(values, (str, bytes))), None)
+        if single is not None:
+            raise DataError(f"column {single!r} is one text; give a list of texts, such as {{{single!r}: ['...']}}")
         return pa.table({str(name): pa.array(list(values)) for name, values in data.items()})
     if isinstance(data, (list, tuple)):
         if not all(isinstance(row, Mapping) for row in data):

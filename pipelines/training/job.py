@@ -194,7 +194,7 @@ def _read_labels(location: str, data: DataSettings) -> tuple[list[InputFile], pa
         check_label_column(file.schema, data.label_column, where=file.url)
     units = split_into_units(files, limit=data.limit)
     if not len(units):
-        raise DataError(f"{location} has no rows")
+        raise DataError(f"{shown(location)} has no rows")
     if sum(file.num_nulls for file in files) == sum(file.num_rows for file in files):
         raise DataError(f"{shown(location)}, column {data.text_column!r}: no row has a text")
     schema = together(files, [data.label_column])

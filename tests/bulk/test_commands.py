@@ -2,6 +2,7 @@
 
 import json
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,6 +61,16 @@ def test_relabel_matches_scoring_with_thresholds(folders, source, tmp_path, caps
     assert list(limits.values()) == ([median] if kind == "binary" else [0.3, 0.6, median])
     again = ("relabel", tmp_path / "scored", "--thresholds", "0.1", "--output", tmp_path / "new", "--json")
     assert "holds another run; give a new folder" in run(capsys, *again, code=2)
+
+
+def test_relabel_in_an_object_store(folders, source, tmp_path, capsys):
+    score(capsys, folders["binary"], source, tmp_path / "scored")
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "scored"), "/store/scored/", recursive=True)
+    for scored, new in (("memory://store/scored", "memory://store/new"), (tmp_path / "scored", tmp_path / "new")):
+        run(capsys, "relabel", scored, "--thresholds", "0.1", "--output", new, "--json", code=3)
+    memory.get("/store/new/", str(tmp_path / "copy"), recursive=True)
+    assert read(tmp_path / "copy").equals(read(tmp_path / "new"))
 
 
 def test_relabel_refuses_invalid_input(folders, source, tmp_path, capsys):

@@ -182,6 +182,37 @@ def test_scoring_exception_affects_only_its_row(spam_folder, tmp_path, emails, m
     assert [row["source_row"] for row in rows if row["error"] == "scoring failed: ValueError"] == [worst]
 
 
+def test_broken_gpu_ends_the_job_and_not_the_process(spam_folder, tmp_path, emails, monkeypatch):
+    (tmp_path / "in").mkdir()
+    pq.write_table(emails.slice(0, 9), tmp_path / "in" / "a.parquet")
+    from pipelines.model.scorer import Scorer
+
+    def raises(self, documents):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    job = score_job(spam_folder, tmp_path / "in", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "score_documents", raises)
+        with pytest.raises(JobError, match="the GPU is unusable in this process: CUDA error"):
+            score(job)
+    assert score(job).rows_in_error == 0
+
+
+def test_overwrite_beside_a_running_job_is_refused(spam_folder, tmp_path, emails):
+    (tmp_path / "in").mkdir()
+    pq.write_table(emails.slice(0, 9), tmp_path / "in" / "a.parquet")
+    job = score_job(spam_folder, tmp_path / "in", tmp_path / "out", overwrite=True)
+    score(job)
+    mark = {"host": socket.gethostname(), "pid": os.getppid(), "time": time.time()}
+    (tmp_path / "out" / "_running-other.json").write_text(json.dumps(mark))
+    before = sorted((tmp_path / "out").iterdir())
+    with pytest.raises(OutputError, match=r"--overwrite would remove files of a job that runs now \(process \d+ on "):
+        score(job)
+    assert sorted((tmp_path / "out").iterdir()) == before
+    (tmp_path / "out" / "_running-other.json").write_text(json.dumps({**mark, "time": time.time() - 3600}))
+    assert score(job).rows_out == 9
+
+
 def test_max_errors_stops_run(spam_folder, tmp_path):
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"text": ["fine", None, None, "fine"]}), tmp_path / "in" / "a.parquet")

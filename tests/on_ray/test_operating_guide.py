@@ -56,7 +56,7 @@ def test_guide_commands_run(spam_folder, tmp_path):
                               timeout=800, check=False)  # fmt: skip
         said = done.stdout + done.stderr
         assert done.returncode == 0, said[-6000:]
-        assert said.count("succeeded") == 4, "the trial job and three scoring jobs succeed"
+        assert said.count("succeeded") >= 4, "the trial job, three scoring jobs, and the stopped one if it was faster"
         assert '"rows_out": 325' in said, "the final output has the rows of all four files"
         assert "resuming: " in said
         assert "replica_hours" in said

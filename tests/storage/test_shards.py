@@ -75,6 +75,19 @@ def test_brackets_in_names_and_folder_globs(data):
     assert [file.rsplit("/", 1)[1] for file in shards.list_files(f"{data}/year=*")] == ["c.parquet"]
 
 
+def test_globs_skip_what_is_not_data(tmp_path):
+    for name in ("_temporary/0", ".staging", "2026", "2027/_tmp", "_tail"):
+        (tmp_path / "_mail" / name).mkdir(parents=True)
+        write(tmp_path / "_mail" / name / "x.parquet", 1, group=1)
+
+    def found(pattern):
+        return [path.rsplit("_mail/", 1)[1] for path in shards.list_files(f"{tmp_path}/_mail/{pattern}")]
+
+    assert found("") == found("*") == found("**/*.parquet") == found("2*") == ["2026/x.parquet"]
+    assert found("_temporary") == ["_temporary/0/x.parquet"], "a folder that is named is data"
+    assert found("_t*") == ["_tail/x.parquet", "_temporary/0/x.parquet"]
+
+
 def test_missing_columns_and_hive_partitions(data):
     pq.write_table(pa.table({"id": [7], "text": ["x"], "more": [1.5]}), data / "e.parquet")
     files = shards.read_footers(str(data), "text")

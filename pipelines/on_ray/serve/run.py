@@ -35,8 +35,12 @@ def run_server(job: ServeJob, *, address: str | None = None) -> None:
     stop = threading.Event()
     with connected(address):
         check_nodes(model=job.model)
+        is_deployed = False
         try:
             where = start_proxies(job.serve)
+            if APPLICATION in serve.status().applications:
+                logger.warning("this server replaces the one that runs on this cluster already")
+            is_deployed = True
             serve.run(application(job), name=APPLICATION, route_prefix="/")
             for number in (signal.SIGINT, signal.SIGTERM):  # set after Ray has set its own handlers
                 signal.signal(number, lambda *_: stop.set())
@@ -49,7 +53,8 @@ def run_server(job: ServeJob, *, address: str | None = None) -> None:
             ) from error
         finally:
             with suppress(RayServeException):  # if it never started
-                serve.delete(APPLICATION)
+                if is_deployed:  # otherwise a server that was there before keeps running
+                    serve.delete(APPLICATION)
 
 
 def start_proxies(settings: ServeSettings) -> str:
