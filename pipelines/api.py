@@ -23,10 +23,12 @@ from pipelines.settings import ComputeSettings, DataSettings, Kind
 from pipelines.storage.tables import as_table, is_location
 
 if TYPE_CHECKING:
+    from pipelines.bulk.job import ScoreJob
     from pipelines.bulk.summary import ScoreSummary
     from pipelines.evaluation.labelled import EvaluationResult, TuneResult
     from pipelines.model_folder import ModelFolder
     from pipelines.training.fit import TrainSummary
+    from pipelines.training.job import TrainJob
 
 Location = str | os.PathLike[str]
 TABLE_SETTINGS = ("thresholds", "keep", "prefix")
@@ -62,14 +64,9 @@ def train(
         values: dict[str, Any] = {"train": stack.enter_context(_on_disk(train)), "model": _path(model)}
         if valid is not None:
             values["valid"] = stack.enter_context(_on_disk(valid))
-        from pipelines.training.job import TrainJob, train_here
+        from pipelines.training.job import TrainJob
 
-        job = TrainJob.parse({**values, "output": _path(output), **settings})
-        if job.is_local:
-            return train_here(job)
-        from pipelines.on_ray.train import train as train_on_ray  # imports Ray, only where it is used
-
-        return train_on_ray(job, address=address)
+        return run_training(TrainJob.parse({**values, "output": _path(output), **settings}), address=address)
 
 
 def score(
@@ -104,14 +101,9 @@ def score(
 
         raise SettingsError(f"input {shown(_path(input))!r} names files: give output, the folder for the scored files")
     from pipelines.bulk.job import ScoreJob
-    from pipelines.bulk.score import score_here
 
     job = ScoreJob.parse({"model": _path(model), "input": _path(input), "output": _path(output), **settings})
-    if job.is_local:
-        return score_here(job)
-    from pipelines.on_ray.score import score as score_on_ray  # imports Ray, only where it is used
-
-    return score_on_ray(job, address=address)
+    return run_scoring(job, address=address)
 
 
 def evaluate(
@@ -186,6 +178,28 @@ def convert(old: Location, new: Location, *, kind: Kind | None = None) -> ModelF
     return convert_folder(_path(old), _path(new), kind)
 
 
+def run_training(job: TrainJob, *, address: str | None = None) -> TrainSummary:
+    """Train in this process if num_workers is 0, else on Ray, which is imported only then."""
+    if job.is_local:
+        from pipelines.training.job import train_here
+
+        return train_here(job)
+    from pipelines.on_ray.train import train as train_on_ray
+
+    return train_on_ray(job, address=address)
+
+
+def run_scoring(job: ScoreJob, *, address: str | None = None) -> ScoreSummary:
+    """Score in this process if replicas is 0, else on Ray, which is imported only then."""
+    if job.is_local:
+        from pipelines.bulk.score import score_here
+
+        return score_here(job)
+    from pipelines.on_ray.score import score as score_on_ray
+
+    return score_on_ray(job, address=address)
+
+
 def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) -> pa.Table:
     """Score a table in this process: its columns without the texts, then the output columns."""
     from pipelines.decisions.columns import check_output_columns, output_fields
@@ -201,7 +215,7 @@ def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) 
             raise SettingsError(
                 f"{field.name}={value!r} is for files; for a table in memory there are {', '.join(TABLE_SETTINGS)}"
             )
-    texts = [name for name in (data.text_column, data.text_pair_column) if name is not None]
+    texts = data.text_columns
     for name in texts:
         check_text_column(table.schema, name, where="the table")
     names = table.column_names

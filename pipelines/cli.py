@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
+from pipelines.api import run_scoring, run_training
 from pipelines.config_file import parse_yaml, read_config
 from pipelines.errors import PipelinesError, SettingsError
 from pipelines.fields import field_help, parse
@@ -83,15 +84,9 @@ def _results_alone() -> Iterator[TextIO]:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from pipelines.training.job import TrainJob, train_here
+    from pipelines.training.job import TrainJob
 
-    job = TrainJob.parse(_values(options))
-    if job.is_local:
-        summary = train_here(job)
-    else:
-        from pipelines.on_ray.train import train  # imports Ray, only where it is used
-
-        summary = train(job, address=options.address)
+    summary = run_training(TrainJob.parse(_values(options)), address=options.address)
     names = ("model", "documents", "rows_in_error", "windows", "steps", "seconds", "thresholds")
     shown = {name: getattr(summary, name) for name in names}
     _print(options, summary.to_json(), {**shown, **{f"valid {name}": value for name, value in summary.valid.items()}})
@@ -100,17 +95,13 @@ def _train(options: argparse.Namespace) -> int:
 
 def _score(options: argparse.Namespace) -> int:
     from pipelines.bulk.job import ScoreJob
-    from pipelines.bulk.score import score_here
 
     job = ScoreJob.parse(_values(options))
     if options.dry_run:
         return _estimate(options, job)
-    if job.is_local:
-        summary = score_here(job)
-    else:
-        from pipelines.on_ray.score import score  # imports Ray, only where it is used
-
-        summary = score(job, address=options.address)
+    if options.rate is not None:
+        raise SettingsError("--rate is for --dry-run, which estimates the job")
+    summary = run_scoring(job, address=options.address)
     result = summary.to_json()
     _print(options, result, {name: value for name, value in result.items() if name != "histograms"})
     return ROWS_IN_ERROR if summary.rows_in_error or summary.files_in_error else DONE

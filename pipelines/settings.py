@@ -124,6 +124,11 @@ class DataSettings:
         check_types(self)
         check_range(self, "limit", self.limit, low=1)
 
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The text column, or the two text columns of pairs."""
+        return tuple(name for name in (self.text_column, self.text_pair_column) if name is not None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPaths:

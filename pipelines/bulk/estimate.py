@@ -62,7 +62,7 @@ def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
     table, share = _sample(checked, units)
     tokenizer = load_tokenizer(folder.path, lead_space=leads_with_space(folder.windows, folder.model_type))
     started = time.perf_counter()
-    documents = tokenizer.documents(table, *job.text_columns)
+    documents = tokenizer.documents(table, *job.data.text_columns)
     tokenize_seconds = time.perf_counter() - started
     plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type)
     cut = cut_documents(documents.tokens, plan, tokenizer.template, documents.pair_tokens)
@@ -97,7 +97,7 @@ def _sample(checked: CheckedJob, units: WorkUnits) -> tuple[pa.Table, float]:
     tables = []
     num_rows = 0
     for number in numbers:
-        (rows,) = read_units(job.input, [units[int(number)]], checked.read, text_columns=job.text_columns)
+        (rows,) = read_units(job.input, [units[int(number)]], checked.read, text_columns=job.data.text_columns)
         table = rows.table.slice(0, SAMPLE_ROWS)
         num_rows += len(table)
         if job.score.filter:

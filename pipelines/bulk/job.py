@@ -2,6 +2,7 @@
 
 `check_job` reads the model folder and the footers of the input, and raises an error if they do not fit together. Its
 result contains everything that the stages need: which columns to read, how to tokenize, how to decide.
+`score.py` runs the job, and `unit.py` scores and commits a unit.
 """
 
 from __future__ import annotations
@@ -50,11 +51,6 @@ class ScoreJob:
         return cls(absolute(paths.model), absolute(paths.input), absolute(paths.output), data, score, compute)
 
     @property
-    def text_columns(self) -> tuple[str, ...]:
-        """The text column, or the two text columns of pairs."""
-        return tuple(name for name in (self.data.text_column, self.data.text_pair_column) if name is not None)
-
-    @property
     def is_local(self) -> bool:
         """Whether the job runs in this process, without Ray."""
         return self.score.replica_range == (0, 0)
@@ -100,7 +96,7 @@ class CheckedJob:
         job, folder = self.job, self.folder
         return TokenizeStage(
             job.input,
-            job.text_columns,
+            job.data.text_columns,
             self.read,
             job.model,
             keep=tuple(self.carried.names),
@@ -153,7 +149,7 @@ def check_job(job: ScoreJob) -> CheckedJob:
 
 def _check_text_columns(job: ScoreJob, files: Sequence[InputFile]) -> None:
     """Check the text columns. Rows of a file without them get an error. Raises DataError if no file has them."""
-    for name in job.text_columns:
+    for name in job.data.text_columns:
         problems = {file.url: text_column_problem(file.schema or pa.schema([]), name) for file in files}
         bad = [f"{url} {problem}" for url, problem in problems.items() if problem is not None]
         if len(bad) == len(files):
@@ -165,7 +161,8 @@ def _check_text_columns(job: ScoreJob, files: Sequence[InputFile]) -> None:
 def _columns(job: ScoreJob, files: Sequence[InputFile], decision: DecisionSettings) -> tuple[pa.Schema, pa.Schema]:
     """Return the schemas of the columns that are copied and of those that are read."""
     names = list(dict.fromkeys(name for file in files for name in file.column_names))
-    keep = [name for name in names if name not in job.text_columns] if job.score.keep is None else list(job.score.keep)
+    texts = job.data.text_columns
+    keep = [name for name in names if name not in texts] if job.score.keep is None else list(job.score.keep)
     outputs = [column.name for column in output_fields(decision, prefix=job.score.prefix)]
     check_output_columns(names, keep, outputs, prefix=job.score.prefix)
     compared = parse_filter(job.score.filter)[1] if job.score.filter else []
@@ -176,7 +173,7 @@ def _columns(job: ScoreJob, files: Sequence[InputFile], decision: DecisionSettin
     if job.score.filter:
         check_filter(job.score.filter, read)
     carried = pa.schema([read.field(name) for name in keep])
-    for name in job.text_columns:  # always read as strings, even if this column has another type in some files
+    for name in texts:  # always read as strings, even if this column has another type in some files
         if name not in read.names:
             read = read.append(pa.field(name, pa.large_string()))
     return carried, read

@@ -72,7 +72,7 @@ def _open_output(scored: str, output: str, decision: DecisionSettings, names: li
     if MANIFEST in here:
         if read_json(output, MANIFEST) != json.loads(json.dumps(manifest)):
             raise OutputError(f"--output {shown(output)} holds another run; give a new folder")
-    elif here:
+    elif any(not name.startswith("._") for name in here):  # these are files that a killed process did not finish
         raise OutputError(f"--output {shown(output)} is not empty; give a new folder")
     commit_json(output, MANIFEST, manifest)
     return {name for name in names if name not in here}

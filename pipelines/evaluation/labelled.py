@@ -152,7 +152,7 @@ def labelled_files(location: str, data: DataSettings, decision: DecisionSettings
         DataError: A file does not have the columns, or has labels that the decision does not have.
     """
     files = read_footers(location, data.text_column)
-    texts = _text_columns(data)
+    texts = data.text_columns
     for file in files:
         assert file.schema is not None, "files without a schema are refused by read_footers"
         for name in texts:
@@ -179,7 +179,7 @@ def labelled_table(table: pa.Table, data: DataSettings, decision: DecisionSettin
     Raises:
         DataError: The table does not have the columns, has no rows, or has labels that the decision does not have.
     """
-    texts = _text_columns(data)
+    texts = data.text_columns
     for name in texts:
         check_text_column(table.schema, name, where=MEMORY)
     check_label_column(table.schema, data.label_column, where=MEMORY)
@@ -194,7 +194,7 @@ def labelled_table(table: pa.Table, data: DataSettings, decision: DecisionSettin
         fingerprint=f"sha256:{digest.hexdigest()}",
         num_rows=len(table),
         targets=encode_labels(table.column(data.label_column), decision),
-        tables=lambda: [table.select(texts)],
+        tables=lambda: [table.select(list(texts))],
         name_of="row {}".format,
     )
 
@@ -213,7 +213,7 @@ def score_labelled(
         DataError: No row has a text that can be scored.
     """
     scorer = Scorer.load(folder, compute=compute)
-    texts = _text_columns(data)
+    texts = data.text_columns
     scored, kept = [], []
     with Progress(logger, "scored", total=labelled.num_rows, unit="rows") as progress:
         for table in labelled.tables():
@@ -328,10 +328,6 @@ def _labelled(source: str | pa.Table, data: DataSettings, decision: DecisionSett
     if isinstance(source, str):
         return labelled_files(source, data, decision)
     return labelled_table(source, data, decision)
-
-
-def _text_columns(data: DataSettings) -> list[str]:
-    return [name for name in (data.text_column, data.text_pair_column) if name is not None]
 
 
 def _name_in_files(files: list[InputFile], row: int) -> str:

@@ -1,5 +1,7 @@
 """The HTTP application: one group of routes for each protocol, all of them answered by one `Predictor`.
 
+The bodies of other servers' protocols are in protocols.py. Every path needs a key, except for `auth.OPEN_PATHS`.
+
 Imports no Ray. Ray Serve runs the application in every replica, and the tests call it directly.
 """
 

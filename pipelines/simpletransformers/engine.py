@@ -57,7 +57,10 @@ class ModelSource:
 
 
 class Engine:
-    """An open model. Its arguments may be changed between calls: each call reads them again."""
+    """An open model. Its arguments may be changed between calls.
+
+    Each call reads them again, except for those that are used when the model is opened, such as batch_tokens.
+    """
 
     def __init__(
         self, args: ClassificationArgs, source: ModelSource, *, device: str, known_type: str | None = None
@@ -87,6 +90,7 @@ class Engine:
         compute = replace(self.compute, dtype="float32")
         self.model = WindowModel(module, self._tokenizer.template, compute, uses_type_ids=uses_type_ids(folder))
         self._in_other_dtype: WindowModel | None = None
+        self._copied_for: ComputeSettings | None = None
 
     @property
     def decision(self) -> DecisionSettings:
@@ -191,6 +195,6 @@ class Engine:
         compute = self.compute
         if resolve_dtype(compute.dtype, self.model.device) == torch.float32:
             return self.model
-        if self._in_other_dtype is None:
-            self._in_other_dtype = self.model.copy(compute)
+        if self._in_other_dtype is None or self._copied_for != compute:
+            self._in_other_dtype, self._copied_for = self.model.copy(compute), compute
         return self._in_other_dtype

@@ -1,4 +1,6 @@
-"""Split token sequences into windows, and merge the values of windows into values of documents.
+"""Compute where windows begin and end in token sequences, and merge the values of windows into values of documents.
+
+`tokenization.cut_documents` applies this to the tokens of documents.
 
 All functions work on token counts and offsets of many documents at once. Imports neither torch nor Ray.
 

@@ -119,7 +119,7 @@ class CheckedTrainJob:
 
     def _split(self, labelled: LabelledFiles, unit_bytes: int | None) -> Split:
         data = self.job.data
-        texts = _text_columns(data)
+        texts = data.text_columns
         lead_space = leads_with_space(self.spec.windows, self.model_type)
         schema = together(labelled.files, texts)
         stage = TokenizeStage(labelled.location, texts, schema, self.spec.output, lead_space=lead_space)
@@ -189,7 +189,7 @@ def _read_labels(location: str, data: DataSettings) -> tuple[list[InputFile], pa
     files = read_footers(location, data.text_column)
     for file in files:
         assert file.schema is not None, "files without a schema are refused by read_footers"
-        for name in _text_columns(data):
+        for name in data.text_columns:
             check_text_column(file.schema, name, where=file.url)
         check_label_column(file.schema, data.label_column, where=file.url)
     units = split_into_units(files, limit=data.limit)
@@ -255,7 +255,3 @@ def _unit_bytes(files: Sequence[InputFile], num_windows: int, max_length: int) -
     num_rows, num_bytes = sum(file.num_rows for file in files), sum(sum(file.row_group_bytes) for file in files)
     of_short_texts = num_windows * num_bytes // max(num_rows, 1)
     return max(min(usual_unit_bytes(files), num_windows * max_length * BYTES_PER_TOKEN, of_short_texts), 1)
-
-
-def _text_columns(data: DataSettings) -> tuple[str, ...]:
-    return tuple(name for name in (data.text_column, data.text_pair_column) if name is not None)

@@ -4,6 +4,8 @@ The loss of a step is sum(loss_W * share_W) / sum(normalizer_W * share_W) over t
 or 1 / number of windows of the text. normalizer_W is the class weight (cross-entropy, and focal with one alpha per
 label), or 1.
 
+A loss is a function here, with its name in `LOSSES` and in `loss_type` of settings.py.
+
 Shapes: W windows, L labels, D documents. p is the probability of a label, y the true label.
 """
 

@@ -303,3 +303,14 @@ def test_multilabel_balanced_pos_weight():
     model = MultiLabelClassificationModel("bert", str(golden.HERE / "multilabel"), num_labels=3, pos_weight="balanced",
                                           args={"no_save": True, "silent": True}, use_cuda=False)  # fmt: skip
     assert model.train_model(train_frame("multilabel"))[0] == 3
+
+
+def test_dtype_may_change_between_calls():
+    model = open_model("binary", dtype="bfloat16")
+    raw = {}
+    for dtype in ("bfloat16", "float32", "float16", "bfloat16"):
+        model.args.dtype = dtype
+        raw.setdefault(dtype, []).append(model.predict(["one text", "another one"])[1])
+    assert (raw["bfloat16"][0] == raw["bfloat16"][1]).all()
+    assert not (raw["bfloat16"][0] == raw["float16"][0]).all()
+    np.testing.assert_allclose(raw["float16"][0], raw["float32"][0], atol=0.01)
