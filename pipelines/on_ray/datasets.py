@@ -39,13 +39,15 @@ class UnitDatasource(Datasource):
 
 
 def tokenized_units(stage: TokenizeStage, units: Iterable[WorkUnit], **ray_remote_args: Any) -> Dataset:
-    """Return a dataset with one row and one block per unit. Changes the Ray Data context of this process for this."""
-    context = DataContext.get_current()
+    """Return a dataset with one row and one block per unit."""
+    context = DataContext.get_current().copy()
     context.target_max_block_size = 1  # every row is a block of its own
     context.enable_progress_bars = False
     tasks = group_units(units)
     options = {"num_cpus": TOKENIZE_CPUS, **ray_remote_args}
-    dataset: Dataset = ray.data.read_datasource(UnitDatasource(stage, tasks), override_num_blocks=len(tasks), **options)
+    with DataContext.current(context):  # the dataset keeps it; the caller's own context is unchanged
+        source = UnitDatasource(stage, tasks)
+        dataset: Dataset = ray.data.read_datasource(source, override_num_blocks=len(tasks), **options)
     return dataset
 
 

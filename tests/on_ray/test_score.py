@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.data import DataContext
 
 from pipelines.bulk.job import ScoreJob
 from pipelines.errors import DataError, JobError, OutputError, SettingsError
@@ -45,6 +46,11 @@ def test_rows_are_in_order_with_errors(scored, input_folder):
     assert lines[0].startswith("3 files, 60 rows")
     assert summary.errors == {"the text is null": 1, "the text is not valid UTF-8": 1}
     assert set(summary.seconds) == {"read", "tokenize", "wait", "forward", "write"}
+
+
+def test_ray_data_context_of_the_caller_is_unchanged(scored):
+    assert DataContext.get_current().target_max_block_size == DataContext().target_max_block_size > 1
+    assert DataContext.get_current().enable_progress_bars == DataContext().enable_progress_bars
 
 
 def test_output_columns_and_metadata(scored, spam_folder):
