@@ -282,10 +282,10 @@ def _check_is_empty(location: str, names: Mapping[str, int]) -> None:
 
 
 def _clear(location: str, names: Mapping[str, int]) -> None:
-    """Remove a run. Its manifest is removed last: after a kill, the folder is still recognized as a run."""
+    """Remove the files of a run. The manifest is the last: after a kill, the folder is still recognized as a run."""
     if MANIFEST not in names:
         _check_is_empty(location, names)
-    rest = [name for name in names if name not in (MANIFEST, SUMMARY) and not name.startswith("_running-")]
+    rest = [name for name in names if name.startswith(("part-", ".part-", "_inputs-", "._"))]
     for name in [SUMMARY, *rest, MANIFEST]:
         remove(location, name)
 

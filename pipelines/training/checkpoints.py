@@ -159,6 +159,8 @@ def open_training(output: str, identity: Mapping[str, Any]) -> bool:
                 "use those settings to resume it, or give a new folder"
             )
         return True
+    if PIPELINE_FILE in names and RUN_FILE in names:  # the run was killed after its model was finished
+        remove_all(output)
     if not is_empty(output):
         raise OutputError(f"--output {shown(output)} is not empty; give a new folder, or remove it first")
     try:

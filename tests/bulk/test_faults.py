@@ -210,7 +210,9 @@ def test_overwrite_beside_a_running_job_is_refused(spam_folder, tmp_path, emails
         score(job)
     assert sorted((tmp_path / "out").iterdir()) == before
     (tmp_path / "out" / "_running-other.json").write_text(json.dumps({**mark, "time": time.time() - 3600}))
+    (tmp_path / "out" / "notes.txt").write_text("mine")
     assert score(job).rows_out == 9
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
 def test_max_errors_stops_run(spam_folder, tmp_path):
