@@ -35,6 +35,24 @@ def test_train_evaluate_tune_and_score_from_frames(training_data, tmp_path):
     assert [label == "spam" for label in scored["predicted_label"].to_pylist()] == truth
 
 
+def test_scorer_opens_paths_and_shows_what_it_is(spam_folder):
+    scorer = pipelines.Scorer.load(spam_folder.path)
+    assert repr(scorer).startswith("Scorer(binary: ham, spam; bert on cpu, ")
+    assert repr(scorer).endswith(f"windows of {scorer.plan.max_length} tokens)")
+
+
+def test_predict_accounts_for_every_text(spam_folder):
+    scorer = pipelines.Scorer.load(spam_folder.path)
+    assert scorer.predict(pd.Series(["a", None]))["error"].to_pylist() == [None, "the text is null"]
+    (fine, broken) = scorer.predict(["a", "b\ud800"])["error"].to_pylist()
+    assert fine is None
+    assert broken.startswith("the text is not valid UTF-8")
+    assert scorer.predict([]).num_rows == 0
+    for wrong in ("hello", b"hello", {"text": ["a"]}, [1, "a"], [["a", "b"]]):
+        with pytest.raises(DataError, match=r"list of texts|must be strings"):
+            scorer.predict(wrong)
+
+
 def test_score_files(spam_folder, input_folder, tmp_path):
     summary = pipelines.score(spam_folder.path, input_folder, tmp_path / "out", replicas=0, **FLOAT32)
     assert (summary.rows_out, summary.rows_in_error) == (60, 2)
@@ -61,6 +79,8 @@ def test_score_table_types(spam_folder, data):
     assert found["id"].to_pylist() == [1, 2]
     assert found["error"].to_pylist() == [None, "the text is null"]
     np.testing.assert_allclose(found["scores"].to_pylist()[0], expected["scores"].to_pylist()[0], atol=1e-6)
+    for empty, errors in (({"text": [], "id": []}, []), ({"text": [None]}, ["the text is null"])):
+        assert pipelines.score(spam_folder.path, empty)["error"].to_pylist() == errors
     assert pipelines.score(spam_folder.path, data, keep=[], prefix="m_").column_names[0] == "m_predicted_label"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike, fspath
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +18,11 @@ from numpy.typing import NDArray
 
 from pipelines.decisions.columns import result_columns
 from pipelines.decisions.labels import Decisions, activate, decide, resolve_thresholds
+from pipelines.errors import DataError
 from pipelines.model.window_model import SHORTEST_STEP, WindowModel, load_model
 from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
+from pipelines.storage.columns import string_array
 from pipelines.text.pretrained import load_tokenizer
 from pipelines.text.tokenization import CutDocuments, Documents, Tokenizer, Tokens, cut_documents
 from pipelines.text.windows import (
@@ -135,10 +138,19 @@ class Scorer:
         self.decision = decision
         self.temperature = temperature
 
+    def __repr__(self) -> str:
+        model, decision = self.model, self.decision
+        rows = "packed" if model.is_packed else "padded"
+        return (
+            f"Scorer({decision.kind}{': ' if decision.labels else ''}{', '.join(decision.labels)}; {model.model_type} "
+            f"on {model.device}, {str(model.dtype).removeprefix('torch.')}, {rows}; windows of {self.plan.max_length} "
+            "tokens)"
+        )
+
     @classmethod
     def load(
         cls,
-        location: str | ModelFolder,
+        location: str | PathLike[str] | ModelFolder,
         *,
         compute: ComputeSettings | None = None,
         thresholds: float | tuple[float, ...] | Mapping[str, float] | None = None,
@@ -154,7 +166,7 @@ class Scorer:
             ModelFolderError: The folder is not a finished model folder, or cannot be read.
             SettingsError: The settings do not fit the model or this machine.
         """
-        folder = read_model_folder(location) if isinstance(location, str) else location
+        folder = location if isinstance(location, ModelFolder) else read_model_folder(fspath(location))
         decision = resolve_thresholds(thresholds, folder.decision)
         tokenizer = load_tokenizer(folder.path, lead_space=leads_with_space(folder.windows, folder.model_type))
         model = load_model(
@@ -211,8 +223,14 @@ class Scorer:
         return self.results(self.score_documents(self.tokenizer.documents(table, text_column, text_pair_column)))
 
     def predict(self, texts: Sequence[str | None]) -> pa.Table:
-        """Score a list of texts: one row of output columns per text. None gives a row with an error."""
-        return self.score_table(pa.table({"text": pa.array(texts, pa.string())}))
+        """Score a list of texts: one row of output columns per text. None gives a row with an error.
+
+        Raises:
+            DataError: texts is a single text or a table, or a text is not a string.
+        """
+        if isinstance(texts, (str, bytes, Mapping)):
+            raise DataError("predict takes a list of texts: put a text into a list; pipelines.score takes tables")
+        return self.score_table(pa.table({"text": string_array(texts if hasattr(texts, "dtype") else list(texts))}))
 
 
 def rescored(scores: DocumentScores, decision: DecisionSettings, temperature: float) -> DocumentScores:

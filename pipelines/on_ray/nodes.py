@@ -49,11 +49,7 @@ def _answer(answer: Any) -> str | None:
         problem: str | None = ray.get(answer, timeout=SECONDS_TO_ANSWER)
     except ray.exceptions.GetTimeoutError:
         return f"did not answer within {SECONDS_TO_ANSWER} s"
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ImportError):
-            return f"cannot run this package: {first_line(error.cause)}; install the same version on every node"
-        return f"cannot read the data: {type(error.cause).__name__}: {first_line(error.cause)}"
-    except ray.exceptions.RaySystemError as error:  # such as a function that cannot be loaded there
+    except (ray.exceptions.RaySystemError, ray.exceptions.RayTaskError) as error:
         return f"cannot run this package: {str(error).strip().splitlines()[-1]}; install the same version on every node"
     except ray.exceptions.RayError:
         return None  # the node left the cluster; its work will run on other nodes
@@ -71,10 +67,13 @@ def _look(version: str, model: str | None, files: dict[str, str], output: str | 
             read_model_folder(model)
         except PipelinesError as error:
             return f"cannot read the model {shown(model)}: {error}{remedy if is_local(model) else ''}"
-    for name, location in files.items():
-        filesystem, path = filesystem_of(location)
-        if not filesystem.exists(path):
-            return f"cannot see the {name} {shown(location)}{remedy}"
-    if output is not None and not list_names(output):
-        return f"cannot see the output {shown(output)}{remedy}"
+    try:
+        for name, location in files.items():
+            filesystem, path = filesystem_of(location)
+            if not filesystem.exists(path):
+                return f"cannot see the {name} {shown(location)}{remedy}"
+        if output is not None and not list_names(output):
+            return f"cannot see the output {shown(output)}{remedy}"
+    except Exception as error:  # noqa: BLE001  # stores raise errors of many kinds, such as for missing credentials
+        return f"cannot read the input or the output: {type(error).__name__}: {first_line(error)}"
     return None

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import DataError, first_line
 from pipelines.settings import DecisionSettings
+from pipelines.storage.columns import string_array
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def split_pairs(rows: list[Any]) -> tuple[list[str], list[str] | None]:
 
 def text_array(texts: list[Any]) -> pa.Array:
     """Convert texts to an Arrow array. Numbers become strings; missing values become null."""
-    return pa.array([None if _is_missing(text) else str(text) for text in texts], pa.string())
+    return string_array([None if _is_missing(text) else str(text) for text in texts])
 
 
 def _is_missing(value: Any) -> bool:

@@ -5,12 +5,14 @@ Every error message names the column, its type and the remedy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.errors import DataError
+from pipelines.errors import DataError, first_line
 
 SOURCE_COLUMNS = ("source_file", "source_row")
 """Names of the columns that identify an input row, without prefix."""
@@ -100,3 +102,20 @@ def _decode_each(column: pa.ChunkedArray, errors: list[str | None]) -> Texts:
             texts.append("")
             errors[row] = f"the text is not valid UTF-8 (byte {error.start}: {error.reason})"
     return Texts(texts, errors)
+
+
+def string_array(values: Sequence[Any]) -> pa.Array:
+    """Convert texts to an Arrow array of strings. None becomes null.
+
+    A text with a lone surrogate has no UTF-8 form. Its bytes are stored as they are, and tokenizing reports the text.
+
+    Raises:
+        DataError: A value is not a text.
+    """
+    try:
+        return pa.array(values, pa.string())
+    except UnicodeEncodeError:
+        encoded = [value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value for value in values]
+        return pa.array(encoded, pa.binary()).view(pa.string())
+    except (pa.ArrowException, TypeError) as error:
+        raise DataError(f"the texts must be strings or None: {first_line(error)}") from error

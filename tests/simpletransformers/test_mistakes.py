@@ -225,6 +225,11 @@ def test_missing_values_and_text_files(tmp_path):
     for missing in (None, float("nan"), pd.NA, pd.NaT):
         with pytest.raises(DataError, match="text 1: the text is null"):
             model.predict(["a", missing])
+    with pytest.raises(DataError, match="text 1: the text is not valid UTF-8"):
+        model.predict(["a", "b\ud800"])
+    for wrong in ("one text", {"text": ["a"]}):
+        with pytest.raises(DataError, match="predict takes a list of texts"):
+            model.predict(wrong)
     for labels in ([0, None], pd.array([0, None], dtype="Int64")):
         with pytest.raises(DataError, match="row 1 has no label"):
             model.eval_model(pd.DataFrame({"text": ["a", "b"], "labels": labels}))
