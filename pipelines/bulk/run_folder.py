@@ -190,11 +190,14 @@ def open_run(
                 f"stop it, or give a new folder. A killed job counts as running for {3 * HEARTBEAT_SECONDS:g} s"
             )
         _clear(location, names)
-        names = {}
-    if MANIFEST not in names:
-        _check_is_empty(location, names)
+    if overwrite or MANIFEST not in names:
+        if not overwrite:
+            _check_is_empty(location, names)
         manifest = Manifest(shown(input), identity.to_json(), _types(columns))
         manifest = _add_generation(location, manifest, files, unit_bytes)
+        for name in names:
+            if name.startswith("_inputs-") and name != manifest.generations[0].listing:
+                remove(location, name)
         return Run(location, manifest, _units_of(manifest, [list(files)]), frozenset())
     manifest = _read_manifest(location)
     _check_identity(location, manifest, identity)
@@ -282,11 +285,10 @@ def _check_is_empty(location: str, names: Mapping[str, int]) -> None:
 
 
 def _clear(location: str, names: Mapping[str, int]) -> None:
-    """Remove the files of a run. The manifest is the last: after a kill, the folder is still recognized as a run."""
+    """Remove the results of a run. Its manifest stays until it is replaced, so a killed overwrite can be repeated."""
     if MANIFEST not in names:
         _check_is_empty(location, names)
-    rest = [name for name in names if name.startswith(("part-", ".part-", "_inputs-", "._"))]
-    for name in [SUMMARY, *rest, MANIFEST]:
+    for name in [SUMMARY, *(name for name in names if name.startswith(("part-", ".part-", "._")))]:
         remove(location, name)
 
 

@@ -84,6 +84,7 @@ def relayed_logs(relay: Any) -> Iterator[None]:
     finally:
         with suppress(ray.exceptions.RayError):  # in that case only log lines are lost
             show()
+        with suppress(ray.exceptions.RayError):
             ray.kill(relay)
 
 

@@ -6,9 +6,11 @@ The result is texts, second texts and labels. Does not import pandas: a frame is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
@@ -94,7 +96,7 @@ def _is_missing(value: Any) -> bool:
     """Whether a value is None, NaN, or one of pandas' own missing values."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
-    return isinstance(value, float) and value != value
+    return isinstance(value, (float, np.generic, Decimal)) and bool(value != value)
 
 
 def label_array(labels: list[Any], decision: DecisionSettings, names: list[Any] | None = None) -> pa.Array:

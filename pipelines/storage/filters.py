@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.errors import SettingsError
+from pipelines.errors import DataError, SettingsError, first_line
 
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -69,10 +69,16 @@ def kept_rows(table: pa.Table, text: str) -> pa.Array:
     """Return for each row of the table whether it passes the filter.
 
     A row does not pass if the result is null, for example because a value is missing.
+
+    Raises:
+        DataError: A value cannot be compared, such as an unsigned integer that is too large.
     """
     expression, columns = parse_filter(text)
     numbered = table.select(columns).append_column("", pa.array(range(len(table)), pa.int64()))
-    passed = numbered.filter(expression).column("")
+    try:
+        passed = numbered.filter(expression).column("")
+    except pa.ArrowException as error:
+        raise DataError(f"--filter {text!r} cannot be applied: {first_line(error)}") from error
     return pc.is_in(numbered.column("").combine_chunks(), value_set=passed.combine_chunks())
 
 
@@ -121,6 +127,8 @@ def _column(node: ast.expr, columns: list[str], text: str) -> pc.Expression:
 
 def _constants(node: ast.List | ast.Tuple, text: str) -> pa.Array:
     values = [_value(item, [], text) for item in node.elts]
+    if not values:
+        raise SettingsError(f"--filter {text!r}: the list after `in` is empty")
     if any(isinstance(value, pc.Expression) for value in values):
         raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} may contain numbers and strings, but no columns")
     try:
@@ -144,5 +152,5 @@ def _value(node: ast.expr, columns: list[str], text: str) -> Any:
     if not isinstance(value, (int, float, str, bool, type(None))):
         raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} is neither a column nor a value")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise SettingsError(f"--filter {text!r}: {value} has more than 64 bits")
+        raise SettingsError(f"--filter {text!r}: {value} is outside the range of 64-bit integers")
     return value

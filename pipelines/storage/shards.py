@@ -322,11 +322,16 @@ def _is_data(name: str, root: str) -> bool:
     Spark and Hive mark files that are not data in this way. If root is a glob, it counts up to its first wildcard, and
     what its own components name with a `_` or `.` is data.
     """
-    below, pattern = name.split("/"), root.rstrip("/").split("/")
+    below, pattern = [[part for part in path.split("/") if part] for path in (name, root)]
     fixed = next((place for place, part in enumerate(pattern) if set(part) & set(GLOB_CHARACTERS)), len(pattern))
-    named = [part for part in pattern[fixed:] if part.startswith(("_", "."))]
-    hidden = [part for part in below[fixed:] if part.startswith(("_", "."))]
-    return all(any(fnmatchcase(part, name) for name in named) for part in hidden)
+    for place, part in enumerate(below[fixed:], fixed):
+        if part.startswith(("_", ".")):
+            matched = pattern[place : place + 1]
+            if "**" in pattern:
+                matched = pattern[-1:] if place == len(below) - 1 else pattern[fixed:-1]
+            if not any(one.startswith(("_", ".")) and fnmatchcase(part, one) for one in matched):
+                return False
+    return True
 
 
 TASKS_PER_ROW_GROUP = 8

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,8 @@ def open_training(output: str, identity: Mapping[str, Any]) -> bool:
             )
         return True
     if PIPELINE_FILE in names and RUN_FILE in names:  # the run was killed after its model was finished
-        remove_all(output)
+        with suppress(OSError):
+            remove_all(output)
     if not is_empty(output):
         raise OutputError(f"--output {shown(output)} is not empty; give a new folder, or remove it first")
     try:

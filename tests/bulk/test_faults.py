@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.bulk import run_folder
 from pipelines.bulk.job import check_job
 from pipelines.bulk.score import score_here as score
 from pipelines.errors import DataError, JobError, OutputError, SettingsError
@@ -198,7 +200,7 @@ def test_broken_gpu_ends_the_job_and_not_the_process(spam_folder, tmp_path, emai
     assert score(job).rows_in_error == 0
 
 
-def test_overwrite_beside_a_running_job_is_refused(spam_folder, tmp_path, emails):
+def test_overwrite_beside_a_running_job_is_refused(spam_folder, tmp_path, emails, monkeypatch):
     (tmp_path / "in").mkdir()
     pq.write_table(emails.slice(0, 9), tmp_path / "in" / "a.parquet")
     job = score_job(spam_folder, tmp_path / "in", tmp_path / "out", overwrite=True)
@@ -211,6 +213,12 @@ def test_overwrite_beside_a_running_job_is_refused(spam_folder, tmp_path, emails
     assert sorted((tmp_path / "out").iterdir()) == before
     (tmp_path / "out" / "_running-other.json").write_text(json.dumps({**mark, "time": time.time() - 3600}))
     (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert score(job).rows_out == 9
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "split_into_units", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            score(job)
     assert score(job).rows_out == 9
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 

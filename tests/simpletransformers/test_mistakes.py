@@ -222,7 +222,7 @@ def test_api_calls_of_common_scripts(tmp_path):
 
 def test_missing_values_and_text_files(tmp_path):
     model = open_model("binary")
-    for missing in (None, float("nan"), pd.NA, pd.NaT):
+    for missing in (None, float("nan"), np.float32("nan"), pd.NA, pd.NaT):
         with pytest.raises(DataError, match="text 1: the text is null"):
             model.predict(["a", missing])
     with pytest.raises(DataError, match="text 1: the text is not valid UTF-8"):

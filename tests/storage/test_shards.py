@@ -1,4 +1,5 @@
 import os
+import zipfile
 
 import fsspec
 import pyarrow as pa
@@ -86,6 +87,16 @@ def test_globs_skip_what_is_not_data(tmp_path):
     assert found("") == found("*") == found("**/*.parquet") == found("2*") == ["2026/x.parquet"]
     assert found("_temporary") == ["_temporary/0/x.parquet"], "a folder that is named is data"
     assert found("_t*") == ["_tail/x.parquet", "_temporary/0/x.parquet"]
+    write(tmp_path / "_mail" / "_tail" / "_y.parquet", 1, group=1)
+    assert found("_t*") == found("_t*/**/*.parquet") == ["_tail/x.parquet", "_temporary/0/x.parquet"]
+    assert found("_t*/_*.parquet") == ["_tail/_y.parquet"]
+
+
+def test_archives_skip_what_is_not_data(data, tmp_path):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for name in ("_hidden.parquet", "_temporary/a.parquet", "days/a.parquet"):
+            archive.write(data / "a.parquet", name)
+    assert shards.list_files(f"zip://::{tmp_path}/data.zip") == ["days/a.parquet"]
 
 
 def test_missing_columns_and_hive_partitions(data):

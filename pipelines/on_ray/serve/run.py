@@ -40,8 +40,9 @@ def run_server(job: ServeJob, *, address: str | None = None) -> None:
             where = start_proxies(job.serve)
             if APPLICATION in serve.status().applications:
                 logger.warning("this server replaces the one that runs on this cluster already")
+            made = application(job)
             is_deployed = True
-            serve.run(application(job), name=APPLICATION, route_prefix="/")
+            serve.run(made, name=APPLICATION, route_prefix="/")
             for number in (signal.SIGINT, signal.SIGTERM):  # set after Ray has set its own handlers
                 signal.signal(number, lambda *_: stop.set())
             logger.info("ready on %s (a page to try it, POST /v1/predict, docs at /docs)", where)
