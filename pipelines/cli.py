@@ -243,6 +243,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_score(commands)
     _add_serve(commands)
+    _add_labelled(commands)
+    _add_folders(commands)
+    return parser
+
+
+def _add_labelled(commands: Any) -> None:
+    """Add the commands that read labelled data: evaluate and tune."""
     for name, run, about in (
         ("evaluate", _evaluate, "metrics of a model folder on labelled Parquet"),
         ("tune", _tune, "tune thresholds on labelled Parquet and write them into the model folder"),
@@ -260,6 +267,10 @@ def _parser() -> argparse.ArgumentParser:
         if name == "tune":
             command.add_argument("--objective", default="f1", help="f1 (default), fbeta=B, precision=P or recall=R")
         _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "limit"))
+
+
+def _add_folders(commands: Any) -> None:
+    """Add the commands that read finished folders: inspect, relabel, drift and convert."""
     command = _command(
         commands,
         "inspect",
@@ -297,7 +308,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--kind", help="binary, multiclass, multilabel or regression, if config.json does not define it"
     )
-    return parser
 
 
 def _add_train(commands: Any) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import re
 import textwrap
 import types
 import typing
@@ -89,6 +90,25 @@ def check_range(
     limits = [f"at least {low:g}"] * math.isfinite(low) + [f"at most {high:g}"] * math.isfinite(high)
     limits += [f"above {above:g}"] * math.isfinite(above)
     raise SettingsError(f"{name}={value} must be {' and '.join(limits) or 'finite'}")
+
+
+def parse_range(name: str, value: int | str) -> tuple[int, int]:
+    """Parse N or MIN:MAX.
+
+    Args:
+        name: Name of the setting, for the error message.
+        value: N as int or string, or MIN:MAX.
+
+    Returns:
+        Minimum and maximum. They are equal for N.
+
+    Raises:
+        SettingsError: The value has neither form, or MIN is greater than MAX.
+    """
+    found = re.fullmatch(r"(\d+)(?::(\d+))?", str(value))
+    if found is None or (found[2] and int(found[2]) < int(found[1])):
+        raise SettingsError(f"{name}={value!r} is neither a number nor MIN:MAX, such as 1:8")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def check_types(group: Any) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipelines.errors import SettingsError
-from pipelines.fields import check_range, check_types
+from pipelines.fields import check_range, check_types, parse_range
 
 Kind = Literal["binary", "multiclass", "multilabel", "regression"]
 Merge = Literal["mean", "vote", "max"]
@@ -317,23 +317,16 @@ class TrainSettings:
                      "shuffle_buffer", "evaluate_steps", "save_steps", "keep_checkpoints",
                      "logging_steps"):  # fmt: skip
             check_range(self, name, getattr(self, name), low=1)
-        check_range(self, "early_stopping_patience", self.early_stopping_patience, low=0)
-        check_range(self, "max_failures", self.max_failures, low=0)
-        check_range(self, "save_minutes", self.save_minutes, low=0)
-        check_range(self, "early_stopping_delta", self.early_stopping_delta, low=0)
+        for name in ("early_stopping_patience", "max_failures", "save_minutes", "early_stopping_delta", "weight_decay",
+                     "warmup_steps", "adam_epsilon", "max_grad_norm", "seed"):  # fmt: skip
+            check_range(self, name, getattr(self, name), low=0)
+        for name in ("warmup_ratio", "label_smoothing", "attention_dropout"):
+            check_range(self, name, getattr(self, name), low=0, high=1)
         check_range(self, "learning_rate", self.learning_rate, above=0)
-        check_range(self, "weight_decay", self.weight_decay, low=0)
-        check_range(self, "warmup_ratio", self.warmup_ratio, low=0, high=1)
-        check_range(self, "warmup_steps", self.warmup_steps, low=0)
-        check_range(self, "adam_epsilon", self.adam_epsilon, low=0)
-        check_range(self, "label_smoothing", self.label_smoothing, low=0, high=1)
-        check_range(self, "attention_dropout", self.attention_dropout, low=0, high=1)
         if len(self.adam_betas) != 2:
             raise SettingsError(f"adam_betas has {len(self.adam_betas)} values and needs 2")
         for beta in self.adam_betas:
             check_range(self, "adam_betas", beta, low=0, high=1)
-        check_range(self, "max_grad_norm", self.max_grad_norm, low=0)
-        check_range(self, "seed", self.seed, low=0)
         for name in ("weight", "pos_weight"):
             value = getattr(self, name)
             if isinstance(value, tuple):
@@ -459,7 +452,6 @@ class ServeSettings:
     def __post_init__(self) -> None:
         check_types(self)
         check_range(self, "port", self.port, low=0, high=65535)
-        check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
         for key in self.api_keys:
             if not re.fullmatch(r"(sha256:)?[0-9a-f]{64}", key):
                 raise SettingsError(
@@ -472,32 +464,13 @@ class ServeSettings:
         for name in ("max_body_bytes", "max_documents", "max_document_tokens", "max_queued_tokens",
                      "target_queued_tokens"):  # fmt: skip
             check_range(self, name, getattr(self, name), low=1)
-        for name in ("upscale_delay_s", "downscale_delay_s"):
+        for name in ("upscale_delay_s", "downscale_delay_s", "gpus_per_replica"):
             check_range(self, name, getattr(self, name), low=0)
-
-
-def parse_range(name: str, value: int | str) -> tuple[int, int]:
-    """Parse N or MIN:MAX.
-
-    Args:
-        name: Name of the setting, for the error message.
-        value: N as int or string, or MIN:MAX.
-
-    Returns:
-        Minimum and maximum. They are equal for N.
-
-    Raises:
-        SettingsError: The value has neither form, or MIN is greater than MAX.
-    """
-    found = re.fullmatch(r"(\d+)(?::(\d+))?", str(value))
-    if found is None or (found[2] and int(found[2]) < int(found[1])):
-        raise SettingsError(f"{name}={value!r} is neither a number nor MIN:MAX, such as 1:8")
-    return int(found[1]), int(found[2] or found[1])
 
 
 def check_decision(decision: DecisionSettings) -> None:
     """Raise SettingsError if kind, labels, merge, tie_value and thresholds do not fit together."""
-    kind, num_labels = decision.kind, len(decision.labels)
+    kind, num_labels, thresholds = decision.kind, len(decision.labels), decision.thresholds
     if len(set(decision.labels)) != num_labels:
         raise SettingsError(f"labels repeat: {', '.join(decision.labels)}")
     if kind == "regression" and num_labels:
@@ -512,11 +485,6 @@ def check_decision(decision: DecisionSettings) -> None:
         raise SettingsError("merge=max has no meaning for kind regression; use mean")
     if num_labels and kind in ("binary", "multiclass") and not 0 <= decision.tie_value < num_labels:
         raise SettingsError(f"tie_value={decision.tie_value} is not a label id: it must be 0 to {num_labels - 1}")
-    _check_thresholds(decision)
-
-
-def _check_thresholds(decision: DecisionSettings) -> None:
-    kind, thresholds = decision.kind, decision.thresholds
     if decision.abstain_below is not None:
         check_range(decision, "abstain_below", decision.abstain_below, low=0, high=1)
         if kind != "multiclass":

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from pipelines.decisions.labels import resolve_thresholds
 from pipelines.errors import DataError, ModelFolderError, SettingsError
-from pipelines.fields import parse
+from pipelines.fields import parse, parse_range
 from pipelines.model.scorer import DocumentScores, Scorer
 from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.serving.answers import as_table, predictions_of
@@ -27,7 +27,7 @@ from pipelines.serving.batcher import Batcher, QueueFullError
 from pipelines.serving.job import ServeJob
 from pipelines.serving.schema import Pair, Prediction, Usage
 from pipelines.serving.timings import Metrics, NoMetrics, current_timings
-from pipelines.settings import ComputeSettings, DecisionSettings, ServeSettings, parse_range
+from pipelines.settings import ComputeSettings, DecisionSettings, ServeSettings
 from pipelines.text.tokenization import Documents
 from pipelines.version import VERSION
 

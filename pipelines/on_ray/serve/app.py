@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
+from pipelines.fields import parse_range
 from pipelines.model.scorer import DocumentScores
 from pipelines.on_ray.cluster import uses_gpus
 from pipelines.on_ray.serve.autoscaling import BUSY, QUEUED, autoscaling_of
@@ -17,7 +18,6 @@ from pipelines.serving.api import build_api
 from pipelines.serving.auth import check_exposure
 from pipelines.serving.job import ServeJob, check_job
 from pipelines.serving.predictor import Predictor
-from pipelines.settings import parse_range
 from pipelines.text.tokenization import Documents
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from pipelines.settings import ServeSettings, parse_range
+from pipelines.fields import parse_range
+from pipelines.settings import ServeSettings
 
 MOST_BUSY = 0.8
 """Target share of time in which a replica's model runs. Above it, waiting times grow too fast."""
