@@ -27,7 +27,7 @@ from filelock import FileLock
 from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.fields import parse
 from pipelines.settings import DecisionSettings, WindowSettings
-from pipelines.storage.locations import filesystem_of, retried, shown, sync_folder
+from pipelines.storage.locations import filesystem_of, retried, shown, store_errors, sync_folder
 
 PIPELINE_FILE = "pipeline.json"
 FORMAT_VERSION = 1
@@ -216,12 +216,10 @@ def local_folder(location: str) -> Path:
         return path.resolve()
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-text-classification"
     filesystem, remote = filesystem_of(location)
-    try:
+    with store_errors(ModelFolderError, f"{shown(location)} cannot be listed"):
         files = filesystem.find(remote, maxdepth=1, detail=True)
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{location} cannot be listed: {error}") from error
     if not files:
-        raise ModelFolderError(f"{location} is empty or does not exist")
+        raise ModelFolderError(f"{shown(location)} is empty or does not exist")
     identity = json.dumps([location, files], sort_keys=True, default=str)  # sizes, times and tags, if any
     target = cache / _sha256(identity.encode())[7:23]
     if not target.is_dir():

@@ -12,7 +12,8 @@ import posixpath
 import random
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.errors import DataError, OutputError
+from pipelines.errors import DataError, OutputError, PipelinesError, first_line
 
 ATTEMPTS = 5
 """Number of attempts of a filesystem call before its error is raised."""
@@ -65,6 +66,21 @@ def filesystem_of(location: str) -> tuple[AbstractFileSystem, str]:
             f"install the extra for its storage: ray-text-classification[s3|gcs|azure]"
         ) from error
     return filesystem, str(path)
+
+
+@contextmanager
+def store_errors(error_type: type[PipelinesError], message: str) -> Iterator[None]:
+    """Raise any error of a filesystem as error_type, with its first line after the message.
+
+    Object stores raise the errors of their own libraries, such as botocore's for missing credentials.
+    """
+    try:
+        yield
+    except PipelinesError:
+        raise
+    except Exception as error:
+        reason = first_line(error) if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
+        raise error_type(f"{message}: {reason}; check the path, the credentials and the permissions") from error
 
 
 def retried(action: Callable[[], Result]) -> Result:
@@ -184,12 +200,11 @@ def make_folder(location: str) -> None:
     """Create an output folder if it does not exist.
 
     Raises:
-        OutputError: The location is a file or cannot be written.
+        OutputError: The location is a file, or cannot be written or listed.
     """
     filesystem, path = filesystem_of(location)
-    try:
+    with store_errors(OutputError, f"--output {shown(location)} cannot be written"):
         if filesystem.isfile(path):
             raise OutputError(f"--output {shown(location)} is a file; give a folder")
         filesystem.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"--output {shown(location)} cannot be written: {error}") from error
+        list_names(location)  # object stores create no folder, so this is their first request

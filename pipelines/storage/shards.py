@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from pipelines.errors import DataError, first_line
-from pipelines.storage.locations import filesystem_of, retried, shown
+from pipelines.storage.locations import filesystem_of, retried, shown, store_errors
 
 SMALLEST_UNIT_BYTES = 64 * 2**10
 USUAL_UNIT_BYTES = 64 * 2**20
@@ -209,6 +209,11 @@ def usual_unit_bytes(files: Sequence[InputFile]) -> int:
 
 def _list_entries(location: str) -> list[dict[str, Any]]:
     """Return the fsspec entries of the files that `list_files` returns."""
+    with store_errors(DataError, f"{shown(location)} cannot be read"):
+        return _find_entries(location)
+
+
+def _find_entries(location: str) -> list[dict[str, Any]]:
     filesystem, path = filesystem_of(location)
     filesystem.invalidate_cache()
     if retried(lambda: filesystem.isfile(path)):

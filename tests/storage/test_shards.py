@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.errors import DataError, OutputError
+from pipelines.errors import DataError, ModelFolderError, OutputError
+from pipelines.model_folder import local_folder
 from pipelines.storage import locations, shards
 from pipelines.storage.rows import read_unit, read_units, together
 
@@ -209,3 +210,28 @@ def test_make_folder(tmp_path):
         locations.make_folder(str(tmp_path / "file"))
     locations.make_folder(str(tmp_path / "new" / "deep"))
     assert (tmp_path / "new" / "deep").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("action", "error"),
+    [
+        (shards.list_files, DataError),
+        (locations.make_folder, OutputError),
+        (local_folder, ModelFolderError),
+    ],
+)
+def test_missing_credentials_are_named(action, error, monkeypatch, tmp_path):
+    pytest.importorskip("s3fs", reason="in the s3 extra")
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "PROFILE", "SESSION_TOKEN"):
+        monkeypatch.delenv(f"AWS_{name}", raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fsspec.filesystem("s3").clear_instance_cache()
+    with pytest.raises(error, match=r"s3://mail/\w+ cannot be .*credentials; check the path, the credentials"):
+        action("s3://mail/x")
+
+
+def test_a_folder_without_permission_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OutputError, match=r"cannot be written: .*check the path"):
+        locations.make_folder(str(tmp_path / "file" / "below"))
