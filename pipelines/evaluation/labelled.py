@@ -27,9 +27,10 @@ from pipelines.model_folder import ModelFolder, read_model_folder, write_pipelin
 from pipelines.progress import Progress
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings
 from pipelines.storage.columns import check_label_column, check_text_column
+from pipelines.storage.labels import read_label_column
 from pipelines.storage.locations import absolute, commit_bytes, make_folder, shown
 from pipelines.storage.rows import read_unit, together
-from pipelines.storage.shards import InputFile, fingerprint, read_footers, split_into_units
+from pipelines.storage.shards import InputFile, fingerprint
 
 MEMORY = "the table in memory"
 logger = logging.getLogger(__name__)
@@ -151,25 +152,15 @@ def labelled_files(location: str, data: DataSettings, decision: DecisionSettings
     Raises:
         DataError: A file does not have the columns, or has labels that the decision does not have.
     """
-    files = read_footers(location, data.text_column)
-    texts = data.text_columns
-    for file in files:
-        assert file.schema is not None, "files without a schema are refused by read_footers"
-        for name in texts:
-            check_text_column(file.schema, name, where=file.url)
-        check_label_column(file.schema, data.label_column, where=file.url)
-    units = split_into_units(files, limit=data.limit)
-    if not len(units):
-        raise DataError(f"{shown(location)} has no rows")
-    labels, read = together(files, [data.label_column]), together(files, texts)
-    targets = [encode_labels(read_unit(location, unit, labels).column(data.label_column), decision) for unit in units]
+    found = read_label_column(location, data)
+    read = together(found.files, data.text_columns)
     return LabelledInput(
         source=shown(location),
-        fingerprint=fingerprint((file.url, file.size, file.version) for file in files),
-        num_rows=units.num_rows,
-        targets=np.concatenate(targets),
-        tables=lambda: (read_unit(location, unit, read) for unit in units),
-        name_of=partial(_name_in_files, files),
+        fingerprint=fingerprint((file.url, file.size, file.version) for file in found.files),
+        num_rows=found.units.num_rows,
+        targets=encode_labels(found.values, decision),
+        tables=lambda: (read_unit(location, unit, read) for unit in found.units),
+        name_of=partial(_name_in_files, found.files),
     )
 
 

@@ -31,10 +31,10 @@ from pipelines.settings import (
     TrainSettings,
     WindowSettings,
 )
-from pipelines.storage.columns import check_label_column, check_text_column
+from pipelines.storage.labels import LabelColumn, read_label_column
 from pipelines.storage.locations import absolute, shown
-from pipelines.storage.rows import read_unit, together
-from pipelines.storage.shards import InputFile, fingerprint, read_footers, split_into_units, usual_unit_bytes
+from pipelines.storage.rows import together
+from pipelines.storage.shards import InputFile, fingerprint, split_into_units, usual_unit_bytes
 from pipelines.text.stage import TokenizeStage
 from pipelines.text.windows import leads_with_space
 from pipelines.training.checkpoints import open_training, remove_folder, steps_of
@@ -170,13 +170,13 @@ def check_job(job: TrainJob) -> CheckedTrainJob:
         UsageError: They do not fit. The message names the remedy.
     """
     paths = job.paths
-    train_files, train_labels = _read_labels(paths.train, job.data)
-    found_valid = None if paths.valid is None else _read_labels(paths.valid, job.data)
-    decision = _with_labels(job.decision, train_labels)
-    train = LabelledFiles(paths.train, train_files, _targets_of(paths.train, train_labels, decision))
+    train_labels = _read_labels(paths.train, job.data)
+    valid_labels = None if paths.valid is None else _read_labels(paths.valid, job.data)
+    decision = _with_labels(job.decision, train_labels.values)
+    train = _labelled(paths.train, train_labels, decision)
     valid = None
-    if found_valid is not None and paths.valid is not None:
-        valid = LabelledFiles(paths.valid, found_valid[0], _targets_of(paths.valid, found_valid[1], decision))
+    if paths.valid is not None and valid_labels is not None:
+        valid = _labelled(paths.valid, valid_labels, decision)
     _check_targets(train.targets, decision, job.settings)
     _check_without_effect(job.settings, has_valid=valid is not None)
     model_limit, model_type = describe(paths.model, attention_dropout=job.settings.attention_dropout)
@@ -184,21 +184,12 @@ def check_job(job: TrainJob) -> CheckedTrainJob:
     return CheckedTrainJob(job, spec, train, valid, model_limit, model_type)
 
 
-def _read_labels(location: str, data: DataSettings) -> tuple[list[InputFile], pa.ChunkedArray]:
-    """Read and check the footers and the label column of an input. No text is read."""
-    files = read_footers(location, data.text_column)
-    for file in files:
-        assert file.schema is not None, "files without a schema are refused by read_footers"
-        for name in data.text_columns:
-            check_text_column(file.schema, name, where=file.url)
-        check_label_column(file.schema, data.label_column, where=file.url)
-    units = split_into_units(files, limit=data.limit)
-    if not len(units):
-        raise DataError(f"{shown(location)} has no rows")
-    if sum(file.num_nulls for file in files) == sum(file.num_rows for file in files):
+def _read_labels(location: str, data: DataSettings) -> LabelColumn:
+    """Read the labels of an input. Raises DataError if no row has a text."""
+    found = read_label_column(location, data)
+    if sum(file.num_nulls for file in found.files) == sum(file.num_rows for file in found.files):
         raise DataError(f"{shown(location)}, column {data.text_column!r}: no row has a text")
-    schema = together(files, [data.label_column])
-    return files, pa.concat_tables([read_unit(location, unit, schema) for unit in units]).column(data.label_column)
+    return found
 
 
 def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray) -> DecisionSettings:
@@ -208,10 +199,10 @@ def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray) -> Decisio
     return replace(decision, labels=find_labels([labels], decision.kind))
 
 
-def _targets_of(location: str, labels: pa.ChunkedArray, decision: DecisionSettings) -> NDArray[np.generic]:
+def _labelled(location: str, labels: LabelColumn, decision: DecisionSettings) -> LabelledFiles:
     """Convert labels to targets. Raises DataError, and the message names the input."""
     try:
-        return encode_labels(labels, decision)
+        return LabelledFiles(location, labels.files, encode_labels(labels.values, decision))
     except DataError as error:
         raise DataError(f"{shown(location)}: {error}") from error
 
