@@ -22,7 +22,7 @@ def read_config(path: str) -> dict[str, object]:
     except OSError as error:
         raise SettingsError(f"--config {path} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
-        raise SettingsError(f"--config {path} holds no mapping of settings, such as `epochs: 3`")
+        raise SettingsError(f"--config {path} contains no mapping of settings, such as `epochs: 3`")
     return content
 
 

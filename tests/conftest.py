@@ -148,3 +148,16 @@ def flaky_s3(monkeypatch):
         monkeypatch.setenv(f"AWS_{name}", value)
     yield counts
     server.shutdown()
+
+
+@pytest.fixture
+def source(tmp_path, emails):
+    """60 emails in one file. Row 7 has no text."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    table = emails.slice(0, 60)
+    texts = table["text"].to_pylist()
+    texts[7] = None
+    table = table.set_column(table.schema.get_field_index("text"), "text", pa.array(texts))
+    pq.write_table(table, folder / "a.parquet", row_group_size=7)
+    return folder

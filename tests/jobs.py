@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import pyarrow as pa
@@ -55,6 +56,22 @@ def train_job(data, output, **settings):
     from pipelines.training.job import TrainJob
 
     return TrainJob.parse(train_values(data, output, **settings))
+
+
+def write_shards(folder, emails, *, shards, row_group_size):
+    """A folder with 60 emails per shard."""
+    folder.mkdir()
+    for shard in range(shards):
+        pq.write_table(emails.slice(shard * 60, 60), folder / f"{shard}.parquet", row_group_size=row_group_size)
+    return folder
+
+
+def wait_until(holds, seconds=120):
+    """Wait until holds() is true."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def clean_environment():

@@ -51,7 +51,7 @@ def relabel(scored: str, output: str, thresholds: Thresholds) -> ScoreSummary:
     decision = resolve_thresholds(thresholds, old)
     names = [posixpath.basename(path) for path in files]
     if len(set(names)) < len(names):
-        raise DataError(f"{shown(scored)} holds files of the same name in several folders; relabel them one by one")
+        raise DataError(f"{shown(scored)} contains files of the same name in several folders; relabel them one by one")
     left = _open_output(scored, output, decision, names)
     todo = [path for path in files if posixpath.basename(path) in left]
     work = partial(_relabel_file, scored, output=output, decision=decision, prefix=prefix)
@@ -71,7 +71,7 @@ def _open_output(scored: str, output: str, decision: DecisionSettings, names: li
     here = list_names(output)
     if MANIFEST in here:
         if read_json(output, MANIFEST) != json.loads(json.dumps(manifest)):
-            raise OutputError(f"--output {shown(output)} holds another run; give a new folder")
+            raise OutputError(f"--output {shown(output)} contains another run; give a new folder")
     elif any(not name.startswith("._") for name in here):  # these are files that a killed process did not finish
         raise OutputError(f"--output {shown(output)} is not empty; give a new folder")
     commit_json(output, MANIFEST, manifest)

@@ -334,7 +334,7 @@ def _check_identity(location: str, manifest: Manifest, identity: RunIdentity) ->
     for name, value in identity.to_json().items():
         if manifest.identity.get(name) != value:
             raise OutputError(
-                f"--output {shown(location)} holds another run: {name} was {manifest.identity.get(name)!r} and is now "
+                f"--output {shown(location)} contains another run: {name} was {manifest.identity.get(name)!r} and is now "
                 f"{value!r}; give a new folder, or --overwrite to remove what is there"
             )
 

@@ -1,4 +1,4 @@
-"""`Predictor`: texts in, predictions out, within the server's limits. Uses neither HTTP nor Ray.
+"""`Predictor`: texts in, predictions out, within the server's limits. Opens no socket and imports no Ray.
 
 Blocking work does not run on the event loop: tokenizing and the forward pass each have a thread.
 """

@@ -228,7 +228,7 @@ def _find_entries(location: str) -> list[dict[str, Any]]:
         raise DataError(f"{shown(location)} does not exist; give a Parquet file, a folder of them, or a glob")
     files = [found[name] for name in sorted(found) if name.endswith(".parquet") and _is_data(name, path)]
     if not files:
-        raise DataError(f"{shown(location)} holds no *.parquet files ({len(found)} other files)")
+        raise DataError(f"{shown(location)} contains no *.parquet files ({len(found)} other files)")
     return files
 
 

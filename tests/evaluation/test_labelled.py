@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,18 +13,6 @@ from pipelines.settings import ComputeSettings, DataSettings
 from tests.jobs import FLOAT32
 
 COMPUTE = ComputeSettings(**FLOAT32)
-
-
-@pytest.fixture
-def source(tmp_path, emails):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    table = emails.slice(0, 60)
-    texts = table["text"].to_pylist()
-    texts[7] = None
-    table = table.set_column(table.schema.get_field_index("text"), "text", pa.array(texts))
-    pq.write_table(table, folder / "a.parquet", row_group_size=7)
-    return folder
 
 
 def run(capsys, *arguments, code=0):

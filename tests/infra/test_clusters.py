@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 
 from tests import tiny
 from tests.infra.paths import ROOT
+from tests.jobs import clean_environment
 
 LAUNCHED = {"cluster.yaml": ROOT / "cluster.yaml", "onprem.yaml": ROOT / "infra" / "onprem.yaml"}
 
@@ -80,7 +80,7 @@ def test_gpu_node_scales_up_and_down(tmp_path, emails, capsys):
     tiny.model_folder(model, emails["text"].to_pylist()[:40], DecisionSettings(labels=("ham", "spam")))
     (tmp_path / "in").mkdir()
     pq.write_table(emails.slice(0, 20), tmp_path / "in" / "a.parquet")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = clean_environment()
     environment["RAY_AUTH_MODE"] = "disabled"  # for the head and the driver
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run(

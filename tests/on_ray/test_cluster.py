@@ -14,12 +14,10 @@ from pathlib import Path
 
 import httpx
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipelines.storage.shards import list_files
+from tests.jobs import clean_environment, read_scored, wait_until, write_shards
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent.parent
@@ -31,7 +29,7 @@ class Nodes:
     """Raylets of one cluster with token authentication, and the environment of its clients."""
 
     def __init__(self, home: Path) -> None:
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        self.environment = clean_environment()
         self.environment.update(HOME=str(home), RAY_AUTH_MODE="token", RAY_USAGE_STATS_ENABLED="0",
                                 RAY_API_SERVER_ADDRESS=f"http://127.0.0.1:{DASHBOARD}",
                                 PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # fmt: skip
@@ -124,22 +122,11 @@ def last_json(log):
     return json.loads([line for line in log.splitlines() if line.startswith("{")][-1])
 
 
-def wait_until(holds, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
-def rows(output):
-    return pa.concat_tables([pq.read_table(path) for path in list_files(str(output))])
-
-
 def test_submitted_job_matches_local_command(cluster, spam_folder, input_folder, tmp_path):
     values = {"model": str(spam_folder.path), "input": str(input_folder), "dtype": "float32"}
     for name in ("local", "submitted"):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({**values, "output": str(tmp_path / name)}))
-    local = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    local = clean_environment()
     command = [sys.executable, "-m", "ray_jobs.score", str(tmp_path / "local.yaml")]
     summary = last_json(run(command, local, code=3))
     assert summary["rows_in_error"] == 2
@@ -147,7 +134,7 @@ def test_submitted_job_matches_local_command(cluster, spam_folder, input_folder,
     assert "exit code 3" in log, "rows in error: the log contains the job's exit code"
     submitted = last_json(log)
     assert submitted["rows_out"] == 60
-    found, expected = rows(tmp_path / "submitted"), rows(tmp_path / "local")
+    found, expected = read_scored(tmp_path / "submitted"), read_scored(tmp_path / "local")
     assert found.drop_columns(["scores", "score"]).equals(expected.drop_columns(["scores", "score"]))
     for name in ("scores", "score"):
         for left, right in zip(found[name].to_pylist(), expected[name].to_pylist(), strict=True):
@@ -171,11 +158,7 @@ def test_submit_without_token_is_401(cluster, tmp_path):
 
 @pytest.fixture
 def source(tmp_path, emails):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for shard in range(3):
-        pq.write_table(emails.slice(shard * 60, 60), folder / f"{shard}.parquet", row_group_size=20)
-    return folder
+    return write_shards(tmp_path / "in", emails, shards=3, row_group_size=20)
 
 
 @pytest.mark.slow
@@ -201,10 +184,10 @@ def test_lost_node_job_resumes_after_resubmit(nodes, spam_folder, source, tmp_pa
     summary = last_json(log)
     assert (summary["rows_out"], summary["rows_in_error"]) == (180, 0)
     assert summary["units_before"] >= done
-    local = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    local = clean_environment()
     undisturbed = write(tmp_path / "here.yaml", **values, replicas=0, output=str(tmp_path / "here"))
     run([sys.executable, "-m", "ray_jobs.score", str(undisturbed)], local)
-    found, expected = rows(output), rows(tmp_path / "here")
+    found, expected = read_scored(output), read_scored(tmp_path / "here")
     assert found.drop_columns(["scores", "score"]).equals(expected.drop_columns(["scores", "score"]))
     for left, right in zip(found["scores"].to_pylist(), expected["scores"].to_pylist(), strict=True):
         assert left == pytest.approx(right, abs=1e-5)

@@ -1,7 +1,6 @@
 """Jobs on clusters that lose nodes, with object stores that fail, and through a running Serve application."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -17,7 +16,7 @@ from pipelines.errors import SettingsError
 from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.score import score
 from pipelines.storage.shards import list_files
-from tests.jobs import read_scored, score_job
+from tests.jobs import clean_environment, read_scored, score_job
 
 HERE = Path(__file__).parent
 AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
@@ -41,7 +40,7 @@ def shards(folder, emails, count=3, rows=60):
 @pytest.mark.timeout(400)
 def test_lost_node_loses_no_rows(spam_folder, tmp_path, emails):
     source = shards(tmp_path / "in", emails)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = clean_environment()
     done = subprocess.run(
         [sys.executable, str(HERE / "node_loss.py"), str(spam_folder.path), str(source), str(tmp_path / "out")],
         capture_output=True, text=True, timeout=380, check=False, env=environment, cwd=HERE.parent.parent,
@@ -68,7 +67,7 @@ def score_in_store(protocol, store, folder, source, tmp_path):
     """Score twice in the bucket `bulk` and compare with a local run. Return all printed and written text."""
     store.put(str(source), "bulk/in", recursive=True)
     store.put(str(folder.path), "bulk/model", recursive=True)
-    environment = {**{k: v for k, v in os.environ.items() if not k.startswith("RAY_")}, "XDG_CACHE_HOME": str(tmp_path)}
+    environment = {**clean_environment(), "XDG_CACHE_HOME": str(tmp_path)}
     model, into, out = (f"{protocol}://bulk/{name}" for name in ("model", "in", "out"))
     command = [sys.executable, "-m", "pipelines", "score", model, "--input", into, "--output", out, "--json",
                "--set", "dtype=float32", "--set", "unit_bytes=9000"]  # fmt: skip

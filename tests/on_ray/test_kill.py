@@ -6,18 +6,15 @@ The environment variables KILLS and SEED set the number of kills and the random 
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from collections import Counter
 
 import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from pipelines.storage.shards import list_files
+from tests.jobs import read_scored, start_command, write_shards
 
 pytestmark = pytest.mark.ray
 KILLS, SEED = int(os.environ.get("KILLS", "3")), int(os.environ.get("SEED", "0"))
@@ -35,18 +32,12 @@ OTHERS = {
 
 @pytest.fixture
 def source(tmp_path, emails):
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for shard in range(4):
-        pq.write_table(emails.slice(shard * 60, 60), folder / f"{shard}.parquet", row_group_size=30)
-    return folder
+    return write_shards(tmp_path / "in", emails, shards=4, row_group_size=30)
 
 
 def start(folder, source, output):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    command = [sys.executable, "-m", "pipelines", "score", str(folder), "--input", str(source), "--output", str(output),
-               "--json", "--set", "dtype=float32", "--set", "unit_bytes=8000", "--set", "num_threads=1"]  # fmt: skip
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return start_command("score", folder, "--input", source, "--output", output, "--json", "--set", "dtype=float32",
+                         "--set", "unit_bytes=8000", "--set", "num_threads=1")  # fmt: skip
 
 
 def kill_something(process, rng, wait):
@@ -80,11 +71,6 @@ def title_of(process):
         return ""
 
 
-def read(output):
-    tables = [pq.read_table(path).replace_schema_metadata(None) for path in list_files(str(output))]
-    return pa.concat_tables(tables)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(max(600, 120 * KILLS))
 def test_randomly_killed_job_matches_undisturbed(spam_folder, source, tmp_path):
@@ -113,7 +99,7 @@ def test_randomly_killed_job_matches_undisturbed(spam_folder, source, tmp_path):
             for path in (tmp_path / "killed").iterdir():
                 if rng.random() < 0.7:
                     path.unlink() if not path.name.startswith(("_manifest", "_inputs")) else None
-    whole, killed = read(tmp_path / "whole"), read(tmp_path / "killed")
+    whole, killed = read_scored(tmp_path / "whole"), read_scored(tmp_path / "killed")
     assert killed.drop_columns(["scores", "score"]).equals(whole.drop_columns(["scores", "score"]))
     for left, right in zip(killed["scores"].to_pylist(), whole["scores"].to_pylist(), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)

@@ -1,10 +1,11 @@
 """Access control of the local Ray that a command starts. Its ports are reachable, but clients need the token."""
 
-import os
 import subprocess
 import sys
 
 import pytest
+
+from tests.jobs import clean_environment
 
 ASK = """
 import sys
@@ -15,7 +16,7 @@ print(len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=9)))
 
 def ask(address, **more):
     """List the nodes of the Ray at `address` from another process."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = clean_environment()
     command = [sys.executable, "-c", ASK, address]
     return subprocess.run(
         command, env={**environment, **more}, capture_output=True, text=True, timeout=120, check=False

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.jobs import clean_environment
+
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent.parent
 GUIDE = (ROOT / "docs" / "operating.md").read_text()
@@ -44,7 +46,7 @@ def test_guide_commands_run(spam_folder, tmp_path):
             shutil.copy(ROOT / name, checkout / name)
     shutil.copytree(spam_folder.path, checkout / "runs" / "demo" / "model")
     mark = f"PIPELINES_TEST_{uuid.uuid4().hex}"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment = clean_environment()
     environment.update(
         {mark: "1", "HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     )

@@ -1,7 +1,6 @@
 """Fixtures for the HTTP application without sockets and without Ray."""
 
 import asyncio
-import hashlib
 import threading
 
 import httpx
@@ -10,7 +9,7 @@ import pytest
 from pipelines.serving.api import build_api
 from pipelines.serving.job import ServeJob
 from pipelines.serving.predictor import Predictor
-from tests.on_ray.serve.servers import KEYS
+from tests.serving.keys import HASHES, KEYS
 
 
 class ApiClient:
@@ -50,8 +49,7 @@ class ApiClient:
 @pytest.fixture(scope="session")
 def api(spam_folder):
     """The spam model with two API keys and small limits."""
-    hashes = [hashlib.sha256(key.encode()).hexdigest() for key in KEYS]
     limits = {"max_documents": 40, "max_document_tokens": 5000, "dtype": "float32", "device": "cpu"}
-    client = ApiClient(ServeJob.parse({"model": str(spam_folder.path), "api_keys": hashes, **limits}))
+    client = ApiClient(ServeJob.parse({"model": str(spam_folder.path), "api_keys": HASHES, **limits}))
     yield client
     client.close()

@@ -1,4 +1,6 @@
 import asyncio
+import contextlib
+import functools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -59,8 +61,26 @@ def patience(monkeypatch):
     monkeypatch.setattr("pipelines.serving.batcher.PASS_SECONDS", 1e9)
 
 
-def run(scenario):
-    asyncio.run(asyncio.wait_for(scenario(), 20))
+def in_loop(test):
+    """Run an async test in an event loop of its own, for at most 20 seconds."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 20))
+
+    return run
+
+
+@contextlib.asynccontextmanager
+async def batching(model, *, batch_tokens, max_queued_tokens=100_000):
+    """A batcher, which is closed at the end."""
+    batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=batch_tokens, max_queued_tokens=max_queued_tokens)
+    try:
+        yield batcher
+    finally:
+        if isinstance(model, Slow):
+            model.release.release(1000)  # also if the test failed
+        await batcher.close()
 
 
 async def settle():
@@ -68,10 +88,10 @@ async def settle():
         await asyncio.sleep(0.005)
 
 
-def test_requests_are_batched_while_model_is_busy():
-    async def scenario():
-        model = Slow()
-        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=1000, max_queued_tokens=10_000)
+@in_loop
+async def test_requests_are_batched_while_model_is_busy():
+    model = Slow()
+    async with batching(model, batch_tokens=1000, max_queued_tokens=10_000) as batcher:
         tasks = [asyncio.create_task(batcher.submit(documents(3, 25)))]
         await settle()
         tasks += [asyncio.create_task(batcher.submit(documents(3, 25, start=100 * n))) for n in range(1, 6)]
@@ -84,30 +104,24 @@ def test_requests_are_batched_while_model_is_busy():
             assert scores.num_windows_D.tolist() == [1, 3]
         assert len(model.passes) == 2, "the other requests share one pass"
         assert len(model.passes[1]) == 20
-        await batcher.close()
-
-    run(scenario)
 
 
-def test_pass_token_limit():
-    async def scenario():
-        for batch_tokens, most in ((50, 4), (5, 1)):
-            model = Slow()
-            model.release.release(100)
-            batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=batch_tokens, max_queued_tokens=10_000)
+@in_loop
+async def test_pass_token_limit():
+    for batch_tokens, most in ((50, 4), (5, 1)):
+        model = Slow()
+        model.release.release(100)
+        async with batching(model, batch_tokens=batch_tokens, max_queued_tokens=10_000) as batcher:
             await asyncio.gather(*(batcher.submit(documents(30)) for _ in range(5)), batcher.submit(documents(300)))
             assert max(map(len, model.passes)) == most
             assert sum(map(len, model.passes)) == 5 * 3 + 30
             assert batcher.queued_tokens == 0
-            await batcher.close()
-
-    run(scenario)
 
 
-def test_long_document_does_not_block_short_ones():
-    async def scenario():
-        model = Slow()
-        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=50, max_queued_tokens=100_000)
+@in_loop
+async def test_long_document_does_not_block_short_ones():
+    model = Slow()
+    async with batching(model, batch_tokens=50, max_queued_tokens=100_000) as batcher:
         long = asyncio.create_task(batcher.submit(documents(4000, start=100_000)))
         await settle()
         short = [asyncio.create_task(batcher.submit(documents(10, start=20 * n))) for n in range(8)]
@@ -120,12 +134,10 @@ def test_long_document_does_not_block_short_ones():
         assert all(windows.count(100_000) >= 2 for windows in model.passes), "the long document also advances"
         model.release.release(1000)
         assert (await long).scores_DL.item() == 100_000
-        await batcher.close()
-
-    run(scenario)
 
 
-def test_pass_size_follows_pass_time(monkeypatch):
+@in_loop
+async def test_pass_size_follows_pass_time(monkeypatch):
     monkeypatch.setattr("pipelines.serving.batcher.PASS_SECONDS", 0.2)
 
     class Timed(Slow):
@@ -133,35 +145,28 @@ def test_pass_size_follows_pass_time(monkeypatch):
             time.sleep(0.01 * len(index_W))
             return super().window_logits(cut, index_W)
 
-    async def scenario():
-        model = Timed()
-        model.release.release(1000)
-        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=100_000, max_queued_tokens=100_000)
+    model = Timed()
+    model.release.release(1000)
+    async with batching(model, batch_tokens=100_000, max_queued_tokens=100_000) as batcher:
         await batcher.submit(documents(10))
         await batcher.submit(documents(1000))
         assert len(model.passes[0]) == 1
         assert 10 <= len(model.passes[1]) <= 20, "about 20 windows in 0.2 s"
-        await batcher.close()
-
-    run(scenario)
 
 
-def test_empty_request_is_answered():
-    async def scenario():
-        model = Slow()
-        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=50, max_queued_tokens=100)
+@in_loop
+async def test_empty_request_is_answered():
+    model = Slow()
+    async with batching(model, batch_tokens=50, max_queued_tokens=100) as batcher:
         model.release.release()
         assert (await batcher.submit(documents())).scores_DL.shape == (0, 1)
         assert batcher.queued_tokens == 0
-        await batcher.close()
-
-    run(scenario)
 
 
-def test_cancelled_requests_leave_no_queued_tokens():
-    async def scenario():
-        model = Model()
-        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=30, max_queued_tokens=1_000_000)
+@in_loop
+async def test_cancelled_requests_leave_no_queued_tokens():
+    model = Model()
+    async with batching(model, batch_tokens=30, max_queued_tokens=1_000_000) as batcher:
         random = np.random.default_rng(0)
         for _ in range(200):
             tasks = [asyncio.create_task(batcher.submit(documents(int(n)))) for n in random.integers(1, 60, 8)]
@@ -173,15 +178,12 @@ def test_cancelled_requests_leave_no_queued_tokens():
         await batcher.submit(documents(1))
         assert batcher.queued_tokens == 0
         assert batcher.is_alive
-        await batcher.close()
-
-    run(scenario)
 
 
-def test_large_request_leaves_queue_room():
-    async def scenario():
-        model = Slow()
-        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=20, max_queued_tokens=200)
+@in_loop
+async def test_large_request_leaves_queue_room():
+    model = Slow()
+    async with batching(model, batch_tokens=20, max_queued_tokens=200) as batcher:
         large = asyncio.create_task(batcher.submit(documents(3000)))
         await settle()
         assert batcher.queued_tokens == 100
@@ -192,15 +194,12 @@ def test_large_request_leaves_queue_room():
         model.release.release(1000)
         await asyncio.gather(large, small)
         assert batcher.queued_tokens == 0
-        await batcher.close()
-
-    run(scenario)
 
 
-def test_singles_and_pairs_alternate():
-    async def scenario():
-        model = Slow()
-        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=40, max_queued_tokens=10_000)
+@in_loop
+async def test_singles_and_pairs_alternate():
+    model = Slow()
+    async with batching(model, batch_tokens=40, max_queued_tokens=10_000) as batcher:
         singles = documents(100, start=1000)
         pairs = Documents(documents(3, start=5).tokens, documents(60).tokens, [None])
         tasks = [asyncio.create_task(batcher.submit(some)) for some in (singles, pairs)]
@@ -210,16 +209,13 @@ def test_singles_and_pairs_alternate():
         assert [windows[0] for windows in model.passes[:4]] == [1000, 5, 1000, 5]
         model.release.release(100)
         await asyncio.gather(*tasks)
-        await batcher.close()
-
-    run(scenario)
 
 
-def test_failed_batch_raises_and_next_works():
-    async def scenario():
-        model = Slow()
-        model.release.release(100)
-        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=50, max_queued_tokens=10_000)
+@in_loop
+async def test_failed_batch_raises_and_next_works():
+    model = Slow()
+    model.release.release(100)
+    async with batching(model, batch_tokens=50, max_queued_tokens=10_000) as batcher:
         with pytest.raises(ValueError, match="a bad batch"):
             await batcher.submit(documents(3, start=-1))
         assert (await batcher.submit(documents(3, start=7))).scores_DL.item() == 7
@@ -227,13 +223,11 @@ def test_failed_batch_raises_and_next_works():
         await batcher.close()
         assert not batcher.is_alive
 
-    run(scenario)
 
-
-def test_queue_limit_and_cancelled_requests():
-    async def scenario():
-        model = Slow()
-        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=100, max_queued_tokens=120)
+@in_loop
+async def test_queue_limit_and_cancelled_requests():
+    model = Slow()
+    async with batching(model, batch_tokens=100, max_queued_tokens=120) as batcher:
         running = asyncio.create_task(batcher.submit(documents(5)))
         await settle()
         waiting = [asyncio.create_task(batcher.submit(documents(40, start=n))) for n in (0, 50)]
@@ -248,15 +242,12 @@ def test_queue_limit_and_cancelled_requests():
         assert (await waiting[1]).scores_DL.item() == 50
         assert [set(windows) for windows in model.passes] == [{0}, {50}], "the cancelled request is never scored"
         assert batcher.queued_tokens == 0
-        await batcher.close()
-
-    run(scenario)
 
 
-def test_close_finishes_running_pass():
-    async def scenario():
-        model = Slow()
-        batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=10, max_queued_tokens=100)
+@in_loop
+async def test_close_finishes_running_pass():
+    model = Slow()
+    async with batching(model, batch_tokens=10, max_queued_tokens=100) as batcher:
         running = asyncio.create_task(batcher.submit(documents(5)))
         await settle()
         waiting = asyncio.create_task(batcher.submit(documents(5)))
@@ -265,6 +256,5 @@ def test_close_finishes_running_pass():
         model.release.release(100)
         await closing
         assert (await running).scores_DL.shape == (1, 1)
-        assert (await asyncio.gather(waiting, return_exceptions=True))[0].__class__ is asyncio.CancelledError
-
-    run(scenario)
+        with pytest.raises(asyncio.CancelledError):
+            await waiting

@@ -60,10 +60,10 @@ class Hostile:
 def test_malicious_pickle_does_not_run(tmp_path):
     old = pickled("binary", tmp_path / "old")
     (old / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Hostile()}, protocol=2))
-    with pytest.raises(ModelFolderError, match=r"cannot be read|holds more than tensors"):
+    with pytest.raises(ModelFolderError, match=r"cannot be read|contains objects other than tensors"):
         convert(str(old), str(tmp_path / "new"))
     torch.save({"weight": Hostile()}, old / "pytorch_model.bin")
-    with pytest.raises(ModelFolderError, match="holds more than tensors and may be hostile"):
+    with pytest.raises(ModelFolderError, match="contains objects other than tensors and may be hostile"):
         convert(str(old), str(tmp_path / "new"))
     assert not os.path.exists("/tmp/pipelines-was-here")
     assert [path.name for path in tmp_path.iterdir()] == ["old"], "no output folder is left"

@@ -153,8 +153,8 @@ def test_unit_size_grows_and_is_bounded():
     ("name", "message"),
     [
         ("nowhere", "does not exist; give a Parquet file"),
-        ("empty", r"holds no \*\.parquet files \(0 other files\)"),
-        ("text", r"holds no \*\.parquet files \(1 other files\)"),
+        ("empty", r"contains no \*\.parquet files \(0 other files\)"),
+        ("text", r"contains no \*\.parquet files \(1 other files\)"),
         ("broken", r"broken\.parquet is not a readable Parquet file"),
     ],
 )

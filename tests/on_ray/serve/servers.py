@@ -1,7 +1,6 @@
 """Helpers that start a server in a new process."""
 
 import contextlib
-import hashlib
 import os
 import signal
 import subprocess
@@ -12,8 +11,7 @@ import time
 import httpx
 
 from tests.jobs import free_port
-
-KEYS = ("first-key", "clef-&+%")
+from tests.serving.keys import HASHES, KEYS
 
 
 @contextlib.contextmanager
@@ -21,8 +19,7 @@ def started(folder, *settings):
     """A client of a server with KEYS. The server must shut down cleanly at the end."""
     port = free_port()
     command = [sys.executable, "-m", "pipelines", "serve", str(folder.path), "--port", str(port)]
-    hashes = [hashlib.sha256(key.encode()).hexdigest() for key in KEYS]
-    for setting in (f"api_keys=[{','.join(hashes)}]", *settings):
+    for setting in (f"api_keys=[{','.join(HASHES)}]", *settings):
         command += ["--set", setting]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)

@@ -19,7 +19,8 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
-from tests.on_ray.serve.servers import KEYS, predict
+from tests.on_ray.serve.servers import predict
+from tests.serving.keys import KEYS
 
 pytestmark = pytest.mark.ray
 CHECKS = [not_a_server_error, status_code_conformance, response_schema_conformance]

@@ -2,7 +2,6 @@
 
 import contextlib
 import threading
-import time
 
 import httpx
 import pytest
@@ -19,7 +18,7 @@ from pipelines.on_ray.serve.run import start_proxies
 from pipelines.serving.job import ServeJob
 from pipelines.settings import DecisionSettings, ServeSettings
 from tests import tiny
-from tests.jobs import free_port
+from tests.jobs import free_port, wait_until
 
 APP = "operations"
 
@@ -94,13 +93,6 @@ def replicas():
     """The number of running replicas of the deployment."""
     (deployment,) = serve.status().applications[APP].deployments.values()
     return deployment.replica_states.get("RUNNING", 0)
-
-
-def wait_until(holds, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def test_thresholds_change_without_restart(url, spam_folder):
