@@ -1,8 +1,8 @@
 """All settings of the package: name, type, default, limits and help text, in one place.
 
-The same frozen dataclasses are filled from Python, from a YAML file, from `--set key=value` and from a model folder. Field
-names are unique over the groups of one command: one flat mapping can contain all its settings. `parse` splits it into
-groups, and suggests the closest name for an unknown one. The string below a field is its help text for `--help`.
+The same frozen dataclasses are filled from Python, from a YAML file, from `--set key=value` and from a model folder.
+Field names are unique over the groups of one command: one flat mapping can contain all its settings. `parse` splits it
+into groups, and suggests the closest name for an unknown one. The string below a field is its help text.
 
 Imports neither torch nor Ray.
 """

@@ -264,7 +264,7 @@ def heartbeat(location: str) -> Iterator[list[str]]:
     finally:
         stop.set()
         thread.join()
-        with suppress(OSError):
+        with suppress(OSError):  # an old mark is removed by the next job
             remove(location, name)
 
 
@@ -332,10 +332,11 @@ def _finished(generations: Sequence[WorkUnits], names: Mapping[str, int]) -> fro
 
 def _check_identity(location: str, manifest: Manifest, identity: RunIdentity) -> None:
     for name, value in identity.to_json().items():
-        if manifest.identity.get(name) != value:
+        before = manifest.identity.get(name)
+        if before != value:
             raise OutputError(
-                f"--output {shown(location)} contains another run: {name} was {manifest.identity.get(name)!r} and is now "
-                f"{value!r}; give a new folder, or --overwrite to remove what is there"
+                f"--output {shown(location)} contains another run: {name} was {before!r} and is now {value!r}; "
+                "give a new folder, or --overwrite to remove what is there"
             )
 
 

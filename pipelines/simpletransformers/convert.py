@@ -73,9 +73,7 @@ def _load(old: str) -> Any:
                 old, weights_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
     except pickle.UnpicklingError as error:
-        raise ModelFolderError(
-            f"the pickle in {old} contains objects other than tensors and may be hostile; refused"
-        ) from error
+        raise ModelFolderError(f"the pickle in {old} is refused: it contains objects other than tensors") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelFolderError(f"{old} cannot be read: {first_line(error)}") from error
     if info["missing_keys"]:

@@ -198,7 +198,7 @@ class _GroupReader:
         """Close the open row group."""
         self._key, self._batches, self._rest = None, iter(()), None
         if self._file is not None:
-            with suppress(OSError):
+            with suppress(OSError):  # it was only read
                 self._file.close()
             self._file = None
 

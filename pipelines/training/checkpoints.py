@@ -161,7 +161,7 @@ def open_training(output: str, identity: Mapping[str, Any]) -> bool:
             )
         return True
     if PIPELINE_FILE in names and RUN_FILE in names:  # the run was killed after its model was finished
-        with suppress(OSError):
+        with suppress(OSError):  # the folder is refused below in any case
             remove_all(output)
     if not is_empty(output):
         raise OutputError(f"--output {shown(output)} is not empty; give a new folder, or remove it first")
