@@ -1,15 +1,21 @@
 """Parse row filters, such as `language == 'en' and year >= 2020`, into Arrow expressions.
 
 A filter may contain column names, numbers, strings, true, false, null, the comparisons == != < <= > >=, `in [...]`,
-`not in [...]`, `is null`, `is not null`, the operators `and`, `or`, `not`, and parentheses. Everything else is
-rejected. Nothing is evaluated as code.
+`not in [...]`, `is null`, `is not null`, the operators `and`, `or`, `not`, and parentheses. Dates and times are written
+as strings. Everything else is rejected. Nothing is evaluated as code.
+
+Values are compared in the type of their column: 0.1 equals a float32 that was stored as 0.1.
 """
 
 from __future__ import annotations
 
 import ast
+import io
+import itertools
 import operator
+import tokenize
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -26,29 +32,36 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.GtE: operator.ge,
 }
 CONSTANTS = {"true": True, "false": False, "null": None, "None": None}
+EXAMPLE = "an example: language == 'en' and year >= 2020 (operators are and, or, not, ==, != in lower case)"
 
 
-def parse_filter(text: str) -> tuple[Any, list[str]]:
+def parse_filter(text: str, schema: pa.Schema | None = None) -> tuple[Any, list[str]]:
     """Parse a filter.
+
+    Args:
+        text: The filter.
+        schema: Types of the columns. With None, the filter's form is checked, but not its values.
 
     Returns:
         The Arrow expression, and the names of the columns that it reads.
 
     Raises:
-        SettingsError: The filter is not valid. The message names the rejected expression.
+        SettingsError: The filter is not valid, or does not fit the types. The message names the rejected part.
     """
     try:
         tree = ast.parse(text.strip(), mode="eval")
+        parser = _Parser(text, schema)
+        expression = parser.expression(tree.body)
     except (SyntaxError, ValueError) as error:
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        raise SettingsError(
-            f"--filter {text!r} cannot be read: {reason}; an example: language == 'en' and year >= 2020"
-        ) from error
-    columns: list[str] = []
-    expression = _expression(tree.body, columns, text)
-    if not columns:
+        reason = error.msg if isinstance(error, SyntaxError) else first_line(error)
+        raise SettingsError(f"--filter {text!r} cannot be read: {reason}; {EXAMPLE}") from error
+    except RecursionError as error:
+        raise SettingsError("--filter is nested too deeply") from error
+    if not parser.columns:
         raise SettingsError(f"--filter {text!r} names no column")
-    return expression, list(dict.fromkeys(columns))
+    if _has_adjacent_strings(text.strip()):
+        raise SettingsError(f"--filter {text!r} has two strings side by side; put a comma or an operator between them")
+    return expression, list(dict.fromkeys(parser.columns))
 
 
 def check_filter(text: str, schema: pa.Schema) -> None:
@@ -57,7 +70,7 @@ def check_filter(text: str, schema: pa.Schema) -> None:
     Raises:
         SettingsError: A column cannot be compared with this value, or the result is not true or false.
     """
-    expression, columns = parse_filter(text)
+    expression, columns = parse_filter(text, schema)
     try:
         schema.empty_table().filter(expression)
     except pa.ArrowException as error:
@@ -66,14 +79,14 @@ def check_filter(text: str, schema: pa.Schema) -> None:
 
 
 def kept_rows(table: pa.Table, text: str) -> pa.Array:
-    """Return for each row of the table whether it passes the filter.
+    """Return for each row of the table whether it passes the filter: a boolean array without nulls.
 
     A row does not pass if the result is null, for example because a value is missing.
 
     Raises:
         DataError: A value cannot be compared, such as an unsigned integer that is too large.
     """
-    expression, columns = parse_filter(text)
+    expression, columns = parse_filter(text, table.schema)
     numbered = table.select(columns).append_column("", pa.array(range(len(table)), pa.int64()))
     try:
         passed = numbered.filter(expression).column("")
@@ -82,75 +95,147 @@ def kept_rows(table: pa.Table, text: str) -> pa.Array:
     return pc.is_in(numbered.column("").combine_chunks(), value_set=passed.combine_chunks())
 
 
-def _expression(node: ast.expr, columns: list[str], text: str) -> Any:
-    if isinstance(node, ast.BoolOp):
-        parts = [_expression(value, columns, text) for value in node.values]
-        joined = parts[0]
-        for part in parts[1:]:
-            joined = joined & part if isinstance(node.op, ast.And) else joined | part
-        return joined
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        return ~_expression(node.operand, columns, text)
-    if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        return _comparison(node, columns, text)
-    if isinstance(node, ast.Name) and node.id not in CONSTANTS:
-        return _value(node, columns, text)
-    raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} is not a comparison of a column")
+def _has_adjacent_strings(text: str) -> bool:
+    tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+    return any(left == right == tokenize.STRING for left, right in itertools.pairwise(tokens))
 
 
-def _comparison(node: ast.Compare, columns: list[str], text: str) -> Any:
-    (kind,), (right,) = node.ops, node.comparators
-    if isinstance(kind, (ast.Is, ast.IsNot)):
-        if not isinstance(right, (ast.Name, ast.Constant)) or _value(right, [], text) is not None:
-            raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} is neither `is null` nor `is not null`")
-        column = _column(node.left, columns, text)
-        return column.is_null() if isinstance(kind, ast.Is) else column.is_valid()
-    if isinstance(kind, (ast.In, ast.NotIn)):
-        if not isinstance(right, (ast.List, ast.Tuple)):
-            raise SettingsError(f"--filter {text!r}: `in` needs a list, such as in ['en', 'de']")
-        inside = _column(node.left, columns, text).isin(_constants(right, text))
-        return inside if isinstance(kind, ast.In) else ~inside
-    sides = [_value(side, columns, text) for side in (node.left, right)]
-    if not any(isinstance(side, pc.Expression) for side in sides):
-        raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} compares no column")
-    if None in [side for side in sides if not isinstance(side, pc.Expression)]:
-        raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} is never true; write `is null` or `is not null`")
-    return COMPARISONS[type(kind)](*sides)
+class _Parser:
+    """Converts the syntax tree of one filter."""
 
+    def __init__(self, text: str, schema: pa.Schema | None) -> None:
+        self.columns: list[str] = []
+        self._text, self._schema = text, schema
 
-def _column(node: ast.expr, columns: list[str], text: str) -> pc.Expression:
-    column = _value(node, columns, text)
-    if not isinstance(column, pc.Expression):
-        raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} is no column")
-    return column
+    def expression(self, node: ast.expr) -> Any:
+        """Return the expression of a node that is true or false."""
+        if isinstance(node, ast.BoolOp):
+            parts = [self.expression(value) for value in node.values]
+            joined = parts[0]
+            for part in parts[1:]:
+                joined = joined & part if isinstance(node.op, ast.And) else joined | part
+            return joined
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return ~self.expression(node.operand)
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            return self._comparison(node)
+        if self._is_column(node):
+            return self._column(node)
+        raise self._refused(node, "is not a comparison of a column")
 
+    def _comparison(self, node: ast.Compare) -> Any:
+        (kind,), left, (right,) = node.ops, node.left, node.comparators
+        if isinstance(kind, (ast.Is, ast.IsNot)):
+            if self._is_column(right) or _constant(right) is not None:
+                raise self._refused(node, "is neither `is null` nor `is not null`")
+            column = self._column(left)
+            return column.is_null() if isinstance(kind, ast.Is) else column.is_valid()
+        if isinstance(kind, (ast.In, ast.NotIn)):
+            if not isinstance(right, (ast.List, ast.Tuple)):
+                raise SettingsError(f"--filter {self._text!r}: `in` needs a list, such as in ['en', 'de']")
+            inside = self._in_list(left, right)
+            return inside if isinstance(kind, ast.In) else ~inside
+        compare = COMPARISONS[type(kind)]
+        if self._is_column(left) and self._is_column(right):
+            return compare(self._column(left), self._column(right))
+        if not self._is_column(left) and not self._is_column(right):
+            raise self._refused(node, "compares no column")
+        name, value = (left, right) if self._is_column(left) else (right, left)
+        column, (constant,) = self._compared(name, [value])
+        if constant is None:
+            raise self._refused(node, "is never true; write `is null` or `is not null`")
+        return compare(column, constant) if name is left else compare(constant, column)
 
-def _constants(node: ast.List | ast.Tuple, text: str) -> pa.Array:
-    values = [_value(item, [], text) for item in node.elts]
-    if not values:
-        raise SettingsError(f"--filter {text!r}: the list after `in` is empty")
-    if any(isinstance(value, pc.Expression) for value in values):
-        raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} may contain numbers and strings, but no columns")
-    try:
-        return pa.array(values)
-    except pa.ArrowException as error:
-        raise SettingsError(f"--filter {text!r}: the values in {ast.unparse(node)!r} have different types") from error
+    def _in_list(self, name: ast.expr, values: ast.List | ast.Tuple) -> Any:
+        if not values.elts:
+            raise SettingsError(f"--filter {self._text!r}: the list after `in` is empty")
+        column, constants = self._compared(name, values.elts)
+        types = {value.type for value in constants if isinstance(value, pa.Scalar)}
+        try:
+            plain = [value.as_py() if isinstance(value, pa.Scalar) else value for value in constants]
+            listed = pa.array(plain, types.pop() if len(types) == 1 else None)  # decimals have one type per precision
+        except pa.ArrowException as error:
+            raise self._refused(values, "contains values of different types") from error
+        if None in constants:
+            return column.isin(listed)
+        return pc.if_else(column.is_valid(), column.isin(listed), pa.scalar(None, pa.bool_()))
 
+    def _compared(self, name: ast.expr, values: list[ast.expr]) -> tuple[Any, list[Any]]:
+        """Return a column and the constants that it is compared with, in a common type."""
+        column = self._column(name)
+        constants = [self._constant(value) for value in values]
+        if self._schema is None or not isinstance(name, ast.Name):
+            return column, constants
+        kind = self._schema.field(name.id).type
+        numbers = [value for value in constants if _is_number(value)]
+        is_exact = all(float(value).is_integer() for value in numbers)
+        if pa.types.is_integer(kind) and len(numbers) == len([value for value in constants if value is not None]):
+            if not is_exact or (kind == pa.uint64() and any(value < 0 for value in numbers)):
+                column, kind = column.cast(pa.float64(), safe=False), pa.float64()
+            else:
+                kind = pa.uint64() if kind == pa.uint64() else pa.int64()
+                column = column.cast(kind)
+        try:
+            return column, [None if value is None else _in_type(value, kind) for value in constants]
+        except (pa.ArrowException, TypeError, OverflowError) as error:
+            example = "; write it as a string, such as '2026-01-31'" if pa.types.is_temporal(kind) else ""
+            shown = ", ".join(map(ast.unparse, values))
+            raise SettingsError(
+                f"--filter {self._text!r}: {shown} does not fit the types of the columns ({name.id} is "
+                f"{self._schema.field(name.id).type}){example}"
+            ) from error
 
-def _value(node: ast.expr, columns: list[str], text: str) -> Any:
-    """A column, or a constant of Python."""
-    if isinstance(node, ast.Name):
-        if node.id in CONSTANTS:
-            return CONSTANTS[node.id]
-        columns.append(node.id)
+    def _column(self, node: ast.expr) -> pc.Expression:
+        if not isinstance(node, ast.Name) or not self._is_column(node):
+            raise self._refused(node, "is no column")
+        self.columns.append(node.id)
         return pc.field(node.id)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
-        value = node.operand.value
-        value = -value if isinstance(value, (int, float)) and not isinstance(value, bool) else ...
-    else:
-        value = node.value if isinstance(node, ast.Constant) else ...
-    if not isinstance(value, (int, float, str, bool, type(None))):
-        raise SettingsError(f"--filter {text!r}: {ast.unparse(node)!r} is neither a column nor a value")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise SettingsError(f"--filter {text!r}: {value} is outside the range of 64-bit integers")
-    return value
+
+    def _is_column(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Name) and node.id not in CONSTANTS
+
+    def _constant(self, node: ast.expr) -> Any:
+        value = _constant(node)
+        if value is ...:
+            raise self._refused(node, "is neither a number nor a string nor true, false or null")
+        if isinstance(value, int) and not -(2**63) <= value < 2**64:
+            raise SettingsError(f"--filter {self._text!r}: {value} is outside the range of 64-bit integers")
+        if isinstance(value, str):
+            value.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
+        return value
+
+    def _refused(self, node: ast.expr, reason: str) -> SettingsError:
+        return SettingsError(f"--filter {self._text!r}: {ast.unparse(node)!r} {reason}")
+
+
+def _constant(node: ast.expr) -> Any:
+    """Return the value of a constant, or ... for anything else."""
+    if isinstance(node, ast.Name) and node.id in CONSTANTS:
+        return CONSTANTS[node.id]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _constant(node.operand)
+        return -value if _is_number(value) else ...
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float, str, bool, type(None))):
+        return node.value
+    return ...
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _in_type(value: Any, kind: pa.DataType) -> pa.Scalar:
+    """Convert a constant to the type of the column. Raises TypeError or an error of Arrow if it does not fit."""
+    if pa.types.is_boolean(kind) != isinstance(value, bool):
+        raise TypeError(value)
+    if isinstance(value, str):
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_temporal(kind)):
+            raise TypeError(value)
+        return pa.scalar(value).cast(kind)
+    if pa.types.is_integer(kind):
+        return pa.scalar(int(value), kind)
+    if pa.types.is_decimal(kind):
+        return pa.scalar(Decimal(str(value)))
+    if pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        return pa.scalar(value, kind)
+    raise TypeError(value)
