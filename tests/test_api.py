@@ -48,7 +48,8 @@ def test_predict_accounts_for_every_text(spam_folder):
     assert fine is None
     assert broken.startswith("the text is not valid UTF-8")
     assert scorer.predict([]).num_rows == 0
-    for wrong in ("hello", b"hello", {"text": ["a"]}, [1, "a"], [["a", "b"]]):
+    tables = ({"text": ["a"]}, pd.DataFrame({"text": ["a"]}), pa.table({"text": ["a"]}))
+    for wrong in ("hello", b"hello", *tables, [1, "a"], [["a", "b"]], None, 7):
         with pytest.raises(DataError, match=r"list of texts|must be strings"):
             scorer.predict(wrong)
 
@@ -79,7 +80,8 @@ def test_score_table_types(spam_folder, data):
     assert found["id"].to_pylist() == [1, 2]
     assert found["error"].to_pylist() == [None, "the text is null"]
     np.testing.assert_allclose(found["scores"].to_pylist()[0], expected["scores"].to_pylist()[0], atol=1e-6)
-    for empty, errors in (({"text": [], "id": []}, []), ({"text": [None]}, ["the text is null"])):
+    null = ["the text is null"]
+    for empty, errors in (({"text": [], "id": []}, []), ({"text": [None]}, null), ({"text": pd.Series([pd.NA])}, null)):
         assert pipelines.score(spam_folder.path, empty)["error"].to_pylist() == errors
     assert pipelines.score(spam_folder.path, data, keep=[], prefix="m_").column_names[0] == "m_predicted_label"
 
@@ -87,6 +89,16 @@ def test_score_table_types(spam_folder, data):
 def test_error_messages(spam_folder, tmp_path):
     with pytest.raises(DataError, match="int is not a table"):
         pipelines.score(spam_folder.path, 7)
+    twice = pa.table([["a"], ["b"]], names=["text", "text"])
+    for call in (pipelines.score, pipelines.evaluate):
+        with pytest.raises(DataError, match="several columns named 'text'"):
+            call(spam_folder.path, twice)
+    with pytest.raises(DataError, match="the table cannot be read"):
+        pipelines.score(spam_folder.path, pd.Series(["a"], name="text"))
+    with pytest.raises(DataError, match="the table cannot be read"):
+        pipelines.score(spam_folder.path, {"text": ["a"], "id": [2**70]})
+    with pytest.raises(SettingsError, match="a path is empty"):
+        pipelines.score(spam_folder.path, "", tmp_path / "out")
     with pytest.raises(DataError, match="a list must hold rows as mappings"):
         pipelines.score(spam_folder.path, ["a text"])
     with pytest.raises(DataError, match="column 'text' is one text; give a list of texts"):

@@ -47,6 +47,9 @@ def drift(before: str, after: str) -> dict[str, LabelDrift]:
         raise DataError(
             f"the labels differ: {', '.join(left)} in {shown(before)}, {', '.join(right)} in {shown(after)}"
         )
+    for location, histograms in ((before, left), (after, right)):
+        if not any(sum(counts) for counts in histograms.values()):
+            raise DataError(f"{shown(location)} has no scored rows to compare")
     return {label: compare(left[label], right[label]) for label in left}
 
 

@@ -46,6 +46,9 @@ def relabel(scored: str, output: str, thresholds: Thresholds) -> ScoreSummary:
         DataError: The files were not written by a scoring job.
         SettingsError: The thresholds do not fit the labels.
     """
+    marks = list_names(scored)
+    if MANIFEST in marks and SUMMARY not in marks:
+        raise DataError(f"{shown(scored)} contains an unfinished run; finish it with the command that began it")
     files = list_files(scored)
     old, prefix = _read_decision(scored, files[0])
     decision = resolve_thresholds(thresholds, old)

@@ -39,7 +39,7 @@ from pipelines.storage.locations import (
     retried,
     shown,
 )
-from pipelines.storage.shards import InputFile, WorkUnits, fingerprint, split_into_units, usual_unit_bytes
+from pipelines.storage.shards import OUTPUT_NAME, InputFile, WorkUnits, fingerprint, split_into_units, usual_unit_bytes
 
 MANIFEST, SUMMARY = "_manifest.json", "_summary.json"
 FORMAT_VERSION = 2
@@ -239,7 +239,10 @@ def finished_summary(run: Run) -> ScoreSummary | None:
     """Return the summary of a finished run, or None if units or the summary are missing."""
     if len(run.finished) < run.num_units or SUMMARY not in list_names(run.location):
         return None
-    return ScoreSummary.from_json(run.location, read_json(run.location, SUMMARY))
+    try:
+        return ScoreSummary.from_json(run.location, read_json(run.location, SUMMARY))
+    except (ValueError, TypeError, KeyError, AttributeError):  # damaged: it is computed again from the finished files
+        return None
 
 
 @contextmanager
@@ -288,7 +291,8 @@ def _clear(location: str, names: Mapping[str, int]) -> None:
     """Remove the results of a run. Its manifest stays until it is replaced, so a killed overwrite can be repeated."""
     if MANIFEST not in names:
         _check_is_empty(location, names)
-    for name in [SUMMARY, *(name for name in names if name.startswith(("part-", ".part-", "._")))]:
+    own = [name for name in names if OUTPUT_NAME.fullmatch(name) or name.startswith((".part-", "._"))]
+    for name in [SUMMARY, *own]:
         remove(location, name)
 
 
@@ -307,10 +311,17 @@ def _add_generation(location: str, manifest: Manifest, files: Sequence[InputFile
 
 
 def _read_manifest(location: str) -> Manifest:
-    content = read_json(location, MANIFEST)
-    if content.get("format_version") != FORMAT_VERSION:
-        raise OutputError(f"{shown(location)} was written by another version of pipelines; give a new folder")
-    return Manifest.from_json(content)
+    try:
+        content = read_json(location, MANIFEST)
+        if content.get("format_version") == FORMAT_VERSION:
+            return Manifest.from_json(content)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise _damaged(location, MANIFEST) from error
+    raise OutputError(f"{shown(location)} was written by another version of pipelines; give a new folder")
+
+
+def _damaged(location: str, name: str) -> OutputError:
+    return OutputError(f"{name} in --output {shown(location)} is damaged or missing; add --overwrite to score again")
 
 
 def _units_of(manifest: Manifest, generations: Sequence[Sequence[InputFile]]) -> list[WorkUnits]:
@@ -327,7 +338,7 @@ def _units_of(manifest: Manifest, generations: Sequence[Sequence[InputFile]]) ->
 def _finished(generations: Sequence[WorkUnits], names: Mapping[str, int]) -> frozenset[str]:
     if not any(name.startswith("part-") for name in names):
         return frozenset()
-    return frozenset(unit.output_name for units in generations for unit in units if unit.output_name in names)
+    return frozenset(unit.output_name for units in generations for unit in units if names.get(unit.output_name))
 
 
 def _check_identity(location: str, manifest: Manifest, identity: RunIdentity) -> None:
@@ -397,7 +408,10 @@ def _listing(files: Sequence[InputFile]) -> pa.Table:
 
 
 def _read_listing(location: str, name: str) -> list[InputFile]:
-    table = pq.read_table(pa.BufferReader(read_bytes(location, name)))
+    try:
+        table = pq.read_table(pa.BufferReader(read_bytes(location, name)))
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise _damaged(location, name) from error
     schemas: dict[bytes, pa.Schema] = {}
 
     def schema_of(content: bytes | None) -> pa.Schema | None:

@@ -8,7 +8,7 @@ Shapes: D documents, W windows of all documents, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 
@@ -228,7 +228,8 @@ class Scorer:
         Raises:
             DataError: texts is a single text or a table, or a text is not a string.
         """
-        if isinstance(texts, (str, bytes, Mapping)):
+        is_table = isinstance(texts, Mapping) or hasattr(texts, "columns") or hasattr(texts, "column_names")
+        if is_table or isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
             raise DataError("predict takes a list of texts: put a text into a list; pipelines.score takes tables")
         return self.score_table(pa.table({"text": string_array(texts if hasattr(texts, "dtype") else list(texts))}))
 

@@ -208,7 +208,7 @@ class ClassificationModel:
             for regression. Raw outputs: logits (n, L); probabilities for multi-label; values (n,) for regression. With
             sliding_window, raw outputs are a list of n arrays (W, L).
         """
-        if isinstance(to_predict, (str, bytes, Mapping)):
+        if isinstance(to_predict, (str, bytes, Mapping)) or hasattr(to_predict, "columns"):
             raise DataError("predict takes a list of texts; put the text into a list")
         rows = to_predict.tolist() if hasattr(to_predict, "tolist") else list(to_predict)
         scorer = self._engine.scorer(for_predictions=True)

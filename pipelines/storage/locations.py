@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.errors import DataError, OutputError, PipelinesError, first_line
+from pipelines.errors import DataError, OutputError, PipelinesError, SettingsError, first_line
 
 ATTEMPTS = 5
 """Number of attempts of a filesystem call before its error is raised."""
@@ -36,6 +36,8 @@ Result = TypeVar("Result")
 
 def absolute(location: str) -> str:
     """Return an absolute path, which is valid in processes with another working folder. A URL stays unchanged."""
+    if not location:
+        raise SettingsError("a path is empty; write . for the current folder")
     return location if "://" in location else os.path.abspath(os.path.expanduser(location))
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from pipelines.errors import DataError, first_line
+from pipelines.errors import DataError, SettingsError, first_line
 from pipelines.storage.locations import filesystem_of, retried, shown, store_errors
 
 SMALLEST_UNIT_BYTES = 64 * 2**10
@@ -38,6 +40,8 @@ FOOTER_THREADS = 16
 
 
 GLOB_CHARACTERS = "*?["
+OUTPUT_NAME = re.compile(r"part-\d{6,}-[0-9a-f]{12}\.parquet")
+"""Names of the output files of work units."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,27 @@ def list_files(location: str) -> list[str]:
     return [str(entry["name"]) for entry in _list_entries(location)]
 
 
+def check_apart(source: str, output: str) -> None:
+    """Check that no file of an input is in the output folder, and that no file of the output will be in the input.
+
+    Raises:
+        DataError: The input does not exist.
+        SettingsError: Input and output overlap.
+    """
+    filesystem, root = filesystem_of(source)
+    other, folder = filesystem_of(output)
+    if type(filesystem) is not type(other):
+        return
+    place = os.path.realpath if isinstance(filesystem, LocalFileSystem) else str
+    root, folder = place(root).rstrip("/"), place(folder).rstrip("/")
+    inside = any(place(path).startswith(f"{folder}/") for path in list_files(source))
+    if inside or (folder.startswith(f"{root}/") and _is_data(f"{folder}/part.parquet", root)):
+        raise SettingsError(
+            f"--output {shown(output)} and --input {shown(source)} overlap, so the next run would read its own output; "
+            "give an output folder outside the input"
+        )
+
+
 def read_footers(location: str, text_column: str, *, lenient: bool = False) -> list[InputFile]:
     """Read the footers of all input files in parallel.
 
@@ -219,11 +244,11 @@ def _find_entries(location: str) -> list[dict[str, Any]]:
     if retried(lambda: filesystem.isfile(path)):
         return [filesystem.info(path)]
     found: dict[str, dict[str, Any]] = {}
-    if any(character in path for character in GLOB_CHARACTERS):
+    if filesystem.isdir(path):  # also a folder whose name contains a bracket
+        found = retried(lambda: filesystem.find(path, detail=True))
+    elif any(character in path for character in GLOB_CHARACTERS):
         for match in retried(lambda: filesystem.glob(path)):
             found |= filesystem.find(match, detail=True) or {match: filesystem.info(match)}
-    elif filesystem.isdir(path):
-        found = retried(lambda: filesystem.find(path, detail=True))
     else:
         raise DataError(f"{shown(location)} does not exist; give a Parquet file, a folder of them, or a glob")
     files = [found[name] for name in sorted(found) if name.endswith(".parquet") and _is_data(name, path)]

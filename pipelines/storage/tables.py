@@ -26,9 +26,13 @@ def as_table(data: Any) -> pa.Table:
         DataError: The data is none of these, or its columns do not fit into Arrow.
     """
     try:
-        return _as_table(data)
-    except (pa.ArrowException, TypeError, ValueError) as error:
+        table = _as_table(data)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"the table cannot be read: {first_line(error)}") from error
+    twice = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    if twice:
+        raise DataError(f"the table has several columns named {', '.join(map(repr, twice))}; rename them")
+    return table
 
 
 def _as_table(data: Any) -> pa.Table:
@@ -38,12 +42,14 @@ def _as_table(data: Any) -> pa.Table:
         single = next((name for name, values in data.items() if isinstance(values, (str, bytes))), None)
         if single is not None:
             raise DataError(f"column {single!r} is one text; give a list of texts, such as {{{single!r}: ['...']}}")
-        return pa.table({str(name): pa.array(list(values)) for name, values in data.items()})
+        return pa.table(
+            {str(name): pa.array(values if hasattr(values, "dtype") else list(values)) for name, values in data.items()}
+        )
     if isinstance(data, (list, tuple)):
         if not all(isinstance(row, Mapping) for row in data):
             raise DataError("a list must hold rows as mappings of column names to values, such as {'text': ...}")
         return pa.Table.from_pylist(list(data))
-    if hasattr(data, "iloc"):  # pandas: the index does not become a column
+    if hasattr(data, "iloc") and hasattr(data, "columns"):  # pandas: the index does not become a column
         return pa.Table.from_pandas(data, preserve_index=False)
     if hasattr(data, "with_format"):  # a Hugging Face dataset
         return data.with_format("arrow")[:]

@@ -59,6 +59,15 @@ def test_relabel_in_an_object_store(folders, source, tmp_path, capsys):
     assert read_scored(tmp_path / "copy").equals(read_scored(tmp_path / "new"))
 
 
+def test_relabel_and_drift_refuse_runs_without_an_end(folders, source, tmp_path, capsys):
+    score(capsys, folders["binary"], source, tmp_path / "scored")
+    (tmp_path / "scored" / "_summary.json").unlink()
+    error = run(capsys, "relabel", tmp_path / "scored", "--thresholds", "0.1", "--output", tmp_path / "x", code=2)
+    assert "contains an unfinished run; finish it with the command that began it" in error
+    score(capsys, folders["binary"], source, tmp_path / "none", "--filter", "label == 'neither'", code=0)
+    assert "has no scored rows to compare" in run(capsys, "drift", tmp_path / "none", tmp_path / "none", code=2)
+
+
 def test_relabel_refuses_invalid_input(folders, source, tmp_path, capsys):
     error = run(capsys, "relabel", source, "--thresholds", "0.1", "--output", tmp_path / "x", code=2)
     assert "was not written by `pipelines score`" in error

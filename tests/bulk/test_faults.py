@@ -213,14 +213,60 @@ def test_overwrite_beside_a_running_job_is_refused(spam_folder, tmp_path, emails
     assert sorted((tmp_path / "out").iterdir()) == before
     (tmp_path / "out" / "_running-other.json").write_text(json.dumps({**mark, "time": time.time() - 3600}))
     (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "out" / "part-of-mine.parquet").write_text("mine")
     assert score(job).rows_out == 9
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "part-of-mine.parquet").read_text() == "mine"
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "split_into_units", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             score(job)
     assert score(job).rows_out == 9
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_input_and_output_may_not_overlap(spam_folder, tmp_path, emails, overwrite):
+    (tmp_path / "in").mkdir()
+    pq.write_table(emails.slice(0, 9), tmp_path / "in" / "a.parquet")
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    score(score_job(spam_folder, tmp_path / "in" / "a.parquet", tmp_path / "out"))
+    before = sorted(tmp_path.rglob("*.parquet"))
+    names = {"text_column": "source_file", "keep": [], "overwrite": overwrite}
+    for source, output, more in (("out", "out", names), ("out/*.parquet", "out", names), ("in", "in/out", {}),
+                                 ("link", "in/out", {}), ("in/*", "in", {}), ("in/a.parquet", "link", {})):  # fmt: skip
+        with pytest.raises(SettingsError, match="overlap, so the next run would read its own output"):
+            score(score_job(spam_folder, tmp_path / source, tmp_path / output, **more))
+    assert sorted(tmp_path.rglob("*.parquet")) == before
+    assert score(score_job(spam_folder, tmp_path / "in", tmp_path / "in" / "_out")).rows_out == 9, "never read as data"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("_manifest.json", b""), ("_manifest.json", b"[]"), ("_manifest.json", b'{"format_version": 2}'),
+     ("_inputs-0000.parquet", None), ("_inputs-0000.parquet", b"")],
+)  # fmt: skip
+def test_damaged_run_is_named_and_can_be_overwritten(spam_folder, tmp_path, emails, name, content):
+    (tmp_path / "in").mkdir()
+    pq.write_table(emails.slice(0, 9), tmp_path / "in" / "a.parquet")
+    score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
+    if content is None:
+        (tmp_path / "out" / name).unlink()
+    else:
+        (tmp_path / "out" / name).write_bytes(content)
+    with pytest.raises(OutputError, match=rf"{name} in --output .* is damaged or missing; add --overwrite"):
+        score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
+    assert score(score_job(spam_folder, tmp_path / "in", tmp_path / "out", overwrite=True)).rows_out == 9
+
+
+@pytest.mark.parametrize("name", ["_summary.json", "part-*"])
+def test_damaged_results_are_computed_again(spam_folder, tmp_path, emails, name):
+    (tmp_path / "in").mkdir()
+    pq.write_table(emails.slice(0, 9), tmp_path / "in" / "a.parquet")
+    first = score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
+    next((tmp_path / "out").glob(name)).write_bytes(b"")
+    again = score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
+    assert (again.rows_out, again.positive_rates) == (first.rows_out, first.positive_rates)
 
 
 def test_max_errors_stops_run(spam_folder, tmp_path):

@@ -74,6 +74,10 @@ def test_fsspec_input_and_output(data):
 def test_brackets_in_names_and_folder_globs(data):
     (data / "b.parquet").rename(data / "r[1].parquet")
     assert len(shards.list_files(f"{data}/r[1].parquet")) == 1
+    for folder in ("days[1]", "days1"):
+        (data / folder).mkdir()
+        write(data / folder / f"{folder}.parquet", 1)
+    assert [file.rsplit("/", 1)[1] for file in shards.list_files(f"{data}/days[1]")] == ["days[1].parquet"]
     assert [file.rsplit("/", 1)[1] for file in shards.list_files(f"{data}/year=*")] == ["c.parquet"]
 
 
