@@ -217,8 +217,6 @@ def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) 
             )
     texts = data.text_columns
     for name in texts:
-        if name in table.column_names and pa.types.is_null(table.schema.field(name).type):  # no rows, or only None
-            table = table.set_column(table.column_names.index(name), name, table[name].cast(pa.string()))
         check_text_column(table.schema, name, where="the table")
     names = table.column_names
     keep = [name for name in names if name not in texts] if scoring.keep is None else list(scoring.keep)

@@ -119,10 +119,18 @@ def local_ray():
 
 
 @pytest.fixture
-def flaky_s3(monkeypatch):
+def fresh_s3():
+    """Filesystems that fsspec made with the credentials of another test are not used again."""
+    s3fs = pytest.importorskip("s3fs", reason="in the s3 extra")
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def flaky_s3(monkeypatch, fresh_s3):
     """An S3 server on loopback that answers every fifth request with 503."""
     moto = pytest.importorskip("moto.server", reason="the S3 test server is in the dev extra")
-    pytest.importorskip("s3fs", reason="in the s3 extra")
     from werkzeug.serving import make_server
 
     inner = moto.DomainDispatcherApplication(moto.create_backend_app)

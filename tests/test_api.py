@@ -90,6 +90,8 @@ def test_error_messages(spam_folder, tmp_path):
     with pytest.raises(DataError, match="int is not a table"):
         pipelines.score(spam_folder.path, 7)
     twice = pa.table([["a"], ["b"]], names=["text", "text"])
+    with pytest.raises(DataError, match="has no row with a text that can be scored"):
+        pipelines.evaluate(spam_folder.path, {"text": [None], "label": ["ham"]})
     for call in (pipelines.score, pipelines.evaluate):
         with pytest.raises(DataError, match="several columns named 'text'"):
             call(spam_folder.path, twice)

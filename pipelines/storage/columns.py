@@ -55,6 +55,8 @@ def text_column_problem(schema: pa.Schema, name: str) -> str | None:
         kind = kind.value_type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return None
+    if pa.types.is_null(kind):  # writers infer this type where no row has a text
+        return None
     return f"has a column {name!r} of type {kind}, not string"
 
 
@@ -80,7 +82,7 @@ def read_texts(column: pa.ChunkedArray) -> Texts:
     """Read the texts of a string column of any Arrow string type. Null and invalid UTF-8 become errors of the row."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if pa.types.is_string_view(column.type):  # pyarrow has no fill_null for this type
+    if pa.types.is_string_view(column.type) or pa.types.is_null(column.type):  # pyarrow cannot fill their nulls
         column = column.cast(pa.large_string())
     null_D = column.is_null().to_pylist() if column.null_count else [False] * len(column)
     errors = ["the text is null" if null else None for null in null_D]

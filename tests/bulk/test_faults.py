@@ -51,26 +51,27 @@ def bad_folder(tmp_path, emails):
     for name, kind in (("large", pa.large_string()), ("dictionary", pa.dictionary(pa.int32(), pa.string()))):
         pq.write_table(pa.table({"id": ids[:3], "text": pa.array(texts[20:23]).cast(kind)}), folder / f"{name}.parquet")
     pq.write_table(pa.table({"id": ids[:2], "text": pa.array(texts[:2], pa.string_view())}), folder / "view.parquet")
+    pq.write_table(pa.table({"id": ids[:2], "text": pa.nulls(2)}), folder / "nulls.parquet")
     return folder
 
 
 def test_no_row_of_bad_input_is_lost(spam_folder, bad_folder, tmp_path, log_lines):
     summary = score(score_job(spam_folder, bad_folder, tmp_path / "out"))
     rows = by_row(read_scored(tmp_path / "out"))
-    assert summary.rows_in == summary.rows_out == len(rows) == 10 + 10 + 2 + 2 + 7 + 3 + 3 + 2
+    assert summary.rows_in == summary.rows_out == len(rows) == 10 + 10 + 2 + 2 + 7 + 3 + 3 + 2 + 2
     assert {url.rsplit("/", 1)[1] for url in summary.files_in_error} == {"cut.parquet", "noise.parquet"}
     errors = {key: row["error"] for key, row in rows.items() if row["error"] is not None}
-    assert len(errors) == summary.rows_in_error == 10 + 2 + 2 + 2
+    assert len(errors) == summary.rows_in_error == 10 + 2 + 2 + 2 + 2
     assert all("pages.parquet cannot be read" in errors["pages.parquet", row] for row in range(10))
     assert "has no column 'text'" in errors["notext.parquet", 0]
     assert "has a column 'text' of type int64, not string" in errors["numbers.parquet", 1]
-    assert errors["odd.parquet", 3] == "the text is null"
+    assert errors["odd.parquet", 3] == errors["nulls.parquet", 1] == "the text is null"
     assert errors["odd.parquet", 6].startswith("the text is not valid UTF-8")
     assert rows["odd.parquet", 5]["num_windows"] > 100
     assert rows["odd.parquet", 0]["lang"] == "en"
     assert rows["good.parquet", 0]["lang"] is None
     assert sum(summary.errors.values()) == summary.rows_in_error
-    assert any("all rows of 2 of 9 files will have errors" in line for line in log_lines)
+    assert any("all rows of 2 of 10 files will have errors" in line for line in log_lines)
     assert {"pages", "notext", "numbers"} == {
         kind for kind in ("pages", "notext", "numbers") if any(kind in message for message in summary.errors)
     }

@@ -224,13 +224,11 @@ def test_make_folder(tmp_path):
         (local_folder, ModelFolderError),
     ],
 )
-def test_missing_credentials_are_named(action, error, monkeypatch, tmp_path):
-    pytest.importorskip("s3fs", reason="in the s3 extra")
+def test_missing_credentials_are_named(action, error, monkeypatch, tmp_path, fresh_s3):
     for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "PROFILE", "SESSION_TOKEN"):
         monkeypatch.delenv(f"AWS_{name}", raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    fsspec.filesystem("s3").clear_instance_cache()
     with pytest.raises(error, match=r"s3://mail/\w+ cannot be .*credentials; check the path, the credentials"):
         action("s3://mail/x")
 

@@ -53,8 +53,8 @@ def run_server(job: ServeJob, *, address: str | None = None) -> None:
                 f"the server cannot run on {job.serve.host}:{job.serve.port}: {root_cause(error)}"
             ) from error
         finally:
-            with suppress(RayServeException):  # if it never started
-                if is_deployed:  # otherwise a server that was there before keeps running
+            if is_deployed:  # otherwise a server that was there before keeps running
+                with suppress(RayServeException):  # if it never started
                     serve.delete(APPLICATION)
 
 
