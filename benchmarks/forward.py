@@ -42,7 +42,7 @@ def plain_loop(model: WindowModel, cut: CutDocuments) -> None:
     with torch.inference_mode():
         for start in range(0, len(cut.length_W), 32):
             index_W = np.arange(start, min(start + 32, len(cut.length_W)))
-            model.run_padded(assemble(cut, TEMPLATE, index_W)).float().cpu()
+            model.run_padded(assemble(cut, TEMPLATE, index_W), side="right").float().cpu()
 
 
 def best_rate(run: Callable[[], object], num_tokens: int, device: torch.device) -> float:

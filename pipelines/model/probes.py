@@ -7,19 +7,22 @@ Shapes: W windows, L labels.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipelines.errors import ModelFolderError, first_line
 from pipelines.model.packing import NAME as PACKED
 from pipelines.model.packing import PackedRows
-from pipelines.model.weights import first_position
+from pipelines.model.weights import first_position, vocabulary_of
 from pipelines.text.pretrained import quiet_transformers
-from pipelines.text.tokenization import InputRows
+from pipelines.text.tokenization import InputRows, Template, Tokens, assemble, cut_documents, offsets_of
+from pipelines.text.windows import WindowPlan
 
 ROUNDING, SLACK = 1e-6, 1e-3
 """Tolerances of the float32 checks when a model is loaded (packed and padded, more and less padding).
@@ -27,12 +30,18 @@ ROUNDING, SLACK = 1e-6, 1e-3
 Two results agree if they differ by at most ROUNDING times the largest logit, plus SLACK times the largest difference
 between the windows.
 """
+FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError)
+"""Errors of a module that cannot run its input in the tested way."""
+Side = Literal["left", "right"]
+"""Side of the padding."""
+_SWITCHING = threading.RLock()
 
 
 class Probed(Protocol):
     """What the checks need of a `WindowModel`."""
 
     module: nn.Module
+    template: Template
 
     @property
     def num_labels(self) -> int:
@@ -41,7 +50,7 @@ class Probed(Protocol):
     def __call__(self, rows: InputRows) -> Tensor:
         """Logits (W, L) of the windows."""
 
-    def run_padded(self, rows: InputRows, *, row_length: int | None = None) -> Tensor:
+    def run_padded(self, rows: InputRows, *, side: Side | None, row_length: int = 0) -> Tensor:
         """Logits (W, L), computed as one padded batch."""
 
     def run_packed(self, packed: PackedRows, rows: InputRows) -> Tensor:
@@ -61,21 +70,69 @@ def attention_of(module: Any, name: str | None) -> Iterator[None]:
             module.set_attn_implementation(before)
 
 
-def sees_padding(model: Probed) -> bool:
-    """Whether logits depend on the amount of padding, tested with three short windows in float32."""
-    rows = _probe(model)
+@contextmanager
+def attention_for_length(module: nn.Module, length: int) -> Iterator[None]:
+    """Let BigBird run rows of a length as it does in a new process: sparse attention in long rows, full in short ones.
+
+    transformers switches to full attention at the first short row, and never back. Other models are not changed. Threads
+    take turns, because the choice is a state of the module.
+    """
+    if not _is_block_sparse(module):
+        yield
+        return
+    config: Any = module.config
+    is_long = length > (5 + 2 * config.num_random_blocks) * config.block_size
+    switch: Any = next(part for part in module.modules() if hasattr(part, "set_attention_type"))
+    with _SWITCHING:
+        switch.set_attention_type("block_sparse" if is_long else "original_full")
+        yield
+
+
+def _is_block_sparse(module: nn.Module) -> bool:
+    return getattr(module.config, "attention_type", None) == "block_sparse"
+
+
+def find_padding_side(model: Probed) -> Side | None:
+    """Find out on which side windows can be padded so that their logits are those without padding.
+
+    The tokenizer's side is tried first. A decoder with absolute positions must be padded on the right, whatever its
+    tokenizer says. None means that windows must not be padded at all (convolutions, Fourier transforms, sampling).
+
+    Raises:
+        ModelFolderError: The model cannot run the three windows of the test.
+    """
+    if _is_block_sparse(model.module):  # the random blocks of a row depend on its length
+        return None
+    rows = probe_rows(model)
+    sides: tuple[Side, Side] = ("left", "right") if model.template.pad_left else ("right", "left")
     with torch.inference_mode(), quiet_transformers():
-        short_WL = model.run_padded(rows)
-        long_WL = model.run_padded(rows, row_length=3 * max(rows.length_W))
-    return not _agree(long_WL, short_WL)
+        try:
+            alone = [model.run_padded(rows.take(np.array([row])), side=None) for row in range(len(rows.length_W))]
+        except FAILURES as error:
+            model_type = model.module.config.model_type  # type: ignore[union-attr]
+            raise ModelFolderError(
+                f"the model ({model_type}) cannot run a short text: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        for side in sides:
+            with suppress(*FAILURES):  # models that cannot be padded on a side raise different errors
+                if _agree(model.run_padded(rows, side=side, row_length=3 * max(rows.length_W)), torch.cat(alone)):
+                    return side
+    return None
 
 
-def _probe(model: Probed) -> InputRows:
-    """Return three short windows of random tokens."""
-    lengths = [7, 7, 4]
-    size: int = model.module.config.vocab_size  # type: ignore[union-attr, assignment]
-    ids = np.random.default_rng(0).integers(min(10, size - 1), size, sum(lengths))
-    return InputRows(ids, np.zeros_like(ids), np.concatenate([[0], np.cumsum(lengths)]))
+def probe_rows(model: Probed) -> InputRows:
+    """Return three short windows of random tokens, with the special tokens of the template around each."""
+    config: Any = model.module.config
+    template = model.template
+    ends = np.atleast_1d(getattr(config, "eos_token_id", None) or [])
+    special = {*template.prefix, *template.suffix, template.pad_id, *map(int, ends)}
+    size = vocabulary_of(config) or 128
+    allowed = np.setdiff1d(np.arange(min(10, size - 1), size), list(special))
+    lengths = np.array([7, 7, 4])
+    content = np.random.default_rng(0).choice(allowed if len(allowed) else np.arange(size), lengths.sum())
+    special_tokens = template.num_special_tokens(pair=False)
+    plan = WindowPlan(max_length=7 + special_tokens, budget=7, step=7)
+    return assemble(cut_documents(Tokens(content, offsets_of(lengths)), plan, template), template, np.arange(3))
 
 
 def _agree(found_WL: Tensor, expected_WL: Tensor) -> bool:
@@ -97,7 +154,7 @@ def find_last_layer(model: Probed) -> str | None:
     if not layers:
         return None
     name, layer = layers[-1]
-    rows = _probe(model)
+    rows = probe_rows(model)
     with torch.inference_mode(), quiet_transformers():
         before_WL = model(rows)
         hook = layer.register_forward_hook(lambda _layer, _inputs, output: output + 1)
@@ -116,16 +173,16 @@ def packed_if_equal(model: Probed) -> PackedRows | None:
         unchanged.
     """
     module: Any = model.module
-    rows = _probe(model)
+    rows = probe_rows(model)
     before = module.config._attn_implementation
     packed: PackedRows | None = None
     with torch.inference_mode(), quiet_transformers():
-        padded_WL = model.run_padded(rows)
+        padded_WL = model(rows)
         try:
             module.set_attn_implementation(PACKED)
             packed = PackedRows(module, first_position=first_position(module))
             packed_WL = model.run_packed(packed, rows)
-        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError):
+        except FAILURES:
             packed_WL = None  # models that cannot take a packed row raise different errors
         if packed_WL is not None and packed_WL.shape == padded_WL.shape and _agree(packed_WL, padded_WL):
             return packed

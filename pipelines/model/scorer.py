@@ -131,7 +131,6 @@ class Scorer:
         *,
         temperature: float = 1.0,
     ) -> None:
-        model.settle_rows(plan.max_length)
         self.model = model
         self.tokenizer = tokenizer
         self.plan = plan

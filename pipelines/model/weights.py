@@ -13,6 +13,7 @@ from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.model_folder import check_weights
 from pipelines.settings import DecisionSettings
 from pipelines.text.pretrained import quiet_transformers
+from pipelines.text.tokenization import Tokenizer
 
 PROBLEM_TYPES = {
     "binary": "single_label_classification",
@@ -22,10 +23,12 @@ PROBLEM_TYPES = {
 }
 ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 """Names of the dropout of attention weights in transformers' configs."""
+SMALLEST_SHARE = 0.5
+"""A tokenizer with fewer tokens than this share of the model's vocabulary does not belong to the model."""
 
 
 def new_classifier(
-    name: str, decision: DecisionSettings, *, seed: int, attention_dropout: float | None = None
+    name: str, decision: DecisionSettings, *, pad_id: int, seed: int, attention_dropout: float | None = None
 ) -> tuple[nn.Module, bool]:
     """Load pretrained weights with a classification head for the decision's labels.
 
@@ -34,6 +37,7 @@ def new_classifier(
     Args:
         name: Name on the Hugging Face Hub, or a folder.
         decision: Kind and labels of the classifier.
+        pad_id: The tokenizer's padding id, for a config that has none.
         seed: Seed of a new head.
         attention_dropout: Dropout of attention weights. None keeps the value of the config.
 
@@ -57,6 +61,7 @@ def new_classifier(
                 trust_remote_code=False,
             )
             _set_attention_dropout(config, attention_dropout)
+            set_pad_token(config, pad_id)
             module, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
                 config=config,
@@ -120,9 +125,52 @@ def describe(name: str, *, attention_dropout: float | None = None) -> tuple[int 
         ) from error
 
 
+def set_pad_token(config: Any, pad_id: int) -> None:
+    """Set config.pad_token_id, if it is not set. Decoders find the last token of a padded row with it."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = pad_id
+
+
+def vocabulary_of(config: Any) -> int | None:
+    """Return the number of entries in a model's vocabulary, or None if the architecture has no vocabulary (canine)."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    return None if size is None else int(size)
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: Any, *, where: str) -> None:
+    """Check that a tokenizer can belong to a model.
+
+    transformers opens a folder without tokenizer files with a tokenizer that knows no word.
+
+    Args:
+        tokenizer: The tokenizer.
+        config: Config of the model.
+        where: Name of the model, for the error message.
+
+    Raises:
+        ModelFolderError: The tokenizer has far fewer tokens than the model, or a token that the model does not have.
+    """
+    expected = vocabulary_of(config)
+    if expected is None:
+        return
+    found, highest = tokenizer.vocabulary
+    if found < SMALLEST_SHARE * expected:
+        raise ModelFolderError(
+            f"{where}: its tokenizer has {found:,} tokens and its model {expected:,}, so the tokenizer's files are missing "
+            f"or belong to another model; add the files that the model was trained with (tokenizer.json and "
+            f"tokenizer_config.json, or vocab.txt, vocab.json with merges.txt, spiece.model)"
+        )
+    if highest >= expected:
+        raise ModelFolderError(
+            f"{where}: its tokenizer has the token id {highest:,}, but its model knows ids below {expected:,}; add the "
+            f"tokenizer that belongs to it, or resize the model first (model.resize_token_embeddings(len(tokenizer)))"
+        )
+
+
 def row_limit(module: Any) -> int | None:
     """Return the longest input row by the model's config: its positions, minus the unused ones at the start."""
-    limit = getattr(module.config, "max_position_embeddings", None)
+    limit = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) - first_position(module) if limit and limit > 0 else None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,23 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pipelines.decisions.labels import Scaling
 from pipelines.errors import ModelFolderError, first_line
 from pipelines.model.batching import token_batches
 from pipelines.model.devices import is_out_of_memory, resolve_device, resolve_dtype, to_device
 from pipelines.model.packing import PackedRows, Packing
-from pipelines.model.probes import attention_of, find_last_layer, packed_if_equal, sees_padding
-from pipelines.model.weights import row_limit
+from pipelines.model.precision import cast_body
+from pipelines.model.probes import (
+    Side,
+    attention_for_length,
+    attention_of,
+    find_last_layer,
+    find_padding_side,
+    packed_if_equal,
+)
+from pipelines.model.weights import row_limit, set_pad_token
 from pipelines.model_folder import check_weights
 from pipelines.settings import ComputeSettings
 from pipelines.text.pretrained import quiet_transformers, uses_type_ids
@@ -57,6 +66,7 @@ class WindowModel:
 
         Raises:
             SettingsError: This machine does not have the device.
+            ModelFolderError: The module cannot run three short windows.
         """
         if compute.num_threads is not None:
             torch.set_num_threads(compute.num_threads)
@@ -67,11 +77,12 @@ class WindowModel:
         self.module = module.to(self.device).eval()
         self._takes_type_ids = "token_type_ids" in inspect.signature(module.forward).parameters
         self._uses_type_ids = uses_type_ids and self._takes_type_ids
-        self._row_length = 0
         self._scaling, self._last_layer = Scaling(), ""
-        self._sees_padding = sees_padding(self)
-        self._packed = packed_if_equal(self) if compute.packing == "auto" else None
-        _cast(self)
+        self._packed: PackedRows | None = None
+        self._padding_side = find_padding_side(self)
+        if compute.packing == "auto":
+            self._packed = packed_if_equal(self)
+        cast_body(self.module, self.dtype)
 
     @property
     def is_packed(self) -> bool:
@@ -102,25 +113,12 @@ class WindowModel:
         copied._scaling, copied._last_layer = self._scaling, self._last_layer
         return copied
 
-    def settle_rows(self, max_length: int) -> None:
-        """Pad every row to max_length tokens if logits would otherwise depend on the other windows of the batch.
-
-        This concerns two kinds of models. Nystromformer's convolution sees the padding. BigBird uses sparse attention
-        in long rows and full attention in short rows.
-        """
-        config: Any = self.module.config
-        is_sparse = False
-        if config.model_type == "big_bird":
-            is_sparse = max_length > (5 + 2 * config.num_random_blocks) * config.block_size
-            self.module.bert.set_attention_type("block_sparse" if is_sparse else "original_full")  # type: ignore[union-attr, operator]
-        self._row_length = max_length if is_sparse or self._sees_padding else 0
-
     def __call__(self, rows: InputRows) -> Tensor:
         """Return the logits (W, L) of the windows, in their order, on the device.
 
         The logits are differentiable where gradients are enabled.
         """
-        logits_WL = self.run_padded(rows) if self._packed is None else self.run_packed(self._packed, rows)
+        logits_WL = self._run_in_groups(rows) if self._packed is None else self.run_packed(self._packed, rows)
         if not self._last_layer:
             return logits_WL
         return logits_WL.float() * self._scaling.scale + self._scaling.mean
@@ -161,14 +159,15 @@ class WindowModel:
             The logits (W, L) of these windows, in the order of index_W.
         """
         length_W = cut.length_W
-        index_W = np.arange(len(length_W)) if index_W is None else index_W
-        logits_WL = np.empty((len(length_W), self.num_labels), dtype=np.float32)
+        all_W = np.arange(len(length_W)) if index_W is None else index_W
+        index_W = all_W[length_W[all_W] > 0]  # a text without tokens, and without special tokens, has no input row
+        logits_WL = np.zeros((len(length_W), self.num_labels), dtype=np.float32)
         if self.module.training:  # left on by an interrupted training run, or by the caller
             self.module.eval()
         with torch.inference_mode():
             for batch in token_batches(length_W[index_W], batch_tokens=self.batch_tokens, padded=not self.is_packed):
                 self._fill(logits_WL, cut, index_W[batch])
-        return logits_WL[index_W]
+        return logits_WL[all_W]
 
     def _fill(self, logits_WL: NDArray[np.float32], cut: CutDocuments, index_W: NDArray[np.int64]) -> None:
         """Write the logits of some windows into logits_WL.
@@ -199,19 +198,46 @@ class WindowModel:
         logits_WL = packed(self._to_device(rows.ids), types_T, packing)
         return logits_WL[:num_windows]
 
-    def run_padded(self, rows: InputRows, *, row_length: int | None = None) -> Tensor:
-        """Return the logits (W, L) of all windows, computed in the usual way: one padded batch with a mask.
+    def _run_in_groups(self, rows: InputRows) -> Tensor:
+        """Return the logits (W, L) of windows that cannot be packed, with one padded batch per `_group_W`."""
+        group_W = self._group_W(rows)
+        if (group_W == group_W[0]).all():
+            return self.run_padded(rows, side=self._padding_side)
+        indices = [np.flatnonzero(group_W == group) for group in np.unique(group_W)]
+        pieces = [self.run_padded(rows.take(index_W), side=self._padding_side) for index_W in indices]
+        order_W = np.argsort(np.concatenate(indices))
+        return torch.cat(pieces)[self._to_device(order_W)]
 
-        row_length is the least length of a padded row, if it is not the one that `settle_rows` chose.
+    def _group_W(self, rows: InputRows) -> NDArray[np.int64]:
+        """Return a number for each window. Windows with the same number can be in one padded batch.
+
+        If padding would change the logits, only windows of equal length share a batch. Encoder-decoders of transformers
+        refuse a batch whose rows have different numbers of end tokens.
+        """
+        length_W = rows.length_W
+        group_W = np.zeros_like(length_W) if self._padding_side else length_W
+        config: Any = self.module.config
+        if config.is_encoder_decoder:
+            is_end_T = np.isin(rows.ids, config.eos_token_id)
+            num_ends_W = np.add.reduceat(is_end_T.astype(np.int64), rows.offsets[:-1])
+            group_W = group_W * (num_ends_W.max() + 1) + num_ends_W
+        return group_W
+
+    def run_padded(self, rows: InputRows, *, side: Side | None, row_length: int = 0) -> Tensor:
+        """Return the logits (W, L) of all windows, computed in the usual way: one batch with a mask.
+
+        Args:
+            rows: The windows.
+            side: Side of the padding. None means that all windows have the same length, and no padding is added.
+            row_length: Pad rows to at least this length.
         """
         length_W = rows.length_W
         longest = int(length_W.max())
-        rounded = -(-longest // PADDED_MULTIPLE) * PADDED_MULTIPLE
-        longest = rounded if self.row_limit is None else max(longest, min(rounded, self.row_limit))
-        longest = max(longest, self._row_length if row_length is None else row_length)
+        if side is not None:
+            longest = max(longest, min(max(_multiple(longest), row_length), self.row_limit or sys.maxsize))
         place_S = np.arange(longest)
         mask_WS = place_S < length_W[:, None]
-        if self.template.pad_left:
+        if side == "left":
             mask_WS = mask_WS[:, ::-1]
         ids_WS = np.full(mask_WS.shape, self.template.pad_id, dtype=np.int64)
         ids_WS[mask_WS] = rows.ids
@@ -220,7 +246,8 @@ class WindowModel:
             types_WS = np.zeros_like(ids_WS)
             types_WS[mask_WS] = rows.type_ids
             inputs["token_type_ids"] = self._to_device(types_WS)
-        logits: Tensor = self.module(**inputs).logits
+        with attention_for_length(self.module, longest):
+            logits: Tensor = self.module(**inputs).logits
         return logits
 
     def save(self, folder: Path) -> None:
@@ -284,20 +311,9 @@ def _rounded_up(rows: InputRows, pad_id: int) -> InputRows:
     return InputRows(ids, types, np.concatenate([rows.offsets, total + np.cumsum(lengths)]))
 
 
-def _cast(model: WindowModel) -> None:
-    """Convert the module to its dtype, except for the last layer of a model with a single logit.
-
-    That layer stays in float32: bfloat16 has 8 significant bits, and a value such as a year needs 11.
-    """
-    name = find_last_layer(model) if model.num_labels == 1 and model.dtype != torch.float32 else None
-    if name is None:
-        model.module.to(model.dtype)
-        return
-    layer = model.module.get_submodule(name)
-    weights = copy.deepcopy(layer.state_dict())
-    model.module.to(model.dtype)
-    layer.float().load_state_dict(weights)
-    layer.register_forward_pre_hook(lambda _layer, inputs: (inputs[0].float(),))
+def _multiple(length: int) -> int:
+    """Return the least multiple of PADDED_MULTIPLE that is not below length."""
+    return -(-length // PADDED_MULTIPLE) * PADDED_MULTIPLE
 
 
 def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_labels: int) -> WindowModel:
@@ -317,8 +333,15 @@ def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_
     check_weights(path)
     try:
         with quiet_transformers():
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            set_pad_token(config, template.pad_id)
             module, info = AutoModelForSequenceClassification.from_pretrained(
-                path, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+                path,
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelFolderError(f"the weights in {path} cannot be read: {first_line(error)}; copy them again") from error

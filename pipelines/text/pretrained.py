@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def load_tokenizer(folder: Path, *, lead_space: bool = False) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.load(folder, lead_space=lead_space)
     python = _open(str(folder), f"{folder} has no tokenizer.json, and transformers cannot open its tokenizer")
-    return Tokenizer(lambda texts: _python_ids(python, texts), template_of(python), lead_space=lead_space)
+    encode = partial(_python_ids, python)
+    return Tokenizer(encode, template_of(python), lead_space=lead_space, vocabulary=python.get_vocab)
 
 
 def save_tokenizer(name: str, folder: Path, more_tokens: Sequence[str] = ()) -> Tokenizer:
@@ -75,7 +77,7 @@ def template_of(tokenizer: Any) -> Template:
         tuple(pair[one + 1 : two]),
         tuple(pair[two + 1 :]),
         (pair_types[0], pair_types[one], pair_types[two - 1], pair_types[two], pair_types[-1]),
-        tokenizer.pad_token_id or 0,
+        next((number for number in (tokenizer.pad_token_id, tokenizer.eos_token_id) if number is not None), 0),
         tokenizer.padding_side == "left",
     )
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ EncodeTexts = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 """Function that returns the token ids of each text, without special tokens."""
 CHARACTERS_PER_CALL = 4 * 2**20
 """Approximate number of characters per call of the Rust tokenizer. Its encodings need about 100 bytes per token."""
+PROBE_WORDS = ("a", "1", "the", "中", "é", ".")
+"""Texts with which the template of a tokenizer is found out: the first of which the tokenizer makes a token."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,12 @@ class InputRows:
         """Number of tokens of each window, including special tokens."""
         return np.diff(self.offsets)
 
+    def take(self, index_W: NDArray[np.integer]) -> InputRows:
+        """Return the windows with the given indices, in that order."""
+        length_W = self.length_W[index_W]
+        index_T = ragged_index(self.offsets[index_W], length_W)
+        return InputRows(self.ids[index_T], self.type_ids[index_T], offsets_of(length_W))
+
 
 @dataclass(frozen=True)
 class CutDocuments:
@@ -184,6 +193,7 @@ class Tokenizer:
         rust: RustTokenizer | None = None,
         *,
         lead_space: bool = False,
+        vocabulary: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         """Create a tokenizer. For a folder that has a tokenizer.json, use `load`.
 
@@ -192,10 +202,12 @@ class Tokenizer:
             template: What the tokenizer adds around a text.
             rust: The Rust tokenizer, which `character_spans` needs. None for a Python-only tokenizer.
             lead_space: Whether to put a space before texts that do not start with one.
+            vocabulary: Function that returns the ids of all tokens, added tokens included.
         """
         self._encode_texts = encode_texts
         self._rust = rust
         self._lead_space = lead_space
+        self._vocabulary = vocabulary
         self.template = template
 
     @classmethod
@@ -221,15 +233,23 @@ class Tokenizer:
         rust.no_truncation()  # the file can enable both; they would silently truncate and pad texts
         rust.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
-        pad_id = rust.token_to_id(_content(config.get("pad_token"))) if config.get("pad_token") else None
-        if pad_id is None:
-            pad_id = padding["pad_id"] if padding else 0
+        named = [rust.token_to_id(_content(config.get(name))) for name in ("pad_token", "eos_token")]
+        candidates = [named[0], padding["pad_id"] if padding else None, named[1]]
+        pad_id = next((number for number in candidates if number is not None), 0)
         template = template_of(rust, pad_id=pad_id, pad_left=config.get("padding_side") == "left")
-        return cls(lambda texts: _rust_ids(rust, texts), template, rust, lead_space=lead_space)
+        return cls(partial(_rust_ids, rust), template, rust, lead_space=lead_space, vocabulary=rust.get_vocab)
+
+    @property
+    def vocabulary(self) -> tuple[int, int]:
+        """The number of tokens, added tokens included, and the highest token id."""
+        ids = self._vocabulary().values()
+        return len(ids), max(ids, default=0)
 
     def with_lead_space(self, lead_space: bool) -> Tokenizer:
         """Return the same tokenizer with another lead_space."""
-        return Tokenizer(self._encode_texts, self.template, self._rust, lead_space=lead_space)
+        return Tokenizer(
+            self._encode_texts, self.template, self._rust, lead_space=lead_space, vocabulary=self._vocabulary
+        )
 
     def encode(self, texts: Sequence[str]) -> Tokens:
         """Return the ids of whole texts. The texts must be valid Unicode (no lone surrogates)."""
@@ -246,12 +266,19 @@ class Tokenizer:
         """Tokenize one text column of a table, or two for pairs. A row with a bad text gets an error and no tokens."""
         texts = read_texts(table.column(text_column))
         if text_pair_column is None:
-            return Documents(self.encode(texts.texts), None, texts.errors)
+            return self._checked(Documents(self.encode(texts.texts), None, texts.errors))
         pairs = read_texts(table.column(text_pair_column))
         errors = [first or second for first, second in zip(texts.errors, pairs.errors, strict=True)]
         kept = [[text if error is None else "" for text, error in zip(side, errors, strict=True)]
                 for side in (texts.texts, pairs.texts)]  # fmt: skip
-        return Documents(self.encode(kept[0]), self.encode(kept[1]), errors)
+        return self._checked(Documents(self.encode(kept[0]), self.encode(kept[1]), errors))
+
+    def _checked(self, documents: Documents) -> Documents:
+        """Give an error to documents whose input rows would be empty: no tokens, and no special tokens around them."""
+        if not self.template.num_special_tokens(pair=documents.is_pair):
+            for row in np.flatnonzero(documents.num_tokens_D == 0):
+                documents.errors[row] = documents.errors[row] or "the text has no tokens"
+        return documents
 
     def character_spans(self, text: str) -> NDArray[np.int64]:
         """Return the position of each token in the text, in order.
@@ -275,7 +302,10 @@ class Tokenizer:
 
 def template_of(rust: RustTokenizer, *, pad_id: int = 0, pad_left: bool = False) -> Template:
     """Find out what a Rust tokenizer adds around one text and around a pair."""
-    single, pair = rust.encode("a"), rust.encode("a", "a")
+    word = next((word for word in PROBE_WORDS if rust.encode(word, add_special_tokens=False).ids), None)
+    if word is None:
+        raise ModelFolderError(f"the tokenizer makes no token of any of {', '.join(map(repr, PROBE_WORDS))}")
+    single, pair = rust.encode(word), rust.encode(word, word)
     prefix, _, suffix = _special_parts(single.ids, single.sequence_ids)
     pair_parts = _special_parts(pair.ids, pair.sequence_ids)
     types, pair_types = single.type_ids, pair.type_ids
@@ -421,5 +451,5 @@ def _read_json(path: Path) -> dict[str, object]:
 
 
 def _content(token: object) -> str:
-    """Return the text of a special token in tokenizer_config.json, which is a string or a mapping with a content."""
-    return str(token["content"]) if isinstance(token, dict) else str(token)
+    """Return the text of a special token in tokenizer_config.json: a string, a mapping with a content, or nothing."""
+    return str(token["content"]) if isinstance(token, dict) else str(token or "")

@@ -221,6 +221,7 @@ def _open(spec: RunSpec, train: Corpus, folder: Path, checkpoint: Path | None) -
     module, has_new_head = new_classifier(
         str(checkpoint or spec.model),
         spec.decision,
+        pad_id=tokenizer.template.pad_id,
         seed=spec.train.seed,
         attention_dropout=spec.train.attention_dropout,
     )
