@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,13 +159,19 @@ def tune(model: Location, data: Any, *, objective: str = "f1", **settings: Any) 
     return tune_folder(_path(model), source, columns, compute, objective=objective)
 
 
-def convert(old: Location, new: Location, *, kind: Kind | None = None) -> ModelFolder:
-    """Convert a folder of Simple Transformers, or of any Hugging Face classifier, to a model folder.
+def convert(
+    old: Location, new: Location, *, kind: Kind | None = None, labels: Sequence[str] | None = None
+) -> ModelFolder | None:
+    """Convert a folder of Simple Transformers, a Hugging Face classifier or a LoRA adapter to a model folder.
 
     Args:
         old: Folder with config.json and weights. A pickle is read by a loader that accepts only tensors.
         new: New folder.
         kind: binary, multiclass, multilabel or regression. Needed if config.json does not define it.
+        labels: Names of the labels, in the order of the logits. Default: those of config.json.
+
+    Returns:
+        The model folder, or None if old has no classification head: new can then be fine-tuned.
 
     Raises:
         UsageError: The old folder is not a classifier, or the new folder is not empty.
@@ -175,7 +181,7 @@ def convert(old: Location, new: Location, *, kind: Kind | None = None) -> ModelF
     """
     from pipelines.simpletransformers.convert import convert as convert_folder
 
-    return convert_folder(_path(old), _path(new), kind)
+    return convert_folder(_path(old), _path(new), kind, labels)
 
 
 def run_training(job: TrainJob, *, address: str | None = None) -> TrainSummary:

@@ -179,7 +179,10 @@ def _drift(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from pipelines.simpletransformers.convert import convert
 
-    folder = convert(options.old, options.new, options.kind)
+    folder = convert(options.old, options.new, options.kind, options.labels.split(",") if options.labels else None)
+    if folder is None:
+        _print(options, {"model": options.new}, {"model": f"{options.new} (to be fine-tuned: pipelines train --model)"})
+        return DONE
     content = folder.to_json()
     _print(options, content, {"model": options.new, **content["decision"], **content["windows"]})
     return DONE
@@ -299,7 +302,7 @@ def _add_folders(commands: Any) -> None:
     command.add_argument("before", metavar="A", help="scored folder, or a model folder for its validation data")
     command.add_argument("after", metavar="B", help="scored folder")
     command.add_argument("--plot", metavar="FILE.png", help="draw both histograms of each label")
-    about = "convert a Simple Transformers or Hugging Face classifier, pickled or not, to a model folder"
+    about = "convert a Simple Transformers or Hugging Face model, pickled or not, or a LoRA adapter"
     command = _command(
         commands, "convert", _convert, about=about, groups=(), example="pipelines convert outputs/ runs/spam"
     )
@@ -308,6 +311,7 @@ def _add_folders(commands: Any) -> None:
     command.add_argument(
         "--kind", help="binary, multiclass, multilabel or regression, if config.json does not define it"
     )
+    command.add_argument("--labels", metavar="A,B,C", help="names of the labels, in the order of the logits")
 
 
 def _add_train(commands: Any) -> None:

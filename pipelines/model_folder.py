@@ -2,8 +2,8 @@
 
 A model folder is a Hugging Face folder (config.json, model.safetensors, tokenizer.json, ...) plus `pipeline.json`,
 which says how texts are split into windows and how scores become labels. pipeline.json is written last and
-atomically, so that a folder that contains it is complete. Weights are read from safetensors only; `pipelines.model`
-loads them.
+atomically, so that a folder that contains it is complete. A Hugging Face classifier without pipeline.json opens with
+the defaults. Weights are read from safetensors only; `pipelines.model` loads them.
 
 Imports neither torch nor Ray.
 """
@@ -13,8 +13,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import posixpath
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,10 +26,11 @@ from typing import Any
 
 from filelock import FileLock
 
-from pipelines.errors import DataError, ModelFolderError, SettingsError
+from pipelines.classifier_config import decision_of, is_classifier, read_config
+from pipelines.errors import DataError, ModelFolderError, SettingsError, first_line
 from pipelines.fields import parse
 from pipelines.settings import DecisionSettings, WindowSettings
-from pipelines.storage.locations import filesystem_of, retried, shown, store_errors, sync_folder
+from pipelines.storage.locations import absolute, filesystem_of, retried, shown, store_errors, sync_folder
 
 PIPELINE_FILE = "pipeline.json"
 FORMAT_VERSION = 1
@@ -41,7 +44,20 @@ TOKENIZER_FILES = (
     "merges.txt",
     "bpe.codes",
     "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "tokenizer.model",
 )
+RUN_FILE = "_run.json"
+"""A training run that is not finished has this file in its output folder."""
+ADAPTER_CONFIG = "adapter_config.json"
+"""A folder with this file contains a LoRA adapter of peft."""
+ASIDE = ".saving-"
+"""Begin of the name of a folder with files that are being saved. It is left behind if the process is killed."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "bpe.codes")
+"""The files that are fetched from the Hugging Face Hub. There is no pickle and no code among them."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,21 +124,20 @@ class ModelFolder:
 
 
 def read_model_folder(location: str | Path) -> ModelFolder:
-    """Read and check a finished model folder.
+    """Read and check a finished model folder, or a Hugging Face classifier.
 
     Args:
-        location: Local path or fsspec URL. A folder at a URL is first copied to a local cache.
+        location: Local path, fsspec URL, or name on the Hugging Face Hub. A folder that is not on this machine is first
+            copied to a local cache.
 
     Raises:
         ModelFolderError: The folder is missing or unfinished, has another format version, or has no safetensors.
+        SettingsError: The folder has no pipeline.json, and its config.json does not define a kind.
     """
     path = local_folder(str(location))
     file = path / PIPELINE_FILE
     if not file.is_file():
-        raise ModelFolderError(
-            f"{location} has no {PIPELINE_FILE}, so it is not a finished model folder; "
-            f"create one with `pipelines train`"
-        )
+        return _of_classifier(path, shown(str(location)))
     check_weights(path)
     try:
         content = json.loads(file.read_text())
@@ -146,6 +161,44 @@ def read_model_folder(location: str | Path) -> ModelFolder:
         )
     except (ValueError, KeyError, TypeError, SettingsError) as error:
         raise ModelFolderError(f"{file} cannot be read: {error!r}; it may have been edited by hand") from error
+
+
+def _of_classifier(path: Path, where: str) -> ModelFolder:
+    """Open a Hugging Face classifier without pipeline.json, with default windows and the labels of its config.json."""
+    is_unfinished = (path / RUN_FILE).is_file() or any(path.glob(f"{ASIDE}*"))
+    if is_unfinished or not ((path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()):
+        raise ModelFolderError(
+            f"{where} has no {PIPELINE_FILE}, so it is not a finished model folder; create one with `pipelines train`"
+        )
+    check_weights(path)
+    config = read_config(path)
+    if not is_classifier(config):
+        raise ModelFolderError(
+            f"{where} is a {', '.join(config['architectures'])}, which has no classification head; fine-tune it first: "
+            f"pipelines train --model {where}"
+        )
+    decision, is_guess = decision_of(config, where=where)
+    folder = ModelFolder(path, WindowSettings(), decision, weights_hash=hash_weights(path))
+    if path not in _TOLD:
+        _TOLD.add(path)
+        guess = "" if not is_guess else " (or multilabel: config.json does not say)"
+        logger.warning(
+            "%s has no %s and opens with the defaults: kind %s%s, labels %s, windows of up to 512 tokens, stride 0.8, "
+            "merge mean; `pipelines convert %s NEW` makes a model folder in which they can be changed",
+            where, PIPELINE_FILE, decision.kind, guess, ", ".join(decision.labels) or "none", where,
+        )  # fmt: skip
+    return folder
+
+
+_TOLD: set[Path] = set()
+"""Folders of which this process has said that they open with the defaults."""
+
+
+def model_location(value: str) -> str:
+    """Return a model's location as an absolute path. URLs, and names on the Hugging Face Hub, are unchanged."""
+    if HUB_NAME.fullmatch(value) and not Path(value).exists():
+        return value
+    return absolute(value)
 
 
 def seal(folder: ModelFolder) -> ModelFolder:
@@ -174,6 +227,8 @@ def write_pipeline_file(folder: ModelFolder) -> None:
 
 def check_weights(path: Path) -> None:
     """Raise ModelFolderError unless the folder has a config.json and safetensors weights."""
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+        raise ModelFolderError(f"{path} is a LoRA adapter; merge it into its model: pipelines convert {path} NEW")
     if not (path / "config.json").is_file():
         raise ModelFolderError(f"{path} has no config.json, so it is not a Hugging Face model folder")
     if any(path.glob("*.safetensors")):
@@ -198,22 +253,21 @@ def hash_weights(path: Path) -> str:
 
 
 def local_folder(location: str) -> Path:
-    """Return the local path of a model folder. A folder at a URL is first copied to a local cache.
+    """Return the local path of a model folder. A folder at a URL, or on the Hub, is first copied to a local cache.
 
     The folder is copied once. All its files appear together, because the copy is renamed when it is complete. Only the
     files directly in the folder are copied: the checkpoints of an unfinished run are in subfolders.
 
     Args:
-        location: Local path or fsspec URL. The cache is in $XDG_CACHE_HOME (default ~/.cache).
+        location: Local path, fsspec URL, or name on the Hugging Face Hub. The cache of URLs is in $XDG_CACHE_HOME
+            (default ~/.cache).
 
     Raises:
         ModelFolderError: A local folder does not exist, or a URL cannot be listed or has no files.
     """
     if "://" not in location:
         path = Path(location).expanduser()
-        if not path.is_dir():
-            raise ModelFolderError(f"{location} is not a folder; give a model folder that `pipelines train` wrote")
-        return path.resolve()
+        return path.resolve() if path.is_dir() else _from_hub(location)
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-text-classification"
     filesystem, remote = filesystem_of(location)
     with store_errors(ModelFolderError, f"{shown(location)} cannot be listed"):
@@ -228,6 +282,20 @@ def local_folder(location: str) -> Path:
             if not target.is_dir():
                 _fetch(filesystem, sorted(files), target, location)
     return target
+
+
+def _from_hub(name: str) -> Path:
+    """Return the local copy of a model of the Hugging Face Hub. transformers and the Hub's own library share it."""
+    problem = f"{name} is not a folder; give a model folder that `pipelines train` wrote"
+    if not HUB_NAME.fullmatch(name):
+        raise ModelFolderError(problem)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelFolderError(f"{problem}, or a model of the Hugging Face Hub ({first_line(error)})") from error
 
 
 def _fetch(filesystem: Any, files: Sequence[str], target: Path, location: str) -> None:

@@ -270,6 +270,14 @@ class TrainSettings:
         "Store only the input of each layer and recompute the rest for the gradients. "
         "Training needs less memory and a third more time."
     )
+    lora_rank: int = 0
+    """Train a LoRA adapter of this rank and the head, instead of all weights. 0 trains all weights."""
+    lora_alpha: float = 16.0
+    """Factor of the LoRA adapter: its matrices are multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout of the inputs of the LoRA adapter."""
+    lora_target: str = "auto"
+    """Layers with an adapter: auto (all linear layers of the body), or ends of their names, such as query,value."""
     seed: int = 42
     """Random seed of the new head, the order of the windows and dropout."""
     metric: str | None = None
@@ -317,10 +325,11 @@ class TrainSettings:
                      "logging_steps"):  # fmt: skip
             check_range(self, name, getattr(self, name), low=1)
         for name in ("early_stopping_patience", "max_failures", "save_minutes", "early_stopping_delta", "weight_decay",
-                     "warmup_steps", "adam_epsilon", "max_grad_norm", "seed"):  # fmt: skip
+                     "warmup_steps", "adam_epsilon", "max_grad_norm", "seed", "lora_rank"):  # fmt: skip
             check_range(self, name, getattr(self, name), low=0)
-        for name in ("warmup_ratio", "label_smoothing", "attention_dropout"):
+        for name in ("warmup_ratio", "label_smoothing", "attention_dropout", "lora_dropout"):
             check_range(self, name, getattr(self, name), low=0, high=1)
+        check_range(self, "lora_alpha", self.lora_alpha, above=0)
         check_range(self, "learning_rate", self.learning_rate, above=0)
         if len(self.adam_betas) != 2:
             raise SettingsError(f"adam_betas has {len(self.adam_betas)} values and needs 2")

@@ -81,7 +81,8 @@ def edit(path, **changes):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda path: (path / "pipeline.json").unlink(), r"has no pipeline\.json.*pipelines train"),
+        (lambda path: (path / "pipeline.json").rename(path / "_run.json"), r"has no pipeline\.json.*pipelines train"),
+        (lambda path: (path / "pipeline.json").rename(path / ".saving-1"), r"has no pipeline\.json.*pipelines train"),
         (lambda path: (path / "config.json").unlink(), r"has no config\.json"),
         (
             lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),

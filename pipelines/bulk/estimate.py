@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pipelines.bulk.job import CheckedJob
 from pipelines.model.scorer import Scorer, plan_of
+from pipelines.model.weights import describe
 from pipelines.model_folder import ModelFolder
 from pipelines.settings import ComputeSettings
 from pipelines.storage.filters import kept_rows
@@ -64,7 +65,8 @@ def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
     started = time.perf_counter()
     documents = tokenizer.documents(table, *job.data.text_columns)
     tokenize_seconds = time.perf_counter() - started
-    plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type)
+    model = describe(str(folder.path))
+    plan = plan_of(folder.windows, tokenizer, model_type=model.model_type, model_limit=model.row_limit)
     cut = cut_documents(documents.tokens, plan, tokenizer.template, documents.pair_tokens)
     rows = units.num_rows * share
     per_row = rows / max(len(documents), 1)

@@ -19,7 +19,7 @@ from pipelines.decisions.columns import check_output_columns, output_fields, sch
 from pipelines.decisions.labels import resolve_thresholds
 from pipelines.errors import DataError, SettingsError
 from pipelines.fields import parse
-from pipelines.model_folder import ModelFolder, read_model_folder
+from pipelines.model_folder import ModelFolder, model_location, read_model_folder
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, ScorePaths, ScoreSettings
 from pipelines.storage.columns import text_column_problem
 from pipelines.storage.filters import check_filter, parse_filter
@@ -48,7 +48,7 @@ class ScoreJob:
     def parse(cls, values: Mapping[str, object]) -> ScoreJob:
         """Create a job from a flat mapping of settings, as YAML and the command line provide it."""
         paths, data, score, compute = parse(values, ScorePaths, DataSettings, ScoreSettings, ComputeSettings)
-        return cls(absolute(paths.model), absolute(paths.input), absolute(paths.output), data, score, compute)
+        return cls(model_location(paths.model), absolute(paths.input), absolute(paths.output), data, score, compute)
 
     @property
     def is_local(self) -> bool:

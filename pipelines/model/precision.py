@@ -31,28 +31,33 @@ class InFloat32:
 
 
 def head_of(module: nn.Module) -> list[nn.Module]:
-    """Return the layers of a sequence classifier behind its body, and the pooler at the end of the body."""
+    """Return the layers of a sequence classifier behind its body. Empty if the architecture has no separate body."""
     body: Any = getattr(module, "base_model", module)
     if body is module:
         return []
     layers = [child for child in module.children() if body not in child.modules()]
-    pooler = getattr(body, "pooler", None)
-    return [layer for layer in (*layers, pooler) if isinstance(layer, nn.Module) and list(layer.parameters())]
+    return [layer for layer in layers if list(layer.parameters())]
+
+
+def pooler_of(module: nn.Module) -> list[nn.Module]:
+    """Return the pooler at the end of a classifier's body, in a list that is empty if there is none."""
+    pooler = getattr(getattr(module, "base_model", module), "pooler", None)
+    return [pooler] if isinstance(pooler, nn.Module) else []
 
 
 def cast_body(module: nn.Module, dtype: torch.dtype) -> None:
-    """Convert a float32 classifier to dtype, except for its head.
+    """Convert a float32 classifier to dtype, except for its pooler and its head.
 
-    The head also runs in float32 under autocast, in training and in evaluations. Can be called again on the same module.
+    Both also run in float32 under autocast, in training and in evaluations.
     """
-    head = head_of(module)
+    head = head_of(module) + pooler_of(module)
     weights = [copy.deepcopy(layer.state_dict()) for layer in head] if dtype != torch.float32 else []
     module.to(dtype)
     for layer, own in zip(head, weights, strict=False):
         layer.float().load_state_dict(own)
     for layer in head:
-        if not isinstance(layer.forward, InFloat32):
-            layer.forward = InFloat32(layer.forward)  # type: ignore[method-assign]
+        if not isinstance(layer.forward, InFloat32):  # a copy of a converted module has it already
+            layer.forward = InFloat32(layer.forward)
 
 
 def _float32(value: Any) -> Any:

@@ -74,8 +74,8 @@ def attention_of(module: Any, name: str | None) -> Iterator[None]:
 def attention_for_length(module: nn.Module, length: int) -> Iterator[None]:
     """Let BigBird run rows of a length as it does in a new process: sparse attention in long rows, full in short ones.
 
-    transformers switches to full attention at the first short row, and never back. Other models are not changed. Threads
-    take turns, because the choice is a state of the module.
+    transformers switches to full attention at the first short row, and never back. Other models are not changed.
+    Threads take turns, because the choice is a state of the module.
     """
     if not _is_block_sparse(module):
         yield

@@ -171,7 +171,7 @@ class Scorer:
         model = load_model(
             folder.path, tokenizer.template, compute or ComputeSettings(), num_labels=decision.num_labels
         )
-        plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type)
+        plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type, model_limit=model.row_limit)
         return cls(model, tokenizer, plan, decision, temperature=folder.temperature)
 
     def warm_up(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pipelines.errors import ModelFolderError, SettingsError, first_line
-from pipelines.model_folder import check_weights
-from pipelines.settings import DecisionSettings
+from pipelines.model.lora import add_adapter, find_adapter
+from pipelines.model_folder import TOKENIZER_FILES, check_weights
+from pipelines.settings import DecisionSettings, TrainSettings
 from pipelines.text.pretrained import quiet_transformers
 from pipelines.text.tokenization import Tokenizer
 
@@ -28,27 +30,36 @@ SMALLEST_SHARE = 0.5
 
 
 def new_classifier(
-    name: str, decision: DecisionSettings, *, pad_id: int, seed: int, attention_dropout: float | None = None
+    name: str, decision: DecisionSettings, *, pad_id: int, settings: TrainSettings
 ) -> tuple[nn.Module, bool]:
     """Load pretrained weights with a classification head for the decision's labels.
 
     If the weights already contain a head of the right shape, it is kept. Otherwise the head is new and seeded.
 
     Args:
-        name: Name on the Hugging Face Hub, or a folder.
+        name: Name on the Hugging Face Hub, or a folder: of a model, or of a LoRA adapter, which is then continued.
         decision: Kind and labels of the classifier.
         pad_id: The tokenizer's padding id, for a config that has none.
-        seed: Seed of a new head.
-        attention_dropout: Dropout of attention weights. None keeps the value of the config.
+        settings: Seed of a new head, dropout of attention weights, and the settings of LoRA.
 
     Returns:
-        The module in float32, and whether its head is new.
+        The module in float32, with LoRA layers if the settings or the name ask for them, and whether its head is new.
 
     Raises:
         ModelFolderError: The weights cannot be loaded as a sequence classifier from safetensors.
-        SettingsError: attention_dropout is set, and the architecture has no such dropout.
+        SettingsError: A setting does not fit the architecture.
     """
-    torch.manual_seed(seed)
+    adapter = find_adapter(name)
+    module, is_new = _load_pretrained(name if adapter is None else adapter.base, decision, pad_id, settings)
+    if adapter is not None or settings.lora_rank:
+        is_new = not add_adapter(module, settings, adapter) and is_new
+    return module, is_new
+
+
+def _load_pretrained(
+    name: str, decision: DecisionSettings, pad_id: int, settings: TrainSettings
+) -> tuple[nn.Module, bool]:
+    torch.manual_seed(settings.seed)
     names = list(decision.labels) or ["value"]
     try:
         with quiet_transformers():
@@ -60,7 +71,7 @@ def new_classifier(
                 problem_type=PROBLEM_TYPES[decision.kind],
                 trust_remote_code=False,
             )
-            _set_attention_dropout(config, attention_dropout)
+            _set_attention_dropout(config, settings.attention_dropout)
             set_pad_token(config, pad_id)
             module, info = AutoModelForSequenceClassification.from_pretrained(
                 name,
@@ -92,37 +103,54 @@ def _set_attention_dropout(config: Any, share: float | None) -> None:
         setattr(config, name, share)
 
 
-def describe(name: str, *, attention_dropout: float | None = None) -> tuple[int | None, str]:
-    """Return the longest input row and the model type of pretrained weights. Reads only the config.
+@dataclass(frozen=True)
+class Pretrained:
+    """What the config of pretrained weights says."""
+
+    row_limit: int | None
+    """Longest input row, in tokens. None means no limit."""
+    model_type: str
+    vocabulary: int | None
+    """Number of entries of the vocabulary. None if the architecture has no vocabulary."""
+    tokenizer: str
+    """Where the tokenizer is: a folder, or a name on the Hugging Face Hub."""
+    base: str
+    """The pretrained weights themselves: the name, or the model of the adapter in the folder of this name."""
+
+
+def describe(name: str, *, attention_dropout: float | None = None) -> Pretrained:
+    """Describe pretrained weights. Reads only the config.
 
     RoBERTa-like models number positions from padding_idx + 1, so their longest row is shorter by that number.
 
     Args:
-        name: Name on the Hugging Face Hub, or a folder.
+        name: Name on the Hugging Face Hub, or a folder: of a model, or of a LoRA adapter.
         attention_dropout: Checked only: a number needs an architecture with dropout of attention weights.
-
-    Returns:
-        The longest input row in tokens (None means no limit), and the model type.
 
     Raises:
         ModelFolderError: There is no config, or the weights of a folder are not safetensors.
         SettingsError: attention_dropout is set, and the architecture has no such dropout.
     """
-    if Path(name).is_dir():
-        check_weights(Path(name))
+    adapter = find_adapter(name)
+    has_tokenizer = any((Path(name) / file).is_file() for file in TOKENIZER_FILES)
+    base = name if adapter is None else adapter.base
+    if Path(base).is_dir():
+        check_weights(Path(base))
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelFolderError(f"--model {name} is neither a folder nor a hub name: {first_line(error)}") from error
     _set_attention_dropout(config, attention_dropout)
     try:
         with torch.device("meta"):
-            return row_limit(AutoModelForSequenceClassification.from_config(config)), str(config.model_type)
+            limit = row_limit(AutoModelForSequenceClassification.from_config(config))
     except ValueError as error:
         raise ModelFolderError(
             f"--model {name} cannot be used as a sequence classifier: transformers has none for {config.model_type!r}"
         ) from error
+    tokenizer = name if adapter is None or has_tokenizer else base
+    return Pretrained(limit, str(config.model_type), vocabulary_of(config), tokenizer, base)
 
 
 def set_pad_token(config: Any, pad_id: int) -> None:
@@ -138,28 +166,27 @@ def vocabulary_of(config: Any) -> int | None:
     return None if size is None else int(size)
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: Any, *, where: str) -> None:
+def check_vocabulary(tokenizer: Tokenizer, expected: int | None, *, where: str) -> None:
     """Check that a tokenizer can belong to a model.
 
     transformers opens a folder without tokenizer files with a tokenizer that knows no word.
 
     Args:
         tokenizer: The tokenizer.
-        config: Config of the model.
+        expected: Number of entries of the model's vocabulary, or None if it has no vocabulary.
         where: Name of the model, for the error message.
 
     Raises:
         ModelFolderError: The tokenizer has far fewer tokens than the model, or a token that the model does not have.
     """
-    expected = vocabulary_of(config)
     if expected is None:
         return
     found, highest = tokenizer.vocabulary
     if found < SMALLEST_SHARE * expected:
         raise ModelFolderError(
-            f"{where}: its tokenizer has {found:,} tokens and its model {expected:,}, so the tokenizer's files are missing "
-            f"or belong to another model; add the files that the model was trained with (tokenizer.json and "
-            f"tokenizer_config.json, or vocab.txt, vocab.json with merges.txt, spiece.model)"
+            f"{where}: its tokenizer has {found:,} tokens and its model {expected:,}, so the tokenizer's files are "
+            f"missing or belong to another model; add the files that the model was trained with (tokenizer.json and "
+            f"tokenizer_config.json, or vocab.txt, or vocab.json with merges.txt, or spiece.model)"
         )
     if highest >= expected:
         raise ModelFolderError(

@@ -27,6 +27,7 @@ from pipelines.decisions.labels import Scaling
 from pipelines.errors import ModelFolderError, first_line
 from pipelines.model.batching import token_batches
 from pipelines.model.devices import is_out_of_memory, resolve_device, resolve_dtype, to_device
+from pipelines.model.lora import has_adapter, save_trained, trained_weights
 from pipelines.model.packing import PackedRows, Packing
 from pipelines.model.precision import cast_body
 from pipelines.model.probes import (
@@ -258,22 +259,26 @@ class WindowModel:
             module.save_pretrained(folder, state_dict=state)
 
     def snapshot(self) -> Callable[[Path], None]:
-        """Copy the current weights to CPU memory, for a checkpoint.
+        """Copy the weights that training changes to CPU memory, for a checkpoint.
 
         Unlike `save`, this keeps the weights as they are trained: scaled, if `learn_scaled` was called.
 
         Returns:
-            A function that writes config.json and model.safetensors into a folder. It does not use the module, so
-            training may continue before it is called.
+            A function that writes config.json and model.safetensors into a folder, or trained.safetensors with LoRA.
+            It does not use the module, so training may continue before it is called.
         """
         module: Any = self.module
         with attention_of(module, "sdpa" if self.is_packed else None):
             config = copy.deepcopy(module.config)
+        is_lora = has_adapter(module)
         weights = {
-            name: value.detach().to("cpu", torch.float32, copy=True) for name, value in module.state_dict().items()
+            name: value.detach().to("cpu", torch.float32, copy=True) for name, value in trained_weights(module).items()
         }
 
         def write(folder: Path) -> None:
+            if is_lora:
+                save_trained(weights, folder)
+                return
             config.save_pretrained(folder)
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 

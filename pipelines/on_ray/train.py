@@ -71,8 +71,8 @@ def train(job: TrainJob, *, address: str | None = None) -> TrainSummary:
         return train_here(job)
     with opened_run(job) as checked, connected(address):
         files = {"input": checked.first_file}
-        if Path(checked.spec.model).is_dir():
-            files["pretrained weights"] = str(Path(checked.spec.model, "config.json"))
+        if Path(checked.pretrained.base).is_dir():
+            files["pretrained weights"] = str(Path(checked.pretrained.base, "config.json"))
         splits = checked.splits()
         check_nodes(files=files, output=checked.spec.output)
         return _fit_on_workers(checked, splits)

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 
 from pipelines.decisions.labels import resolve_thresholds
 from pipelines.fields import parse
-from pipelines.model_folder import read_model_folder
+from pipelines.model_folder import model_location, read_model_folder
 from pipelines.settings import ComputeSettings, ServePaths, ServeSettings
-from pipelines.storage.locations import absolute
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class ServeJob:
     def parse(cls, values: Mapping[str, object]) -> ServeJob:
         """Create a job from a flat mapping of settings, as YAML, Serve's configuration or the command line has it."""
         paths, serve_settings, compute = parse(values, ServePaths, ServeSettings, ComputeSettings)
-        return cls(absolute(paths.model), serve_settings, compute)
+        return cls(model_location(paths.model), serve_settings, compute)
 
 
 def check_job(job: ServeJob) -> None:

@@ -1,7 +1,7 @@
-"""Convert a folder of Simple Transformers, or any Hugging Face classifier, into a finished model folder.
+"""Convert classifiers of other tools into finished model folders, and pickled base models into trainable ones.
 
-Pickled weights are read with torch's weights-only unpickler, which refuses everything that could run code. Imports no
-Ray.
+Reads folders of Simple Transformers, Hugging Face classifiers, and LoRA adapters. Pickled weights are read with torch's
+weights-only unpickler, which refuses everything that could run code. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -10,37 +10,45 @@ import json
 import pickle
 import shutil
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
+from pipelines.classifier_config import decision_of, is_classifier, read_config
 from pipelines.errors import ModelFolderError, OutputError, SettingsError, first_line
+from pipelines.model.lora import Adapter, find_adapter, merge_adapter
 from pipelines.model.scorer import plan_of
-from pipelines.model.weights import row_limit
+from pipelines.model.weights import check_vocabulary, describe, new_classifier, row_limit, set_pad_token, vocabulary_of
 from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
-from pipelines.settings import DecisionSettings, Kind, WindowSettings
+from pipelines.settings import DecisionSettings, Kind, TrainSettings, WindowSettings
 from pipelines.simpletransformers.arguments import ClassificationArgs, MultiLabelClassificationArgs
 from pipelines.simpletransformers.translate import count_labels, decision_settings, resolve_args, window_settings
 from pipelines.text.pretrained import quiet_transformers, save_tokenizer
+from pipelines.text.tokenization import Tokenizer
 
-KINDS_OF_PROBLEMS: dict[str, Kind] = {"multi_label_classification": "multilabel", "regression": "regression"}
 
+def convert(old: str, new: str, kind: Kind | None = None, labels: Sequence[str] | None = None) -> ModelFolder | None:
+    """Convert the folder old into a folder at new. The folder new is written completely or not at all.
 
-def convert(old: str, new: str, kind: Kind | None = None) -> ModelFolder:
-    """Convert the folder old into a model folder at new. The folder new is written completely or not at all.
-
-    A folder with model_args.json keeps its arguments and the windows of Simple Transformers. The folder old does not
-    change.
+    A folder with model_args.json keeps its arguments and the windows of Simple Transformers. A LoRA adapter is merged
+    into its model. A base model without a classification head becomes a folder that `pipelines train --model` takes.
+    The folder old does not change.
 
     Args:
-        old: Folder of Simple Transformers, or of a Hugging Face classifier.
+        old: Folder of Simple Transformers, of a Hugging Face model, or of a LoRA adapter.
         new: Folder to create.
         kind: Meaning of the logits. None means that model_args.json or config.json defines it.
+        labels: Names of the labels, in the order of the logits. None means those of model_args.json or config.json.
+
+    Returns:
+        The model folder, or None for a base model without a classification head.
 
     Raises:
-        ModelFolderError: old is not a classifier, cannot be read, or is a finished model folder already.
+        ModelFolderError: old cannot be read, or is a finished model folder already.
         OutputError: new exists and is not empty.
         SettingsError: kind is unknown, is needed, or does not fit the model.
     """
@@ -51,54 +59,122 @@ def convert(old: str, new: str, kind: Kind | None = None) -> ModelFolder:
         raise OutputError(f"{new} exists and is not empty; give a new folder")
     if (Path(old) / PIPELINE_FILE).is_file():
         raise ModelFolderError(f"{old} is a finished model folder already; there is nothing to convert")
-    module = _load(old)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        folder = _write(module, old, partial, kind)
+        folder = _convert(old, partial, kind, labels)
         partial.chmod(0o755)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return ModelFolder(**{**vars(folder), "path": target})
+    return None if folder is None else replace(folder, path=target)
 
 
-def _load(old: str) -> Any:
-    if not (Path(old) / "config.json").is_file():
-        raise ModelFolderError(f"{old} has no config.json, so it is not a Hugging Face model folder")
-    try:
-        with quiet_transformers():
-            module, info = AutoModelForSequenceClassification.from_pretrained(
-                old, weights_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-            )
-    except pickle.UnpicklingError as error:
-        raise ModelFolderError(f"the pickle in {old} is refused: it contains objects other than tensors") from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelFolderError(f"{old} cannot be read: {first_line(error)}") from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ModelFolderError(f"{old} lacks weights of the classifier ({missing}); fine-tune it first")
-    return module
-
-
-def _write(module: Any, old: str, folder: Path, kind: Kind | None) -> ModelFolder:
+def _convert(old: str, folder: Path, kind: Kind | None, labels: Sequence[str] | None) -> ModelFolder | None:
+    adapter = find_adapter(old)
+    if adapter is not None:
+        return _convert_adapter(adapter, folder, kind, labels)
+    config = read_config(Path(old))
     tokenizer = save_tokenizer(old, folder)
+    opened = AutoConfig.from_pretrained(old, trust_remote_code=False)
+    check_vocabulary(tokenizer, vocabulary_of(opened), where=old)
+    set_pad_token(opened, tokenizer.template.pad_id)
+    if not is_classifier(config):
+        if kind is not None or labels is not None:
+            raise ModelFolderError(
+                f"{old} has no classification head ({config['architectures'][0]}); fine-tune it first"
+            )
+        _save(_load(AutoModel, old, opened), folder)
+        return None
+    module = _load(AutoModelForSequenceClassification, old, opened)
     if (Path(old) / "model_args.json").is_file():
         windows, decision, args = _of_simpletransformers(old, module.config.num_labels, kind)
         args.save(str(folder))
     else:
-        windows, decision = WindowSettings(), _decision_of(module.config, kind, old)
+        windows, decision = WindowSettings(), _decision(config, old, kind)
     if decision.num_labels != module.config.num_labels or (kind is not None and decision.kind != kind):
         raise SettingsError(
             f"{old} has {module.config.num_labels} logits, which does not fit kind {kind or decision.kind}; "
             f"give the kind with --kind: {', '.join(get_args(Kind))}"
         )
-    plan = plan_of(windows, tokenizer, model_type=module.config.model_type, model_limit=row_limit(module))
-    windows = WindowSettings(**{**vars(windows), "max_length": plan.max_length})
+    return _write(module, folder, tokenizer, windows, _named(decision, labels))
+
+
+def _convert_adapter(adapter: Adapter, folder: Path, kind: Kind | None, labels: Sequence[str] | None) -> ModelFolder:
+    """Merge an adapter into its model. The adapter has the head, or its model has one."""
+    pretrained = describe(str(adapter.folder))
+    config = AutoConfig.from_pretrained(adapter.base, trust_remote_code=False).to_dict()
+    num_labels = adapter.num_labels
+    names = config.get("id2label") or {}
+    if num_labels is not None and len(names) != num_labels:
+        config["id2label"] = {number: f"LABEL_{number}" for number in range(num_labels)}
+    decision = _named(_decision(config, str(adapter.folder), kind), labels)
+    tokenizer = save_tokenizer(pretrained.tokenizer, folder)
+    check_vocabulary(tokenizer, pretrained.vocabulary, where=str(adapter.folder))
+    module, has_new_head = new_classifier(
+        str(adapter.folder), decision, pad_id=tokenizer.template.pad_id, settings=TrainSettings()
+    )
+    if has_new_head:
+        raise ModelFolderError(
+            f"neither the adapter {adapter.folder} nor its model {adapter.base} has a classification head that fits; "
+            f"save the adapter with its head (modules_to_save), or train on: pipelines train --model {adapter.folder}"
+        )
+    merge_adapter(module)
+    return _write(module, folder, tokenizer, WindowSettings(), decision)
+
+
+def _load(auto_class: Any, old: str, config: Any) -> Any:
+    """Load the weights of a folder with a class of transformers, from safetensors or from a pickle of tensors."""
+    try:
+        with quiet_transformers():
+            module, info = auto_class.from_pretrained(
+                old,
+                config=config,
+                weights_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except pickle.UnpicklingError as error:
+        raise ModelFolderError(f"the pickle in {old} is refused: it contains objects other than tensors") from error
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelFolderError(f"{old} cannot be read: {first_line(error)}") from error
+    if info["missing_keys"] and auto_class is AutoModelForSequenceClassification:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ModelFolderError(
+            f"{old} lacks weights of the classifier ({missing}); fine-tune it first: pipelines train --model {old}"
+        )
+    return module
+
+
+def _decision(config: Any, old: str, kind: Kind | None) -> DecisionSettings:
+    """Return the decision by config.json. Raises SettingsError if it could be multiclass or multilabel."""
+    decision, is_guess = decision_of(config, where=old, kind=kind)
+    if is_guess:
+        raise SettingsError(f"{old}/config.json does not say what its labels mean; add --kind multiclass or multilabel")
+    return decision
+
+
+def _named(decision: DecisionSettings, labels: Sequence[str] | None) -> DecisionSettings:
+    if labels is None:
+        return decision
+    if len(labels) != len(decision.labels):
+        raise SettingsError(f"--labels names {len(labels)} labels, and the model has {len(decision.labels)}")
+    return replace(decision, labels=tuple(labels))
+
+
+def _save(module: Any, folder: Path) -> None:
     with quiet_transformers():
         module.save_pretrained(folder)
-    return seal(ModelFolder(folder, windows, decision))
+
+
+def _write(
+    module: Any, folder: Path, tokenizer: Tokenizer, windows: WindowSettings, decision: DecisionSettings
+) -> ModelFolder:
+    plan = plan_of(windows, tokenizer, model_type=module.config.model_type, model_limit=row_limit(module))
+    _save(module, folder)
+    return seal(ModelFolder(folder, replace(windows, max_length=plan.max_length), decision))
 
 
 def _of_simpletransformers(
@@ -117,19 +193,3 @@ def _of_simpletransformers(
     count_labels(args, None if args.regression else num_labels, is_multilabel=is_multilabel)
     model_type = args.model_type if args.model_type != "auto" else None
     return window_settings(args, model_type), decision_settings(args, num_labels, is_multilabel=is_multilabel), args
-
-
-def _decision_of(config: Any, kind: Kind | None, old: str) -> DecisionSettings:
-    """Return the decision by config.json.
-
-    If it has no problem_type, the number of logits defines the kind. With more than two logits this is not possible,
-    because the kind may be multiclass or multilabel.
-    """
-    kind = kind or KINDS_OF_PROBLEMS.get(config.problem_type or "")
-    if kind is None and config.problem_type is None and config.num_labels > 2:
-        raise SettingsError(f"{old}/config.json does not say what its labels mean; add --kind multiclass or multilabel")
-    if kind is None:
-        kind = {1: "regression", 2: "binary"}.get(config.num_labels, "multiclass")  # type: ignore[assignment]
-    assert kind is not None
-    labels = tuple(str(config.id2label[number]) for number in range(config.num_labels))
-    return DecisionSettings(kind=kind, labels=() if kind == "regression" else labels)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.errors import OutputError
-from pipelines.model_folder import PIPELINE_FILE
+from pipelines.model_folder import ASIDE, PIPELINE_FILE
 from pipelines.simpletransformers.arguments import ClassificationArgs
 from pipelines.storage.locations import sync_folder
 
@@ -51,7 +51,7 @@ def replace_files(folder: Path, write: Callable[[Path], None]) -> None:
         write: Creates a folder with the new files at the path that it is given.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".saving-{uuid.uuid4().hex[:8]}"
+    aside = folder / f"{ASIDE}{uuid.uuid4().hex[:8]}"
     try:
         write(aside)
         sync_folder(aside)

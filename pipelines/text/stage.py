@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipelines.model_folder import TOKENIZER_FILES, local_folder
+from pipelines.model_folder import local_folder
 from pipelines.storage.columns import SOURCE_COLUMNS
 from pipelines.storage.filters import kept_rows
 from pipelines.storage.rows import Rows, read_units
@@ -131,7 +131,7 @@ def documents_of(table: pa.Table) -> Documents:
 def _tokenizer(location: str, lead_space: bool) -> Tokenizer:
     """Return the tokenizer of a model folder. It is loaded once per process, and again if its files change."""
     folder = local_folder(location)
-    changed = max(file.stat().st_mtime_ns for file in folder.iterdir() if file.name in TOKENIZER_FILES)
+    changed = max(file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file())
     return _loaded(folder, changed, lead_space)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.errors import OutputError
-from pipelines.model_folder import PIPELINE_FILE
+from pipelines.model_folder import PIPELINE_FILE, RUN_FILE
 from pipelines.storage.locations import (
     commit_json,
     filesystem_of,
@@ -32,7 +32,6 @@ from pipelines.storage.locations import (
     sync_folder,
 )
 
-RUN_FILE = "_run.json"
 FOLDER = "checkpoints"
 STATE_FILE = "training_state.json"
 """File with the state of the run. It is written last in a checkpoint."""
@@ -88,6 +87,7 @@ def publish(folder: Path, location: str, *, last: str) -> None:
         if file.name == last and isinstance(filesystem, LocalFileSystem):
             sync_folder(target)  # the other files must be on the disk before it
         there = posixpath.join(target, file.relative_to(folder).as_posix())
+        filesystem.makedirs(posixpath.dirname(there), exist_ok=True)
         partial = f"{there}.partial" if isinstance(filesystem, LocalFileSystem) else there
         retried(lambda file=file, partial=partial: filesystem.put_file(str(file), partial))  # type: ignore[misc]
         if partial != there:

@@ -26,8 +26,9 @@ from pipelines.decisions.labels import Decisions, Scaling, decide
 from pipelines.decisions.metrics import evaluate, histograms_of, tune_thresholds
 from pipelines.errors import JobError
 from pipelines.evaluation.report import ReportData, render
+from pipelines.model.lora import has_adapter, load_trained, merge_adapter, save_adapter
 from pipelines.model.scorer import DocumentScores, Scorer, concat_scores, plan_of, rescored
-from pipelines.model.weights import new_classifier
+from pipelines.model.weights import check_vocabulary, describe, new_classifier
 from pipelines.model.window_model import WindowModel
 from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
@@ -43,6 +44,8 @@ from pipelines.training.ranks import barrier, rank, shared_dtype, worker_device,
 from pipelines.training.state import BestMetric, Evaluation, TrainState
 
 REPORT_FILE = "report.html"
+ADAPTER_FOLDER = "adapter"
+"""Folder in a model folder with the LoRA adapter, whose weights the model contains already."""
 OwnMetrics = Callable[[NDArray[np.generic], Decisions, DocumentScores], dict[str, Any]]
 """Function that computes the caller's own metrics, by name, from targets, decisions and scores."""
 logger = logging.getLogger(__name__)
@@ -168,9 +171,15 @@ def fit(
 
 
 def prepare_folder(spec: RunSpec) -> Tokenizer:
-    """Write the tokenizer to the output folder, and return it. The data is tokenized before any model is loaded."""
+    """Write the tokenizer to the output folder, and return it. The data is tokenized before any model is loaded.
+
+    Raises:
+        ModelFolderError: The tokenizer does not belong to the pretrained weights.
+    """
+    pretrained = describe(spec.model)
     with tempfile.TemporaryDirectory(prefix="pipelines-train-") as scratch:
-        tokenizer = save_tokenizer(spec.model, Path(scratch))
+        tokenizer = save_tokenizer(pretrained.tokenizer, Path(scratch))
+        check_vocabulary(tokenizer, pretrained.vocabulary, where=f"--model {spec.model}")
         publish(Path(scratch), spec.output, last="tokenizer.json")
     return tokenizer
 
@@ -217,14 +226,13 @@ def mean_loss(scores: DocumentScores, targets: NDArray[np.generic], loss: Loss) 
 
 def _open(spec: RunSpec, train: Corpus, folder: Path, checkpoint: Path | None) -> Scorer:
     """Open the model to train: pretrained weights, or those of the checkpoint. Writes the tokenizer to the folder."""
-    tokenizer = save_tokenizer(spec.model, folder)
-    module, has_new_head = new_classifier(
-        str(checkpoint or spec.model),
-        spec.decision,
-        pad_id=tokenizer.template.pad_id,
-        seed=spec.train.seed,
-        attention_dropout=spec.train.attention_dropout,
-    )
+    pretrained = describe(spec.model)
+    tokenizer = save_tokenizer(pretrained.tokenizer, folder)
+    is_lora = bool(spec.train.lora_rank) or pretrained.base != spec.model
+    start = spec.model if is_lora or checkpoint is None else str(checkpoint)
+    module, has_new_head = new_classifier(start, spec.decision, pad_id=tokenizer.template.pad_id, settings=spec.train)
+    if is_lora and checkpoint is not None:
+        load_trained(module, checkpoint)
     compute = replace(spec.compute, dtype="float32", device=worker_device(spec.compute.device))
     model = WindowModel(module, tokenizer.template, compute, uses_type_ids=uses_type_ids(folder))
     if spec.decision.kind == "regression" and spec.train.standardize_labels:
@@ -285,6 +293,10 @@ def _write_folder(
     spec: RunSpec, result: _Result, scorer: Scorer, folder: Path, *, has_pairs: bool, page: str | None
 ) -> None:
     """Finish the model folder, copy it to the output, and then remove the checkpoints."""
+    module = scorer.model.module
+    if has_adapter(module):
+        save_adapter(module, folder / ADAPTER_FOLDER, describe(spec.model).base)
+        merge_adapter(module)
     scorer.model.save(folder)
     if page is not None:
         (folder / REPORT_FILE).write_text(page)

@@ -21,7 +21,7 @@ from pipelines.decisions.metrics import parse_objective
 from pipelines.errors import DataError, JobError, PipelinesError, SettingsError
 from pipelines.fields import parse
 from pipelines.model.scorer import plan_of
-from pipelines.model.weights import describe
+from pipelines.model.weights import Pretrained, describe
 from pipelines.progress import Progress
 from pipelines.settings import (
     ComputeSettings,
@@ -97,9 +97,7 @@ class CheckedTrainJob:
     spec: RunSpec
     train: LabelledFiles
     valid: LabelledFiles | None
-    model_limit: int | None
-    """Longest input row of the model, in tokens. None means no limit."""
-    model_type: str
+    pretrained: Pretrained
 
     @property
     def first_file(self) -> str:
@@ -108,8 +106,9 @@ class CheckedTrainJob:
 
     def splits(self) -> dict[str, Split]:
         """Write the tokenizer to the output folder, and return the inputs to tokenize: train, and valid if given."""
+        pretrained = self.pretrained
         tokenizer = prepare_folder(self.spec)
-        plan = plan_of(self.spec.windows, tokenizer, model_type=self.model_type, model_limit=self.model_limit)
+        plan = plan_of(self.spec.windows, tokenizer, model_type=pretrained.model_type, model_limit=pretrained.row_limit)
         windows_per_unit = self.job.settings.shuffle_buffer // UNITS_PER_BUFFER
         unit_bytes = _unit_bytes(self.train.files, windows_per_unit, plan.max_length)
         found = {"train": self._split(self.train, unit_bytes)}
@@ -120,7 +119,7 @@ class CheckedTrainJob:
     def _split(self, labelled: LabelledFiles, unit_bytes: int | None) -> Split:
         data = self.job.data
         texts = data.text_columns
-        lead_space = leads_with_space(self.spec.windows, self.model_type)
+        lead_space = leads_with_space(self.spec.windows, self.pretrained.model_type)
         schema = together(labelled.files, texts)
         stage = TokenizeStage(labelled.location, texts, schema, self.spec.output, lead_space=lead_space)
         units = split_into_units(labelled.files, unit_bytes=unit_bytes, limit=data.limit)
@@ -179,9 +178,9 @@ def check_job(job: TrainJob) -> CheckedTrainJob:
         valid = _labelled(paths.valid, valid_labels, decision)
     _check_targets(train.targets, decision, job.settings)
     _check_without_effect(job.settings, has_valid=valid is not None)
-    model_limit, model_type = describe(paths.model, attention_dropout=job.settings.attention_dropout)
+    pretrained = describe(paths.model, attention_dropout=job.settings.attention_dropout)
     spec = RunSpec(paths.model, paths.output, job.windows, decision, job.settings, job.compute)
-    return CheckedTrainJob(job, spec, train, valid, model_limit, model_type)
+    return CheckedTrainJob(job, spec, train, valid, pretrained)
 
 
 def _read_labels(location: str, data: DataSettings) -> LabelColumn:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pipelines.decisions.metrics import HEADLINE, LESS_IS_BETTER, METRICS
 from pipelines.errors import JobError, SettingsError
+from pipelines.model.lora import has_adapter, trained_weights
 from pipelines.model.scorer import DocumentScores
 from pipelines.settings import DecisionSettings, TrainSettings
 from pipelines.training.ranks import world_size
@@ -121,13 +122,13 @@ class BestWeights:
         if improves:
             state.best, state.flat = len(state.evaluations) - 1, 0
             self.scores = evaluation.scores
-            self.weights = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+            self.weights = {name: tensor.detach().clone() for name, tensor in trained_weights(module).items()}
         return improves
 
     def restore(self, module: nn.Module) -> None:
         """Load the best weights into the module, if there was an evaluation."""
         if self.weights is not None:
-            module.load_state_dict(self.weights)
+            module.load_state_dict(self.weights, strict=not has_adapter(module))
 
 
 class LossLog:

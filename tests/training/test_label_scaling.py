@@ -9,7 +9,7 @@ from pipelines.decisions.labels import Scaling
 from pipelines.model.scorer import Scorer
 from pipelines.model.weights import new_classifier
 from pipelines.model.window_model import WindowModel
-from pipelines.settings import ComputeSettings, DecisionSettings
+from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings
 from pipelines.text.tokenization import InputRows, Template
 from pipelines.training.corpus import LabelledDocuments
 from tests import tiny
@@ -58,7 +58,7 @@ def test_checkpoint_keeps_scaled_weights(tmp_path):
     model = WindowModel(tiny.classifier(num_labels=1), Template((2,), (3,)), FLOAT32)
     assert model.learn_scaled(YEARS, is_scaled=False)
     model.snapshot()(tmp_path)
-    module, has_new_head = new_classifier(str(tmp_path), REGRESSION, pad_id=0, seed=1)
+    module, has_new_head = new_classifier(str(tmp_path), REGRESSION, pad_id=0, settings=TrainSettings(seed=1))
     assert not has_new_head
     again = WindowModel(module, Template((2,), (3,)), FLOAT32)
     assert again.learn_scaled(YEARS, is_scaled=True)
@@ -67,7 +67,7 @@ def test_checkpoint_keeps_scaled_weights(tmp_path):
 
 def test_new_head_starts_at_mean(tmp_path):
     tiny.classifier(num_labels=2).save_pretrained(tmp_path)
-    module, has_new_head = new_classifier(str(tmp_path), REGRESSION, pad_id=0, seed=1)
+    module, has_new_head = new_classifier(str(tmp_path), REGRESSION, pad_id=0, settings=TrainSettings(seed=1))
     own = logits(module, dtype="float32")
     model = WindowModel(module, Template((2,), (3,)), FLOAT32)
     assert has_new_head
