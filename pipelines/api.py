@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipelines.errors import SettingsError
 from pipelines.fields import parse
 from pipelines.settings import ComputeSettings, DataSettings, Kind
-from pipelines.storage.tables import as_table, is_location
+from pipelines.storage.tables import as_table, is_location, single_label_column
 
 if TYPE_CHECKING:
     from pipelines.bulk.job import ScoreJob
@@ -61,6 +61,7 @@ def train(
         >>> pipelines.train(frame, model="bert-base-uncased", output="runs/spam", kind="binary", epochs=1)
     """
     with ExitStack() as stack:
+        train, settings = _labelled(train, settings)
         values: dict[str, Any] = {"train": stack.enter_context(_on_disk(train)), "model": _path(model)}
         if valid is not None:
             values["valid"] = stack.enter_context(_on_disk(valid))
@@ -126,10 +127,11 @@ def evaluate(
     """
     from pipelines.evaluation.labelled import evaluate_folder
 
+    data, settings = _labelled(data, settings)
     columns, compute = parse(settings, DataSettings, ComputeSettings)
     return evaluate_folder(
         _path(model),
-        _path(data) if is_location(data) else as_table(data),
+        data,
         columns,
         compute,
         report=None if report is None else _path(report),
@@ -154,9 +156,9 @@ def tune(model: Location, data: Any, *, objective: str = "f1", **settings: Any) 
     """
     from pipelines.evaluation.labelled import tune_folder
 
+    data, settings = _labelled(data, settings)
     columns, compute = parse(settings, DataSettings, ComputeSettings)
-    source = _path(data) if is_location(data) else as_table(data)
-    return tune_folder(_path(model), source, columns, compute, objective=objective)
+    return tune_folder(_path(model), data, columns, compute, objective=objective)
 
 
 def convert(
@@ -237,6 +239,21 @@ def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) 
     for field, column in zip(results.schema, results.columns, strict=True):
         kept = kept.append_column(field, column)
     return kept
+
+
+def _labelled(data: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return labelled data as a location or an Arrow table, and the settings with the table's label column.
+
+    If the settings name no label column, a table's only column beside the texts contains the labels.
+    """
+    if is_location(data):
+        return _path(data), settings
+    table = as_table(data)
+    if "label_column" in settings or "label_columns" in settings:
+        return table, settings
+    texts = [settings.get("text_column", DataSettings.text_column), settings.get("text_pair_column")]
+    name = single_label_column(table, [text for text in texts if text is not None])
+    return table, settings if name is None else {**settings, "label_column": name}
 
 
 @contextmanager

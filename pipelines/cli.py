@@ -20,14 +20,13 @@ from pipelines.config_file import parse_yaml, read_config
 from pipelines.errors import PipelinesError, SettingsError
 from pipelines.fields import field_help, parse
 from pipelines.progress import show_logs
+from pipelines.serving.settings import ServePaths, ServeSettings
 from pipelines.settings import (
     ComputeSettings,
     DataSettings,
     DecisionSettings,
     ScorePaths,
     ScoreSettings,
-    ServePaths,
-    ServeSettings,
     TrainPaths,
     TrainSettings,
     WindowSettings,
@@ -269,7 +268,7 @@ def _add_labelled(commands: Any) -> None:
             )
         if name == "tune":
             command.add_argument("--objective", default="f1", help="f1 (default), fbeta=B, precision=P or recall=R")
-        _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "limit"))
+        _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "label_columns", "limit"))
 
 
 def _add_folders(commands: Any) -> None:
@@ -326,7 +325,7 @@ def _add_train(commands: Any) -> None:
     )
     _flags(command, TrainPaths, ("train", "valid", "model", "output", "num_workers"))
     _flags(command, DecisionSettings, ("kind", "labels"))
-    _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "limit"))
+    _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "label_columns", "limit"))
 
 
 def _add_score(commands: Any) -> None:

@@ -50,6 +50,17 @@ def parse(values: Mapping[str, object], *groups: type[Any]) -> list[Any]:
     return [group(**{n: v for n, v in values.items() if owners[n] is group}) for group in groups]
 
 
+def plain(value: Any) -> Any:
+    """Return a value with numpy's numbers and arrays, also inside lists and mappings, as Python's."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if type(value) is dict:
+        return {plain(key): plain(element) for key, element in value.items()}
+    return value
+
+
 def field_help(group: type[Any]) -> dict[str, str]:
     """Return the help text below each field of a settings group, by field name."""
     body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0]
@@ -119,7 +130,7 @@ def check_types(group: Any) -> None:
     """
     hints = typing.get_type_hints(type(group))
     for field in dataclasses.fields(group):
-        value = getattr(group, field.name)
+        value = plain(getattr(group, field.name))
         options = _options(hints[field.name])
         for option in options:
             fits, coerced = _coerce(value, option)

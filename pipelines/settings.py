@@ -1,4 +1,4 @@
-"""All settings of the package: name, type, default, limits and help text, in one place.
+"""All settings of the package except the server's: name, type, default, limits and help text, in one place.
 
 The same frozen dataclasses are filled from Python, from a YAML file, from `--set key=value` and from a model folder.
 Field names are unique over the groups of one command: one flat mapping can contain all its settings. `parse` splits it
@@ -9,7 +9,6 @@ Imports neither torch nor Ray.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,12 +115,21 @@ class DataSettings:
     """Column that contains the second text of a pair."""
     label_column: str = "label"
     """Column that contains the label: int, string, float, list of strings, or a list with a 0 or 1 for each label."""
+    label_columns: tuple[str, ...] = ()
+    """multilabel: one column with 0 or 1 for each label, instead of label_column. They have the names of the labels."""
     limit: int | None = None
     """Use only this many rows of each input."""
 
     def __post_init__(self) -> None:
         check_types(self)
         check_range(self, "limit", self.limit, low=1)
+        if len(set(self.label_columns)) < len(self.label_columns):
+            raise SettingsError(f"label_columns={list(self.label_columns)} names a column twice")
+
+    @property
+    def target_columns(self) -> tuple[str, ...]:
+        """The columns that contain the labels."""
+        return self.label_columns or (self.label_column,)
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -179,17 +187,6 @@ class ScorePaths:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServePaths:
-    """What a server reads."""
-
-    model: str
-    """Model folder written by `pipelines train`, or its URL."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainSettings:
     """One fine-tuning run."""
 
@@ -229,10 +226,10 @@ class TrainSettings:
     """Number of steps during which the learning rate rises. Replaces warmup_ratio."""
     max_grad_norm: float = 1.0
     """Scale gradients with a larger norm down to this norm. 0 disables the scaling."""
-    weight: tuple[float, ...] | Literal["balanced"] | None = None
-    """binary and multiclass: one loss weight per label, or balanced (computed from the training labels)."""
-    pos_weight: tuple[float, ...] | Literal["balanced"] | None = None
-    """multilabel: one loss weight per label for its positive examples, or balanced."""
+    weight: tuple[float, ...] | dict[str, float] | Literal["balanced"] | None = None
+    """binary and multiclass: loss weights, as a list, as {label: weight}, or balanced (from the training labels)."""
+    pos_weight: tuple[float, ...] | dict[str, float] | Literal["balanced"] | None = None
+    """multilabel: loss weights of positive examples, as a list, as {label: weight}, or balanced."""
     loss_type: Literal["focal", "dice", "tversky", "asymmetric", "mae", "huber"] | None = None
     (
         "Replaces the default loss. binary and multiclass (cross-entropy): focal, dice, tversky. "
@@ -337,8 +334,9 @@ class TrainSettings:
             check_range(self, "adam_betas", beta, low=0, high=1)
         for name in ("weight", "pos_weight"):
             value = getattr(self, name)
-            if isinstance(value, tuple):
-                for number in value:
+            numbers = value.values() if isinstance(value, dict) else value
+            if not isinstance(numbers, str):
+                for number in numbers or ():
                     check_range(self, name, number, low=0)
 
 
@@ -406,74 +404,6 @@ class ScoreSettings:
     def replica_range(self) -> tuple[int, int] | None:
         """Minimum and maximum number of replicas, or None if replicas is not set."""
         return None if self.replicas is None else parse_range("replicas", self.replicas)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeSettings:
-    """One online server."""
-
-    name: str | None = None
-    """Model name in the responses (field `model`). Default: the name of the model folder."""
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: int = 8000
-    """Port to listen on."""
-    api_keys: tuple[str, ...] = ()
-    (
-        "SHA-256 of each accepted key, in hex (printf %s KEY | sha256sum). "
-        "Without keys, every client that reaches the port is accepted."
-    )
-    allow_without_key: bool = False
-    """Accept connections from other machines although api_keys is empty."""
-    num_replicas: int | str = 1
-    """Number of model replicas: N, or MIN:MAX to scale with the load. MIN may be 0."""
-    target_queued_tokens: int = 100_000
-    (
-        "With MIN:MAX: one replica per this many waiting tokens. "
-        "More replicas start if the models run more than 80 % of the time."
-    )
-    upscale_delay_s: float = 5.0
-    """With MIN:MAX: start more replicas after they have been needed for this many seconds."""
-    downscale_delay_s: float = 120.0
-    """With MIN:MAX: stop replicas after fewer have been enough for this many seconds."""
-    proxy: Literal["python", "haproxy"] = "python"
-    (
-        "HTTP proxy in front of the replicas: Ray Serve's own (python) or HAProxy. "
-        "With haproxy, the proxy and the replicas listen on every network interface."
-    )
-    thresholds: float | tuple[float, ...] | dict[str, float] | None = None
-    (
-        "Replaces the thresholds of the model folder. In a Serve configuration file they belong in user_config. "
-        "There they can change without a restart."
-    )
-    gpus_per_replica: float | None = None
-    """GPUs per replica. Default: 1 with device=cuda, or with device=auto if the cluster has a GPU now; else 0."""
-    max_body_bytes: int = 4 * 2**20
-    """Maximum size of a request body in bytes. The answer to a larger one is HTTP 413."""
-    max_documents: int = 256
-    """Maximum number of documents in one request. The answer to more is HTTP 422."""
-    max_document_tokens: int = 200_000
-    """Maximum number of tokens in one document. The answer to a longer one is HTTP 422."""
-    max_queued_tokens: int = 1_000_000
-    """Maximum number of tokens that wait in one replica. The answer to further requests is HTTP 429."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_range(self, "port", self.port, low=0, high=65535)
-        for key in self.api_keys:
-            if not re.fullmatch(r"(sha256:)?[0-9a-f]{64}", key):
-                raise SettingsError(
-                    "api_keys takes SHA-256 hashes in hex, one per key, as printed by: printf %s KEY | sha256sum"
-                )
-        if parse_range("num_replicas", self.num_replicas)[1] < 1:
-            raise SettingsError(
-                f"num_replicas={self.num_replicas} serves nothing; use 1, or 0:1 to start at the first request"
-            )
-        for name in ("max_body_bytes", "max_documents", "max_document_tokens", "max_queued_tokens",
-                     "target_queued_tokens"):  # fmt: skip
-            check_range(self, name, getattr(self, name), low=1)
-        for name in ("upscale_delay_s", "downscale_delay_s", "gpus_per_replica"):
-            check_range(self, name, getattr(self, name), low=0)
 
 
 def check_decision(decision: DecisionSettings) -> None:

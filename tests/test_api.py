@@ -3,8 +3,10 @@
 import shutil
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +14,7 @@ import pytest
 import pipelines
 from pipelines.errors import DataError, SettingsError
 from pipelines.model_folder import write_pipeline_file
+from pipelines.settings import ComputeSettings
 from tests.jobs import FLOAT32
 
 RUN = {"kind": "binary", "epochs": 1, "batch_size": 5, "max_length": 32, "train_dtype": "float32", **FLOAT32}
@@ -48,10 +51,39 @@ def test_predict_accounts_for_every_text(spam_folder):
     assert fine is None
     assert broken.startswith("the text is not valid UTF-8")
     assert scorer.predict([]).num_rows == 0
-    tables = ({"text": ["a"]}, pd.DataFrame({"text": ["a"]}), pa.table({"text": ["a"]}))
-    for wrong in ("hello", b"hello", *tables, [1, "a"], [["a", "b"]], None, 7):
-        with pytest.raises(DataError, match=r"list of texts|must be strings"):
+    for wrong in (b"hello", [1, "a"], [["a", "b", "c"]], None, 7, {"body": ["a"]}):
+        with pytest.raises(DataError, match=r"list of texts|must be strings|every pair|has no column 'text'"):
             scorer.predict(wrong)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["one", None],
+        ("one", float("nan")),
+        pd.Series(["one", pd.NA]),
+        pd.Series(["one", None], dtype="string"),
+        pl.Series(["one", None]),
+        np.array(["one", None], dtype=object),
+        iter(["one", None]),
+        {"text": ["one", pd.NA]},
+        [{"text": "one"}, {"text": None}],
+        pd.DataFrame({"text": ["one", None], "id": [1, 2]}),
+        pl.DataFrame({"id": [1, 2], "text": ["one", None]}),
+        pa.table({"text": ["one", None]}),
+        datasets.Dataset.from_dict({"text": ["one", None], "id": [1, 2]}),
+        datasets.Dataset.from_dict({"text": ["one", None]})["text"],
+    ],
+    ids=lambda value: type(value).__module__.split(".")[0] + "." + type(value).__name__,
+)
+def test_predict_takes_every_form_of_texts(spam_folder, texts):
+    scorer = pipelines.Scorer.load(spam_folder.path, compute=ComputeSettings(**FLOAT32))
+    found = scorer.predict(texts)
+    assert found["error"].to_pylist() == [None, "the text is null"]
+    assert found["scores"].to_pylist()[0] == scorer.predict("one")["scores"].to_pylist()[0]
+    pairs = scorer.predict([("one", "two"), ("one", None)])
+    assert pairs["error"].to_pylist() == [None, "the text is null"]
+    assert pairs.equals(scorer.predict({"text": ["one", "one"], "text_pair": ["two", None]}))
 
 
 def test_score_files(spam_folder, input_folder, tmp_path):

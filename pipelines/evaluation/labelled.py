@@ -27,7 +27,7 @@ from pipelines.model_folder import ModelFolder, read_model_folder, write_pipelin
 from pipelines.progress import Progress
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings
 from pipelines.storage.columns import check_label_column, check_text_column
-from pipelines.storage.labels import read_label_column
+from pipelines.storage.labels import check_label_columns, label_values, read_label_column
 from pipelines.storage.locations import absolute, commit_bytes, make_folder, shown
 from pipelines.storage.rows import read_unit, together
 from pipelines.storage.shards import InputFile, fingerprint
@@ -152,6 +152,7 @@ def labelled_files(location: str, data: DataSettings, decision: DecisionSettings
     Raises:
         DataError: A file does not have the columns, or has labels that the decision does not have.
     """
+    check_label_columns(data, decision)
     found = read_label_column(location, data)
     read = together(found.files, data.text_columns)
     return LabelledInput(
@@ -173,18 +174,20 @@ def labelled_table(table: pa.Table, data: DataSettings, decision: DecisionSettin
     texts = data.text_columns
     for name in texts:
         check_text_column(table.schema, name, where=MEMORY)
-    check_label_column(table.schema, data.label_column, where=MEMORY)
+    check_label_columns(data, decision)
+    for name in data.target_columns:
+        check_label_column(table.schema, name, where=MEMORY)
     table = table if data.limit is None else table.slice(0, data.limit)
     if not len(table):
         raise DataError(f"{MEMORY} has no rows")
     digest = hashlib.sha256()
-    for batch in table.select([*texts, data.label_column]).to_batches():
+    for batch in table.select([*texts, *data.target_columns]).to_batches():
         digest.update(batch.serialize())
     return LabelledInput(
         source=MEMORY,
         fingerprint=f"sha256:{digest.hexdigest()}",
         num_rows=len(table),
-        targets=encode_labels(table.column(data.label_column), decision),
+        targets=encode_labels(label_values(table, data), decision),
         tables=lambda: [table.select(list(texts))],
         name_of="row {}".format,
     )

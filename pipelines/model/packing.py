@@ -21,8 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "pipelines_packed"
 MOST_WRITTEN_OUT = 1024
@@ -60,31 +61,40 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Packing,
+    packing: Packing | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention within each window of a packed row.
 
     The signature is that of transformers' `AttentionInterface`. transformers passes `packing` on from the call of the
-    model. Further keyword arguments are ignored.
+    model. Without it, somebody calls the module in the usual way, and gets transformers' own attention.
 
     Args:
         module: The attention module; not used.
         query: (1, H, T, D).
         key: (1, H, T, D), possibly with fewer heads than query (grouped-query attention).
         value: Shape of key.
-        attention_mask: Must be None.
+        attention_mask: None in a packed row.
         packing: Positions of the windows in the row.
         dropout: Probability that an attention weight is dropped.
         scaling: Factor of the attention scores. None means D ** -0.5.
         sliding_window: A value of w lets a token see the w - 1 tokens on either side. None means the whole window.
+        others: Only for transformers' own attention.
 
     Returns:
         The output (1, T, H, D), and None in place of the attention weights.
     """
+    if packing is None:
+        if sliding_window is not None:
+            others["sliding_window"] = sliding_window
+        usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        found: tuple[Tensor, None] = usual(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+        return found
     assert attention_mask is None, "a packed row has no mask"
     reach = -1 if sliding_window is None else sliding_window - 1
     if _has_flash(query) and dropout == 0.0:
@@ -201,12 +211,21 @@ def _band(length: int, reach: int, device: torch.device) -> Tensor | None:
     return (place[:, None] - place[None, :]).abs() <= reach
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Return no mask: packed attention separates the windows itself."""
+def _mask(*args: Any, **kwargs: Any) -> Any:
+    """Return no mask in a packed call, in which attention separates the windows itself; else transformers' own mask."""
+    if _starts() is not None:
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionMaskInterface.register(NAME, _mask)
+_CALL = threading.local()
+"""The packed call of the current thread: `starts` has the position of each window's first token."""
+
+
+def _starts() -> Tensor | None:
+    return getattr(_CALL, "starts", None)
 
 
 class PackedRows:
@@ -224,8 +243,8 @@ class PackedRows:
         """
         self._module = module
         self._first_position = first_position
-        self._current = threading.local()
-        self._hook = _keep_first_tokens(self._last_tokenwise_child(), self._current)
+        remove_hooks(module)
+        self._last_tokenwise_child().register_forward_hook(keep_first_tokens)
 
     def __call__(self, ids_T: Tensor, type_ids_T: Tensor | None, packing: Packing) -> Tensor:
         """Return the logits (W, L) of the windows of one packed row.
@@ -235,16 +254,8 @@ class PackedRows:
             type_ids_T: Token type ids, (T,). None if the module does not take any.
             packing: Positions of the windows in the row.
         """
-        self._current.starts = packing.cu_seqlens[:-1].long()
-        try:
-            logits: Tensor = self._forward(self._module, ids_T, type_ids_T, packing).logits
-        finally:
-            self._current.starts = None
+        logits: Tensor = self._forward(self._module, ids_T, type_ids_T, packing).logits
         return logits
-
-    def remove(self) -> None:
-        """Take the hook off the module."""
-        self._hook.remove()
 
     def _forward(self, module: nn.Module, ids_T: Tensor, type_ids_T: Tensor | None, packing: Packing) -> Any:
         starts = packing.cu_seqlens[:-1].long()
@@ -254,7 +265,11 @@ class PackedRows:
         inputs = {"input_ids": ids_T[None], "position_ids": (position_T + self._first_position)[None]}
         if type_ids_T is not None:
             inputs["token_type_ids"] = type_ids_T[None]
-        return module(**inputs, packing=packing)
+        _CALL.starts = starts
+        try:
+            return module(**inputs, packing=packing)
+        finally:
+            _CALL.starts = None
 
     def _last_tokenwise_child(self) -> nn.Module:
         """Return the last direct child of the model's body that still gives one vector per token."""
@@ -281,22 +296,26 @@ class PackedRows:
         return seen[-1]
 
 
-def _keep_first_tokens(child: nn.Module, current: threading.local) -> RemovableHandle:
-    """Reduce the child's output (1, T, hidden) to the windows' first tokens (W, 1, hidden) during packed calls.
+def keep_first_tokens(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    """Reduce a layer's output (1, T, hidden) to the windows' first tokens (W, 1, hidden), as a forward hook.
 
-    The hook stays on the module, and the windows are known per thread: a hook that was there only for the time of a
-    call would also act on the calls of other threads.
+    The hook stays on the layer, and the windows are known per thread: a hook that was there only for the time of a
+    call would also act on the calls of other threads. Without a packed call in this thread, nothing changes.
     """
-
-    def keep_first(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        starts = getattr(current, "starts", None)
-        if starts is None:  # not a packed call
-            return output
-        if isinstance(output, Tensor):
-            return output[0, starts, None]
-        if isinstance(output, tuple):
-            return (output[0][0, starts, None], *output[1:])
-        output["last_hidden_state"] = output["last_hidden_state"][0, starts, None]
+    starts = _starts()
+    if starts is None:
         return output
+    if isinstance(output, Tensor):
+        return output[0, starts, None]
+    if isinstance(output, tuple):
+        return (output[0][0, starts, None], *output[1:])
+    output["last_hidden_state"] = output["last_hidden_state"][0, starts, None]
+    return output
 
-    return child.register_forward_hook(keep_first)
+
+def remove_hooks(module: nn.Module) -> None:
+    """Take the hooks of packing off a module. A copy of a packed module has them too."""
+    for part in module.modules():
+        for number, hook in list(part._forward_hooks.items()):
+            if hook is keep_first_tokens:
+                del part._forward_hooks[number]

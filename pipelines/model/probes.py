@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipelines.errors import ModelFolderError, first_line
 from pipelines.model.packing import NAME as PACKED
-from pipelines.model.packing import PackedRows
+from pipelines.model.packing import PackedRows, remove_hooks
 from pipelines.model.weights import first_position, vocabulary_of
 from pipelines.text.pretrained import quiet_transformers
 from pipelines.text.tokenization import InputRows, Template, Tokens, assemble, cut_documents, offsets_of
@@ -186,7 +186,6 @@ def packed_if_equal(model: Probed) -> PackedRows | None:
             packed_WL = None  # models that cannot take a packed row raise different errors
         if packed_WL is not None and packed_WL.shape == padded_WL.shape and _agree(packed_WL, padded_WL):
             return packed
-        if packed is not None:
-            packed.remove()
+        remove_hooks(module)
         module.set_attn_implementation(before)
     return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,8 @@ from pipelines.errors import DataError
 from pipelines.model.window_model import SHORTEST_STEP, WindowModel, load_model
 from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
-from pipelines.storage.columns import string_array
+from pipelines.storage.columns import check_text_column, string_array
+from pipelines.storage.tables import as_table
 from pipelines.text.pretrained import load_tokenizer
 from pipelines.text.tokenization import CutDocuments, Documents, Tokenizer, Tokens, cut_documents
 from pipelines.text.windows import (
@@ -221,16 +223,38 @@ class Scorer:
         """Score the texts of an Arrow table: one row of output columns per input row."""
         return self.results(self.score_documents(self.tokenizer.documents(table, text_column, text_pair_column)))
 
-    def predict(self, texts: Sequence[str | None]) -> pa.Table:
-        """Score a list of texts: one row of output columns per text. None gives a row with an error.
+    def predict(self, texts: Any) -> pa.Table:
+        """Score texts in memory: one row of output columns per text. None, NaN and NA give a row with an error.
+
+        Args:
+            texts: A text, a list of texts or of pairs (text, text_pair), a pandas or polars series, or a table (frame,
+                dataset, columns by name, rows by name) with a column text, and text_pair for pairs.
 
         Raises:
-            DataError: texts is a single text or a table, or a text is not a string.
+            DataError: The texts have none of these forms, or a text is not a string.
         """
-        is_table = isinstance(texts, Mapping) or hasattr(texts, "columns") or hasattr(texts, "column_names")
-        if is_table or isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
-            raise DataError("predict takes a list of texts: put a text into a list; pipelines.score takes tables")
-        return self.score_table(pa.table({"text": string_array(texts if hasattr(texts, "dtype") else list(texts))}))
+        if isinstance(texts, Mapping) or hasattr(texts, "columns") or hasattr(texts, "column_names"):
+            return self._predict_table(as_table(texts))
+        if isinstance(texts, str):
+            texts = [texts]
+        if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+            raise DataError(f"predict takes a text, a list of texts or a table, not {type(texts).__name__}")
+        values = texts if hasattr(texts, "dtype") else list(texts)
+        first = values[0] if len(values) and isinstance(values, list) else None
+        if isinstance(first, Mapping):
+            return self._predict_table(as_table(values))
+        if isinstance(first, (list, tuple)):
+            if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in values):
+                raise DataError("every pair must be (text, text_pair)")
+            sides = {"text": 0, "text_pair": 1}
+            pairs = {name: string_array([pair[side] for pair in values]) for name, side in sides.items()}
+            return self.score_table(pa.table(pairs), *pairs)
+        return self.score_table(pa.table({"text": string_array(values)}))
+
+    def _predict_table(self, table: pa.Table) -> pa.Table:
+        """Score the column text of a table, and text_pair if it has this column too."""
+        check_text_column(table.schema, "text", where="the table")
+        return self.score_table(table, "text", "text_pair" if "text_pair" in table.column_names else None)
 
 
 def rescored(scores: DocumentScores, decision: DecisionSettings, temperature: float) -> DocumentScores:

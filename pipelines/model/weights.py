@@ -169,7 +169,7 @@ def vocabulary_of(config: Any) -> int | None:
 def check_vocabulary(tokenizer: Tokenizer, expected: int | None, *, where: str) -> None:
     """Check that a tokenizer can belong to a model.
 
-    transformers opens a folder without tokenizer files with a tokenizer that knows no word.
+    transformers opens a folder without tokenizer files with a tokenizer that has no words.
 
     Args:
         tokenizer: The tokenizer.

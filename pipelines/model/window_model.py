@@ -28,7 +28,7 @@ from pipelines.errors import ModelFolderError, first_line
 from pipelines.model.batching import token_batches
 from pipelines.model.devices import is_out_of_memory, resolve_device, resolve_dtype, to_device
 from pipelines.model.lora import has_adapter, save_trained, trained_weights
-from pipelines.model.packing import PackedRows, Packing
+from pipelines.model.packing import PackedRows, Packing, remove_hooks
 from pipelines.model.precision import cast_body
 from pipelines.model.probes import (
     Side,
@@ -109,6 +109,7 @@ class WindowModel:
         """Return a copy of the weights under other compute settings, such as another dtype or device."""
         module: Any = copy.deepcopy(self.module)
         if self.is_packed:
+            remove_hooks(module)
             module.set_attn_implementation("sdpa")  # the constructor decides again whether to pack
         copied = WindowModel(module, self.template, compute, uses_type_ids=self._uses_type_ids)
         copied._scaling, copied._last_layer = self._scaling, self._last_layer

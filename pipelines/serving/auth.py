@@ -8,7 +8,7 @@ import ipaddress
 from collections.abc import Mapping, Sequence
 
 from pipelines.errors import SettingsError
-from pipelines.settings import ServeSettings
+from pipelines.serving.settings import ServeSettings
 
 OPEN_PATHS = frozenset({"/", "/health", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 """Paths that need no key: the probes, and the web page, which is static and sends the key that a user types into it."""

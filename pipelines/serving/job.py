@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pipelines.decisions.labels import resolve_thresholds
 from pipelines.fields import parse
 from pipelines.model_folder import model_location, read_model_folder
-from pipelines.settings import ComputeSettings, ServePaths, ServeSettings
+from pipelines.serving.settings import ServePaths, ServeSettings
+from pipelines.settings import ComputeSettings
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from pipelines.serving.answers import as_table, predictions_of
 from pipelines.serving.batcher import Batcher, QueueFullError
 from pipelines.serving.job import ServeJob
 from pipelines.serving.schema import Pair, Prediction, Usage
+from pipelines.serving.settings import ServeSettings
 from pipelines.serving.timings import Metrics, NoMetrics, current_timings
-from pipelines.settings import ComputeSettings, DecisionSettings, ServeSettings
+from pipelines.settings import ComputeSettings, DecisionSettings
 from pipelines.text.tokenization import Documents
 from pipelines.version import VERSION
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.errors import SettingsError, UnknownArgumentError
+from pipelines.fields import plain
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ ARGUMENTS: tuple[Argument, ...] = (
         adafactor_scale_parameter=True,
     ),
     *_many("honoured", "added to the tokenizer and never split", special_tokens_list=[]),
+    *_many("honoured", "if it is not set, the tokenizer's own setting is used", do_lower_case=False),
     *_many("honoured", "None writes nothing", tensorboard_dir=None),
+    *_many("honoured", "tracks the run if wandb is installed; else warns", wandb_project=None, wandb_kwargs={}),
     *_many("honoured", "folder where train_model saves", output_dir="outputs/"),
     *_many("honoured", "if false, an output_dir that is not empty is an error", overwrite_output_dir=False),
     *_many("honoured", "if true, train_model writes nothing", no_save=False),
@@ -141,11 +144,6 @@ ARGUMENTS: tuple[Argument, ...] = (
     ),
     *_many(
         "inert",
-        "the tokenizer's own setting is used",
-        do_lower_case=False,
-    ),
-    *_many(
-        "inert",
         "Simple Transformers does not read it either",
         encoding=None,
         local_rank=-1,
@@ -169,7 +167,6 @@ ARGUMENTS: tuple[Argument, ...] = (
     *_many("refused", "use num_workers for several GPUs", n_gpu=1),
     *_many("refused", "weights are read from safetensors as they are", dynamic_quantize=False, quantized_model=False),
     *_many("refused", "remote code never runs", trust_remote_code=False),
-    *_many("refused", "not supported; log the returned numbers instead", wandb_kwargs={}, wandb_project=None),
     *_many("refused", "this package has no ranking", as_reranker=False, tourney_mode=False),
     *_many("refused", "windows are sampled one by one", batch_chunk_size=None),
     *_many("refused", "this package has no ONNX support", onnx=False),
@@ -186,6 +183,7 @@ ARGUMENTS: tuple[Argument, ...] = (
     ),
     *_many("ours", "Ray Train workers, each with one GPU if there are GPUs; 0 trains in this process", num_workers=0),
     *_many("ours", "auto, float32, bfloat16 or float16", dtype="float32"),
+    *_many("ours", "columns with 0 or 1 for each label; they also name the labels", label_columns=[]),
     *_many("ours", "vote, mean or max of the windows of a text; None: vote for one label, else mean", merge=None),
     *_many(
         "ours", "exact, or simpletransformers with its tails; None: the folder's plan, else exact", window_plan=None
@@ -197,20 +195,26 @@ ARGUMENTS: tuple[Argument, ...] = (
     *_many("ours", "allow a step below 1/16 of a window", dense_windows=False),
 )
 BY_NAME = {argument.name: argument for argument in ARGUMENTS}
+CLASS_PARAMETERS = ("weight", "pos_weight", "num_labels", "use_cuda", "cuda_device")
+"""Parameters of the model classes, which are easily mistaken for arguments."""
 
 
 class ClassificationArgs:
     """Arguments as attributes. An unknown name raises an error that suggests the nearest one."""
 
     def __init__(self, **values: Any) -> None:
+        self.__dict__["is_case_set"] = False
         for argument in ARGUMENTS:
             default = argument.default
             self.__dict__[argument.name] = default.copy() if isinstance(default, (list, dict)) else default
         self.update_from_dict(values)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        value = plain(value)
         check_argument(name, value)
         self.__dict__[name] = value
+        if name == "do_lower_case":  # its default cannot be told from a caller who sets the same value
+            self.__dict__["is_case_set"] = True
 
     def __getattr__(self, name: str) -> Any:
         check_argument(name, None)
@@ -274,6 +278,8 @@ def check_argument(name: str, value: Any) -> None:
     """
     if name.startswith("__"):
         raise AttributeError(name)
+    if name in CLASS_PARAMETERS:
+        raise UnknownArgumentError(f"{name} is a parameter of the model class, not one of args: pass {name}=... to it")
     if name not in BY_NAME:
         nearest = difflib.get_close_matches(name, BY_NAME, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else "docs/simpletransformers.md lists them all"

@@ -23,7 +23,7 @@ from pipelines.decisions.labels import encode_labels
 from pipelines.errors import DataError, ModelFolderError
 from pipelines.model.devices import resolve_dtype
 from pipelines.model.scorer import Scorer, plan_of
-from pipelines.model.weights import PROBLEM_TYPES, row_limit
+from pipelines.model.weights import PROBLEM_TYPES, check_vocabulary, row_limit, set_pad_token, vocabulary_of
 from pipelines.model.window_model import WindowModel
 from pipelines.model_folder import ModelFolder, seal
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
@@ -37,7 +37,13 @@ from pipelines.simpletransformers.translate import (
     seed_of,
     window_settings,
 )
-from pipelines.text.pretrained import quiet_transformers, save_tokenizer, uses_type_ids, vocabulary_size
+from pipelines.text.pretrained import (
+    quiet_transformers,
+    save_tokenizer,
+    uses_type_ids,
+    vocabulary_size,
+    write_tokenizer,
+)
 from pipelines.text.tokenization import Documents
 from pipelines.text.windows import leads_with_space
 from pipelines.training.corpus import LabelledDocuments
@@ -85,12 +91,31 @@ class Engine:
         self._set_config_labels()
         self._folder = tempfile.TemporaryDirectory(prefix="pipelines-model-")
         folder = Path(self._folder.name)
-        self._tokenizer = save_tokenizer(source.tokenizer_name or source.model_name, folder, args.special_tokens_list)
+        self._tokenizer = save_tokenizer(
+            source.tokenizer_name or source.model_name,
+            folder,
+            args.special_tokens_list,
+            do_lower_case=args.do_lower_case if args.is_case_set else None,
+        )
+        set_pad_token(self.config, self._tokenizer.template.pad_id)
         module = self._load(source, folder)
+        check_vocabulary(self._tokenizer, vocabulary_of(module.config), where=source.model_name)
         compute = replace(self.compute, dtype="float32")
         self.model = WindowModel(module, self._tokenizer.template, compute, uses_type_ids=uses_type_ids(folder))
         self._in_other_dtype: WindowModel | None = None
-        self._copied_for: ComputeSettings | None = None
+        self._copied_for: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for pickle: the tokenizer's files instead of their folder."""
+        files = {file.name: file.read_bytes() for file in Path(self._folder.name).iterdir() if file.is_file()}
+        return {**self.__dict__, "_folder": files, "_in_other_dtype": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state of `__getstate__`."""
+        self.__dict__.update(state)
+        self._folder = tempfile.TemporaryDirectory(prefix="pipelines-model-")
+        for name, content in state["_folder"].items():
+            Path(self._folder.name, name).write_bytes(content)
 
     @property
     def decision(self) -> DecisionSettings:
@@ -124,6 +149,7 @@ class Engine:
         The model keeps float32 weights, so that training continues exactly. With for_predictions, the scorer uses a
         copy in args.dtype.
         """
+        self._use_added_tokens()
         windows, model_type = self._windows(), str(self.config.model_type)
         plan = plan_of(windows, self._tokenizer, model_type=model_type, model_limit=row_limit(self.model.module))
         tokenizer = self._tokenizer.with_lead_space(leads_with_space(windows, model_type))
@@ -154,15 +180,30 @@ class Engine:
 
     def write(self, folder: Path) -> None:
         """Write a finished model folder to a path that does not exist yet."""
+        self._use_added_tokens()
         shutil.copytree(self._folder.name, folder)
         self.model.save(folder)
         self.args.save(str(folder))
         windows = replace(self._windows(), max_length=self.scorer().plan.max_length)
         seal(ModelFolder(folder, windows, self.decision))
 
-    def weights_changed(self) -> None:
-        """Discard copies of the weights. Call this after training."""
-        self._in_other_dtype = None
+    def _use_added_tokens(self) -> None:
+        """Use the tokens that the caller has added to `tokenizer`.
+
+        Raises:
+            ModelFolderError: The model's embeddings have not been resized for them.
+        """
+        opened = self.__dict__.get("tokenizer")  # the cached property: None if nobody has asked for it
+        if opened is None or len(opened) == self._tokenizer.vocabulary[0]:
+            return
+        size = self.model.module.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        tokenizer = write_tokenizer(opened, Path(self._folder.name))
+        if tokenizer.vocabulary[1] >= size:
+            raise ModelFolderError(
+                f"the tokenizer has {len(opened):,} tokens and the model {size:,} embeddings; resize them: "
+                "model.model.resize_token_embeddings(len(model.tokenizer))"
+            )
+        self._tokenizer = tokenizer
 
     def _windows(self) -> WindowSettings:
         return window_settings(self.args, None if self._their_type == "auto" else self._their_type)
@@ -195,6 +236,7 @@ class Engine:
         compute = self.compute
         if resolve_dtype(compute.dtype, self.model.device) == torch.float32:
             return self.model
-        if self._in_other_dtype is None or self._copied_for != compute:
-            self._in_other_dtype, self._copied_for = self.model.copy(compute), compute
+        weights = [(weight.data_ptr(), weight._version) for weight in self.model.module.parameters()]
+        if self._in_other_dtype is None or self._copied_for != (compute, weights):
+            self._in_other_dtype, self._copied_for = self.model.copy(compute), (compute, weights)
         return self._in_other_dtype

@@ -5,6 +5,8 @@ The result is texts, second texts and labels. Does not import pandas: a frame is
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as csv
+import pyarrow.json as json
 import pyarrow.parquet as pq
 
 from pipelines.errors import DataError, first_line
@@ -29,59 +32,134 @@ class LabelledTexts:
     labels: list[Any] | None
 
 
-def read_rows(data: Any) -> LabelledTexts:
+def read_rows(data: Any, label_columns: Sequence[str] = ()) -> LabelledTexts:
     """Read texts, second texts and labels.
 
     Args:
-        data: A frame, an Arrow table, a path (Parquet, .tsv or .csv), or a list of rows [text, label] or
-            [text_a, text_b, label]. Columns are named text, or text_a and text_b, and labels if there are any. With
-            other names, the first column is the text and the second is the label.
+        data: A pandas or polars frame, a Hugging Face dataset, an Arrow table, columns by name, rows by name, a path
+            (Parquet, .csv, .tsv or .jsonl, also .gz), or a list of rows [text, label] or [text_a, text_b, label].
+            Columns are named text, or text_a and text_b. The labels are in the column labels or label, or in the only
+            other column. With other names, the first column is the text and the second is the label.
+        label_columns: Columns with 0 or 1 for each label. They replace the label column.
 
     Raises:
         DataError: The data cannot be read, or has other columns.
     """
     if isinstance(data, (str, Path)):
-        data = _read_file(Path(data))
-    if isinstance(data, (list, tuple)):
-        width = {len(row) for row in data}
-        if len(width) > 1 or not width <= {2, 3}:
-            raise DataError("the rows of a list must all be [text, label], or all [text_a, text_b, label]")
-        columns: list[list[Any]] = [list(column) for column in zip(*data, strict=True)]
-        return (
-            LabelledTexts(columns[0], columns[1] if len(columns) == 3 else None, columns[-1])
-            if columns
-            else LabelledTexts([], None, [])
-        )
-    names = list(data.column_names if isinstance(data, pa.Table) else data.columns)
-
-    def column(name: Any) -> list[Any]:
-        values = data[name]
-        return list(values.to_pylist() if isinstance(data, pa.Table) else values.tolist())
-
-    labels = column("labels") if "labels" in names else None
-    if "text" in names:
-        return LabelledTexts(column("text"), None, labels)
-    if "text_a" in names and "text_b" in names:
-        return LabelledTexts(column("text_a"), column("text_b"), labels)
-    if len(names) < 2:
-        raise DataError(f"the data has the columns {names}; it needs text and labels, or text_a, text_b and labels")
-    return LabelledTexts(column(names[0]), None, column(names[1]))
+        data = read_file(Path(data))
+    is_rows = isinstance(data, (list, tuple, np.ndarray))
+    if is_rows and not (len(data) and isinstance(data[0], Mapping)):
+        return _of_rows(data)
+    columns = read_columns(data)
+    names = list(columns)
+    pair = [name for name in ("text_a", "text_b") if name in names]
+    texts = ["text"] if "text" in names else pair if len(pair) == 2 else []
+    if not texts:
+        if len(names) < 2:
+            raise DataError(f"the data has the columns {names}; it needs text and labels, or text_a, text_b and labels")
+        if any(isinstance(name, str) and not name.isdigit() for name in names[:2]):
+            warnings.warn(
+                f"the data has no column 'text': {names[0]!r} is read as the texts, and {names[1]!r} as the labels",
+                UserWarning,
+                stacklevel=4,
+            )
+        return LabelledTexts(columns[names[0]], None, columns[names[1]])
+    labels = _labels(columns, texts, label_columns)
+    return LabelledTexts(columns[texts[0]], columns[texts[1]] if len(texts) > 1 else None, labels)
 
 
-def split_pairs(rows: list[Any]) -> tuple[list[str], list[str] | None]:
-    """Split the input of `predict` into texts and second texts.
-
-    Args:
-        rows: Texts, or pairs [text_a, text_b].
-
-    Returns:
-        The texts and the second texts. The latter is None if rows are single texts.
+def read_columns(data: Any) -> dict[Any, list[Any]]:
+    """Return the columns of a table in memory, as lists of Python values.
 
     Raises:
-        DataError: A pair does not have exactly two texts.
+        DataError: The data is not a table, or two columns have the same name.
     """
-    if rows and isinstance(rows[0], (list, tuple)):
-        if any(len(row) != 2 for row in rows):
+    if isinstance(data, (list, tuple, np.ndarray)):
+        if not all(isinstance(row, Mapping) for row in data):
+            raise DataError("the rows of a list must all be mappings of column names to values")
+        names = list(dict.fromkeys(name for row in data for name in row))
+        return {name: [row.get(name) for row in data] for name in names}
+    if isinstance(data, Mapping):
+        names = list(data)
+    else:
+        found = getattr(data, "column_names", None)
+        found = getattr(data, "columns", None) if found is None else found
+        if found is None or isinstance(found, dict):  # a dict: a DatasetDict of several datasets
+            raise DataError(f"{type(data).__name__} is not a table: give a frame, columns by name, or a list of rows")
+        names = list(found)
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise DataError(f"the data has several columns named {twice[0]!r}; rename them")
+    columns = {name: _values(data[name], name) for name in names}
+    if len({len(values) for values in columns.values()}) > 1:
+        raise DataError(f"the columns have different lengths: { {name: len(v) for name, v in columns.items()} }")
+    return columns
+
+
+def _values(column: Any, name: Any) -> list[Any]:
+    """Return a column as a list of Python values."""
+    if isinstance(column, (str, bytes)):
+        raise DataError(f"column {name!r} is one text; give a list of texts")
+    for method in ("to_pylist", "to_list", "tolist"):  # Arrow, pandas and polars, numpy
+        if hasattr(column, method):
+            return list(getattr(column, method)())
+    return list(column)
+
+
+def _labels(columns: Mapping[Any, list[Any]], texts: Sequence[Any], label_columns: Sequence[str]) -> list[Any] | None:
+    """Return the labels of a table, or None if no column or several columns could be the labels."""
+    missing = [name for name in label_columns if name not in columns]
+    if missing:
+        raise DataError(f"the data has no column {missing[0]!r}, which label_columns names; it has {list(columns)}")
+    if label_columns:
+        return [list(row) for row in zip(*(columns[name] for name in label_columns), strict=True)]
+    others = [name for name in columns if name not in texts]
+    named = [name for name in ("labels", "label") if name in others]
+    if named or len(others) == 1:
+        return columns[(named or others)[0]]
+    return None
+
+
+def _of_rows(rows: Any) -> LabelledTexts:
+    """Read rows [text, label] or [text_a, text_b, label]."""
+    if any(isinstance(row, (str, bytes, Mapping)) or not hasattr(row, "__len__") for row in rows):
+        raise DataError("the rows of a list must all be [text, label], or all [text_a, text_b, label]")
+    width = {len(row) for row in rows}
+    if len(width) > 1 or not width <= {2, 3}:
+        raise DataError("the rows of a list must all be [text, label], or all [text_a, text_b, label]")
+    columns: list[list[Any]] = [list(column) for column in zip(*rows, strict=True)]
+    if not columns:
+        return LabelledTexts([], None, [])
+    return LabelledTexts(columns[0], columns[1] if len(columns) == 3 else None, columns[-1])
+
+
+def read_texts(to_predict: Any) -> tuple[list[Any], list[Any] | None]:
+    """Read the input of `predict`: texts and second texts. The latter are None if there are only single texts.
+
+    Args:
+        to_predict: A list, series or array of texts or of pairs [text_a, text_b]; or a table with a column text, or
+            text_a and text_b.
+
+    Raises:
+        DataError: It is a single text, a table without these columns, or a pair does not have exactly two texts.
+    """
+    if isinstance(to_predict, (str, bytes)) or not hasattr(to_predict, "__iter__"):
+        raise DataError("predict takes a list of texts; put the text into a list")
+    is_table = isinstance(to_predict, Mapping) or hasattr(to_predict, "columns") or hasattr(to_predict, "column_names")
+    if is_table:
+        columns = read_columns(to_predict)
+        if "text" in columns:
+            return columns["text"], None
+        if "text_a" in columns and "text_b" in columns:
+            return columns["text_a"], columns["text_b"]
+        if len(columns) == 1:
+            return next(iter(columns.values())), None
+        raise DataError(
+            f"predict takes texts: the table has no column text, or text_a and text_b; it has {list(columns)}"
+        )
+    rows = _values(to_predict, "texts")
+    if rows and isinstance(rows[0], (list, tuple, np.ndarray)):
+        if any(isinstance(row, str) or not hasattr(row, "__len__") or len(row) != 2 for row in rows):
             raise DataError("every pair must be [text_a, text_b]")
         return [row[0] for row in rows], [row[1] for row in rows]
     return rows, None
@@ -127,14 +205,18 @@ def label_array(labels: list[Any], decision: DecisionSettings, names: list[Any] 
         raise DataError(f"the labels have mixed or unusable types: {first_line(error)}") from error
 
 
-def _read_file(path: Path) -> pa.Table:
-    """Read a Parquet file or folder, or a tab-separated (.tsv) or comma-separated (.csv) file with a header."""
+def read_file(path: Path) -> pa.Table:
+    """Read a Parquet file or folder, or a .csv, .tsv or .jsonl file, which may be compressed by gzip (.gz)."""
     if not path.exists():
-        raise DataError(f"{path} does not exist; give a Parquet, .tsv or .csv file, a frame, or a list of rows")
-    delimiter = {".tsv": "\t", ".csv": ","}.get(path.suffix)
+        raise DataError(f"{path} does not exist; give a Parquet, .csv, .tsv or .jsonl file, a frame, or a list of rows")
+    kind = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
     try:
-        if delimiter is None:
+        if kind not in (".csv", ".tsv", ".jsonl", ".ndjson"):
             return pq.read_table(path)
-        return csv.read_csv(path, parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True))
-    except pa.ArrowInvalid as error:
+        with pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None) as file:
+            if kind in (".jsonl", ".ndjson"):
+                return json.read_json(file, parse_options=json.ParseOptions(newlines_in_values=False))
+            options = csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",", newlines_in_values=True)
+            return csv.read_csv(file, parse_options=options)
+    except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from pipelines.errors import ModelFolderError, SettingsError, first_line
+from pipelines.fields import plain
 from pipelines.model.devices import resolve_device
 from pipelines.model_folder import PIPELINE_FILE, check_weights, read_model_folder
 from pipelines.simpletransformers.arguments import ClassificationArgs
@@ -27,10 +28,15 @@ MODEL_TYPES = {
 """Architectures with another name in Simple Transformers than in Hugging Face."""
 
 
-def refuse_keywords(kwargs: dict[str, Any]) -> None:
+def refuse_keywords(kwargs: dict[str, Any], *, is_multilabel: bool) -> None:
     """Refuse keywords of Simple Transformers that are not supported. Unset ones are removed from kwargs."""
     if kwargs.get("trust_remote_code"):
         raise SettingsError("trust_remote_code=True is refused: remote code never runs")
+    wrong = "weight" if is_multilabel else "pos_weight"
+    if kwargs.pop(wrong, None) is not None:
+        right = "pos_weight" if is_multilabel else "weight"
+        owner = "MultiLabelClassificationModel" if is_multilabel else "ClassificationModel"
+        raise SettingsError(f"{owner} has no {wrong}, which would have no effect on its loss; use {right}")
     for name in ("onnx_execution_provider", "global_attention_fn", "sweep_config"):
         if kwargs.pop(name, None):
             raise SettingsError(f"{name} is refused: it is not supported")
@@ -44,9 +50,26 @@ def args_of_folder(folder: Path) -> dict[str, Any]:
     return saved_args(found.windows, found.decision)
 
 
-def loss_weights(values: Any) -> Any:
-    """Convert loss weights to a tuple. None and "balanced" are unchanged."""
-    return values if values is None or isinstance(values, str) else tuple(float(value) for value in values)
+def loss_weights(values: Any, name: str, labels: Sequence[Any]) -> Any:
+    """Convert loss weights to a tuple. None and "balanced" are unchanged.
+
+    Args:
+        values: One weight per label, or a mapping of labels (their names or ids) to weights.
+        name: Name of the parameter, for the error message.
+        labels: All labels as the caller spells them, in the order of their ids.
+
+    Raises:
+        SettingsError: A mapping names an unknown label, or lacks one.
+    """
+    if values is None or isinstance(values, str):
+        return values
+    if not isinstance(values, Mapping):
+        return tuple(float(value) for value in values)
+    given = {plain(label): float(weight) for label, weight in values.items()}
+    known = list(labels) if all(label in labels for label in given) else list(range(len(labels)))
+    if sorted(map(str, given)) != sorted(map(str, known)):
+        raise SettingsError(f"{name}={dict(values)} must have one weight for each label: {list(labels)}")
+    return tuple(given[label] for label in known)
 
 
 def check_metrics(metrics: Mapping[str, Any]) -> None:

@@ -2,13 +2,14 @@
 
 The two classes are facades. They translate arguments to settings, data to documents, and results to the shapes that
 scripts expect. The core does tokenizing, windows, training and scoring. docs/simpletransformers.md lists intended
-differences.
+differences. Several threads may use one model: while one trains or predicts, the others wait.
 
 Shapes: n texts, W windows of one text, L labels.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ import torch
 from pipelines.decisions.labels import decide
 from pipelines.decisions.metrics import evaluate
 from pipelines.errors import DataError
+from pipelines.fields import plain
 from pipelines.progress import hidden_progress
 from pipelines.settings import TrainSettings
 from pipelines.simpletransformers.arguments import ClassificationArgs, MultiLabelClassificationArgs
 from pipelines.simpletransformers.engine import Engine, ModelSource
-from pipelines.simpletransformers.inputs import read_rows, split_pairs
+from pipelines.simpletransformers.inputs import read_rows, read_texts
 from pipelines.simpletransformers.loading import (
     args_of_folder,
     check_metrics,
@@ -60,6 +62,7 @@ class ClassificationModel:
 
     _args_class: type[ClassificationArgs] = ClassificationArgs
     _is_multilabel = False
+    _weight_name = "weight"
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class ClassificationModel:
         tokenizer_type: str | None = None,
         tokenizer_name: str | None = None,
         num_labels: int | None = None,
-        weight: Sequence[float] | None = None,
+        weight: Sequence[float] | Mapping[Any, float] | None = None,
         args: Mapping[str, Any] | ClassificationArgs | None = None,
         use_cuda: bool | None = None,
         cuda_device: int = -1,
@@ -76,13 +79,14 @@ class ClassificationModel:
     ) -> None:
         """Open pretrained or fine-tuned weights, by hub name or folder.
 
-        use_cuda=None uses a GPU if there is one. Further keywords are passed to Hugging Face's from_pretrained.
+        weight has one number per label, or maps labels to numbers. use_cuda=None uses a GPU if there is one. Further
+        keywords are passed to Hugging Face's from_pretrained.
 
         Raises:
             SettingsError: Arguments are unknown or do not fit together. Most are found before weights are read.
             ModelFolderError: The weights cannot be opened.
         """
-        refuse_keywords(kwargs)
+        refuse_keywords(kwargs, is_multilabel=self._is_multilabel)
         resolved = resolve_args(self._args_class, model_name, args, args_of_folder(Path(model_name)))
         known_type = model_type if model_type != "auto" else resolved.model_type or "auto"
         resolved.model_class = type(self).__name__
@@ -91,21 +95,32 @@ class ClassificationModel:
         warn_of_inert(resolved)
         if resolved.thread_count:
             torch.set_num_threads(resolved.thread_count)
-        self.weight = loss_weights(weight)
-        self.device = device_of(use_cuda, cuda_device)
+        self.device = device_of(use_cuda, plain(cuda_device))
         source = ModelSource(
             model_type,
             model_name,
             tokenizer_name,
-            num_labels,
+            plain(num_labels),
             is_multilabel=self._is_multilabel,
             keywords=kwargs,
         )
         self._engine = Engine(resolved, source, device=self.device, known_type=known_type)
         self._checkpoint = Path(model_name) if (Path(model_name) / STATE_FILE).is_file() else None
         self.config, self.num_labels = self._engine.config, self._engine.num_labels
+        labels = self._engine.args.labels_list or list(range(self.num_labels))
+        self._weights = loss_weights(weight, self._weight_name, labels)
+        self._lock = threading.RLock()
         self.results: dict[str, Any] = {}
         self._engine.scorer()  # raises an error now if arguments do not fit the model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for pickle, without the lock."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state of `__getstate__`."""
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
 
     @property
     def args(self) -> ClassificationArgs:
@@ -118,7 +133,7 @@ class ClassificationModel:
 
     @property
     def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer. Scoring and training do not use it: they use tokenizer.json directly."""
+        """The Hugging Face tokenizer. Tokens that are added to it are used and saved, if the embeddings are resized."""
         return self._engine.tokenizer
 
     @property
@@ -154,11 +169,15 @@ class ClassificationModel:
         check_metrics(metrics)
         settings = self._train_settings()
         BestMetric.of(settings, self._engine.decision, tuple(metrics))
-        train = self._engine.labelled(read_rows(train_df))
-        valid = self._engine.labelled(read_rows(eval_data)) if self.args.evaluate_during_training else None
+        train = self._engine.labelled(read_rows(train_df, self.args.label_columns))
+        valid = (
+            self._engine.labelled(read_rows(eval_data, self.args.label_columns))
+            if self.args.evaluate_during_training
+            else None
+        )
         checkpoint, self._checkpoint = self._checkpoint, None
         run = FacadeRun(train, valid, output, settings, metrics, checkpoint)
-        with hidden_progress(self.args.silent or not verbose):
+        with self._lock, hidden_progress(self.args.silent or not verbose):
             if self.args.num_workers:
                 from pipelines.simpletransformers.workers import fit_on_workers  # imports Ray, only where it is used
 
@@ -185,10 +204,11 @@ class ClassificationModel:
         they get (true labels, raw outputs). Their results replace built-in metrics of the same name.
         """
         check_metrics(metrics)
-        data = read_rows(eval_df)
+        data = read_rows(eval_df, self.args.label_columns)
         labelled = self._engine.labelled(data)
         decision = self._engine.decision
-        scores = self._engine.scorer(for_predictions=True).score_documents(labelled.documents)
+        with self._lock:
+            scores = self._engine.scorer(for_predictions=True).score_documents(labelled.documents)
         decisions = decide(scores.scores_DL, decision, scores.votes_DL)
         loss = resolve_loss(self._train_settings(), decision, labelled.targets)
         result = theirs(evaluate(labelled.targets, scores.scores_DL, decisions, decision))
@@ -200,19 +220,18 @@ class ClassificationModel:
         outputs = raw_outputs(scores, decision, by_window=self.args.sliding_window)
         return result, outputs, wrong_predictions(data, labelled.targets, predicted(decisions))
 
-    def predict(self, to_predict: Sequence[Any], multi_label: bool = False) -> tuple[Any, Any]:
-        """Return predictions and raw outputs of texts, or of pairs [text_a, text_b].
+    def predict(self, to_predict: Any, multi_label: bool = False) -> tuple[Any, Any]:
+        """Return predictions and raw outputs of texts, of pairs [text_a, text_b], or of a table with a column text.
 
         Returns:
             Predictions: label ids (n,), or label names if labels_list has them; 0/1 lists for multi-label; values (n,)
             for regression. Raw outputs: logits (n, L); probabilities for multi-label; values (n,) for regression. With
             sliding_window, raw outputs are a list of n arrays (W, L).
         """
-        if isinstance(to_predict, (str, bytes, Mapping)) or hasattr(to_predict, "columns"):
-            raise DataError("predict takes a list of texts; put the text into a list")
-        rows = to_predict.tolist() if hasattr(to_predict, "tolist") else list(to_predict)
-        scorer = self._engine.scorer(for_predictions=True)
-        scores = scorer.score_documents(self._engine.documents(*split_pairs(rows)))
+        texts, pairs = read_texts(to_predict)
+        with self._lock:
+            scorer = self._engine.scorer(for_predictions=True)
+            scores = scorer.score_documents(self._engine.documents(texts, pairs))
         found = predicted(scorer.decide(scores))
         outputs = raw_outputs(scores, scorer.decision, by_window=self.args.sliding_window)
         names = self._engine.label_names
@@ -244,11 +263,13 @@ class ClassificationModel:
         """Return the parameter names that custom_parameter_groups can use."""
         return [name for name, _ in self.model.named_parameters()]
 
-    def _train_settings(self) -> TrainSettings:
-        return train_settings(self.args, self.device, **self._loss_weights())
+    @property
+    def weight(self) -> Any:
+        """Loss weights of the labels, or None."""
+        return self._weights
 
-    def _loss_weights(self) -> dict[str, Any]:
-        return {"weight": self.weight}
+    def _train_settings(self) -> TrainSettings:
+        return train_settings(self.args, self.device, **{self._weight_name: self._weights})
 
 
 class MultiLabelClassificationModel(ClassificationModel):
@@ -256,24 +277,29 @@ class MultiLabelClassificationModel(ClassificationModel):
 
     _args_class = MultiLabelClassificationArgs
     _is_multilabel = True
+    _weight_name = "pos_weight"
 
     def __init__(
         self,
         model_type: str,
         model_name: str,
         num_labels: int | None = None,
-        pos_weight: Sequence[float] | None = None,
+        pos_weight: Sequence[float] | Mapping[Any, float] | None = None,
         args: Mapping[str, Any] | ClassificationArgs | None = None,
         use_cuda: bool | None = None,
         cuda_device: int = -1,
         **kwargs: Any,
     ) -> None:
-        """Open pretrained or fine-tuned weights. Default: 2 labels, if num_labels, labels_list and weights set none."""
-        self.pos_weight = loss_weights(pos_weight)
+        """Open pretrained or fine-tuned weights. Default: 2 labels, if num_labels, labels_list and weights set none.
+
+        pos_weight has one number per label, or maps labels to numbers.
+        """
+        refuse_keywords(kwargs, is_multilabel=True)
         super().__init__(
             model_type,
             model_name,
             num_labels=num_labels,
+            weight=pos_weight,
             args=args,
             use_cuda=use_cuda,
             cuda_device=cuda_device,
@@ -297,5 +323,7 @@ class MultiLabelClassificationModel(ClassificationModel):
             train_df, multi_label, output_dir, show_running_loss, args, eval_df, verbose, eval_data, **metrics
         )
 
-    def _loss_weights(self) -> dict[str, Any]:
-        return {"pos_weight": self.pos_weight}
+    @property
+    def pos_weight(self) -> Any:
+        """Loss weights of the labels' positive examples, or None."""
+        return self._weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipelines.simpletransformers.arguments import BY_NAME
 from pipelines.simpletransformers.engine import Engine
 from pipelines.simpletransformers.outputs import predicted, raw_outputs, write_progress, write_results
 from pipelines.simpletransformers.saving import replace_files, replace_folder
+from pipelines.simpletransformers.tracking import tracked
 from pipelines.simpletransformers.translate import theirs
 from pipelines.training.corpus import Corpus, LabelledDocuments
 from pipelines.training.fit import measure
@@ -63,10 +65,12 @@ def fit_documents(engine: Engine, run: FacadeRun) -> TrainState:
         assert valid is not None
         return measure(scorer, valid, loss, engine.compute, of_caller)
 
+    tracker: list[Callable[[Mapping[str, float]], None]] = []
     hooks = Hooks(
         evaluate=None if valid is None else evaluation,
         on_best=lambda loop: _save_best(engine, loop, run.output),
         on_checkpoint=lambda loop: _save_checkpoint(engine, loop, run.output),
+        on_metrics=lambda numbers: tracker[0](numbers),
         identity={
             "validation data": None if valid is None else valid.fingerprint,
             "metrics": sorted(run.metrics),
@@ -76,10 +80,9 @@ def fit_documents(engine: Engine, run: FacadeRun) -> TrainState:
     data = training_windows(scorer, corpus, run.settings)
     loop = TrainLoop(engine.model, data, run.settings, loss, metric, hooks=hooks)
     _resume(loop, run.checkpoint)
-    try:
+    with tracked(args) if rank() == 0 else nullcontext(lambda _numbers: None) as log:
+        tracker.append(log)
         state = loop.run()
-    finally:
-        engine.weights_changed()
     if not args.no_save and rank() == 0:
         replace_files(Path(run.output), engine.write)
         if valid is not None:

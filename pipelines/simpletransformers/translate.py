@@ -113,6 +113,8 @@ def count_labels(args: ClassificationArgs, num_labels: int | None, *, is_multila
         return 1
     if num_labels == 1 and not is_multilabel:
         raise SettingsError("num_labels=1 is for regression; set regression=True in args, or num_labels=2")
+    if args.label_columns and not (args.labels_list or args.labels_map):
+        args.labels_list = list(args.label_columns)
     args.labels_list = [_python(label) for label in args.labels_list]
     if args.labels_map:
         args.labels_list = _in_order(args.labels_map, args.labels_list)

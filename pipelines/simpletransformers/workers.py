@@ -55,7 +55,7 @@ def fit_on_workers(engine: Engine, run: FacadeRun) -> TrainState:
             os.path.abspath(shared),
             engine.model_type,
             engine.is_multilabel,
-            {**args.everything(), **_absolute_folders(args), "overwrite_output_dir": True, "num_workers": 0},
+            {**_of_workers(args), **_absolute_folders(args), "overwrite_output_dir": True, "num_workers": 0},
             replace(run, output=os.path.abspath(run.output), checkpoint=None).without_data(),
         )
         state: TrainState = run_on_workers(_fit, job, [run.train, run.valid], num_workers=args.num_workers)
@@ -64,7 +64,6 @@ def fit_on_workers(engine: Engine, run: FacadeRun) -> TrainState:
                 f"{shared}/trained", use_safetensors=True, dtype=torch.float32
             )
         engine.model.module.load_state_dict(trained.state_dict())
-    engine.weights_changed()
     if not args.no_save:
         replace_files(Path(run.output), engine.write)
     return state
@@ -85,6 +84,11 @@ def _fit(job: _WorkerJob, train: LabelledDocuments, valid: LabelledDocuments | N
     if ray.train.get_context().get_world_rank() == 0:
         replace_files(Path(job.folder, "trained"), engine.write)
     return state
+
+
+def _of_workers(args: ClassificationArgs) -> dict[str, Any]:
+    """Return the arguments of the workers. The tokenizer in their folder lowercases already if it should."""
+    return {name: value for name, value in args.everything().items() if name != "do_lower_case"}
 
 
 def _absolute_folders(args: ClassificationArgs) -> dict[str, str]:

@@ -107,7 +107,7 @@ def _decode_each(column: pa.ChunkedArray, errors: list[str | None]) -> Texts:
 
 
 def string_array(values: Sequence[Any]) -> pa.Array:
-    """Convert texts to an Arrow array of strings. None becomes null.
+    """Convert texts to an Arrow array of strings. None, NaN and pandas' NA become null.
 
     A text with a lone surrogate has no UTF-8 form. Its bytes are stored as they are, and tokenizing reports the text.
 
@@ -115,9 +115,9 @@ def string_array(values: Sequence[Any]) -> pa.Array:
         DataError: A value is not a text.
     """
     try:
-        return pa.array(values, pa.string())
+        return pa.array(values, pa.string(), from_pandas=True)
     except UnicodeEncodeError:
         encoded = [value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value for value in values]
-        return pa.array(encoded, pa.binary()).view(pa.string())
+        return pa.array(encoded, pa.binary(), from_pandas=True).view(pa.string())
     except (pa.ArrowException, TypeError) as error:
         raise DataError(f"the texts must be strings or None: {first_line(error)}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -42,13 +42,12 @@ def _as_table(data: Any) -> pa.Table:
         single = next((name for name, values in data.items() if isinstance(values, (str, bytes))), None)
         if single is not None:
             raise DataError(f"column {single!r} is one text; give a list of texts, such as {{{single!r}: ['...']}}")
-        return pa.table(
-            {str(name): pa.array(values if hasattr(values, "dtype") else list(values)) for name, values in data.items()}
-        )
+        return pa.table({str(name): _array(values) for name, values in data.items()})
     if isinstance(data, (list, tuple)):
         if not all(isinstance(row, Mapping) for row in data):
             raise DataError("a list must hold rows as mappings of column names to values, such as {'text': ...}")
-        return pa.Table.from_pylist(list(data))
+        names = list(dict.fromkeys(name for row in data for name in row))
+        return pa.table({str(name): _array([row.get(name) for row in data]) for name in names})
     if hasattr(data, "iloc") and hasattr(data, "columns"):  # pandas: the index does not become a column
         return pa.Table.from_pandas(data, preserve_index=False)
     if hasattr(data, "with_format"):  # a Hugging Face dataset
@@ -59,3 +58,21 @@ def _as_table(data: Any) -> pa.Table:
         f"{type(data).__name__} is not a table: give an Arrow table, a pandas or polars frame, a mapping of columns, "
         "or a list of rows"
     )
+
+
+def _array(values: Any) -> Any:
+    """Convert a column to Arrow. None, NaN among other values, and pandas' NA become null."""
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        return values
+    if hasattr(values, "dtype") and getattr(values, "ndim", 1) == 1:
+        return pa.array(values, from_pandas=True)
+    return pa.array(list(values), from_pandas=True)  # also the rows of a two-dimensional array
+
+
+def single_label_column(table: pa.Table, texts: Sequence[str]) -> str | None:
+    """Return the label column of a table: "label", "labels", or the only one beside the texts. None if unclear."""
+    others = [name for name in table.column_names if name not in texts]
+    named = [name for name in ("label", "labels") if name in others]
+    if named:
+        return named[0]
+    return others[0] if len(others) == 1 else None

@@ -6,13 +6,14 @@ Functions import transformers when they need it. A task that reads only a tokeni
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import ModelFolderError, first_line
+from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.text.tokenization import Template, Tokenizer
 
 
@@ -33,19 +34,37 @@ def load_tokenizer(folder: Path, *, lead_space: bool = False) -> Tokenizer:
     return Tokenizer(encode, template_of(python), lead_space=lead_space, vocabulary=python.get_vocab)
 
 
-def save_tokenizer(name: str, folder: Path, more_tokens: Sequence[str] = ()) -> Tokenizer:
+def save_tokenizer(
+    name: str, folder: Path, more_tokens: Sequence[str] = (), *, do_lower_case: bool | None = None
+) -> Tokenizer:
     """Save a pretrained tokenizer in the model folder, and open it there.
 
     Args:
         name: Model name on the Hugging Face Hub, or a folder.
         folder: Model folder to write to.
         more_tokens: Special tokens to add, which are never split. The caller must resize the model's embeddings.
+        do_lower_case: Whether texts are lowercased first. None keeps the tokenizer's own setting.
 
     Raises:
         ModelFolderError: The tokenizer cannot be loaded.
+        SettingsError: The tokenizer has no such setting.
     """
-    tokenizer = _open(name, f"the tokenizer of {name} cannot be loaded")
+    options = {} if do_lower_case is None else {"do_lower_case": do_lower_case}
+    tokenizer = _open(name, f"the tokenizer of {name} cannot be loaded", **options)
     tokenizer.add_tokens(list(more_tokens), special_tokens=True)
+    opened = write_tokenizer(tokenizer, folder)
+    if do_lower_case is not None:
+        lower, upper = opened.encode(["some words", "Some WORDS"]).to_arrow().to_pylist()
+        if (lower == upper) != do_lower_case:
+            raise SettingsError(
+                f"do_lower_case={do_lower_case} has no effect on the tokenizer of {name}; leave it out, and change the "
+                "case of the texts yourself"
+            )
+    return opened
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> Tokenizer:
+    """Save a Hugging Face tokenizer in a folder, and open it there."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"  # it omits the padding side if the class defines it (XLNet)
     file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": tokenizer.padding_side}, indent=2))
@@ -84,26 +103,48 @@ def template_of(tokenizer: Any) -> Template:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the progress bars and log messages of transformers. Problems that matter are raised as errors."""
+    """Silence the progress bars and log messages of transformers. Problems that matter are raised as errors.
+
+    Threads may be in this context at the same time: the first one silences, and the last one restores.
+    """
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    with _QUIET.lock:
+        if not _QUIET.num_inside:
+            _QUIET.before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        _QUIET.num_inside += 1
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        with _QUIET.lock:
+            _QUIET.num_inside -= 1
+            if not _QUIET.num_inside:
+                level, has_bars = _QUIET.before
+                logging.set_verbosity(level)
+                if has_bars:
+                    logging.enable_progress_bar()
 
 
-def _open(name: str, otherwise: str) -> Any:
+class _Quiet:
+    """How many threads silence transformers, and what its settings were before."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.num_inside = 0
+        self.before = (0, True)
+
+
+_QUIET = _Quiet()
+
+
+def _open(name: str, otherwise: str, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelFolderError(f"{otherwise}: {first_line(error)}") from error
 

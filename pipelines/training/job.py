@@ -31,7 +31,7 @@ from pipelines.settings import (
     TrainSettings,
     WindowSettings,
 )
-from pipelines.storage.labels import LabelColumn, read_label_column
+from pipelines.storage.labels import LabelColumn, check_label_columns, read_label_column
 from pipelines.storage.locations import absolute, shown
 from pipelines.storage.rows import together
 from pipelines.storage.shards import InputFile, fingerprint, split_into_units, usual_unit_bytes
@@ -171,7 +171,8 @@ def check_job(job: TrainJob) -> CheckedTrainJob:
     paths = job.paths
     train_labels = _read_labels(paths.train, job.data)
     valid_labels = None if paths.valid is None else _read_labels(paths.valid, job.data)
-    decision = _with_labels(job.decision, train_labels.values)
+    decision = _with_labels(job.decision, train_labels.values, job.data)
+    check_label_columns(job.data, decision)
     train = _labelled(paths.train, train_labels, decision)
     valid = None
     if paths.valid is not None and valid_labels is not None:
@@ -191,8 +192,10 @@ def _read_labels(location: str, data: DataSettings) -> LabelColumn:
     return found
 
 
-def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray) -> DecisionSettings:
-    """Return the decision. If it has no labels, they are set to those that occur in the data."""
+def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray, data: DataSettings) -> DecisionSettings:
+    """Return the decision. If it has no labels, they are set to label_columns or to those that occur in the data."""
+    if data.label_columns and not decision.labels and decision.kind == "multilabel":
+        return replace(decision, labels=data.label_columns)
     if decision.labels or decision.kind == "regression":
         return decision
     return replace(decision, labels=find_labels([labels], decision.kind))

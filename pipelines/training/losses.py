@@ -303,6 +303,10 @@ def _resolve_weight(
         raise SettingsError("weight is for classification; kind regression takes none")
     if weight == "balanced":
         return _balanced(targets, decision)
+    if isinstance(weight, dict):
+        if sorted(weight) != sorted(decision.labels):
+            raise SettingsError(f"{name}={weight} must have one weight for each label: {', '.join(decision.labels)}")
+        weight = tuple(weight[label] for label in decision.labels)
     if len(weight) != len(decision.labels):
         raise SettingsError(f"{name} has {len(weight)} values; there are {len(decision.labels)} labels")
     return np.asarray(weight, dtype=np.float32)

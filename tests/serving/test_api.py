@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.errors import SettingsError
 from pipelines.serving.auth import check_exposure
-from pipelines.settings import ServeSettings
+from pipelines.serving.settings import ServeSettings
 from tests.serving.keys import KEYS
 
 TEXTS = ["Noon at the usual place?", "WIN a free cruise now!!! " * 300]

@@ -13,7 +13,7 @@ from typing import Any
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from pipelines.fields import parse_range
-from pipelines.settings import ServeSettings
+from pipelines.serving.settings import ServeSettings
 
 MOST_BUSY = 0.8
 """Target share of time in which a replica's model runs. Above it, waiting times grow too fast."""

@@ -18,7 +18,7 @@ from pipelines.on_ray.serve.app import application
 from pipelines.on_ray.serve.proxy import check_proxy
 from pipelines.serving.auth import check_exposure
 from pipelines.serving.job import ServeJob, check_job
-from pipelines.settings import ServeSettings
+from pipelines.serving.settings import ServeSettings
 
 APPLICATION = "pipelines"
 logger = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from pipelines.on_ray.serve.autoscaling import autoscaling_of, replicas_needed
 from pipelines.on_ray.serve.proxy import check_proxy
 from pipelines.on_ray.serve.run import start_proxies
 from pipelines.serving.job import ServeJob
-from pipelines.settings import DecisionSettings, ServeSettings
+from pipelines.serving.settings import ServeSettings
+from pipelines.settings import DecisionSettings
 from tests import tiny
 from tests.jobs import free_port, wait_until
 

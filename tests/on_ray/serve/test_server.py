@@ -21,7 +21,8 @@ from pipelines.model.scorer import Scorer
 from pipelines.model_folder import ModelFolder, seal
 from pipelines.on_ray.score import score
 from pipelines.serving.auth import check_exposure
-from pipelines.settings import ComputeSettings, DecisionSettings, ServeSettings, WindowSettings
+from pipelines.serving.settings import ServeSettings
+from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
 from pipelines.storage.shards import list_files
 from tests import tiny
 from tests.on_ray.serve.servers import predict, started
