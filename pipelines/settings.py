@@ -278,7 +278,10 @@ class TrainSettings:
     seed: int = 42
     """Random seed of the new head, the order of the windows and dropout."""
     metric: str | None = None
-    """Metric on valid that selects the best weights. Default: mcc, f1_macro (multilabel) or rmse (regression)."""
+    (
+        "Metric on valid that selects the best weights. Default: lrap (multilabel), rmse (regression), mcc "
+        "(multiclass), auprc (binary; mcc with merge=vote or given thresholds)."
+    )
     metric_minimize: bool | None = None
     """Whether a lower metric is better. Default: true for loss, eval_loss, mae, rmse, fp and fn, else false."""
     objective: str = "f1"

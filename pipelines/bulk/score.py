@@ -105,6 +105,8 @@ def _finish(checked: CheckedJob, run: Run, totals: RunTotals) -> ScoreSummary:
         rows_per_second=round(totals.rows_here / totals.elapsed, 2),
         units_before=len(run.finished),
     )
+    for warning in summary.warnings:
+        logger.warning("%s", warning)
     commit_json(run.location, SUMMARY, summary.to_json())
     sweep(run.location)
     return summary

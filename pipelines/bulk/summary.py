@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.decisions.metrics import HISTOGRAM_BINS, histograms_of
+from pipelines.decisions.metrics import HISTOGRAM_BINS, count_distinct, histograms_of, tie_warning
 from pipelines.settings import DecisionSettings
 
 MOST_ERRORS = 20
@@ -42,6 +42,8 @@ class Counts:
     """For each label, the number of documents by score, in 20 equal bins of [0, 1]."""
     positives: Mapping[str, int] = field(default_factory=dict)
     """Number of documents with each label."""
+    distinct: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """For each label, the number of documents and of their distinct scores (`metrics.count_distinct`), unit by unit."""
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(**{f.name: _add(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)})
@@ -76,6 +78,8 @@ class ScoreSummary:
     histograms: Mapping[str, Sequence[int]] = field(default_factory=dict)
     positive_rates: Mapping[str, float] = field(default_factory=dict)
     """Share of the scored documents with each label."""
+    warnings: tuple[str, ...] = ()
+    """What is suspicious about the scores."""
     files_in_error: Mapping[str, str] = field(default_factory=dict)
     """The reason for each input file that could not be opened."""
     labels: tuple[str, ...] = ()
@@ -91,11 +95,13 @@ class ScoreSummary:
             f"  {self.rows_out:,} rows scored, {self.rows_in_error:,} in error, {self.rows_filtered:,} filtered out",
             f"  {self.windows:,} windows of {self.tokens:,} tokens, {self.rows_per_second:,.1f} rows/s",
         ]
-        return "\n".join([*lines, *([f"  {rates}"] if rates else [])])
+        return "\n".join(
+            [*lines, *([f"  {rates}"] if rates else []), *(f"  warning: {line}" for line in self.warnings)]
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `_summary.json`. Regression has no histograms and no positive rates."""
-        content = {**dataclasses.asdict(self), "labels": list(self.labels)}
+        content = {**dataclasses.asdict(self), "labels": list(self.labels), "warnings": list(self.warnings)}
         del content["output"]
         if not self.labels:
             del content["histograms"], content["positive_rates"]
@@ -106,7 +112,8 @@ class ScoreSummary:
         """Create a summary from the result of `to_json`."""
         names = {f.name for f in dataclasses.fields(cls)}
         known = {name: value for name, value in content.items() if name in names}
-        return cls(output, **{**known, "labels": tuple(content.get("labels", ()))})
+        tuples = {name: tuple(content.get(name, ())) for name in ("labels", "warnings")}
+        return cls(output, **{**known, **tuples})
 
 
 def count_table(table: pa.Table, decision: DecisionSettings, *, prefix: str = "") -> Counts:
@@ -130,7 +137,12 @@ def count_table(table: pa.Table, decision: DecisionSettings, *, prefix: str = ""
     values = column.flatten() if decision.kind == "multilabel" else column
     found = {item["values"]: item["counts"] for item in values.value_counts().to_pylist()}
     positives = {label: int(found.get(label, 0)) for label in decision.labels}
-    return dataclasses.replace(counts, histograms=histograms_of(scores_DL, decision), positives=positives)
+    return dataclasses.replace(
+        counts,
+        histograms=histograms_of(scores_DL, decision),
+        positives=positives,
+        distinct=count_distinct(scores_DL, decision),
+    )
 
 
 def no_counts(decision: DecisionSettings) -> Counts:
@@ -151,6 +163,8 @@ def summarize(output: str, total: Counts, decision: DecisionSettings, **more: An
     scored = max(total.rows_out - total.rows_in_error, 1)
     content = total.to_json()
     positives = content.pop("positives")
+    warning = tie_warning(content.pop("distinct"))
+    content["warnings"] = () if warning is None else (warning,)
     commonest = sorted(total.errors.items(), key=lambda item: -item[1])[:MOST_ERRORS]
     content["errors"] = dict(commonest)
     content["seconds"] = {name: round(value, 2) for name, value in total.seconds.items()}

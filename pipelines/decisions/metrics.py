@@ -9,7 +9,7 @@ Shapes: D documents, L labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from pipelines.decisions.labels import DEFAULT_THRESHOLD, Decisions, resolve_thr
 from pipelines.errors import SettingsError
 from pipelines.settings import DecisionSettings
 
-HEADLINE = {"binary": "mcc", "multiclass": "mcc", "multilabel": "f1_macro", "regression": "rmse"}
-"""Default metric for comparing evaluations, by kind."""
+HEADLINE = {"binary": "mcc", "multiclass": "mcc", "multilabel": "lrap", "regression": "rmse"}
+"""Default metric for comparing evaluations, by kind. `default_metric` adapts it to the decision."""
 METRICS = {
     "binary": ("mcc", "accuracy", "f1_score", "tp", "tn", "fp", "fn", "auroc", "auprc"),
     "multiclass": ("mcc", "accuracy", "f1_macro", "f1_weighted"),
@@ -29,6 +29,10 @@ METRICS = {
     "regression": ("mae", "rmse", "pearson", "r2"),
 }
 """Metrics that `evaluate` returns, by kind."""
+FEWEST_TIED, MOST_DISTINCT = 20, 0.1
+"""The scores of a label tie if at least FEWEST_TIED documents have at most MOST_DISTINCT distinct scores a document."""
+SATURATED = 0.001
+"""Scores closer than this to 0 or 1 are not counted as ties: a sure model has few different float32 numbers there."""
 FEWEST_POSITIVES = 10
 """A label with fewer positives gets no threshold of its own, because chance would determine it."""
 EXACT_SCORES = 10_000_000
@@ -71,6 +75,52 @@ def evaluate(
         "f1_macro": float(f1_L.mean()),
         "f1_weighted": float(f1_L @ support_L / max(support_L.sum(), 1)),
     }
+
+
+def default_metric(decision: DecisionSettings) -> str:
+    """Return the metric that compares the evaluations of a run, if the settings name none.
+
+    Thresholds are tuned only after training. Until then, a metric of labels is taken at a threshold that says nothing,
+    and a metric of the order of the scores is used: the average precision (binary), or LRAP (multilabel).
+    """
+    if decision.kind == "binary" and decision.thresholds is None and decision.merge != "vote":
+        return "auprc"
+    if decision.kind == "multilabel" and len(decision.labels) == 1:
+        return "loss"  # LRAP ranks the labels of a document, and is always 1
+    return HEADLINE[decision.kind]
+
+
+def count_distinct(scores_DL: NDArray[np.float32], decision: DecisionSettings) -> dict[str, list[int]]:
+    """Count, for each label, the documents with a score that is not saturated, and their distinct scores.
+
+    The counts of several slices of the data can be added. A binary classifier has counts only for its positive label.
+    """
+    if decision.kind == "regression":
+        return {}
+    first = 1 if decision.kind == "binary" else 0
+    found = {}
+    for column, label in enumerate(decision.labels[first:], start=first):
+        score_D = scores_DL[:, column]
+        score_D = score_D[(score_D > SATURATED) & (score_D < 1 - SATURATED)]
+        found[label] = [len(score_D), len(np.unique(score_D))]
+    return found
+
+
+def tie_warning(distinct: Mapping[str, Sequence[int]]) -> str | None:
+    """Return a warning about labels whose documents share few scores (`count_distinct`), or None if there are none."""
+    tied = {
+        label: (documents, scores)
+        for label, (documents, scores) in distinct.items()
+        if documents >= FEWEST_TIED and scores <= MOST_DISTINCT * documents
+    }
+    if not tied:
+        return None
+    label, (documents, scores) = min(tied.items(), key=lambda item: item[1][1] / item[1][0])
+    return (
+        f"the scores of {len(tied)} of {len(distinct)} labels tie: {documents:,} documents have only {scores:,} "
+        f"different scores of {label!r}, so no threshold separates them; if the documents differ, score with "
+        "dtype=float32, or train the model longer"
+    )
 
 
 def confusion_matrix(target_D: NDArray[np.int64], label_D: NDArray[np.int64], num_labels: int) -> NDArray[np.int64]:

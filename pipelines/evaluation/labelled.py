@@ -19,7 +19,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.decisions.labels import Decisions, decide, encode_labels
-from pipelines.decisions.metrics import evaluate, histograms_of, parse_objective, tune_thresholds
+from pipelines.decisions.metrics import (
+    count_distinct,
+    evaluate,
+    histograms_of,
+    parse_objective,
+    tie_warning,
+    tune_thresholds,
+)
 from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.evaluation.report import ReportData, render
 from pipelines.model.scorer import Scorer
@@ -219,8 +226,12 @@ def score_labelled(
     if not good_D.any():
         raise DataError(f"{labelled.source} has no row with a text that can be scored")
     votes = [scores.votes_DL for scores in scored if scores.votes_DL is not None]
+    scores_DL = np.concatenate([scores.scores_DL for scores in scored])[good_D]
+    warning = tie_warning(count_distinct(scores_DL, folder.decision))
+    if warning is not None:
+        logger.warning("%s", warning)
     return LabelledScores(
-        np.concatenate([scores.scores_DL for scores in scored])[good_D],
+        scores_DL,
         np.concatenate(votes)[good_D] if votes else None,
         np.concatenate([scores.num_tokens_D for scores in scored])[good_D],
         np.flatnonzero(good_D),

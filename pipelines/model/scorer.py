@@ -239,8 +239,8 @@ class Scorer:
             texts = [texts]
         if isinstance(texts, bytes) or not isinstance(texts, Iterable):
             raise DataError(f"predict takes a text, a list of texts or a table, not {type(texts).__name__}")
-        values = texts if hasattr(texts, "dtype") else list(texts)
-        first = values[0] if len(values) and isinstance(values, list) else None
+        values: Any = texts if hasattr(texts, "dtype") else list(texts)
+        first = values[0] if isinstance(values, list) and values else None
         if isinstance(first, Mapping):
             return self._predict_table(as_table(values))
         if isinstance(first, (list, tuple)):

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from pipelines.decisions.calibration import fit_temperature
 from pipelines.decisions.labels import Decisions, Scaling, decide
-from pipelines.decisions.metrics import evaluate, histograms_of, tune_thresholds
+from pipelines.decisions.metrics import count_distinct, evaluate, histograms_of, tie_warning, tune_thresholds
 from pipelines.errors import JobError
 from pipelines.evaluation.report import ReportData, render
 from pipelines.model.lora import has_adapter, load_trained, merge_adapter, save_adapter
@@ -270,6 +270,9 @@ def _save_checkpoint(loop: TrainLoop, model: WindowModel, checkpoints: Checkpoin
 def _tune_decision(spec: RunSpec, valid: Corpus, scores: DocumentScores, best_metrics: Mapping[str, Any]) -> _Result:
     """Fit the temperature and tune the thresholds on the scores of the best evaluation, if the settings say so."""
     decision, temperature = spec.decision, 1.0
+    warning = tie_warning(count_distinct(scores.scores_DL, decision))
+    if warning is not None:
+        _log_once("warning: %s", warning)
     if spec.train.calibrate:
         temperature = fit_temperature(scores.window_logits_WL, scores.windows.offsets, valid.targets, decision)
         _log_once("temperature %.3f", temperature)

@@ -116,6 +116,15 @@ class TrainLoop:
             self._model.module.eval()
             self._stepper.release()
         self._best.restore(self._model.module)
+        metric, evaluations = self._best.metric, self.state.evaluations
+        if metric.equal_everywhere(evaluations) and rank() == 0:
+            logger.warning(
+                "all %d evaluations have the same %s (%s), which cannot choose the best weights: those of the first "
+                "are kept; set metric to another one, such as loss",
+                len(evaluations),
+                metric.name,
+                evaluations[0].get(metric.name),
+            )
         return self.state
 
     def save(self, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipelines.decisions.metrics import HEADLINE, LESS_IS_BETTER, METRICS
+from pipelines.decisions.metrics import LESS_IS_BETTER, METRICS, default_metric
 from pipelines.errors import JobError, SettingsError
 from pipelines.model.lora import has_adapter, trained_weights
 from pipelines.model.scorer import DocumentScores
@@ -48,12 +48,16 @@ class BestMetric:
         Raises:
             SettingsError: This kind does not have the metric.
         """
-        name = settings.metric or HEADLINE[decision.kind]
+        name = settings.metric or default_metric(decision)
         known = ["loss", *(metric for metric in METRICS[decision.kind] if metric != "per_label"), *own_metrics]
         if name not in known:
             raise SettingsError(f"metric={name!r} is not a metric of kind {decision.kind}; it has {', '.join(known)}")
         minimize = name in LESS_IS_BETTER if settings.metric_minimize is None else settings.metric_minimize
         return cls(name, minimize, settings.early_stopping_delta)
+
+    def equal_everywhere(self, evaluations: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether several evaluations all have the same value, so that the metric cannot choose among them."""
+        return len(evaluations) > 1 and len({str(metrics.get(self.name)) for metrics in evaluations}) == 1
 
     def improves(self, metrics: Mapping[str, Any], best: Mapping[str, Any] | None) -> bool:
         """Whether metrics are better than the best so far by more than delta.

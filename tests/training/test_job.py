@@ -20,7 +20,7 @@ def test_run_writes_folder_report_and_tensorboard(training_data, tmp_path, log_l
     logs = {"tensorboard_dir": str(tmp_path / "logs"), "logging_steps": 3}
     summary = train_here(train_job(training_data, tmp_path / "out", shuffle_buffer=30, **logs))
     assert (summary.workers, summary.rows_in_error) == (1, 1)
-    assert sum("valid mcc" in line for line in log_lines) == 1
+    assert sum("valid auprc" in line for line in log_lines) == 1
     assert read_model_folder(tmp_path / "out").metrics == summary.valid
     page = (tmp_path / "out" / "report.html").read_text()
     assert "valid mcc" in page
