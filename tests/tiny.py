@@ -122,6 +122,31 @@ def classifier(family="bert", *, seed=0, **changes):
     return AutoModelForSequenceClassification.from_config(config(family, **changes)).eval()
 
 
+def save_decoder(folder: Path, texts, family="qwen3", **changes):
+    """Save a random decoder whose tokenizer adds no special tokens. Neither it nor the config has a padding token."""
+    sizes = {"num_key_value_heads": 2, "head_dim": 8} if family in ("qwen3", "llama", "mistral") else {}
+    classifier(family, **{**sizes, "pad_token_id": None, **changes}).save_pretrained(folder)
+    rust = RustTokenizer.from_str(_trained(tuple(texts), 600))
+    rust.save(str(folder / "tokenizer.json"))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "[SEP]", "unk_token": "[UNK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+def save_encoder_decoder(folder: Path, texts, family="t5", **changes):
+    """Save a random encoder-decoder whose tokenizer puts an end token behind each text."""
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "encoder_layers": 2,
+             "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64,
+             "decoder_ffn_dim": 64, "decoder_start_token_id": 0}  # fmt: skip
+    classifier(family, **{**sizes, **changes}).save_pretrained(folder)
+    rust = RustTokenizer.from_str(_trained(tuple(texts), 600))
+    rust.post_processor = processors.TemplateProcessing(
+        single="$A [SEP]", pair="$A [SEP] $B [SEP]", special_tokens=[("[SEP]", 3)]
+    )
+    rust.save(str(folder / "tokenizer.json"))
+    names = {"eos_token": "[SEP]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+
+
 def model_folder(folder: Path, texts, decision, *, family="bert", max_length=32, seed=0, **windows):
     """A finished model folder with random weights."""
     from pipelines.model_folder import ModelFolder, seal

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests import tiny
 from tests.jobs import free_port, train_job
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -72,7 +73,15 @@ def years(training_data, tmp_path_factory):
     return folder
 
 
-def cases(training_data, years):
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory, emails):
+    """A tiny random decoder."""
+    folder = tmp_path_factory.mktemp("qwen3")
+    tiny.save_decoder(folder, emails["text"].to_pylist()[:40])
+    return folder
+
+
+def cases(training_data, years, qwen3):
     """Settings by name. Each case uses features that depend on the number of ranks."""
     regression = {
         "kind": "regression", "weight": None, "epochs": 9, "window_weight": "document", "evaluate_steps": 3,
@@ -80,15 +89,18 @@ def cases(training_data, years):
         "train": str(years / "train.parquet"), "valid": str(years / "valid.parquet"),
     }  # fmt: skip
     few = {**regression, "train": str(years / "valid.parquet"), "max_length": 128, "epochs": 1, "evaluate_steps": None}
-    return {"weights": {"shuffle_buffer": 30}, "early stopping": regression, "fewer rows than ranks": few}
+    lora = {"lora_rank": 4, "model": str(qwen3), "weight": None}
+    cases = {"weights": {"shuffle_buffer": 30}, "early stopping": regression, "fewer rows than ranks": few}
+    return {**cases, "lora": lora}
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("name", "world_size"), [("weights", 2), ("weights", 4), ("early stopping", 2), ("fewer rows than ranks", 4)]
+    ("name", "world_size"),
+    [("weights", 2), ("weights", 4), ("early stopping", 2), ("fewer rows than ranks", 4), ("lora", 2), ("lora", 4)],
 )
-def test_ranks_match_single_process(training_data, years, tmp_path, name, world_size):
-    settings = cases(training_data, years)[name]
+def test_ranks_match_single_process(training_data, years, qwen3, tmp_path, name, world_size):
+    settings = cases(training_data, years, qwen3)[name]
     (alone,) = train_in_group(train_job(training_data, tmp_path / "alone", **settings), 1)
     ranks = train_in_group(train_job(training_data, tmp_path / "group", **settings), world_size)
     for summary in ranks:

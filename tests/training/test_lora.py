@@ -1,0 +1,149 @@
+"""LoRA: adapters are trained, resumed, continued and merged, and peft reads and writes the same folders."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.model.scorer import Scorer
+from pipelines.settings import ComputeSettings
+from pipelines.simpletransformers.convert import convert
+from pipelines.training.job import train_here
+from pipelines.training.steps import Stepper
+from tests import tiny
+from tests.jobs import train_job
+
+LORA = {"weight": None, "lora_rank": 4, "learning_rate": 1e-2}
+FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+
+
+@pytest.fixture(scope="module")
+def bases(training_data, tmp_path_factory, emails):
+    """A bert and a decoder to fine-tune."""
+    decoder = tmp_path_factory.mktemp("decoder")
+    tiny.save_decoder(decoder, emails["text"].to_pylist()[:40])
+    return {"bert": training_data / "base", "qwen3": decoder}
+
+
+@pytest.fixture(scope="module", params=["bert", "qwen3"])
+def trained(request, bases, training_data, tmp_path_factory):
+    """A finished LoRA run and its base model."""
+    output = tmp_path_factory.mktemp("lora") / "out"
+    summary = train_here(train_job(training_data, output, **LORA, model=str(bases[request.param]), epochs=2))
+    return bases[request.param], output, summary
+
+
+def logits_of(module, folder, texts):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        rows = [tokenizer(text, truncation=True, max_length=32, return_tensors="pt")["input_ids"] for text in texts]
+        return np.stack([module(input_ids=row).logits[0].numpy() for row in rows])
+
+
+def test_finished_folder_is_merged_and_adapter_is_of_peft(trained, emails):
+    from peft import PeftModel
+
+    base, output, summary = trained
+    assert summary.losses[-1] < summary.losses[0]
+    before, after = load_file(base / "model.safetensors"), load_file(output / "model.safetensors")
+    assert not any("lora" in name for name in after)
+    moved = {name for name, weight in after.items() if name in before and not np.array_equal(weight, before[name])}
+    assert any("embed" in name for name in before.keys() - moved), "embeddings have no adapter"
+    assert any("layer" in name for name in moved)
+    texts = emails["text"].to_pylist()[:6]
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    adapted = PeftModel.from_pretrained(plain, output / "adapter").eval()
+    adapted.config.pad_token_id = 3
+    merged = AutoModelForSequenceClassification.from_pretrained(output).eval()
+    expected = logits_of(merged, output, texts)
+    np.testing.assert_allclose(logits_of(adapted, output, texts), expected, atol=1e-4)
+    scores = Scorer.load(output, compute=FLOAT32).predict([text[:30] for text in texts])["scores"].to_pylist()
+    short = torch.tensor(logits_of(merged, output, [text[:30] for text in texts])).softmax(-1)
+    np.testing.assert_allclose(scores, short, atol=1e-5)
+
+
+def test_interrupted_run_resumes_with_same_weights(bases, training_data, tmp_path, monkeypatch):
+    settings = {**LORA, "epochs": 2, "save_steps": 3, "lora_dropout": 0.1, "model": str(bases["qwen3"])}
+    train_here(train_job(training_data, tmp_path / "whole", **settings))
+    step = Stepper.__call__
+
+    def stop(self, data, number):
+        if number == 8:
+            raise KeyboardInterrupt
+        return step(self, data, number)
+
+    monkeypatch.setattr(Stepper, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(train_job(training_data, tmp_path / "out", **settings))
+    (newest,) = sorted((tmp_path / "out" / "checkpoints").iterdir())[-1:]
+    kept = load_file(newest / "trained.safetensors")
+    assert all("lora_" in name or name.startswith("score") for name in kept), "only what is trained is saved"
+    monkeypatch.undo()
+    train_here(train_job(training_data, tmp_path / "out", **settings))
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    for name, weight in whole.items():
+        np.testing.assert_allclose(resumed[name], weight, atol=1e-6, err_msg=name)
+
+
+def test_adapter_is_continued_and_converted(trained, training_data, tmp_path, emails):
+    _, output, _ = trained
+    texts = emails["text"].to_pylist()[:6]
+    folder = convert(str(output / "adapter"), str(tmp_path / "merged"), labels=["ham", "spam"])
+    assert (folder.decision.kind, folder.decision.labels) == ("binary", ("ham", "spam"))
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    expected = logits_of(AutoModelForSequenceClassification.from_pretrained(output).eval(), output, texts)
+    np.testing.assert_allclose(logits_of(merged, output, texts), expected, atol=1e-5)
+    settings = {"weight": None, "model": str(output / "adapter"), "learning_rate": 1e-12}
+    train_here(train_job(training_data, tmp_path / "more", **settings))
+    more = AutoModelForSequenceClassification.from_pretrained(tmp_path / "more").eval()
+    np.testing.assert_allclose(logits_of(more, output, texts), expected, atol=1e-4, err_msg="it begins where it stands")
+    assert json.loads((tmp_path / "more" / "adapter" / "adapter_config.json").read_text())["r"] == 4
+    with pytest.raises(SettingsError, match=r"lora_rank=8, but the adapter .* has rank 4"):
+        train_here(train_job(training_data, tmp_path / "other", **settings, lora_rank=8))
+    with pytest.raises(ModelFolderError, match="is a LoRA adapter; merge it into its model: pipelines convert"):
+        Scorer.load(output / "adapter")
+
+
+def test_adapter_of_peft_is_converted(tmp_path, emails):
+    from peft import LoraConfig, get_peft_model
+
+    tiny.save_decoder(tmp_path / "base", emails["text"].to_pylist()[:40], num_labels=3)
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    base.config.pad_token_id = 3
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SettingsError, match="add --kind multiclass or multilabel"):
+        convert(str(tmp_path / "adapter"), str(tmp_path / "new"))
+    folder = convert(str(tmp_path / "adapter"), str(tmp_path / "new"), "multiclass")
+    assert folder.decision.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    texts = [text[:30] for text in emails["text"].to_pylist()[:6]]
+    scores = Scorer.load(tmp_path / "new", compute=FLOAT32).predict(texts)["scores"].to_pylist()
+    expected = torch.tensor(logits_of(model, tmp_path / "base", texts)).softmax(-1)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_mistakes(bases, training_data, tmp_path, monkeypatch):
+    with pytest.raises(SettingsError, match=r"no linear layer of the model ends with 'qurey'; known: .*query"):
+        train_here(train_job(training_data, tmp_path / "out", **LORA, lora_target="qurey"))
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for content, message in {
+        "{": "cannot be read",
+        '{"peft_type": "IA3", "base_model_name_or_path": "x"}': "only LORA is supported",
+        '{"peft_type": "LORA", "base_model_name_or_path": null}': "does not name the model of the adapter",
+    }.items():
+        (bad / "adapter_config.json").write_text(content)
+        with pytest.raises(ModelFolderError, match=message):
+            train_here(train_job(training_data, tmp_path / "out", weight=None, model=str(bad)))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SettingsError, match=r"LoRA needs the package peft: pip install .*\[lora\]"):
+        train_here(train_job(training_data, tmp_path / "out", **LORA))
+    assert not (tmp_path / "out").exists()
