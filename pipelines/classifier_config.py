@@ -42,6 +42,12 @@ def is_classifier(config: Mapping[str, Any]) -> bool:
     return any(CLASSIFIER in str(name) for name in names)
 
 
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Return the number of entries in the vocabulary, or None if the config does not say it."""
+    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    return None if size is None else int(size)
+
+
 def decision_of(config: Mapping[str, Any], *, where: str, kind: Kind | None = None) -> tuple[DecisionSettings, bool]:
     """Return kind and labels of a classifier.
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pipelines.bulk.run_folder import RunIdentity
 from pipelines.bulk.unit import ReplicaSetup
+from pipelines.classifier_config import read_config, vocabulary_size
 from pipelines.decisions.columns import check_output_columns, output_fields, schema_metadata
 from pipelines.decisions.labels import resolve_thresholds
 from pipelines.errors import DataError, SettingsError
@@ -135,7 +136,7 @@ def check_job(job: ScoreJob) -> CheckedJob:
     folder = read_model_folder(job.model)
     folder.check_texts(are_pairs=job.data.text_pair_column is not None)
     folder = replace(folder, decision=resolve_thresholds(job.score.thresholds, folder.decision))
-    load_tokenizer(folder.path)
+    load_tokenizer(folder.path).check_vocabulary(vocabulary_size(read_config(folder.path)), where=shown(job.model))
     if not job.is_local and "memory://" in (job.input[:9], job.output[:9]):
         raise SettingsError("memory:// exists only in this process; add --replicas 0 to score without Ray")
     check_apart(job.input, job.output)

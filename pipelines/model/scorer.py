@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pipelines.decisions.columns import result_columns
 from pipelines.decisions.labels import Decisions, activate, decide, resolve_thresholds
 from pipelines.errors import DataError
+from pipelines.model.weights import vocabulary_of
 from pipelines.model.window_model import SHORTEST_STEP, WindowModel, load_model
 from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
@@ -173,6 +174,7 @@ class Scorer:
         model = load_model(
             folder.path, tokenizer.template, compute or ComputeSettings(), num_labels=decision.num_labels
         )
+        tokenizer.check_vocabulary(vocabulary_of(model.module.config), where=str(folder.path))
         plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type, model_limit=model.row_limit)
         return cls(model, tokenizer, plan, decision, temperature=folder.temperature)
 

@@ -15,7 +15,6 @@ from pipelines.model.lora import add_adapter, find_adapter
 from pipelines.model_folder import TOKENIZER_FILES, check_weights
 from pipelines.settings import DecisionSettings, TrainSettings
 from pipelines.text.pretrained import quiet_transformers
-from pipelines.text.tokenization import Tokenizer
 
 PROBLEM_TYPES = {
     "binary": "single_label_classification",
@@ -25,8 +24,6 @@ PROBLEM_TYPES = {
 }
 ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 """Names of the dropout of attention weights in transformers' configs."""
-SMALLEST_SHARE = 0.5
-"""A tokenizer with fewer tokens than this share of the model's vocabulary does not belong to the model."""
 
 
 def new_classifier(
@@ -164,35 +161,6 @@ def vocabulary_of(config: Any) -> int | None:
     """Return the number of entries in a model's vocabulary, or None if the architecture has no vocabulary (canine)."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     return None if size is None else int(size)
-
-
-def check_vocabulary(tokenizer: Tokenizer, expected: int | None, *, where: str) -> None:
-    """Check that a tokenizer can belong to a model.
-
-    transformers opens a folder without tokenizer files with a tokenizer that has no words.
-
-    Args:
-        tokenizer: The tokenizer.
-        expected: Number of entries of the model's vocabulary, or None if it has no vocabulary.
-        where: Name of the model, for the error message.
-
-    Raises:
-        ModelFolderError: The tokenizer has far fewer tokens than the model, or a token that the model does not have.
-    """
-    if expected is None:
-        return
-    found, highest = tokenizer.vocabulary
-    if found < SMALLEST_SHARE * expected:
-        raise ModelFolderError(
-            f"{where}: its tokenizer has {found:,} tokens and its model {expected:,}, so the tokenizer's files are "
-            f"missing or belong to another model; add the files that the model was trained with (tokenizer.json and "
-            f"tokenizer_config.json, or vocab.txt, or vocab.json with merges.txt, or spiece.model)"
-        )
-    if highest >= expected:
-        raise ModelFolderError(
-            f"{where}: its tokenizer has the token id {highest:,}, but its model knows ids below {expected:,}; add the "
-            f"tokenizer that belongs to it, or resize the model first (model.resize_token_embeddings(len(tokenizer)))"
-        )
 
 
 def row_limit(module: Any) -> int | None:

@@ -22,7 +22,7 @@ from pipelines.classifier_config import decision_of, is_classifier, read_config
 from pipelines.errors import ModelFolderError, OutputError, SettingsError, first_line
 from pipelines.model.lora import Adapter, find_adapter, merge_adapter
 from pipelines.model.scorer import plan_of
-from pipelines.model.weights import check_vocabulary, describe, new_classifier, row_limit, set_pad_token, vocabulary_of
+from pipelines.model.weights import describe, new_classifier, row_limit, set_pad_token, vocabulary_of
 from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
 from pipelines.settings import DecisionSettings, Kind, TrainSettings, WindowSettings
 from pipelines.simpletransformers.arguments import ClassificationArgs, MultiLabelClassificationArgs
@@ -78,7 +78,7 @@ def _convert(old: str, folder: Path, kind: Kind | None, labels: Sequence[str] | 
     config = read_config(Path(old))
     tokenizer = save_tokenizer(old, folder)
     opened = AutoConfig.from_pretrained(old, trust_remote_code=False)
-    check_vocabulary(tokenizer, vocabulary_of(opened), where=old)
+    tokenizer.check_vocabulary(vocabulary_of(opened), where=old)
     set_pad_token(opened, tokenizer.template.pad_id)
     if not is_classifier(config):
         if kind is not None or labels is not None:
@@ -111,7 +111,7 @@ def _convert_adapter(adapter: Adapter, folder: Path, kind: Kind | None, labels: 
         config["id2label"] = {number: f"LABEL_{number}" for number in range(num_labels)}
     decision = _named(_decision(config, str(adapter.folder), kind), labels)
     tokenizer = save_tokenizer(pretrained.tokenizer, folder)
-    check_vocabulary(tokenizer, pretrained.vocabulary, where=str(adapter.folder))
+    tokenizer.check_vocabulary(pretrained.vocabulary, where=str(adapter.folder))
     module, has_new_head = new_classifier(
         str(adapter.folder), decision, pad_id=tokenizer.template.pad_id, settings=TrainSettings()
     )

@@ -23,7 +23,7 @@ from pipelines.decisions.labels import encode_labels
 from pipelines.errors import DataError, ModelFolderError
 from pipelines.model.devices import resolve_dtype
 from pipelines.model.scorer import Scorer, plan_of
-from pipelines.model.weights import PROBLEM_TYPES, check_vocabulary, row_limit, set_pad_token, vocabulary_of
+from pipelines.model.weights import PROBLEM_TYPES, row_limit, set_pad_token, vocabulary_of
 from pipelines.model.window_model import WindowModel
 from pipelines.model_folder import ModelFolder, seal
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
@@ -99,7 +99,7 @@ class Engine:
         )
         set_pad_token(self.config, self._tokenizer.template.pad_id)
         module = self._load(source, folder)
-        check_vocabulary(self._tokenizer, vocabulary_of(module.config), where=source.model_name)
+        self._tokenizer.check_vocabulary(vocabulary_of(module.config), where=source.model_name)
         compute = replace(self.compute, dtype="float32")
         self.model = WindowModel(module, self._tokenizer.template, compute, uses_type_ids=uses_type_ids(folder))
         self._in_other_dtype: WindowModel | None = None

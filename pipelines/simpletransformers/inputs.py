@@ -199,7 +199,7 @@ def label_array(labels: list[Any], decision: DecisionSettings, names: list[Any] 
         return pa.array([spelled[label] for label in labels], pa.string())
     try:
         if decision.kind == "multilabel":
-            return pa.array([list(row) for row in labels])
+            return pa.array([[int(v) if isinstance(v, (bool, np.bool_)) else v for v in row] for row in labels])
         return pa.array(labels)
     except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError) as error:
         raise DataError(f"the labels have mixed or unusable types: {first_line(error)}") from error

@@ -6,6 +6,7 @@ Functions import transformers when they need it. A task that reads only a tokeni
 from __future__ import annotations
 
 import json
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from pipelines.text.tokenization import Template, Tokenizer
 
 
 def load_tokenizer(folder: Path, *, lead_space: bool = False) -> Tokenizer:
-    """Load the tokenizer of a folder, from tokenizer.json or as a Python-only tokenizer (bertweet, xlm, flaubert).
+    """Load the tokenizer of a folder: from tokenizer.json, from older files, or Python-only (bertweet, xlm, flaubert).
 
     Args:
         folder: Folder that contains the tokenizer.
@@ -30,6 +31,9 @@ def load_tokenizer(folder: Path, *, lead_space: bool = False) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.load(folder, lead_space=lead_space)
     python = _open(str(folder), f"{folder} has no tokenizer.json, and transformers cannot open its tokenizer")
+    if python.is_fast:  # transformers has made a Rust tokenizer of older files, such as vocab.txt
+        with tempfile.TemporaryDirectory(prefix="pipelines-tokenizer-") as converted:
+            return write_tokenizer(python, Path(converted)).with_lead_space(lead_space)
     encode = partial(_python_ids, python)
     return Tokenizer(encode, template_of(python), lead_space=lead_space, vocabulary=python.get_vocab)
 

@@ -35,6 +35,8 @@ EncodeTexts = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 """Function that returns the token ids of each text, without special tokens."""
 CHARACTERS_PER_CALL = 4 * 2**20
 """Approximate number of characters per call of the Rust tokenizer. Its encodings need about 100 bytes per token."""
+SMALLEST_SHARE = 0.5
+"""A tokenizer with fewer tokens than this share of the model's vocabulary does not belong to the model."""
 PROBE_WORDS = ("a", "1", "the", "中", "é", ".")
 """Texts with which the template of a tokenizer is found out: the first of which the tokenizer makes a token."""
 
@@ -244,6 +246,34 @@ class Tokenizer:
         """The number of tokens, added tokens included, and the highest token id."""
         ids = self._vocabulary().values()
         return len(ids), max(ids, default=0)
+
+    def check_vocabulary(self, expected: int | None, *, where: str) -> None:
+        """Check that the tokenizer can belong to a model.
+
+        transformers opens a folder without tokenizer files with a tokenizer that has no words.
+
+        Args:
+            expected: Number of entries of the model's vocabulary, or None if it has no vocabulary.
+            where: Name of the model, for the error message.
+
+        Raises:
+            ModelFolderError: The tokenizer has far fewer tokens than the model, or tokens that the model does not have.
+        """
+        if expected is None:
+            return
+        found, highest = self.vocabulary
+        if found < SMALLEST_SHARE * expected:
+            raise ModelFolderError(
+                f"{where}: its tokenizer has {found:,} tokens and its model {expected:,}, so the tokenizer's files are "
+                f"missing or belong to another model; add the files with which the model was trained (tokenizer.json "
+                f"and tokenizer_config.json, or vocab.txt, or vocab.json with merges.txt, or spiece.model)"
+            )
+        if highest >= expected:
+            raise ModelFolderError(
+                f"{where}: its tokenizer has the token id {highest:,}, but its model knows ids below {expected:,}; add "
+                f"the tokenizer that belongs to it, or resize the model: "
+                f"model.resize_token_embeddings(len(tokenizer))"
+            )
 
     def with_lead_space(self, lead_space: bool) -> Tokenizer:
         """Return the same tokenizer with another lead_space."""

@@ -28,7 +28,7 @@ from pipelines.errors import JobError
 from pipelines.evaluation.report import ReportData, render
 from pipelines.model.lora import has_adapter, load_trained, merge_adapter, save_adapter
 from pipelines.model.scorer import DocumentScores, Scorer, concat_scores, plan_of, rescored
-from pipelines.model.weights import check_vocabulary, describe, new_classifier
+from pipelines.model.weights import describe, new_classifier
 from pipelines.model.window_model import WindowModel
 from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
@@ -179,7 +179,7 @@ def prepare_folder(spec: RunSpec) -> Tokenizer:
     pretrained = describe(spec.model)
     with tempfile.TemporaryDirectory(prefix="pipelines-train-") as scratch:
         tokenizer = save_tokenizer(pretrained.tokenizer, Path(scratch))
-        check_vocabulary(tokenizer, pretrained.vocabulary, where=f"--model {spec.model}")
+        tokenizer.check_vocabulary(pretrained.vocabulary, where=f"--model {spec.model}")
         publish(Path(scratch), spec.output, last="tokenizer.json")
     return tokenizer
 

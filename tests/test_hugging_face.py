@@ -1,0 +1,200 @@
+"""Classifiers of Hugging Face without pipeline.json: opened as they are, refused with a remedy, converted."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
+
+import pipelines
+from pipelines import cli
+from pipelines.classifier_config import decision_of
+from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.model.scorer import Scorer
+from pipelines.model_folder import model_location, read_model_folder
+from pipelines.settings import ComputeSettings
+from pipelines.simpletransformers.convert import convert
+from pipelines.simpletransformers.models import ClassificationModel
+from pipelines.training.job import train_here
+from tests import tiny
+from tests.jobs import FLOAT32, read_scored, score_job, train_job
+
+COMPUTE = ComputeSettings(**FLOAT32)
+LABELS = {"id2label": {0: "sad", 1: "calm", 2: "glad"}, "label2id": {"sad": 0, "calm": 1, "glad": 2}}
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+@pytest.fixture
+def folder(tmp_path, emails):
+    """A classifier with three labels, as transformers saves it."""
+    path = tmp_path / "classifier"
+    tiny.classifier(num_labels=3, **LABELS).save_pretrained(path)
+    tiny.save_tokenizer(path, emails["text"].to_pylist()[:40])
+    return path
+
+
+def test_every_command_opens_it(folder, emails, tmp_path, log_lines, capsys):
+    data = tmp_path / "data.parquet"
+    table = emails.slice(0, 12)
+    labels = pa.array([("sad", "calm", "glad")[row % 3] for row in range(12)])
+    pq.write_table(pa.table({"text": table["text"], "label": labels}), data)
+    opened = read_model_folder(folder)
+    assert opened.decision.labels == ("sad", "calm", "glad")
+    (line,) = [line for line in log_lines if "opens with the defaults" in line]
+    assert "kind multiclass (or multilabel: config.json does not say), labels sad, calm, glad" in line
+    assert f"`pipelines convert {folder} NEW`" in line
+    scorer = Scorer.load(folder, compute=COMPUTE)
+    assert scorer.plan.max_length == 130, "the model's own limit"
+    tokenizer, module = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForSequenceClassification.from_pretrained(folder),
+    )
+    text = "short enough for one window"
+    with torch.no_grad():
+        expected = module(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+    np.testing.assert_allclose(scorer.predict(text)["scores"].to_pylist()[0], expected, atol=1e-5)
+    pipelines.score(folder, data, tmp_path / "out", replicas=0, **FLOAT32)
+    assert read_scored(tmp_path / "out")["error"].null_count == 12
+    assert pipelines.evaluate(folder, data, **FLOAT32).rows == 12
+    assert cli.main(["inspect", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["decision"]["kind"] == "multiclass"
+    arguments = ["--input", str(data), "--output", str(tmp_path / "new"), "--dry-run", "--rate", "1000"]
+    assert cli.main(["score", str(folder), *arguments]) == 0
+
+
+def test_binary_classifier_can_be_tuned(tmp_path, emails):
+    path = tmp_path / "binary"
+    tiny.classifier(num_labels=2, id2label={0: "ham", 1: "spam"}, label2id={"ham": 0, "spam": 1}).save_pretrained(path)
+    tiny.save_tokenizer(path, emails["text"].to_pylist()[:40])
+    result = pipelines.tune(path, emails.slice(0, 40), **FLOAT32)
+    assert result.labels == ("spam",)
+    assert read_model_folder(path).decision.thresholds == result.thresholds
+
+
+@pytest.mark.parametrize("config", [
+    {"id2label": {"0": "A"}, "problem_type": "multi_label_classification"},
+    {"id2label": {"0": "A"}, "problem_type": "regression"},
+    {"id2label": {"1": "B", "0": "A"}},
+    {"num_labels": 2},
+    {},
+    {"id2label": {"10": "k", "2": "c", "1": "b", "0": "a"}, "problem_type": "single_label_classification"},
+])  # fmt: skip
+def test_decision_of_config(config):
+    decision, is_guess = decision_of(config, where="x")
+    kinds = {"multi_label_classification": "multilabel", "regression": "regression"}
+    expected = kinds.get(config.get("problem_type")) or (
+        "binary" if len(config.get("id2label", "ab")) < 3 else "multiclass"
+    )
+    assert (decision.kind, is_guess) == (expected, False)
+    if len(decision.labels) == 4:
+        assert decision.labels == ("a", "b", "c", "k")
+    elif decision.labels and config.get("id2label"):
+        assert decision.labels == ("A", "B")[: len(decision.labels)]
+
+
+def test_one_logit_needs_a_kind(tmp_path, emails):
+    path = tmp_path / "one"
+    tiny.classifier(num_labels=1).save_pretrained(path)
+    change_config(path, problem_type=None, id2label={"0": "toxic"})
+    tiny.save_tokenizer(path, emails["text"].to_pylist()[:40])
+    message = r"one logit.*--kind regression .*--kind multilabel"
+    for action in (read_model_folder, lambda path: convert(str(path), str(tmp_path / "new"))):
+        with pytest.raises(SettingsError, match=message):
+            action(path)
+    convert(str(path), str(tmp_path / "new"), "multilabel")
+    text = "some text"
+    module = AutoModelForSequenceClassification.from_pretrained(path)
+    with torch.no_grad():
+        logit = module(**AutoTokenizer.from_pretrained(path)(text, return_tensors="pt")).logits
+    (row,) = Scorer.load(tmp_path / "new", compute=COMPUTE).predict(text).to_pylist()
+    np.testing.assert_allclose(row["scores"], logit.sigmoid()[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["missing", "small", "large"])
+def test_tokenizer_of_another_model_is_refused(folder, kind, emails, training_data, tmp_path):
+    texts = emails["text"].to_pylist()[:40]
+    match = "tokenizer's files are missing or belong to another model"
+    if kind == "missing":
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink()
+    elif kind == "small":
+        tiny.save_tokenizer(folder, texts, vocab_size=200)
+    else:
+        tiny.save_tokenizer(folder, texts, vocab_size=700)
+        match = "its model knows ids below 600"
+    for action in (
+        lambda: convert(str(folder), str(tmp_path / "new")),
+        lambda: train_here(train_job(training_data, tmp_path / "out", model=str(folder))),
+        lambda: ClassificationModel("bert", str(folder), use_cuda=False),
+        lambda: Scorer.load(folder, compute=COMPUTE),
+    ):
+        with pytest.raises(ModelFolderError, match=match):
+            action()
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_base_models_are_not_scored(folder, training_data, tmp_path, capsys):
+    bert = BertModel(tiny.config("bert"))
+    for name in ("safe", "pickled"):
+        shutil.copytree(folder, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+        bert.config.architectures = ["BertModel"]
+        bert.config.save_pretrained(tmp_path / name)
+    bert.save_pretrained(tmp_path / "safe")
+    torch.save(bert.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(ModelFolderError, match=r"is a BertModel.* pipelines train --model"):
+        read_model_folder(tmp_path / "safe")
+    with pytest.raises(ModelFolderError, match=r"pipelines convert .* NEW"):
+        train_here(train_job(training_data, tmp_path / "out", model=str(tmp_path / "pickled")))
+    assert cli.main(["convert", str(tmp_path / "pickled"), str(tmp_path / "new")]) == 0
+    assert "pipelines train --model" in capsys.readouterr().out
+    trained = [train_here(train_job(training_data, tmp_path / f"out-{name}", model=str(tmp_path / name), seed=1))
+               for name in ("safe", "new")]  # fmt: skip
+    assert trained[0].losses == trained[1].losses
+
+
+def test_names_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert model_location("cardiffnlp/roberta-base.v2_1") == "cardiffnlp/roberta-base.v2_1"
+    assert model_location("./here") == str(tmp_path / "here")
+    (tmp_path / "runs" / "spam").mkdir(parents=True)
+    assert model_location("runs/spam") == str(tmp_path / "runs" / "spam")
+    for name in ("somebody/no-such-model", "no-such-folder"):
+        with pytest.raises(ModelFolderError, match=f"{name} is not a folder.* or a model of the Hugging Face Hub"):
+            read_model_folder(name)
+    with pytest.raises(ModelFolderError, match="nowhere is not a folder; give a model folder"):
+        read_model_folder(str(tmp_path / "nowhere"))
+
+
+def test_folder_of_the_hub_cache(folder, tmp_path, monkeypatch, emails):
+    """As the Hub's library lays out its cache: files are links to blobs."""
+    snapshot = tmp_path / "hub" / "models--me--mood" / "snapshots" / "abc"
+    blobs = tmp_path / "hub" / "models--me--mood" / "blobs"
+    for path in (snapshot, blobs, snapshot.parent.parent / "refs"):
+        path.mkdir(parents=True)
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    for file in folder.iterdir():
+        shutil.copy(file, blobs / file.name)
+        (snapshot / file.name).symlink_to(blobs / file.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub._snapshot_download.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    scored = Scorer.load("me/mood", compute=COMPUTE).predict("hello")
+    assert scored.equals(Scorer.load(folder, compute=COMPUTE).predict("hello"))
+    data = tmp_path / "data.parquet"
+    pq.write_table(emails.slice(0, 3), data)
+    from pipelines.bulk.job import ScoreJob
+    from pipelines.bulk.score import score_here
+
+    job = ScoreJob.parse({"model": "me/mood", "input": str(data), "output": str(tmp_path / "out"), "replicas": 0})
+    assert score_here(job).rows_out == 3
+    assert job.model == "me/mood"
+    assert score_job(read_model_folder(folder), data, tmp_path / "out").model == str(folder)
