@@ -279,7 +279,7 @@ class TrainSettings:
     """Random seed of the new head, the order of the windows and dropout."""
     metric: str | None = None
     (
-        "Metric on valid that selects the best weights. Default: lrap (multilabel), rmse (regression), mcc "
+        "Metric on valid that selects the best weights. Default: auprc_macro (multilabel), rmse (regression), mcc "
         "(multiclass), auprc (binary; mcc with merge=vote or given thresholds)."
     )
     metric_minimize: bool | None = None

@@ -20,12 +20,12 @@ from pipelines.decisions.labels import DEFAULT_THRESHOLD, Decisions, resolve_thr
 from pipelines.errors import SettingsError
 from pipelines.settings import DecisionSettings
 
-HEADLINE = {"binary": "mcc", "multiclass": "mcc", "multilabel": "lrap", "regression": "rmse"}
+HEADLINE = {"binary": "mcc", "multiclass": "mcc", "multilabel": "auprc_macro", "regression": "rmse"}
 """Default metric for comparing evaluations, by kind. `default_metric` adapts it to the decision."""
 METRICS = {
     "binary": ("mcc", "accuracy", "f1_score", "tp", "tn", "fp", "fn", "auroc", "auprc"),
     "multiclass": ("mcc", "accuracy", "f1_macro", "f1_weighted"),
-    "multilabel": ("lrap", "f1_micro", "f1_macro", "per_label"),
+    "multilabel": ("lrap", "auprc_macro", "f1_micro", "f1_macro", "per_label"),
     "regression": ("mae", "rmse", "pearson", "r2"),
 }
 """Metrics that `evaluate` returns, by kind."""
@@ -56,7 +56,7 @@ def evaluate(
     Returns:
         binary: mcc, accuracy, f1_score (macro), tp, tn, fp, fn, auroc, auprc.
         multiclass: mcc, accuracy, f1_macro, f1_weighted.
-        multilabel: lrap, f1_micro, f1_macro, per_label.
+        multilabel: lrap, auprc_macro (mean over the labels for which it is defined), f1_micro, f1_macro, per_label.
         regression: mae, rmse, pearson, r2.
         A metric that is undefined for the data, for example because only one class occurs, is None.
     """
@@ -81,12 +81,10 @@ def default_metric(decision: DecisionSettings) -> str:
     """Return the metric that compares the evaluations of a run, if the settings name none.
 
     Thresholds are tuned only after training. Until then, a metric of labels is taken at a threshold that says nothing,
-    and a metric of the order of the scores is used: the average precision (binary), or LRAP (multilabel).
+    and a metric of the order of the scores is used: the average precision, for several labels its mean.
     """
     if decision.kind == "binary" and decision.thresholds is None and decision.merge != "vote":
         return "auprc"
-    if decision.kind == "multilabel" and len(decision.labels) == 1:
-        return "loss"  # LRAP ranks the labels of a document, and is always 1
     return HEADLINE[decision.kind]
 
 
@@ -375,8 +373,10 @@ def _multilabel(
         }
         for column, label in enumerate(labels)
     }
+    areas = [values["auprc"] for values in per_label.values() if values["auprc"] is not None]
     return {
         "lrap": float(label_ranking_average_precision_score(true_DL, scores_DL)),
+        "auprc_macro": float(np.mean(areas)) if areas else None,
         "f1_micro": float(2.0 * hits_L.sum() / max(true_L.sum() + positive_L.sum(), 1)),
         "f1_macro": float(f1_L.mean()),
         "per_label": per_label,

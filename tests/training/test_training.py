@@ -12,13 +12,14 @@ from pipelines.model.scorer import Scorer
 from pipelines.model.weights import describe
 from pipelines.model.window_model import WindowModel
 from pipelines.model_folder import read_model_folder
-from pipelines.settings import TrainSettings
+from pipelines.settings import DecisionSettings, TrainSettings
 from pipelines.text.tokenization import Documents, Tokens
 from pipelines.training.checkpoints import steps_of
 from pipelines.training.corpus import Corpus, UnitLengths
 from pipelines.training.fit import fit, prepare_folder
 from pipelines.training.losses import LOSSES
 from pipelines.training.optimization import make_optimizer, make_schedule
+from pipelines.training.state import BestMetric
 from tests import tiny
 from tests.training.runs import BINARY, FLOAT32, KINDS, MULTICLASS, MULTILABEL, in_units, make_job, run
 
@@ -340,3 +341,36 @@ def test_diverged_loss_leaves_no_finished_folder(tmp_path, emails):
     with pytest.raises(JobError, match=r"the loss or its gradient is not finite at step .*: lower learning_rate"):
         run(job, train, valid)
     assert not (tmp_path / "out" / "pipeline.json").exists()
+
+
+def test_best_epoch_does_not_depend_on_an_untuned_threshold(tmp_path, emails, log_lines):
+    """Scores of rare labels are all below 0.5 for epochs: F1 at 0.5 stays at 0, and would keep the first weights."""
+    job, train, valid = make_job(tmp_path, emails, MULTILABEL, epochs=3, learning_rate=1e-3)
+    rng = np.random.default_rng(0)
+    rare = [
+        replace(data, targets=(rng.random(data.targets.shape) < 0.15).astype(np.float32)) for data in (train, valid)
+    ]
+    summary = run(job, *rare)
+    values = [evaluation["auprc_macro"] for evaluation in summary.evaluations]
+    assert summary.best == int(np.argmax(values))
+    assert not any("cannot choose" in line for line in log_lines)
+    chosen = replace(job, output=str(tmp_path / "other"), train=replace(job.train, metric="f1_macro"))
+    prepare_folder(chosen)
+    assert {evaluation["f1_macro"] for evaluation in run(chosen, *rare).evaluations} == {0.0}
+    assert any("all 3 evaluations have the same f1_macro (0.0), which cannot choose" in line for line in log_lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"kind": "multilabel", "labels": ("a", "b")}, "auprc_macro"),
+        ({"kind": "multilabel", "labels": ("a",)}, "auprc_macro"),
+        ({"kind": "binary", "labels": ("a", "b")}, "auprc"),
+        ({"kind": "binary", "labels": ("a", "b"), "thresholds": 0.4}, "mcc"),
+        ({"kind": "binary", "labels": ("a", "b"), "merge": "vote"}, "mcc"),
+        ({"kind": "multiclass", "labels": ("a", "b", "c")}, "mcc"),
+        ({"kind": "regression"}, "rmse"),
+    ],
+)
+def test_default_metric(changes, expected):
+    assert BestMetric.of(TrainSettings(), DecisionSettings(**changes)).name == expected
