@@ -106,14 +106,16 @@ def together(files: Sequence[InputFile], names: Sequence[str] | None = None) -> 
         DataError: The types of a column in different files cannot be unified.
     """
     found = pa.schema([])
+    wanted = None if names is None else set(names)
+    before: Any = None
     for file in files:
-        if file.schema is None:
+        if file.schema is None or before == (file.schema, file.partitions.keys()):
             continue
-        own = [plain_field(column) for column in file.schema if names is None or column.name in names]
+        before = (file.schema, file.partitions.keys())
+        own = [plain_field(column) for column in file.schema if wanted is None or column.name in wanted]
         here = {column.name for column in own}
-        own += [
-            pa.field(key, pa.string()) for key in file.partitions if key not in here and (names is None or key in names)
-        ]
+        keys = [key for key in file.partitions if key not in here and (wanted is None or key in wanted)]
+        own += [pa.field(key, pa.string()) for key in keys]
         try:
             found = pa.unify_schemas([found, pa.schema(own)], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -121,7 +123,10 @@ def together(files: Sequence[InputFile], names: Sequence[str] | None = None) -> 
                 f"the columns of {file.url} do not fit those of the previous files: {error}; "
                 f"convert them to one type, or exclude the column with --keep"
             ) from error
-    return found if names is None else pa.schema([found.field(name) for name in names if name in found.names])
+    if names is None:
+        return found
+    by_name = {column.name: column for column in found}
+    return pa.schema([by_name[name] for name in names if name in by_name])
 
 
 def plain_field(column: pa.Field) -> pa.Field:
@@ -157,9 +162,10 @@ def _fitted(table: pa.Table, span: Span, schema: pa.Schema) -> pa.Table:
     if len(table) != span.num_rows:
         raise ValueError(f"it has {len(table)} rows from row {span.start} on, but its footer says {span.num_rows}")
     columns = []
+    places = {name: place for place, name in enumerate(table.column_names)}
     for column in schema:
-        if column.name in table.column_names:
-            columns.append(table.column(column.name).cast(column.type))
+        if column.name in places:
+            columns.append(table.column(places[column.name]).cast(column.type))
         elif column.name in span.file.partitions:
             value = pa.scalar(span.file.partitions[column.name], column.type)
             columns.append(pa.repeat(value, len(table)))
@@ -173,12 +179,18 @@ def _nothing(span: Span, schema: pa.Schema) -> pa.Table:
 
 
 class _GroupReader:
-    """Reads spans of an open row group. Spans that follow each other in one row group are decoded once."""
+    """Reads spans of an open file. Spans that follow each other in one row group are decoded once.
+
+    The file stays open, and its footer is read once, until a span of another file is read.
+    """
 
     def __init__(self, filesystem: AbstractFileSystem, schema: pa.Schema) -> None:
         self._filesystem, self._names = filesystem, schema.names
         self._key: tuple[str, int] | None = None
+        self._path: str | None = None
         self._file: Any = None
+        self._parquet: Any = None
+        self._columns: list[str] = []
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._row = 0
         self._rest: pa.Table | None = None
@@ -195,21 +207,27 @@ class _GroupReader:
             raise
 
     def close(self) -> None:
-        """Close the open row group."""
+        """Close the open file."""
         self._key, self._batches, self._rest = None, iter(()), None
+        self._path = self._parquet = None
         if self._file is not None:
             with suppress(OSError):  # it was only read
                 self._file.close()
             self._file = None
 
     def _open(self, span: Span) -> None:
-        self.close()
-        self._file = self._filesystem.open(span.file.path, "rb")
-        parquet = pq.ParquetFile(self._file, buffer_size=2**20)
-        names = parquet.schema_arrow.names
-        present = [name for name in self._names if name in names] or names[:1]  # at least one column, to count rows
+        if self._path != span.file.path:
+            self.close()
+            self._file = self._filesystem.open(span.file.path, "rb")
+            self._parquet = pq.ParquetFile(self._file, buffer_size=2**20)
+            self._path = span.file.path
+            names = self._parquet.schema_arrow.names
+            known = set(names)
+            self._columns = [name for name in self._names if name in known] or names[:1]  # at least one, to count rows
         self._batches = iter(
-            parquet.iter_batches(BATCH_ROWS, row_groups=[span.row_group], columns=present, use_threads=False)
+            self._parquet.iter_batches(
+                BATCH_ROWS, row_groups=[span.row_group], columns=self._columns, use_threads=False
+            )
         )
         self._key, self._row, self._rest = (span.file.path, span.row_group), 0, None
 

@@ -272,8 +272,11 @@ def _read_footer(filesystem: AbstractFileSystem, entry: dict[str, Any], root: st
     except (pa.ArrowInvalid, OSError) as error:
         return InputFile(**known, schema=None, partitions=partitions, error=first_line(error))
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    rows, sizes = tuple(group.num_rows for group in groups), tuple(_text_bytes(group, text_column) for group in groups)
-    num_nulls = sum(_text_nulls(group, text_column) for group in groups)
+    leaves = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path == text_column]
+    texts = [[group.column(number) for number in leaves] for group in groups]
+    rows = tuple(group.num_rows for group in groups)
+    sizes = tuple(_text_bytes(group, columns) for group, columns in zip(groups, texts, strict=True))
+    num_nulls = sum(_num_nulls(columns) for columns in texts)
     return InputFile(
         **known, schema=schema, row_group_rows=rows, row_group_bytes=sizes, num_nulls=num_nulls, partitions=partitions
     )
@@ -305,19 +308,13 @@ def _partitions(path: str, root: str) -> dict[str, str]:
     return {unquote(key): unquote(value) for key, _, value in pairs if key}
 
 
-def _text_bytes(group: pq.RowGroupMetaData, text_column: str) -> int:
-    sizes = [column.total_uncompressed_size for column in _text_columns(group, text_column)]
-    return int(max(1, sum(sizes) or group.total_byte_size))
+def _text_bytes(group: pq.RowGroupMetaData, texts: Sequence[pq.ColumnChunkMetaData]) -> int:
+    return int(max(1, sum(column.total_uncompressed_size for column in texts) or group.total_byte_size))
 
 
-def _text_nulls(group: pq.RowGroupMetaData, text_column: str) -> int:
-    statistics = [column.statistics for column in _text_columns(group, text_column)]
+def _num_nulls(columns: Sequence[pq.ColumnChunkMetaData]) -> int:
+    statistics = [column.statistics for column in columns]
     return sum(found.null_count for found in statistics if found is not None and found.has_null_count)
-
-
-def _text_columns(group: pq.RowGroupMetaData, text_column: str) -> list[pq.ColumnChunkMetaData]:
-    columns = [group.column(number) for number in range(group.num_columns)]
-    return [column for column in columns if column.path_in_schema == text_column]
 
 
 def _split_row_groups(files: Sequence[InputFile], size: int) -> Iterator[tuple[tuple[int, int, int, int, int], int]]:
