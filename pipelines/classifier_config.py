@@ -39,13 +39,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 def is_classifier(config: Mapping[str, Any]) -> bool:
     """Whether a config says that its model has a classification head. True if it names no class."""
     names = config.get("architectures") or [CLASSIFIER]
+    names = [names] if isinstance(names, str) else names
     return any(CLASSIFIER in str(name) for name in names)
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     """Return the number of entries in the vocabulary, or None if the config does not say it."""
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    return None if size is None else int(size)
+    return size if isinstance(size, int) else None
 
 
 def decision_of(config: Mapping[str, Any], *, where: str, kind: Kind | None = None) -> tuple[DecisionSettings, bool]:
@@ -65,7 +66,7 @@ def decision_of(config: Mapping[str, Any], *, where: str, kind: Kind | None = No
         SettingsError: kind does not fit the number of logits, or one logit has no defined meaning.
         ModelFolderError: The label names are not usable.
     """
-    names = _label_names(config)
+    names = _label_names(config, where)
     problem = config.get("problem_type")
     is_guess = kind is None and problem is None and len(names) > 2
     kind = kind or KINDS_OF_PROBLEMS.get(str(problem))
@@ -87,9 +88,11 @@ def decision_of(config: Mapping[str, Any], *, where: str, kind: Kind | None = No
         raise ModelFolderError(f"{where}: the labels in config.json cannot be used: {error}") from error
 
 
-def _label_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _label_names(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """Return the labels in the order of their ids. Hugging Face's default is two labels."""
     names = config.get("id2label")
-    if isinstance(names, dict) and names:
+    if names and not (isinstance(names, dict) and all(str(number).isdecimal() for number in names)):
+        raise ModelFolderError(f"{where}: id2label in config.json must map the ids 0, 1, ... to names, not {names!r}")
+    if names:
         return tuple(str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0])))
     return tuple(f"LABEL_{number}" for number in range(int(config.get("num_labels") or config.get("_num_labels") or 2)))

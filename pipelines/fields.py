@@ -54,6 +54,8 @@ def plain(value: Any) -> Any:
     """Return a value with numpy's numbers and arrays, also inside lists and mappings, as Python's."""
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
+    if hasattr(value, "to_dict") and hasattr(value, "index"):  # a series: its index names the values
+        return {plain(key): plain(element) for key, element in value.to_dict().items()}
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return type(value)(map(plain, value))
     if type(value) is dict:

@@ -34,6 +34,7 @@ from pipelines.storage.locations import absolute, filesystem_of, retried, shown,
 
 PIPELINE_FILE = "pipeline.json"
 FORMAT_VERSION = 1
+OWN_TOKENIZER, THEIR_TOKENIZER = "tokenizer.json", "transformers"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -74,6 +75,8 @@ class ModelFolder:
     """Score histograms of the validation data, by label (from `metrics.histograms_of`)."""
     reads_pairs: bool | None = None
     """Whether the model was trained on pairs of texts. None if this is unknown."""
+    tokenizer: str = OWN_TOKENIZER
+    """How the tokenizer is opened: from the tokenizer.json that this package wrote, or as transformers opens it."""
 
     @property
     def model_type(self) -> str:
@@ -118,6 +121,7 @@ class ModelFolder:
             "metrics": dict(self.metrics),
             "histograms": dict(self.histograms),
             "reads_pairs": self.reads_pairs,
+            "tokenizer": self.tokenizer,
             "weights_hash": self.weights_hash,
             "settings_hash": self.settings_hash,
         }
@@ -158,6 +162,7 @@ def read_model_folder(location: str | Path) -> ModelFolder:
             content["weights_hash"],
             content.get("histograms", {}),
             content.get("reads_pairs"),
+            content.get("tokenizer", OWN_TOKENIZER),
         )
     except (ValueError, KeyError, TypeError, SettingsError) as error:
         raise ModelFolderError(f"{file} cannot be read: {error!r}; it may have been edited by hand") from error
@@ -174,11 +179,12 @@ def _of_classifier(path: Path, where: str) -> ModelFolder:
     config = read_config(path)
     if not is_classifier(config):
         raise ModelFolderError(
-            f"{where} is a {', '.join(config['architectures'])}, which has no classification head; fine-tune it first: "
+            f"{where} is a {config['architectures'][0]}, which has no classification head; fine-tune it first: "
             f"pipelines train --model {where}"
         )
     decision, is_guess = decision_of(config, where=where)
-    folder = ModelFolder(path, WindowSettings(), decision, weights_hash=hash_weights(path))
+    weights_hash = hash_weights(path)
+    folder = ModelFolder(path, WindowSettings(), decision, weights_hash=weights_hash, tokenizer=THEIR_TOKENIZER)
     if path not in _TOLD:
         _TOLD.add(path)
         guess = "" if not is_guess else " (or multilabel: config.json does not say)"
@@ -199,6 +205,17 @@ def model_location(value: str) -> str:
     if HUB_NAME.fullmatch(value) and not Path(value).exists():
         return value
     return absolute(value)
+
+
+def opens_as_transformers(path: Path) -> bool:
+    """Whether a folder's tokenizer is opened as transformers opens it: that of a Hugging Face classifier.
+
+    transformers takes some of its settings from other files than tokenizer.json, such as do_lower_case.
+    """
+    file = path / PIPELINE_FILE
+    if file.is_file():
+        return bool(json.loads(file.read_text()).get("tokenizer") == THEIR_TOKENIZER)
+    return (path / "config.json").is_file()
 
 
 def seal(folder: ModelFolder) -> ModelFolder:
@@ -227,7 +244,7 @@ def write_pipeline_file(folder: ModelFolder) -> None:
 
 def check_weights(path: Path) -> None:
     """Raise ModelFolderError unless the folder has a config.json and safetensors weights."""
-    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         raise ModelFolderError(f"{path} is a LoRA adapter; merge it into its model: pipelines convert {path} NEW")
     if not (path / "config.json").is_file():
         raise ModelFolderError(f"{path} has no config.json, so it is not a Hugging Face model folder")

@@ -8,6 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 import pipelines
@@ -198,3 +201,104 @@ def test_folder_of_the_hub_cache(folder, tmp_path, monkeypatch, emails):
     assert score_here(job).rows_out == 3
     assert job.model == "me/mood"
     assert score_job(read_model_folder(folder), data, tmp_path / "out").model == str(folder)
+
+
+@pytest.mark.parametrize("case", ["cased", "added", "vocab.txt"])
+def test_tokenizer_is_that_of_transformers(folder, case, emails, tmp_path):
+    """Settings outside of tokenizer.json count, also after tune has written pipeline.json."""
+    if case == "vocab.txt":
+        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+        (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
+        (folder / "tokenizer.json").unlink()
+    else:
+        file = folder / "tokenizer_config.json"
+        added = {"added_tokens_decoder": {"600": {"content": "hello", "special": False}}}
+        changes = {"do_lower_case": False} if case == "cased" else added
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        if case == "added":
+            module = AutoModelForSequenceClassification.from_pretrained(folder)
+            module.resize_token_embeddings(610)
+            module.save_pretrained(folder)
+    texts = ["hello there", "Hello THERE my Friend"]
+    tokenizer, module = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForSequenceClassification.from_pretrained(folder),
+    )
+    with torch.no_grad():
+        expected = [module(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0].numpy() for text in texts]
+    np.testing.assert_allclose(
+        Scorer.load(folder, compute=COMPUTE).predict(texts)["scores"].to_pylist(), expected, atol=1e-5
+    )
+    convert(str(folder), str(tmp_path / "new"), "multilabel")
+    convert(str(folder), str(tmp_path / "other"), "multiclass")
+    again = Scorer.load(tmp_path / "other", compute=COMPUTE).predict(texts)["scores"].to_pylist()
+    np.testing.assert_allclose(again, expected, atol=1e-5)
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "new").config.problem_type.startswith("multi")
+
+
+def test_missing_weights_of_the_body_are_refused(folder, training_data, tmp_path, log_lines):
+    weights = load_file(folder / "model.safetensors")
+    first = {name: weight for name, weight in weights.items() if ".layer.1." not in name}
+    save_file(first, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelFolderError, match=r"lacks 16 weights of its body, such as bert\.encoder\.layer\.1"):
+        train_here(train_job(training_data, tmp_path / "out", model=str(folder)))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    change_config(folder, num_hidden_layers=1)
+    Scorer.load(folder, compute=COMPUTE)
+    assert any("has 16 weights that its config.json has no place for" in line for line in log_lines)
+
+
+@pytest.mark.parametrize("changes", [
+    {"id2label": ["a", "b", "c"]}, {"id2label": {"x": "a", "y": "b", "z": "c"}}, {"vocab_size": "many"},
+    {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, {"model_type": "no-such-type"},
+    {"hidden_size": 33},
+])  # fmt: skip
+def test_unusable_configs_are_errors_of_ours(folder, changes, training_data, tmp_path):
+    change_config(folder, **changes)
+    for action in (
+        lambda: Scorer.load(folder, compute=COMPUTE),
+        lambda: convert(str(folder), str(tmp_path / "new"), "multiclass"),
+        lambda: train_here(train_job(training_data, tmp_path / "out", model=str(folder))),
+    ):
+        with pytest.raises(ModelFolderError):
+            action()
+
+
+def test_pickled_base_model_without_architectures(folder, tmp_path):
+    bert = BertModel(tiny.config("bert"))
+    shutil.copytree(folder, tmp_path / "old", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    bert.config.save_pretrained(tmp_path / "old")
+    torch.save(bert.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    assert convert(str(tmp_path / "old"), str(tmp_path / "new")) is None
+
+
+def test_decoder_whose_texts_end_with_its_end_token(tmp_path, emails):
+    """The end token cannot also be the padding: a decoder would take the token before it."""
+    texts = emails["text"].to_pylist()[:40]
+    tiny.save_decoder(tmp_path, texts, "llama", num_labels=3)
+    rust = RustTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    rust.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    rust.save(str(tmp_path / "tokenizer.json"))
+    module = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    short = [text[:20] for text in texts[:4]]
+    with torch.no_grad():
+        rows = [tokenizer(text, return_tensors="pt")["input_ids"] for text in short]
+        expected = [module(input_ids=row).logits.softmax(-1)[0].numpy() for row in rows]
+    found = Scorer.load(tmp_path, compute=COMPUTE).predict(short)["scores"].to_pylist()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_padding_token_in_a_text(tmp_path, emails):
+    """RoBERTa numbers only the tokens that are not padding, also in packed rows."""
+    folder = tiny.model_folder(tmp_path, emails["text"].to_pylist()[:40], tiny.BINARY, family="roberta")
+    module = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    scorer = Scorer.load(folder, compute=COMPUTE)
+    assert scorer.model.is_packed
+    texts = ["[PAD] hello", "hello [PAD] there [PAD]", "hello"]
+    with torch.no_grad():
+        expected = [module(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0].numpy() for text in texts]
+    np.testing.assert_allclose(scorer.predict(texts)["scores"].to_pylist(), expected, atol=1e-5)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import posixpath
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -296,6 +298,8 @@ def tune_folder(
     if "://" in model:
         raise ModelFolderError(f"{shown(model)} is a URL; tune a local folder and upload it")
     folder = _open_for(model, data)
+    if not Path(model).is_dir() or not os.access(folder.path, os.W_OK):
+        raise ModelFolderError(f"{model} cannot be written to; make a copy that can: pipelines convert {model} NEW")
     if folder.decision.kind not in ("binary", "multilabel"):
         raise SettingsError(
             f"thresholds are for kinds binary and multilabel; {shown(model)} is of kind {folder.decision.kind}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from pipelines.errors import SettingsError
 from pipelines.settings import Dtype
+
+RANDOM = threading.RLock()
+"""Held while torch's global random numbers are drawn from a seed, so that another thread does not set another seed."""
 
 
 def to_device(values: NDArray[Any], device: torch.device) -> Tensor:

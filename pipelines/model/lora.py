@@ -19,15 +19,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipelines.errors import ModelFolderError, SettingsError, first_line
-from pipelines.model.precision import head_of
+from pipelines.model.precision import head_of, pooler_of
 from pipelines.model_folder import ADAPTER_CONFIG
-from pipelines.settings import TrainSettings
+from pipelines.settings import DecisionSettings, TrainSettings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_FILE = "trained.safetensors"
 """File of a checkpoint with the weights that a LoRA run trains."""
 PREFIX = "base_model.model."
 """What peft puts before the name of each weight."""
+LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target")
+DECISION_FILE = "decision.json"
+"""File of an adapter folder with kind and labels. peft does not read it."""
 NAME = "default"
 """Name of the adapter within a module. peft leaves it out in its files."""
 
@@ -41,13 +44,25 @@ class Adapter:
     """The model of the adapter: a folder or a name on the Hugging Face Hub."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the adapter's weights and those of its head, by their names in the module."""
+        """Return the adapter's weights and those of its head, by their names in the module (without adapter name)."""
         file = self.folder / ADAPTER_WEIGHTS
+        if not file.is_file() and list(self.folder.glob("*.bin")):
+            raise ModelFolderError(
+                f"{self.folder} holds its weights as a pickle; save the adapter again with safetensors: "
+                "model.save_pretrained(folder, safe_serialization=True)"
+            )
         try:
             found = load_file(file)
         except (OSError, SafetensorError) as error:
             raise ModelFolderError(f"{file} cannot be read: {first_line(error)}; save the adapter again") from error
-        return {_name_in_module(name): weight for name, weight in found.items()}
+        named = {name.removeprefix(PREFIX): weight for name, weight in found.items() if ".original_module." not in name}
+        return {name.replace("modules_to_save.", ""): weight for name, weight in named.items()}
+
+    def decision(self) -> dict[str, Any]:
+        """Return kind and labels, if `pipelines train` wrote the adapter."""
+        file = self.folder / DECISION_FILE
+        found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        return found
 
     @property
     def num_labels(self) -> int | None:
@@ -74,16 +89,20 @@ def find_adapter(name: str) -> Adapter | None:
         raise ModelFolderError(f"{name} is an adapter of type {kind}; only LORA is supported: merge it with peft first")
     if not base:
         raise ModelFolderError(f"{file} does not name the model of the adapter; set base_model_name_or_path in it")
-    return Adapter(Path(name), base)
+    beside = Path(name, base)
+    return Adapter(Path(name), str(beside.resolve()) if not Path(base).exists() and beside.is_dir() else base)
 
 
-def add_adapter(module: nn.Module, settings: TrainSettings, adapter: Adapter | None) -> bool:
+def add_adapter(
+    module: nn.Module, settings: TrainSettings, adapter: Adapter | None, *, train_pooler: bool = False
+) -> bool:
     """Put LoRA layers into a classifier. Only they and the head can be trained afterwards.
 
     Args:
         module: The classifier. It is changed in place.
         settings: lora_rank and its companions, and the seed of new layers.
         adapter: The adapter to continue, or None for a new one.
+        train_pooler: Whether the pooler is new, so that all of it is trained and saved, as the head is.
 
     Returns:
         Whether the adapter has a head that fits the module, which then has its weights.
@@ -93,22 +112,32 @@ def add_adapter(module: nn.Module, settings: TrainSettings, adapter: Adapter | N
         ModelFolderError: The adapter does not fit the module.
     """
     peft = _peft()
-    config = _new_config(peft, module, settings) if adapter is None else peft.LoraConfig.from_pretrained(adapter.folder)
-    if adapter is not None and settings.lora_rank not in (0, config.r):
-        raise SettingsError(
-            f"lora_rank={settings.lora_rank}, but the adapter {adapter.folder} has rank {config.r}; leave lora_rank out"
-        )
-    head = head_of(module)
+    head = head_of(module) + (pooler_of(module) if train_pooler else [])
+    if adapter is None:
+        config = _new_config(peft, module, settings, head)
+    else:
+        config = peft.LoraConfig.from_pretrained(adapter.folder)
+        own = {"lora_rank": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+        _check_continued(settings, adapter, own)
     torch.manual_seed(settings.seed)
     try:
         peft.inject_adapter_in_model(_without_head(config), module, adapter_name=NAME)
     except ValueError as error:
-        raise SettingsError(
-            f"lora_target={settings.lora_target!r} does not fit the model: {first_line(error)}"
-        ) from error
+        raise SettingsError(f"lora_target={settings.lora_target!r} does not fit: {first_line(error)}") from error
     for layer in head:
         layer.requires_grad_(True)
-    return adapter is not None and _load(module, adapter)
+    return adapter is not None and _load(peft, module, adapter)
+
+
+def _check_continued(settings: TrainSettings, adapter: Adapter, own: Mapping[str, Any]) -> None:
+    """Raise SettingsError for settings of LoRA that differ from those of the adapter, which are `own`."""
+    given = [name for name in LORA_SETTINGS if getattr(settings, name) != getattr(TrainSettings, name)]
+    changed = [name for name in given if getattr(settings, name) != own.get(name)]
+    if changed:
+        raise SettingsError(
+            f"{changed[0]}={getattr(settings, changed[0])!r} cannot be changed: the adapter {adapter.folder} is "
+            f"continued as it is; leave {changed[0]} out"
+        )
 
 
 def has_adapter(module: nn.Module) -> bool:
@@ -135,24 +164,42 @@ def load_trained(module: nn.Module, folder: Path) -> None:
     module.load_state_dict(load_file(folder / TRAINED_FILE), strict=False)
 
 
-def save_adapter(module: nn.Module, folder: Path, base: str) -> None:
+def save_adapter(
+    module: nn.Module, folder: Path, base: str, *, weights: Mapping[str, Tensor], decision: DecisionSettings
+) -> None:
     """Write the adapter of a module, and its head, as peft writes it.
 
     Args:
         module: A classifier with LoRA layers.
         folder: Folder to create.
         base: The model that the adapter belongs to.
+        weights: All weights of the module, in the units of the finished model.
+        decision: Kind and labels. peft's files have no place for them, so they get a file of their own.
     """
+    trained = {name: weights[name] for name in trained_weights(module)}
+    parts = {
+        name.split(".")[0] if not name.startswith(_body(module)) else "pooler" for name in trained if not _is_lora(name)
+    }
     config: Any = module.peft_config[NAME]  # type: ignore[index]  # peft keeps it there
-    head = {layer: name.rpartition(".")[2] for name, layer in module.named_modules() if layer in head_of(module)}
     config.base_model_name_or_path, config.task_type = base, "SEQ_CLS"
-    config.modules_to_save = sorted(set(head.values()))
+    config.modules_to_save = sorted(parts)
     config.inference_mode = True
     folder.mkdir()
     config.save_pretrained(folder)
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in trained_weights(module).items()}
-    named = {PREFIX + name.replace(f".{NAME}.", "."): weight for name, weight in weights.items()}
+    named = {
+        PREFIX + name.replace(f".{NAME}", ""): value.detach().cpu().contiguous() for name, value in trained.items()
+    }
     save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (folder / DECISION_FILE).write_text(json.dumps({"kind": decision.kind, "labels": decision.labels}))
+
+
+def _body(module: Any) -> str:
+    """Return the begin of the names of the body's weights."""
+    return f"{module.base_model_prefix}."
+
+
+def _is_lora(name: str) -> bool:
+    return "lora_" in name
 
 
 def merge_adapter(module: nn.Module) -> None:
@@ -175,26 +222,27 @@ def _peft() -> Any:
     return peft
 
 
-def _new_config(peft: Any, module: nn.Module, settings: TrainSettings) -> Any:
+def _new_config(peft: Any, module: nn.Module, settings: TrainSettings, head: list[nn.Module]) -> Any:
     return peft.LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=_targets(module, settings.lora_target),
+        target_modules=_targets(module, settings.lora_target, head),
     )
 
 
-def _targets(module: nn.Module, wanted: str) -> list[str]:
+def _targets(module: nn.Module, wanted: str, head: list[nn.Module]) -> list[str]:
     """Return the full names of the layers that get an adapter.
 
     Args:
         module: The classifier.
         wanted: "auto" for all linear layers of the body, or ends of names, separated by commas.
+        head: Layers that are trained themselves, and get no adapter.
 
     Raises:
         SettingsError: No linear layer has a wanted name.
     """
-    in_head = {part for layer in head_of(module) for part in layer.modules()}
+    in_head = {part for layer in head for part in layer.modules()}
     linear = {
         name
         for name, layer in module.named_modules()
@@ -222,29 +270,25 @@ def _without_head(config: Any) -> Any:
     return config
 
 
-def _load(module: nn.Module, adapter: Adapter) -> bool:
+def _load(peft: Any, module: nn.Module, adapter: Adapter) -> bool:
     """Load an adapter's weights. Return whether it has a head that fits. LoRA weights that do not fit are an error."""
     weights, own = adapter.weights(), module.state_dict()
-    for name, weight in weights.items():
-        is_lora = "lora_" in name
-        if name not in own or (is_lora and own[name].shape != weight.shape):
-            raise ModelFolderError(
-                f"the adapter {adapter.folder} does not fit {adapter.base}, which has no such weight: {name}; name the "
-                f"right model as base_model_name_or_path in {ADAPTER_CONFIG}"
-            )
-    missing = sorted(name for name in own if "lora_" in name and name not in weights)
+    lora = {name: weight for name, weight in weights.items() if _is_lora(name)}
+    try:
+        found = peft.set_peft_model_state_dict(module, lora, adapter_name=NAME)
+        unexpected, missing = list(found.unexpected_keys), [name for name in found.missing_keys if _is_lora(name)]
+    except RuntimeError as error:  # shapes that differ
+        unexpected, missing = [first_line(error)], []
+    others = {name: weight for name, weight in weights.items() if not _is_lora(name)}
+    unexpected = [*unexpected, *(name for name in others if name not in own)]
+    if unexpected:
+        raise ModelFolderError(
+            f"the adapter {adapter.folder} does not fit {adapter.base}, which has no such weight: {unexpected[0]}; "
+            f"name the right model as base_model_name_or_path in {ADAPTER_CONFIG}, or merge the adapter with peft"
+        )
     if missing:
         raise ModelFolderError(f"the adapter {adapter.folder} lacks the weight {missing[0]}; save it again with peft")
-    heads = [name for name in weights if "lora_" not in name]
-    fits = bool(heads) and all(own[name].shape == weights[name].shape for name in heads)
-    module.load_state_dict(
-        {name: weight for name, weight in weights.items() if fits or name not in heads}, strict=False
-    )
+    fits = bool(others) and all(own[name].shape == weight.shape for name, weight in others.items())
+    if fits:
+        module.load_state_dict(others, strict=False)
     return fits
-
-
-def _name_in_module(name: str) -> str:
-    name = name.removeprefix(PREFIX).replace("modules_to_save.", "").replace("original_module.", "")
-    for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"):
-        name = name.replace(f".{part}.", f".{part}.{NAME}.")
-    return name

@@ -261,8 +261,16 @@ class PackedRows:
         starts = packing.cu_seqlens[:-1].long()
         lengths = packing.cu_seqlens.diff().long()
         position_T = torch.arange(len(ids_T), device=ids_T.device)
-        position_T = position_T - torch.repeat_interleave(starts, lengths, output_size=len(ids_T))
-        inputs = {"input_ids": ids_T[None], "position_ids": (position_T + self._first_position)[None]}
+        if self._first_position:  # RoBERTa-like: only tokens that are not the padding token are numbered
+            padding = self._first_position - 1
+            is_token_T = ids_T != padding
+            counted_T = torch.cumsum(is_token_T, 0)
+            before = torch.cat([counted_T.new_zeros(1), counted_T])[starts]
+            numbers_T = counted_T - torch.repeat_interleave(before, lengths, output_size=len(ids_T))
+            position_T = numbers_T * is_token_T + padding
+        else:
+            position_T = position_T - torch.repeat_interleave(starts, lengths, output_size=len(ids_T))
+        inputs = {"input_ids": ids_T[None], "position_ids": position_T[None]}
         if type_ids_T is not None:
             inputs["token_type_ids"] = type_ids_T[None]
         _CALL.starts = starts

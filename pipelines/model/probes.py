@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipelines.errors import ModelFolderError, first_line
 from pipelines.model.packing import NAME as PACKED
 from pipelines.model.packing import PackedRows, remove_hooks
-from pipelines.model.weights import first_position, vocabulary_of
+from pipelines.model.weights import first_position, pad_token_of, vocabulary_of
 from pipelines.text.pretrained import quiet_transformers
 from pipelines.text.tokenization import InputRows, Template, Tokens, assemble, cut_documents, offsets_of
 from pipelines.text.windows import WindowPlan
@@ -68,6 +68,12 @@ def attention_of(module: Any, name: str | None) -> Iterator[None]:
     finally:
         if name is not None:
             module.set_attn_implementation(before)
+
+
+def attention_name(module: Any) -> str | None:
+    """Return the name of the attention implementation in use."""
+    name: str | None = module.config._attn_implementation
+    return name
 
 
 @contextmanager
@@ -125,7 +131,7 @@ def probe_rows(model: Probed) -> InputRows:
     config: Any = model.module.config
     template = model.template
     ends = np.atleast_1d(getattr(config, "eos_token_id", None) or [])
-    special = {*template.prefix, *template.suffix, template.pad_id, *map(int, ends)}
+    special = {*template.prefix, *template.suffix, pad_token_of(config, template.pad_id), *map(int, ends)}
     size = vocabulary_of(config) or 128
     allowed = np.setdiff1d(np.arange(min(10, size - 1), size), list(special))
     lengths = np.array([7, 7, 4])

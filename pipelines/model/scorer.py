@@ -255,6 +255,9 @@ class Scorer:
 
     def _predict_table(self, table: pa.Table) -> pa.Table:
         """Score the column text of a table, and text_pair if it has this column too."""
+        for name in ("text", "text_pair"):
+            if name in table.column_names and table[name].null_count == len(table):  # pandas stores no texts as floats
+                table = table.set_column(table.column_names.index(name), name, pa.nulls(len(table)))
         check_text_column(table.schema, "text", where="the table")
         return self.score_table(table, "text", "text_pair" if "text_pair" in table.column_names else None)
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pipelines.errors import ModelFolderError, SettingsError, first_line
+from pipelines.model.devices import RANDOM
 from pipelines.model.lora import add_adapter, find_adapter
-from pipelines.model_folder import TOKENIZER_FILES, check_weights
+from pipelines.model_folder import ADAPTER_CONFIG, TOKENIZER_FILES, check_weights
 from pipelines.settings import DecisionSettings, TrainSettings
 from pipelines.text.pretrained import quiet_transformers
 
@@ -22,6 +25,12 @@ PROBLEM_TYPES = {
     "multilabel": "multi_label_classification",
     "regression": "regression",
 }
+POOLER = ".pooler."
+OPENING_ERRORS = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
+"""Errors of transformers when it opens a config or weights that it cannot use."""
 ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 """Names of the dropout of attention weights in transformers' configs."""
 
@@ -47,15 +56,18 @@ def new_classifier(
         SettingsError: A setting does not fit the architecture.
     """
     adapter = find_adapter(name)
-    module, is_new = _load_pretrained(name if adapter is None else adapter.base, decision, pad_id, settings)
-    if adapter is not None or settings.lora_rank:
-        is_new = not add_adapter(module, settings, adapter) and is_new
+    with RANDOM, torch.random.fork_rng(devices=[]):
+        base = name if adapter is None else adapter.base
+        module, is_new, has_new_pooler = _load_pretrained(base, decision, pad_id, settings)
+        if adapter is not None or settings.lora_rank:
+            is_new = not add_adapter(module, settings, adapter, train_pooler=has_new_pooler) and is_new
     return module, is_new
 
 
 def _load_pretrained(
     name: str, decision: DecisionSettings, pad_id: int, settings: TrainSettings
-) -> tuple[nn.Module, bool]:
+) -> tuple[nn.Module, bool, bool]:
+    """Return the module, whether its head has new weights, and whether its pooler has."""
     torch.manual_seed(settings.seed)
     names = list(decision.labels) or ["value"]
     try:
@@ -79,13 +91,20 @@ def _load_pretrained(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError) as error:
+    except OPENING_ERRORS as error:
         raise ModelFolderError(
             f"--model {name} cannot be loaded as a sequence classifier: {first_line(error)}; "
             f"give a folder or a hub name with safetensors weights"
         ) from error
     new_weights = [*info["missing_keys"], *(weight for weight, *_shapes in info["mismatched_keys"])]
-    return module, any(not weight.startswith(f"{module.base_model_prefix}.") for weight in new_weights)
+    in_body = sorted(weight for weight in new_weights if weight.startswith(f"{module.base_model_prefix}."))
+    missing = [weight for weight in in_body if POOLER not in weight]
+    if missing:
+        raise ModelFolderError(
+            f"--model {name} lacks {len(missing)} weights of its body, such as {missing[0]}, which would be random; "
+            f"check that its config.json belongs to its weights, or copy the folder again"
+        )
+    return module, len(in_body) < len(new_weights), bool(in_body)
 
 
 def _set_attention_dropout(config: Any, share: float | None) -> None:
@@ -136,13 +155,13 @@ def describe(name: str, *, attention_dropout: float | None = None) -> Pretrained
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"--model {name} is neither a folder nor a hub name: {first_line(error)}") from error
+    except OPENING_ERRORS as error:
+        raise ModelFolderError(_unusable(name, base, error)) from error
     _set_attention_dropout(config, attention_dropout)
     try:
         with torch.device("meta"):
             limit = row_limit(AutoModelForSequenceClassification.from_config(config))
-    except ValueError as error:
+    except OPENING_ERRORS as error:
         raise ModelFolderError(
             f"--model {name} cannot be used as a sequence classifier: transformers has none for {config.model_type!r}"
         ) from error
@@ -150,11 +169,29 @@ def describe(name: str, *, attention_dropout: float | None = None) -> Pretrained
     return Pretrained(limit, str(config.model_type), vocabulary_of(config), tokenizer, base)
 
 
+def _unusable(name: str, base: str, error: BaseException) -> str:
+    if base != name:
+        return (
+            f"the adapter {name} belongs to the model {base}, which cannot be opened: {first_line(error)}; give its "
+            f"folder or hub name as base_model_name_or_path in {ADAPTER_CONFIG}"
+        )
+    if Path(name).is_dir():
+        return f"--model {name}: its config.json cannot be used: {first_line(error)}"
+    return f"--model {name} is neither a folder nor a hub name: {first_line(error)}"
+
+
 def set_pad_token(config: Any, pad_id: int) -> None:
     """Set config.pad_token_id, if it is not set. Decoders find the last token of a padded row with it."""
     for part in (config, config.get_text_config()):
         if getattr(part, "pad_token_id", None) is None:
             part.pad_token_id = pad_id
+
+
+def pad_token_of(config: Any, otherwise: int) -> int:
+    """Return the id with which rows are padded: that of the config, because the model looks for it in a padded row."""
+    found = getattr(config.get_text_config(), "pad_token_id", None)
+    size = vocabulary_of(config)
+    return found if isinstance(found, int) and found >= 0 and (size is None or found < size) else otherwise
 
 
 def vocabulary_of(config: Any) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -28,22 +28,25 @@ from pipelines.errors import ModelFolderError, first_line
 from pipelines.model.batching import token_batches
 from pipelines.model.devices import is_out_of_memory, resolve_device, resolve_dtype, to_device
 from pipelines.model.lora import has_adapter, save_trained, trained_weights
+from pipelines.model.packing import NAME as PACKED
 from pipelines.model.packing import PackedRows, Packing, remove_hooks
 from pipelines.model.precision import cast_body
 from pipelines.model.probes import (
     Side,
     attention_for_length,
+    attention_name,
     attention_of,
     find_last_layer,
     find_padding_side,
     packed_if_equal,
 )
-from pipelines.model.weights import row_limit, set_pad_token
+from pipelines.model.weights import OPENING_ERRORS, pad_token_of, row_limit, set_pad_token
 from pipelines.model_folder import check_weights
 from pipelines.settings import ComputeSettings
 from pipelines.text.pretrained import quiet_transformers, uses_type_ids
 from pipelines.text.tokenization import CutDocuments, InputRows, Template, assemble
 
+logger = logging.getLogger(__name__)
 SHORTEST_STEP = 8
 """On a CPU, the length of a short packed row is a multiple of this number of tokens."""
 PADDED_MULTIPLE = 8
@@ -78,6 +81,7 @@ class WindowModel:
         self.module = module.to(self.device).eval()
         self._takes_type_ids = "token_type_ids" in inspect.signature(module.forward).parameters
         self._uses_type_ids = uses_type_ids and self._takes_type_ids
+        self._pad_id = pad_token_of(module.config, template.pad_id)
         self._scaling, self._last_layer = Scaling(), ""
         self._packed: PackedRows | None = None
         self._padding_side = find_padding_side(self)
@@ -120,7 +124,8 @@ class WindowModel:
 
         The logits are differentiable where gradients are enabled.
         """
-        logits_WL = self._run_in_groups(rows) if self._packed is None else self.run_packed(self._packed, rows)
+        is_packed = self._packed is not None and attention_name(self.module) == PACKED  # the caller may have changed it
+        logits_WL = self.run_packed(self._packed, rows) if is_packed else self._run_in_groups(rows)
         if not self._last_layer:
             return logits_WL
         return logits_WL.float() * self._scaling.scale + self._scaling.mean
@@ -164,7 +169,7 @@ class WindowModel:
         all_W = np.arange(len(length_W)) if index_W is None else index_W
         index_W = all_W[length_W[all_W] > 0]  # a text without tokens, and without special tokens, has no input row
         logits_WL = np.zeros((len(length_W), self.num_labels), dtype=np.float32)
-        if self.module.training:  # left on by an interrupted training run, or by the caller
+        if any(part.training for part in self.module.modules()):  # left on by an interrupted run, or by the caller
             self.module.eval()
         with torch.inference_mode():
             for batch in token_batches(length_W[index_W], batch_tokens=self.batch_tokens, padded=not self.is_packed):
@@ -188,11 +193,12 @@ class WindowModel:
         for half in np.array_split(index_W, 2):
             self._fill(logits_WL, cut, half)
 
-    def run_packed(self, packed: PackedRows, rows: InputRows) -> Tensor:
+    def run_packed(self, packed: PackedRows | None, rows: InputRows) -> Tensor:
         """Return the logits (W, L) of all windows, computed as one row without padding."""
+        assert packed is not None
         num_windows = len(rows.length_W)
         if self.device.type == "cpu":
-            rows = _rounded_up(rows, self.template.pad_id)
+            rows = _rounded_up(rows, self._pad_id)
         types_T = None
         if self._takes_type_ids:  # the model's default type ids cover only rows up to its number of positions
             types_T = self._to_device(rows.type_ids if self._uses_type_ids else np.zeros_like(rows.type_ids))
@@ -241,7 +247,7 @@ class WindowModel:
         mask_WS = place_S < length_W[:, None]
         if side == "left":
             mask_WS = mask_WS[:, ::-1]
-        ids_WS = np.full(mask_WS.shape, self.template.pad_id, dtype=np.int64)
+        ids_WS = np.full(mask_WS.shape, self._pad_id, dtype=np.int64)
         ids_WS[mask_WS] = rows.ids
         inputs = {"input_ids": self._to_device(ids_WS), "attention_mask": self._to_device(mask_WS.astype(np.int64))}
         if self._uses_type_ids:
@@ -256,7 +262,7 @@ class WindowModel:
         """Write config.json and model.safetensors, with weights in float32."""
         module: Any = self.module
         with quiet_transformers(), attention_of(module, "sdpa" if self.is_packed else None):
-            state = {name: value.float().cpu() for name, value in self._weights().items()}
+            state = {name: value.float().cpu() for name, value in self.own_weights().items()}
             module.save_pretrained(folder, state_dict=state)
 
     def snapshot(self) -> Callable[[Path], None]:
@@ -285,7 +291,7 @@ class WindowModel:
 
         return write
 
-    def _weights(self) -> dict[str, Tensor]:
+    def own_weights(self) -> dict[str, Tensor]:
         """Return the weights with which the module's own output is the logits."""
         weights: dict[str, Tensor] = dict(self.module.state_dict())
         if self._last_layer:
@@ -349,8 +355,15 @@ def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_
                 dtype=torch.float32,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelFolderError(f"the weights in {path} cannot be read: {first_line(error)}; copy them again") from error
+    except OPENING_ERRORS as error:
+        raise ModelFolderError(
+            f"the model in {path} cannot be opened: {first_line(error)}; check config.json, or copy the folder again"
+        ) from error
+    if info["unexpected_keys"]:
+        logger.warning(
+            "%s has %d weights that its config.json has no place for, such as %s: they are not used",
+            path, len(info["unexpected_keys"]), min(info["unexpected_keys"]),
+        )  # fmt: skip
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ModelFolderError(f"{path} lacks weights of the classifier ({', '.join(missing[:3])}); fine-tune it first")

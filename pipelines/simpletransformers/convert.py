@@ -22,8 +22,16 @@ from pipelines.classifier_config import decision_of, is_classifier, read_config
 from pipelines.errors import ModelFolderError, OutputError, SettingsError, first_line
 from pipelines.model.lora import Adapter, find_adapter, merge_adapter
 from pipelines.model.scorer import plan_of
-from pipelines.model.weights import describe, new_classifier, row_limit, set_pad_token, vocabulary_of
-from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
+from pipelines.model.weights import (
+    OPENING_ERRORS,
+    PROBLEM_TYPES,
+    describe,
+    new_classifier,
+    row_limit,
+    set_pad_token,
+    vocabulary_of,
+)
+from pipelines.model_folder import PIPELINE_FILE, ModelFolder, local_folder, seal
 from pipelines.settings import DecisionSettings, Kind, TrainSettings, WindowSettings
 from pipelines.simpletransformers.arguments import ClassificationArgs, MultiLabelClassificationArgs
 from pipelines.simpletransformers.translate import count_labels, decision_settings, resolve_args, window_settings
@@ -75,9 +83,13 @@ def _convert(old: str, folder: Path, kind: Kind | None, labels: Sequence[str] | 
     adapter = find_adapter(old)
     if adapter is not None:
         return _convert_adapter(adapter, folder, kind, labels)
+    old = str(local_folder(old))
     config = read_config(Path(old))
+    try:
+        opened = AutoConfig.from_pretrained(old, trust_remote_code=False)
+    except OPENING_ERRORS as error:
+        raise ModelFolderError(f"{old}: its config.json cannot be used: {first_line(error)}") from error
     tokenizer = save_tokenizer(old, folder)
-    opened = AutoConfig.from_pretrained(old, trust_remote_code=False)
     tokenizer.check_vocabulary(vocabulary_of(opened), where=old)
     set_pad_token(opened, tokenizer.template.pad_id)
     if not is_classifier(config):
@@ -85,7 +97,10 @@ def _convert(old: str, folder: Path, kind: Kind | None, labels: Sequence[str] | 
             raise ModelFolderError(
                 f"{old} has no classification head ({config['architectures'][0]}); fine-tune it first"
             )
-        _save(_load(AutoModel, old, opened), folder)
+        _convert_base(old, opened, folder)
+        return None
+    if not config.get("architectures") and kind is None and labels is None and not _has_head(old, opened):
+        _convert_base(old, opened, folder)
         return None
     module = _load(AutoModelForSequenceClassification, old, opened)
     if (Path(old) / "model_args.json").is_file():
@@ -101,14 +116,31 @@ def _convert(old: str, folder: Path, kind: Kind | None, labels: Sequence[str] | 
     return _write(module, folder, tokenizer, windows, _named(decision, labels))
 
 
+def _convert_base(old: str, config: Any, folder: Path) -> None:
+    """Write a base model without a classification head as safetensors, for training."""
+    _save(_load(AutoModel, old, config), folder)
+
+
+def _has_head(old: str, config: Any) -> bool:
+    """Whether a folder whose config names no class has the weights of a classification head."""
+    with quiet_transformers():
+        module, info = AutoModelForSequenceClassification.from_pretrained(
+            old, config=config, weights_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    return all(name.startswith(f"{module.base_model_prefix}.") for name in info["missing_keys"])
+
+
 def _convert_adapter(adapter: Adapter, folder: Path, kind: Kind | None, labels: Sequence[str] | None) -> ModelFolder:
     """Merge an adapter into its model. The adapter has the head, or its model has one."""
     pretrained = describe(str(adapter.folder))
-    config = AutoConfig.from_pretrained(adapter.base, trust_remote_code=False).to_dict()
-    num_labels = adapter.num_labels
-    names = config.get("id2label") or {}
-    if num_labels is not None and len(names) != num_labels:
-        config["id2label"] = {number: f"LABEL_{number}" for number in range(num_labels)}
+    saved, num_labels = adapter.decision(), adapter.num_labels
+    if saved:
+        config: dict[str, Any] = {"id2label": dict(enumerate(saved["labels"] or ["value"]))}
+        kind = kind or saved["kind"]
+    elif num_labels is not None:  # the names of another head, in the config of its model, are not those of this one
+        config = {"num_labels": num_labels}
+    else:
+        config = AutoConfig.from_pretrained(adapter.base, trust_remote_code=False).to_dict()
     decision = _named(_decision(config, str(adapter.folder), kind), labels)
     tokenizer = save_tokenizer(pretrained.tokenizer, folder)
     tokenizer.check_vocabulary(pretrained.vocabulary, where=str(adapter.folder))
@@ -138,7 +170,7 @@ def _load(auto_class: Any, old: str, config: Any) -> Any:
             )
     except pickle.UnpicklingError as error:
         raise ModelFolderError(f"the pickle in {old} is refused: it contains objects other than tensors") from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except OPENING_ERRORS as error:
         raise ModelFolderError(f"{old} cannot be read: {first_line(error)}") from error
     if info["missing_keys"] and auto_class is AutoModelForSequenceClassification:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
@@ -173,6 +205,9 @@ def _write(
     module: Any, folder: Path, tokenizer: Tokenizer, windows: WindowSettings, decision: DecisionSettings
 ) -> ModelFolder:
     plan = plan_of(windows, tokenizer, model_type=module.config.model_type, model_limit=row_limit(module))
+    names = list(decision.labels) or ["value"]
+    module.config.id2label, module.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+    module.config.problem_type = PROBLEM_TYPES[decision.kind]
     _save(module, folder)
     return seal(ModelFolder(folder, replace(windows, max_length=plan.max_length), decision))
 

@@ -20,8 +20,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipelines.decisions.labels import encode_labels
-from pipelines.errors import DataError, ModelFolderError
-from pipelines.model.devices import resolve_dtype
+from pipelines.errors import DataError, ModelFolderError, SettingsError
+from pipelines.model.devices import RANDOM, resolve_dtype
 from pipelines.model.scorer import Scorer, plan_of
 from pipelines.model.weights import PROBLEM_TYPES, row_limit, set_pad_token, vocabulary_of
 from pipelines.model.window_model import WindowModel
@@ -134,6 +134,19 @@ class Engine:
         return list(self.args.labels_list) if uses_names else None
 
     @property
+    def label_columns(self) -> list[str]:
+        """The argument label_columns, in the order of the labels.
+
+        Raises:
+            SettingsError: They are not the labels.
+        """
+        columns = list(self.args.label_columns)
+        labels = list(map(str, self.args.labels_list)) or columns  # columns give their order to unnamed labels
+        if columns and (set(columns) != set(labels) or len(columns) != self.num_labels):
+            raise SettingsError(f"label_columns={columns} must be the labels of the model, which are {labels}")
+        return labels if columns else []
+
+    @property
     def model_type(self) -> str:
         """Name of the architecture in Simple Transformers, or "auto" if it is unknown."""
         return self._their_type
@@ -216,9 +229,9 @@ class Engine:
         self.config.problem_type = PROBLEM_TYPES[decision.kind]
 
     def _load(self, source: ModelSource, folder: Path) -> Any:
-        torch.manual_seed(seed_of(self.args))
         try:
-            with quiet_transformers():
+            with quiet_transformers(), RANDOM, torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_of(self.args))
                 module = AutoModelForSequenceClassification.from_pretrained(
                     source.model_name, config=self.config, use_safetensors=True, dtype=torch.float32, **source.keywords
                 )
@@ -236,7 +249,7 @@ class Engine:
         compute = self.compute
         if resolve_dtype(compute.dtype, self.model.device) == torch.float32:
             return self.model
-        weights = [(weight.data_ptr(), weight._version) for weight in self.model.module.parameters()]
+        weights = [float(weight.detach().sum()) for weight in self.model.module.state_dict().values()]
         if self._in_other_dtype is None or self._copied_for != (compute, weights):
             self._in_other_dtype, self._copied_for = self.model.copy(compute), (compute, weights)
         return self._in_other_dtype

@@ -22,6 +22,9 @@ from pipelines.errors import DataError, first_line
 from pipelines.settings import DecisionSettings
 from pipelines.storage.columns import string_array
 
+TEXT_NAMES = ("text", "text_a", "text_b", "text_pair")
+"""Usual names of text columns. In a CSV file, what they contain is never taken for numbers."""
+
 
 @dataclass(frozen=True)
 class LabelledTexts:
@@ -52,10 +55,9 @@ def read_rows(data: Any, label_columns: Sequence[str] = ()) -> LabelledTexts:
         return _of_rows(data)
     columns = read_columns(data)
     names = list(columns)
-    pair = [name for name in ("text_a", "text_b") if name in names]
-    texts = ["text"] if "text" in names else pair if len(pair) == 2 else []
+    texts = _text_columns(names)
     if not texts:
-        if len(names) < 2:
+        if label_columns or len(names) < 2:
             raise DataError(f"the data has the columns {names}; it needs text and labels, or text_a, text_b and labels")
         if any(isinstance(name, str) and not name.isdigit() for name in names[:2]):
             warnings.warn(
@@ -66,6 +68,14 @@ def read_rows(data: Any, label_columns: Sequence[str] = ()) -> LabelledTexts:
         return LabelledTexts(columns[names[0]], None, columns[names[1]])
     labels = _labels(columns, texts, label_columns)
     return LabelledTexts(columns[texts[0]], columns[texts[1]] if len(texts) > 1 else None, labels)
+
+
+def _text_columns(names: Sequence[Any]) -> list[Any]:
+    """Return the text columns of a table by their usual names: one, or two for pairs, or none."""
+    for pair in (["text_a", "text_b"], ["text", "text_pair"]):
+        if all(name in names for name in pair):
+            return list(pair)
+    return ["text"] if "text" in names else []
 
 
 def read_columns(data: Any) -> dict[Any, list[Any]]:
@@ -147,27 +157,47 @@ def read_texts(to_predict: Any) -> tuple[list[Any], list[Any] | None]:
         raise DataError("predict takes a list of texts; put the text into a list")
     is_table = isinstance(to_predict, Mapping) or hasattr(to_predict, "columns") or hasattr(to_predict, "column_names")
     if is_table:
-        columns = read_columns(to_predict)
-        if "text" in columns:
-            return columns["text"], None
-        if "text_a" in columns and "text_b" in columns:
-            return columns["text_a"], columns["text_b"]
-        if len(columns) == 1:
-            return next(iter(columns.values())), None
-        raise DataError(
-            f"predict takes texts: the table has no column text, or text_a and text_b; it has {list(columns)}"
-        )
+        return _of_table(read_columns(to_predict))
+    if getattr(to_predict, "ndim", 1) == 0:
+        raise DataError("predict takes a list of texts; put the text into a list")
     rows = _values(to_predict, "texts")
-    if rows and isinstance(rows[0], (list, tuple, np.ndarray)):
-        if any(isinstance(row, str) or not hasattr(row, "__len__") or len(row) != 2 for row in rows):
+    if rows and isinstance(rows[0], Mapping):
+        return _of_table(read_columns(rows))
+    is_pair = [isinstance(row, (list, tuple, np.ndarray)) for row in rows]
+    if any(is_pair):
+        if not all(is_pair) or any(len(row) != 2 for row in rows):
             raise DataError("every pair must be [text_a, text_b]")
         return [row[0] for row in rows], [row[1] for row in rows]
     return rows, None
 
 
+def _of_table(columns: Mapping[Any, list[Any]]) -> tuple[list[Any], list[Any] | None]:
+    """Return the texts and second texts of a table."""
+    names = _text_columns(list(columns)) or (list(columns) if len(columns) == 1 else [])
+    if not names:
+        raise DataError(
+            f"predict takes texts: the table has no column text, or text_a and text_b; it has {list(columns)}"
+        )
+    return columns[names[0]], columns[names[1]] if len(names) > 1 else None
+
+
 def text_array(texts: list[Any]) -> pa.Array:
-    """Convert texts to an Arrow array. Numbers become strings; missing values become null."""
-    return string_array([None if _is_missing(text) else str(text) for text in texts])
+    """Convert texts to an Arrow array. Numbers become strings; missing values become null.
+
+    Raises:
+        DataError: A value is neither a text nor a number.
+    """
+    return string_array([_text(row, text) for row, text in enumerate(texts)])
+
+
+def _text(row: int, value: Any) -> str | None:
+    if isinstance(value, str):
+        return value
+    if _is_missing(value):
+        return None
+    if isinstance(value, (bytes, bytearray, Mapping, list, tuple, set)) or hasattr(value, "__len__"):
+        raise DataError(f"text {row} is a {type(value).__name__}, not a text: {str(value)[:40]!r}")
+    return str(value)
 
 
 def _is_missing(value: Any) -> bool:
@@ -199,6 +229,11 @@ def label_array(labels: list[Any], decision: DecisionSettings, names: list[Any] 
         return pa.array([spelled[label] for label in labels], pa.string())
     try:
         if decision.kind == "multilabel":
+            text = next((row for row, label in enumerate(labels) if isinstance(label, (str, bytes))), None)
+            if text is not None:
+                raise DataError(
+                    f"the labels of row {text} are the text {labels[text]!r}; give a list, such as [1, 0, 1]"
+                )
             return pa.array([[int(v) if isinstance(v, (bool, np.bool_)) else v for v in row] for row in labels])
         return pa.array(labels)
     except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError) as error:
@@ -216,7 +251,8 @@ def read_file(path: Path) -> pa.Table:
         with pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None) as file:
             if kind in (".jsonl", ".ndjson"):
                 return json.read_json(file, parse_options=json.ParseOptions(newlines_in_values=False))
-            options = csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",", newlines_in_values=True)
-            return csv.read_csv(file, parse_options=options)
+            parsing = csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",", newlines_in_values=True)
+            texts = csv.ConvertOptions(column_types=dict.fromkeys(TEXT_NAMES, pa.string()), strings_can_be_null=True)
+            return csv.read_csv(file, parse_options=parsing, convert_options=texts)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error

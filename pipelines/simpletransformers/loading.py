@@ -63,11 +63,18 @@ def loss_weights(values: Any, name: str, labels: Sequence[Any]) -> Any:
     """
     if values is None or isinstance(values, str):
         return values
-    if not isinstance(values, Mapping):
-        return tuple(float(value) for value in values)
-    given = {plain(label): float(weight) for label, weight in values.items()}
-    known = list(labels) if all(label in labels for label in given) else list(range(len(labels)))
-    if sorted(map(str, given)) != sorted(map(str, known)):
+    if hasattr(values, "to_dict"):  # a series: its index names the labels
+        values = values.to_dict()
+    try:
+        if not isinstance(values, Mapping):
+            return tuple(float(value) for value in values)
+        given = {str(plain(label)): float(weight) for label, weight in values.items()}
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"{name}={values!r} must have one number for each label: {list(labels)}") from error
+    known = [str(label) for label in labels]
+    if not given.keys() <= set(known):
+        known = [str(number) for number in range(len(labels))]
+    if sorted(given) != sorted(known):
         raise SettingsError(f"{name}={dict(values)} must have one weight for each label: {list(labels)}")
     return tuple(given[label] for label in known)
 
@@ -102,6 +109,11 @@ def open_config(model_type: str, model_name: str, num_labels: int | None, args: 
         check_weights(Path(model_name))
     if args.config.get("output_hidden_states") or args.config.get("output_attentions"):
         raise SettingsError("config output_hidden_states is refused: predict returns only predictions and raw outputs")
+    fixed = [key for key in ("num_labels", "id2label", "label2id", "problem_type") if key in args.config]
+    if fixed:
+        raise SettingsError(
+            f"config {fixed[0]} is refused: use num_labels, labels_list, regression, or the other class"
+        )
     values = {**({} if num_labels is None else {"num_labels": num_labels}), **args.config}
     try:
         with quiet_transformers():

@@ -160,24 +160,37 @@ class ClassificationModel:
         Returns:
             (optimizer steps, mean loss), or (steps, progress lists by name) with evaluate_during_training.
         """
-        self.args.update_from_dict(args or {})
+        with self._lock:
+            return self._train(train_df, output_dir, args or {}, eval_data if eval_data is not None else eval_df,
+                               is_silent=self.args.silent or not verbose, metrics=metrics)  # fmt: skip
+
+    def _train(
+        self,
+        train_df: Any,
+        output_dir: str | None,
+        args: Mapping[str, Any],
+        eval_data: Any,
+        *,
+        is_silent: bool,
+        metrics: Mapping[str, Metric],
+    ) -> tuple[int, float | dict[str, list[Any]]]:
+        self.args.update_from_dict(args)
         output = output_dir or self.args.output_dir
         check_output(output, self.args)
-        eval_data = eval_data if eval_data is not None else eval_df
         if self.args.evaluate_during_training and eval_data is None:
             raise DataError("evaluate_during_training needs eval_df (or eval_data) in train_model")
         check_metrics(metrics)
         settings = self._train_settings()
         BestMetric.of(settings, self._engine.decision, tuple(metrics))
-        train = self._engine.labelled(read_rows(train_df, self.args.label_columns))
+        train = self._engine.labelled(read_rows(train_df, self._engine.label_columns))
         valid = (
-            self._engine.labelled(read_rows(eval_data, self.args.label_columns))
+            self._engine.labelled(read_rows(eval_data, self._engine.label_columns))
             if self.args.evaluate_during_training
             else None
         )
         checkpoint, self._checkpoint = self._checkpoint, None
         run = FacadeRun(train, valid, output, settings, metrics, checkpoint)
-        with self._lock, hidden_progress(self.args.silent or not verbose):
+        with hidden_progress(is_silent):
             if self.args.num_workers:
                 from pipelines.simpletransformers.workers import fit_on_workers  # imports Ray, only where it is used
 
@@ -204,11 +217,16 @@ class ClassificationModel:
         they get (true labels, raw outputs). Their results replace built-in metrics of the same name.
         """
         check_metrics(metrics)
-        data = read_rows(eval_df, self.args.label_columns)
+        with self._lock:
+            return self._evaluate(eval_df, output_dir, metrics)
+
+    def _evaluate(
+        self, eval_df: Any, output_dir: str | None, metrics: Mapping[str, Metric]
+    ) -> tuple[dict[str, Any], Any, list[InputExample]]:
+        data = read_rows(eval_df, self._engine.label_columns)
         labelled = self._engine.labelled(data)
         decision = self._engine.decision
-        with self._lock:
-            scores = self._engine.scorer(for_predictions=True).score_documents(labelled.documents)
+        scores = self._engine.scorer(for_predictions=True).score_documents(labelled.documents)
         decisions = decide(scores.scores_DL, decision, scores.votes_DL)
         loss = resolve_loss(self._train_settings(), decision, labelled.targets)
         result = theirs(evaluate(labelled.targets, scores.scores_DL, decisions, decision))
@@ -251,7 +269,8 @@ class ClassificationModel:
         the first two, and the weights are always those of this model. results are written to eval_results.txt.
         """
         folder = Path(output_dir or self.args.output_dir)
-        replace_files(folder, self._engine.write)
+        with self._lock:
+            replace_files(folder, self._engine.write)
         if results:
             write_results(folder, results)
 

@@ -58,7 +58,7 @@ def raw_outputs(scores: DocumentScores, decision: DecisionSettings, *, by_window
         raw_WL = activate(raw_WL, "multilabel")
     raw_WL = raw_WL.astype(np.float64)
     if by_window:
-        return np.split(raw_WL, scores.windows.offsets[1:-1])
+        return np.split(raw_WL, scores.windows.offsets[1:-1]) if len(scores.errors) else []
     return raw_WL[:, 0] if decision.kind == "regression" else raw_WL
 
 

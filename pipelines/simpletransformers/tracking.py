@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from pipelines.errors import SettingsError
 from pipelines.simpletransformers.arguments import ClassificationArgs
 
 
@@ -25,7 +26,15 @@ def tracked(args: ClassificationArgs) -> Iterator[Callable[[Mapping[str, float]]
         warnings.warn("wandb_project has no effect: pip install wandb", UserWarning, stacklevel=5)
         yield _ignore
         return
-    run = wandb.init(project=args.wandb_project, config=args.get_args_for_saving(), **args.wandb_kwargs)
+    active = wandb.run
+    if active is not None:  # the caller's own run, such as one of a sweep, is used and stays open
+        active.config.update(args.get_args_for_saving(), allow_val_change=True)
+        yield lambda numbers: active.log(dict(numbers))
+        return
+    try:
+        run = wandb.init(**{"project": args.wandb_project, "config": args.get_args_for_saving(), **args.wandb_kwargs})
+    except TypeError as error:
+        raise SettingsError(f"wandb_kwargs={dict(args.wandb_kwargs)} does not fit: {error}") from error
     try:
         yield lambda numbers: run.log(dict(numbers))
     finally:

@@ -115,7 +115,7 @@ def count_labels(args: ClassificationArgs, num_labels: int | None, *, is_multila
         raise SettingsError("num_labels=1 is for regression; set regression=True in args, or num_labels=2")
     if args.label_columns and not (args.labels_list or args.labels_map):
         args.labels_list = list(args.label_columns)
-    args.labels_list = [_python(label) for label in args.labels_list]
+    args.labels_list = [_python(label) for label in args.labels_list or []]
     if args.labels_map:
         args.labels_list = _in_order(args.labels_map, args.labels_list)
     names = list(args.labels_list)
@@ -131,7 +131,10 @@ def _in_order(labels_map: Mapping[Any, Any], labels_list: list[Any]) -> list[Any
 
     The spelling can differ because JSON turns the keys of a map into strings.
     """
-    ids = {_key(label): int(number) for label, number in labels_map.items()}
+    try:
+        ids = {_key(label): int(number) for label, number in labels_map.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise SettingsError(f"labels_map={labels_map!r} must map each label to its id") from error
     if sorted(ids.values()) != list(range(len(ids))):
         raise SettingsError(f"labels_map={dict(labels_map)} must give each label its own id from 0 to {len(ids) - 1}")
     spelled = {_key(label): label for label in (labels_list or map(_python, labels_map))}
@@ -281,8 +284,15 @@ def _scheduler_args(scheduler: str, args: ClassificationArgs) -> dict[str, Any] 
 
 def _every(steps: int | None) -> int | None:
     """In Simple Transformers, 0 and -1 mean never."""
-    return steps if steps and steps > 0 else None
+    try:
+        steps = int(steps or 0)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"{steps!r} is not a number of steps") from error
+    return steps if steps > 0 else None
 
 
 def _threshold(value: Any) -> float | tuple[float, ...]:
-    return tuple(float(number) for number in value) if isinstance(value, (list, tuple)) else float(value)
+    try:
+        return tuple(float(number) for number in value) if isinstance(value, (list, tuple)) else float(value)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"threshold={value!r} must be a number, or a list of one number per label") from error

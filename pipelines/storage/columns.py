@@ -114,6 +114,9 @@ def string_array(values: Sequence[Any]) -> pa.Array:
     Raises:
         DataError: A value is not a text.
     """
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        values = values.cast(pa.string()) if pa.types.is_dictionary(values.type) else values
+        return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
     try:
         return pa.array(values, pa.string(), from_pandas=True)
     except UnicodeEncodeError:

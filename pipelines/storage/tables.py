@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.errors import DataError, first_line
+from pipelines.storage.columns import string_array
 
 
 def is_location(data: Any) -> bool:
@@ -49,7 +50,10 @@ def _as_table(data: Any) -> pa.Table:
         names = list(dict.fromkeys(name for row in data for name in row))
         return pa.table({str(name): _array([row.get(name) for row in data]) for name in names})
     if hasattr(data, "iloc") and hasattr(data, "columns"):  # pandas: the index does not become a column
-        return pa.Table.from_pandas(data, preserve_index=False)
+        try:
+            return pa.Table.from_pandas(data, preserve_index=False)
+        except UnicodeEncodeError:  # a lone surrogate
+            return pa.table({str(name): _array(data[name]) for name in data.columns})
     if hasattr(data, "with_format"):  # a Hugging Face dataset
         return data.with_format("arrow")[:]
     if hasattr(data, "__arrow_c_stream__"):
@@ -64,9 +68,12 @@ def _array(values: Any) -> Any:
     """Convert a column to Arrow. None, NaN among other values, and pandas' NA become null."""
     if isinstance(values, (pa.Array, pa.ChunkedArray)):
         return values
-    if hasattr(values, "dtype") and getattr(values, "ndim", 1) == 1:
+    is_one = hasattr(values, "dtype") and getattr(values, "ndim", 1) == 1
+    values = values if is_one else list(values)  # the rows of a two-dimensional array
+    try:
         return pa.array(values, from_pandas=True)
-    return pa.array(list(values), from_pandas=True)  # also the rows of a two-dimensional array
+    except UnicodeEncodeError:  # a lone surrogate
+        return string_array(values)
 
 
 def single_label_column(table: pa.Table, texts: Sequence[str]) -> str | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import ModelFolderError, SettingsError, first_line
+from pipelines.model_folder import opens_as_transformers
 from pipelines.text.tokenization import Template, Tokenizer
 
 
@@ -28,10 +29,10 @@ def load_tokenizer(folder: Path, *, lead_space: bool = False) -> Tokenizer:
     Raises:
         ModelFolderError: The tokenizer cannot be opened.
     """
-    if (folder / "tokenizer.json").is_file():
+    if (folder / "tokenizer.json").is_file() and not opens_as_transformers(folder):
         return Tokenizer.load(folder, lead_space=lead_space)
-    python = _open(str(folder), f"{folder} has no tokenizer.json, and transformers cannot open its tokenizer")
-    if python.is_fast:  # transformers has made a Rust tokenizer of older files, such as vocab.txt
+    python = _open(str(folder), f"transformers cannot open the tokenizer in {folder}")
+    if python.is_fast:  # a Rust tokenizer, which transformers may have made of older files, such as vocab.txt
         with tempfile.TemporaryDirectory(prefix="pipelines-tokenizer-") as converted:
             return write_tokenizer(python, Path(converted)).with_lead_space(lead_space)
     encode = partial(_python_ids, python)
@@ -72,7 +73,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> Tokenizer:
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"  # it omits the padding side if the class defines it (XLNet)
     file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": tokenizer.padding_side}, indent=2))
-    return load_tokenizer(folder)
+    return Tokenizer.load(folder) if tokenizer.is_fast else load_tokenizer(folder)
 
 
 def uses_type_ids(folder: Path) -> bool:
@@ -144,12 +145,13 @@ _QUIET = _Quiet()
 
 
 def _open(name: str, otherwise: str, **options: Any) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelFolderError(f"{otherwise}: {first_line(error)}") from error
 
 

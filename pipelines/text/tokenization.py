@@ -17,7 +17,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -235,10 +235,12 @@ class Tokenizer:
         rust.no_truncation()  # the file can enable both; they would silently truncate and pad texts
         rust.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
-        named = [rust.token_to_id(_content(config.get(name))) for name in ("pad_token", "eos_token")]
-        candidates = [named[0], padding["pad_id"] if padding else None, named[1]]
-        pad_id = next((number for number in candidates if number is not None), 0)
-        template = template_of(rust, pad_id=pad_id, pad_left=config.get("padding_side") == "left")
+        template = template_of(rust, pad_left=config.get("padding_side") == "left")
+        names = ("pad_token", "eos_token", "bos_token", "unk_token")
+        named = [rust.token_to_id(_content(config.get(name))) for name in names]
+        if padding:
+            named.insert(1, padding["pad_id"])
+        template = replace(template, pad_id=choose_pad(named, template))
         return cls(partial(_rust_ids, rust), template, rust, lead_space=lead_space, vocabulary=rust.get_vocab)
 
     @property
@@ -328,6 +330,12 @@ class Tokenizer:
 
     def _led(self, text: str) -> str:
         return f" {text}" if self._lead_space and not text.startswith(" ") else text
+
+
+def choose_pad(candidates: Sequence[int | None], template: Template) -> int:
+    """Return the first id that can fill rows up: a decoder would take one of the suffix for padding, and skip it."""
+    usable = [number for number in candidates if number is not None]
+    return next((number for number in usable if number not in template.suffix), usable[0] if usable else 0)
 
 
 def template_of(rust: RustTokenizer, *, pad_id: int = 0, pad_left: bool = False) -> Template:
@@ -477,7 +485,10 @@ def _batches_of_characters(texts: Sequence[str]) -> list[Sequence[str]]:
 
 
 def _read_json(path: Path) -> dict[str, object]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except ValueError as error:
+        raise ModelFolderError(f"{path} is not valid JSON: {error}; it may be truncated") from error
 
 
 def _content(token: object) -> str:

@@ -298,7 +298,8 @@ def _write_folder(
     """Finish the model folder, copy it to the output, and then remove the checkpoints."""
     module = scorer.model.module
     if has_adapter(module):
-        save_adapter(module, folder / ADAPTER_FOLDER, describe(spec.model).base)
+        base, weights = describe(spec.model).base, scorer.model.own_weights()
+        save_adapter(module, folder / ADAPTER_FOLDER, base, weights=weights, decision=result.decision)
         merge_adapter(module)
     scorer.model.save(folder)
     if page is not None:

@@ -20,6 +20,7 @@ from pipelines.decisions.labels import encode_labels, find_labels
 from pipelines.decisions.metrics import parse_objective
 from pipelines.errors import DataError, JobError, PipelinesError, SettingsError
 from pipelines.fields import parse
+from pipelines.model.lora import LORA_SETTINGS
 from pipelines.model.scorer import plan_of
 from pipelines.model.weights import Pretrained, describe
 from pipelines.progress import Progress
@@ -226,7 +227,12 @@ def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, set
 
 
 def _check_without_effect(settings: TrainSettings, *, has_valid: bool) -> None:
-    """Raise SettingsError for settings that need validation data if there is none."""
+    """Raise SettingsError for settings that have no effect, because they need validation data or another setting."""
+    for name in LORA_SETTINGS[1:]:
+        if not settings.lora_rank and getattr(settings, name) != getattr(TrainSettings, name):
+            raise SettingsError(
+                f"{name}={getattr(settings, name)!r} has no effect without lora_rank; set lora_rank too"
+            )
     for name in ("metric", "evaluate_steps", "early_stopping_patience", "calibrate", "objective"):
         if getattr(settings, name) != getattr(TrainSettings, name) and not has_valid:
             raise SettingsError(f"{name}={getattr(settings, name)!r} needs validation data: add --valid")

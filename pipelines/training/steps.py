@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.errors import SettingsError
 from pipelines.model.batching import token_batches
-from pipelines.model.devices import to_device
+from pipelines.model.devices import RANDOM, to_device
 from pipelines.model.window_model import WindowModel
 from pipelines.settings import TrainSettings
 from pipelines.text.tokenization import CutDocuments, InputRows, assemble
@@ -76,8 +76,9 @@ class Stepper:
             This rank's share of the global mean loss, on the device. NaN if gradients are not finite, because then the
             weights are not finite either.
         """
-        torch.manual_seed(((self._settings.seed * 1_000_003 + number) * 65_536 + rank()) % 2**63)
-        loss = self._backward(step)
+        with RANDOM:
+            torch.manual_seed(((self._settings.seed * 1_000_003 + number) * 65_536 + rank()) % 2**63)
+            loss = self._backward(step)
         return torch.where(self._update(), loss, torch.nan)
 
     def release(self) -> None:

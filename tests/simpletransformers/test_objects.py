@@ -151,6 +151,14 @@ def test_forms_of_several_labels(tmp_path):
     assert model.eval_model(wide)[0] == expected
     with pytest.raises(DataError, match="no column 'd', which label_columns names"):
         read_rows(wide, ["a", "d"])
+    model.args.labels_list, model.args.label_columns = ["a", "b", "c"], ["c", "a", "b"]
+    assert model.eval_model(wide)[0]["eval_loss"] == expected["eval_loss"], "columns are found by name"
+    model.args.label_columns = ["a", "b"]
+    with pytest.raises(SettingsError, match="must be the labels of the model"):
+        model.eval_model(wide)
+    for text in ("101", "[1, 0, 1]"):
+        with pytest.raises(DataError, match=r"the labels of row 0 are (the|a) text"):
+            open_model("multilabel").eval_model(pd.DataFrame({"text": ["a"], "labels": [text]}))
 
 
 def test_files(tmp_path):
@@ -193,14 +201,70 @@ def test_predict_reads_tables():
         model.predict(pd.DataFrame({"body": TEXTS, "id": range(len(TEXTS))}))
 
 
+def test_values_that_are_no_texts_are_refused():
+    model = open_model("binary")
+    assert list(model.predict([{"text": text} for text in TEXTS])[0]) == list(model.predict(TEXTS)[0])
+    for wrong in (["a", b"bytes"], ["a", ["b", "c"]], [["a", "b"], "c"], [{"text": {"a": 1}}], np.array("hello"), "a"):
+        with pytest.raises(DataError):
+            model.predict(wrong)
+    assert [len(part) for part in model.predict([])] == [0, 0]
+
+
+def test_pairs_by_column_names():
+    model = open_model("binary")
+    first, second = TEXTS[:4], TEXTS[4:8]
+    expected = model.predict([list(pair) for pair in zip(first, second, strict=True)])[1]
+    for names in (("text_a", "text_b"), ("text", "text_pair")):
+        found = model.predict(pd.DataFrame(dict(zip(names, (first, second), strict=True))))[1]
+        np.testing.assert_array_equal(found[0], expected[0])
+
+
+def test_model_that_the_caller_changes():
+    model = open_model("binary")
+    expected = model.predict(TEXTS)[1]
+    model.model.set_attn_implementation("eager")  # as transformers asks for attention weights
+    for left, right in zip(model.predict(TEXTS)[1], expected, strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+    model.model.dropout.train()
+    for left, right in zip(model.predict(TEXTS)[1], expected, strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+    narrow = open_model("binary", dtype="bfloat16")
+    before = narrow.predict(TEXTS)[1][0]
+    narrow.model.classifier.bias.data.add_(1.0)
+    np.testing.assert_allclose(narrow.predict(TEXTS)[1][0], before + 1, atol=1e-5)
+
+
+def test_trainings_in_threads_match_serial_ones():
+    def train(seed):
+        model = open_model("binary", manual_seed=seed, no_save=True)
+        model.train_model(train_frame("binary", 12))
+        return model.predict(TEXTS)[1]
+
+    serial = [train(seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(train, range(3)))
+    for left, right in zip(found, serial, strict=True):
+        np.testing.assert_allclose(left[0], right[0], atol=1e-5)
+
+
+def test_csv_texts_stay_texts(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,labels\ntrue,1\n007,0\n1e5,1\n")
+    assert read_rows(tmp_path / "rows.csv").texts == ["true", "007", "1e5"]
+    (tmp_path / "latin.csv").write_bytes("text,labels\ncaf\u00e9 now,1\n".encode("latin1"))
+    with pytest.raises(DataError, match=r"latin\.csv cannot be read.*UTF8"):
+        read_rows(tmp_path / "latin.csv")
+
+
 def test_weights_by_label():
     assert loss_weights({0: 1.0, 1: 2.0}, "weight", [0, 1]) == (1.0, 2.0)
     assert loss_weights({np.int64(1): 3, np.int64(0): 1}, "weight", [0, 1]) == (1.0, 3.0)
     assert loss_weights({"spam": 2, "ham": 1}, "weight", ["ham", "spam"]) == (1.0, 2.0)
     assert loss_weights({1: 2, 0: 1}, "weight", ["ham", "spam"]) == (1.0, 2.0), "ids, where the labels have names"
     assert loss_weights(np.array([1.0, 2.0]), "weight", [0, 1]) == (1.0, 2.0)
-    for wrong in ({0: 1.0}, {0: 1.0, 2: 1.0}, {"spam": 1, 0: 2}):
-        with pytest.raises(SettingsError, match="must have one weight for each label"):
+    assert loss_weights({"0": 1, "1": 3}, "weight", [0, 1]) == (1.0, 3.0)
+    assert loss_weights(pd.Series([0, 1, 1, 1]).value_counts(), "weight", [0, 1]) == (1.0, 3.0), "sorted by frequency"
+    for wrong in ({0: 1.0}, {0: 1.0, 2: 1.0}, {"spam": 1, 0: 2}, 3, ["a", "b"], [1, None], {0: None, 1: 1}):
+        with pytest.raises(SettingsError, match="must have one"):
             loss_weights(wrong, "weight", [0, 1])
     with pytest.raises(SettingsError, match=r"MultiLabelClassificationModel has no weight.*; use pos_weight"):
         open_model("multilabel", weights={"weight": [1, 2, 3]})
