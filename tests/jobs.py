@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.progress import ROOT
-from pipelines.storage.shards import list_files
+from pipelines.storage.listing import list_files
 
 FLOAT32 = {"dtype": "float32", "device": "cpu"}
 

@@ -88,7 +88,7 @@ def test_settings_precedence_yaml_set_flags(folder, input_folder, tmp_path, caps
             ["score", "{folder}", "--output", "x"],
             "required setting 'input' is missing: Parquet file, folder or glob with the rows to score.",
         ),
-        (["score", "{folder}", "--input", "{empty}", "--output", "{empty}/x"], "contains no *.parquet files"),
+        (["score", "{folder}", "--input", "{empty}", "--output", "{empty}/x"], "contains no Parquet files"),
         (["score", "{empty}", "--input", "{data}", "--output", "{empty}/x"], "has no pipeline.json"),
         (
             ["score", "{folder}", "--input", "{data}", "--output", "{empty}/x", "--set", "keeep=a"],

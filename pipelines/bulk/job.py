@@ -26,7 +26,7 @@ from pipelines.storage.columns import text_column_problem
 from pipelines.storage.filters import check_filter, parse_filter
 from pipelines.storage.locations import absolute, shown
 from pipelines.storage.rows import together
-from pipelines.storage.shards import InputFile, check_apart, read_footers
+from pipelines.storage.shards import InputFile, read_footers
 from pipelines.text.pretrained import load_tokenizer
 from pipelines.text.stage import TokenizeStage
 from pipelines.text.windows import leads_with_space
@@ -139,8 +139,7 @@ def check_job(job: ScoreJob) -> CheckedJob:
     load_tokenizer(folder.path).check_vocabulary(vocabulary_size(read_config(folder.path)), where=shown(job.model))
     if not job.is_local and "memory://" in (job.input[:9], job.output[:9]):
         raise SettingsError("memory:// exists only in this process; add --replicas 0 to score without Ray")
-    check_apart(job.input, job.output)
-    files = read_footers(job.input, job.data.text_column, lenient=True)
+    files = read_footers(job.input, job.data.text_column, lenient=True, without=job.output)
     readable = [file for file in files if file.schema is not None]
     if not sum(file.num_rows for file in readable):
         raise DataError(f"{shown(job.input)} has no rows: its {len(files)} Parquet files are empty")

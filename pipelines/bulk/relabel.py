@@ -26,8 +26,8 @@ from pipelines.errors import DataError, OutputError, SettingsError
 from pipelines.fields import parse
 from pipelines.progress import Progress
 from pipelines.settings import DecisionSettings
+from pipelines.storage.listing import list_files
 from pipelines.storage.locations import commit_json, filesystem_of, list_names, make_folder, read_json, retried, shown
-from pipelines.storage.shards import list_files
 
 THREADS = 8
 logger = logging.getLogger(__name__)

@@ -6,8 +6,9 @@ decoded batch by batch, so that a row group of several gigabytes needs only the 
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from fsspec import AbstractFileSystem
 from pipelines.errors import DataError, first_line
 from pipelines.storage.columns import SOURCE_COLUMNS, text_column_problem
 from pipelines.storage.locations import filesystem_of, retried
-from pipelines.storage.shards import InputFile, Span, WorkUnit
+from pipelines.storage.shards import INT96_UNIT, InputFile, Span, WorkUnit
 
 BATCH_ROWS = 4096
 
@@ -96,7 +97,7 @@ def read_units(
 def together(files: Sequence[InputFile], names: Sequence[str] | None = None) -> pa.Schema:
     """Return one schema for the columns and Hive partitions of all files.
 
-    Dictionary types become their value types. Partition values are strings.
+    Dictionary types become their value types. Partition values are integers or dates if all of them are, else strings.
 
     Args:
         files: Files to combine. Files without a schema are skipped.
@@ -107,6 +108,7 @@ def together(files: Sequence[InputFile], names: Sequence[str] | None = None) -> 
     """
     found = pa.schema([])
     wanted = None if names is None else set(names)
+    types = _partition_types(files)
     before: Any = None
     for file in files:
         if file.schema is None or before == (file.schema, file.partitions.keys()):
@@ -115,7 +117,7 @@ def together(files: Sequence[InputFile], names: Sequence[str] | None = None) -> 
         own = [plain_field(column) for column in file.schema if wanted is None or column.name in wanted]
         here = {column.name for column in own}
         keys = [key for key in file.partitions if key not in here and (wanted is None or key in wanted)]
-        own += [pa.field(key, pa.string()) for key in keys]
+        own += [pa.field(key, types[key]) for key in keys]
         try:
             found = pa.unify_schemas([found, pa.schema(own)], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -127,6 +129,26 @@ def together(files: Sequence[InputFile], names: Sequence[str] | None = None) -> 
         return found
     by_name = {column.name: column for column in found}
     return pa.schema([by_name[name] for name in names if name in by_name])
+
+
+def _partition_types(files: Sequence[InputFile]) -> dict[str, pa.DataType]:
+    """Return the type of each Hive partition: that of all its values."""
+    values: dict[str, set[str]] = {}
+    for file in files:
+        for key, value in file.partitions.items():
+            values.setdefault(key, set()).update([] if value is None else [value])
+    return {key: _type_of(texts) for key, texts in values.items()}
+
+
+def _type_of(texts: Collection[str]) -> pa.DataType:
+    for pattern, kind in ((r"-?\d{1,18}", pa.int64()), (r"\d{4}-\d\d-\d\d", pa.date32())):
+        if texts and all(re.fullmatch(pattern, text) for text in texts):
+            try:
+                pa.array(list(texts), pa.string()).cast(kind)
+            except pa.ArrowInvalid:  # the 31st of February
+                continue
+            return kind
+    return pa.string()
 
 
 def plain_field(column: pa.Field) -> pa.Field:
@@ -167,8 +189,8 @@ def _fitted(table: pa.Table, span: Span, schema: pa.Schema) -> pa.Table:
         if column.name in places:
             columns.append(table.column(places[column.name]).cast(column.type))
         elif column.name in span.file.partitions:
-            value = pa.scalar(span.file.partitions[column.name], column.type)
-            columns.append(pa.repeat(value, len(table)))
+            value = pa.scalar(span.file.partitions[column.name], pa.string())
+            columns.append(pa.repeat(value, len(table)).cast(column.type))
         else:
             columns.append(pa.nulls(len(table), column.type))
     return pa.table(columns, schema=schema)
@@ -219,7 +241,7 @@ class _GroupReader:
         if self._path != span.file.path:
             self.close()
             self._file = self._filesystem.open(span.file.path, "rb")
-            self._parquet = pq.ParquetFile(self._file, buffer_size=2**20)
+            self._parquet = pq.ParquetFile(self._file, buffer_size=2**20, coerce_int96_timestamp_unit=INT96_UNIT)
             self._path = span.file.path
             names = self._parquet.schema_arrow.names
             known = set(names)

@@ -1,4 +1,4 @@
-"""List input files, read their Parquet footers, and split their rows into work units.
+"""Read the footers of Parquet files, and split their rows into work units.
 
 A work unit is an ordered list of row ranges of row groups, from one or more files. Its output is one file, whose name
 depends only on the unit. `WorkUnits` stores the units as numbers, so that hundreds of thousands need little memory.
@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import unquote
 
@@ -25,8 +23,9 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from pipelines.errors import DataError, SettingsError, first_line
-from pipelines.storage.locations import filesystem_of, retried, shown, store_errors
+from pipelines.errors import DataError, first_line
+from pipelines.storage.listing import FOOTER_THREADS, list_entries
+from pipelines.storage.locations import filesystem_of, retried
 
 SMALLEST_UNIT_BYTES = 64 * 2**10
 USUAL_UNIT_BYTES = 64 * 2**20
@@ -35,11 +34,11 @@ MOST_UNITS = 100_000
 """These constants set the default unit size. As the input grows, first the number of units grows to USUAL_NUM_UNITS,
 then their size to USUAL_UNIT_BYTES, then their number to MOST_UNITS, and then their size again.
 """
-FOOTER_THREADS = 16
-"""Number of threads that read footers."""
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+INT96_UNIT = "us"
+"""Old writers store times as INT96. Nanoseconds, which pyarrow takes by default, end in the year 2262."""
 
 
-GLOB_CHARACTERS = "*?["
 OUTPUT_NAME = re.compile(r"part-\d{6,}-[0-9a-f]{12}\.parquet")
 """Names of the output files of work units."""
 
@@ -61,8 +60,8 @@ class InputFile:
     """Uncompressed bytes of the text column in each row group."""
     num_nulls: int = 0
     """Number of rows whose text is null, as far as the footer's statistics count them."""
-    partitions: dict[str, str] = field(default_factory=dict)
-    """Hive partitions: keys and values of the key=value folders in the path."""
+    partitions: dict[str, str | None] = field(default_factory=dict)
+    """Hive partitions: keys and values of the key=value folders in the path. Hive's name for null is None."""
     error: str | None = None
     """Why the footer cannot be read, or None. A file with an error has 0 rows."""
 
@@ -143,54 +142,22 @@ class WorkUnits:
         return int((self.spans[:, 4] - self.spans[:, 3]).sum())
 
 
-def list_files(location: str) -> list[str]:
-    """Return the sorted paths of the Parquet files at a location.
-
-    Names that begin with `_` or `.` are skipped.
-
-    Args:
-        location: File, folder (searched recursively) or glob.
-
-    Raises:
-        DataError: The location does not exist, or contains no file whose name ends in .parquet.
-    """
-    return [str(entry["name"]) for entry in _list_entries(location)]
-
-
-def check_apart(source: str, output: str) -> None:
-    """Check that no file of an input is in the output folder, and that no file of the output will be in the input.
-
-    Raises:
-        DataError: The input does not exist.
-        SettingsError: Input and output overlap.
-    """
-    filesystem, root = filesystem_of(source)
-    other, folder = filesystem_of(output)
-    if type(filesystem) is not type(other):
-        return
-    place = os.path.realpath if isinstance(filesystem, LocalFileSystem) else str
-    root, folder = place(root).rstrip("/"), place(folder).rstrip("/")
-    inside = any(place(path).startswith(f"{folder}/") for path in list_files(source))
-    if inside or (folder.startswith(f"{root}/") and _is_data(f"{folder}/part.parquet", root)):
-        raise SettingsError(
-            f"--output {shown(output)} and --input {shown(source)} overlap, so the next run would read its own output; "
-            "give an output folder outside the input"
-        )
-
-
-def read_footers(location: str, text_column: str, *, lenient: bool = False) -> list[InputFile]:
+def read_footers(
+    location: str, text_column: str, *, lenient: bool = False, without: str | None = None
+) -> list[InputFile]:
     """Read the footers of all input files in parallel.
 
     Args:
         location: File, folder or glob.
         text_column: Column whose bytes and nulls are counted.
         lenient: Store the error of an unreadable file in `InputFile.error` instead of raising it.
+        without: Folder whose files are left out: the output of the job.
 
     Raises:
         DataError: A file is not a readable Parquet file. If lenient, only if no file is readable.
     """
     filesystem, root = filesystem_of(location)
-    entries = _list_entries(location)
+    entries = list_entries(location, without=without)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         files = list(pool.map(lambda entry: _read_footer(filesystem, entry, root, text_column), entries))
     bad = [file for file in files if file.error is not None]
@@ -232,31 +199,6 @@ def usual_unit_bytes(files: Sequence[InputFile]) -> int:
     return _unit_bytes(sum(sum(file.row_group_bytes) for file in files))
 
 
-def _list_entries(location: str) -> list[dict[str, Any]]:
-    """Return the fsspec entries of the files that `list_files` returns."""
-    with store_errors(DataError, f"{shown(location)} cannot be read"):
-        return _find_entries(location)
-
-
-def _find_entries(location: str) -> list[dict[str, Any]]:
-    filesystem, path = filesystem_of(location)
-    filesystem.invalidate_cache()
-    if retried(lambda: filesystem.isfile(path)):
-        return [filesystem.info(path)]
-    found: dict[str, dict[str, Any]] = {}
-    if filesystem.isdir(path):  # also a folder whose name contains a bracket
-        found = retried(lambda: filesystem.find(path, detail=True))
-    elif any(character in path for character in GLOB_CHARACTERS):
-        for match in retried(lambda: filesystem.glob(path)):
-            found |= filesystem.find(match, detail=True) or {match: filesystem.info(match)}
-    else:
-        raise DataError(f"{shown(location)} does not exist; give a Parquet file, a folder of them, or a glob")
-    files = [found[name] for name in sorted(found) if name.endswith(".parquet") and _is_data(name, path)]
-    if not files:
-        raise DataError(f"{shown(location)} contains no *.parquet files ({len(found)} other files)")
-    return files
-
-
 def _unit_bytes(total: int) -> int:
     usual = min(max(total // USUAL_NUM_UNITS, SMALLEST_UNIT_BYTES), USUAL_UNIT_BYTES)
     return max(usual, total // MOST_UNITS)
@@ -269,7 +211,7 @@ def _read_footer(filesystem: AbstractFileSystem, entry: dict[str, Any], root: st
     partitions = _partitions(path, root)
     try:
         metadata, schema = retried(lambda: _open_footer(filesystem, path))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         return InputFile(**known, schema=None, partitions=partitions, error=first_line(error))
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     leaves = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path == text_column]
@@ -284,7 +226,7 @@ def _read_footer(filesystem: AbstractFileSystem, entry: dict[str, Any], root: st
 
 def _open_footer(filesystem: AbstractFileSystem, path: str) -> tuple[pq.FileMetaData, pa.Schema]:
     with filesystem.open(path, "rb") as file:
-        parquet = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(file, coerce_int96_timestamp_unit=INT96_UNIT)
         return parquet.metadata, parquet.schema_arrow
 
 
@@ -301,11 +243,11 @@ def _version(entry: dict[str, Any]) -> str:
     return str(next((entry[name] for name in names if entry.get(name) is not None), ""))
 
 
-def _partitions(path: str, root: str) -> dict[str, str]:
+def _partitions(path: str, root: str) -> dict[str, str | None]:
     """Return the key=value folders of a path below root. If root is a glob, they may be anywhere in the path."""
     below = path[len(root) :] if path.startswith(root) else path
     pairs = [part.partition("=") for part in below.split("/")[:-1] if "=" in part]
-    return {unquote(key): unquote(value) for key, _, value in pairs if key}
+    return {unquote(key): None if value == HIVE_NULL else unquote(value) for key, _, value in pairs if key}
 
 
 def _text_bytes(group: pq.RowGroupMetaData, texts: Sequence[pq.ColumnChunkMetaData]) -> int:
@@ -341,24 +283,6 @@ def _limited(
             stop = min(stop, start + left)
             left -= stop - start
             yield (index, number, first_row, start, stop), span_bytes
-
-
-def _is_data(name: str, root: str) -> bool:
-    """Return whether no component of a name below root begins with `_` or `.`.
-
-    Spark and Hive mark files that are not data in this way. If root is a glob, it counts up to its first wildcard, and
-    what its own components name with a `_` or `.` is data.
-    """
-    below, pattern = [[part for part in path.split("/") if part] for path in (name, root)]
-    fixed = next((place for place, part in enumerate(pattern) if set(part) & set(GLOB_CHARACTERS)), len(pattern))
-    for place, part in enumerate(below[fixed:], fixed):
-        if part.startswith(("_", ".")):
-            matched = pattern[place : place + 1]
-            if "**" in pattern:
-                matched = pattern[-1:] if place == len(below) - 1 else pattern[fixed:-1]
-            if not any(one.startswith(("_", ".")) and fnmatchcase(part, one) for one in matched):
-                return False
-    return True
 
 
 TASKS_PER_ROW_GROUP = 8

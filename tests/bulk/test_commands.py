@@ -12,7 +12,7 @@ import pytest
 from pipelines import cli
 from pipelines.bulk.drift import compare
 from pipelines.model_folder import write_pipeline_file
-from pipelines.storage.shards import list_files
+from pipelines.storage.listing import list_files
 from tests.jobs import read_scored
 
 

@@ -234,12 +234,28 @@ def test_input_and_output_may_not_overlap(spam_folder, tmp_path, emails, overwri
     score(score_job(spam_folder, tmp_path / "in" / "a.parquet", tmp_path / "out"))
     before = sorted(tmp_path.rglob("*.parquet"))
     names = {"text_column": "source_file", "keep": [], "overwrite": overwrite}
-    for source, output, more in (("out", "out", names), ("out/*.parquet", "out", names), ("in", "in/out", {}),
-                                 ("link", "in/out", {}), ("in/*", "in", {}), ("in/a.parquet", "link", {})):  # fmt: skip
-        with pytest.raises(SettingsError, match="overlap, so the next run would read its own output"):
+    for source, output, more in (("out", "out", names), ("out/*.parquet", "out", names), ("in/*", "in", {}),
+                                 ("in/a.parquet", "link", {})):  # fmt: skip
+        with pytest.raises(SettingsError, match="would read its own output"):
             score(score_job(spam_folder, tmp_path / source, tmp_path / output, **more))
     assert sorted(tmp_path.rglob("*.parquet")) == before
     assert score(score_job(spam_folder, tmp_path / "in", tmp_path / "in" / "_out")).rows_out == 9, "never read as data"
+
+
+def test_output_inside_the_input_is_left_out(spam_folder, tmp_path, emails):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    pq.write_table(emails.slice(0, 9), tmp_path / "in" / "a.parquet")
+    assert score(score_job(spam_folder, tmp_path / "in", tmp_path / "in" / "out")).rows_out == 9
+    pq.write_table(emails.slice(9, 2), tmp_path / "in" / "b.parquet")
+    more = {"append": True}
+    assert score(score_job(spam_folder, tmp_path / "in", tmp_path / "in" / "out", **more)).rows_out == 11
+    with pytest.raises(DataError, match=r"in/out in the input is the output of a scoring job; move it"):
+        score(score_job(spam_folder, tmp_path / "in", tmp_path / "elsewhere"))
+    again = score_job(
+        spam_folder, tmp_path / "in" / "out", tmp_path / "elsewhere", text_column="source_file", prefix="m_"
+    )
+    assert score(again).rows_out == 11, "an output that is the input itself can be scored"
 
 
 @pytest.mark.parametrize(

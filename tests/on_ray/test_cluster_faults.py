@@ -15,7 +15,7 @@ import pytest
 from pipelines.errors import SettingsError
 from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.score import score
-from pipelines.storage.shards import list_files
+from pipelines.storage.listing import list_files
 from tests.jobs import clean_environment, read_scored, score_job
 
 HERE = Path(__file__).parent

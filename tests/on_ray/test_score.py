@@ -11,7 +11,7 @@ from pipelines.errors import DataError, JobError, OutputError, SettingsError
 from pipelines.model.scorer import Scorer
 from pipelines.on_ray.score import score
 from pipelines.settings import ComputeSettings
-from pipelines.storage.shards import list_files
+from pipelines.storage.listing import list_files
 from tests.jobs import FLOAT32, logged, read_scored, score_job
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -1,5 +1,7 @@
 import os
+import shutil
 import zipfile
+from datetime import date, datetime
 
 import fsspec
 import pyarrow as pa
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from pipelines.errors import DataError, ModelFolderError, OutputError
 from pipelines.model_folder import local_folder
 from pipelines.storage import locations, shards
+from pipelines.storage.listing import list_files
 from pipelines.storage.rows import read_unit, read_units, together
 
 
@@ -54,10 +57,10 @@ def test_every_row_in_exactly_one_unit(tmp_path_factory, unit_bytes, limit):
 
 
 def test_folders_globs_and_files_are_inputs(data):
-    names = [file.rsplit("/", 1)[1] for file in shards.list_files(str(data))]
+    names = [file.rsplit("/", 1)[1] for file in list_files(str(data))]
     assert names == ["a.parquet", "b.parquet", "d.parquet", "c.parquet"]
-    assert len(shards.list_files(f"{data}/*.parquet")) == 3
-    assert len(shards.list_files(f"{data}/a.parquet")) == 1
+    assert len(list_files(f"{data}/*.parquet")) == 3
+    assert len(list_files(f"{data}/a.parquet")) == 1
 
 
 def test_fsspec_input_and_output(data):
@@ -73,12 +76,12 @@ def test_fsspec_input_and_output(data):
 
 def test_brackets_in_names_and_folder_globs(data):
     (data / "b.parquet").rename(data / "r[1].parquet")
-    assert len(shards.list_files(f"{data}/r[1].parquet")) == 1
+    assert len(list_files(f"{data}/r[1].parquet")) == 1
     for folder in ("days[1]", "days1"):
         (data / folder).mkdir()
         write(data / folder / f"{folder}.parquet", 1)
-    assert [file.rsplit("/", 1)[1] for file in shards.list_files(f"{data}/days[1]")] == ["days[1].parquet"]
-    assert [file.rsplit("/", 1)[1] for file in shards.list_files(f"{data}/year=*")] == ["c.parquet"]
+    assert [file.rsplit("/", 1)[1] for file in list_files(f"{data}/days[1]")] == ["days[1].parquet"]
+    assert [file.rsplit("/", 1)[1] for file in list_files(f"{data}/year=*")] == ["c.parquet"]
 
 
 def test_globs_skip_what_is_not_data(tmp_path):
@@ -87,7 +90,7 @@ def test_globs_skip_what_is_not_data(tmp_path):
         write(tmp_path / "_mail" / name / "x.parquet", 1, group=1)
 
     def found(pattern):
-        return [path.rsplit("_mail/", 1)[1] for path in shards.list_files(f"{tmp_path}/_mail/{pattern}")]
+        return [path.rsplit("_mail/", 1)[1] for path in list_files(f"{tmp_path}/_mail/{pattern}")]
 
     assert found("") == found("*") == found("**/*.parquet") == found("2*") == ["2026/x.parquet"]
     assert found("_temporary") == ["_temporary/0/x.parquet"], "a folder that is named is data"
@@ -101,7 +104,7 @@ def test_archives_skip_what_is_not_data(data, tmp_path):
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         for name in ("_hidden.parquet", "_temporary/a.parquet", "days/a.parquet"):
             archive.write(data / "a.parquet", name)
-    assert shards.list_files(f"zip://::{tmp_path}/data.zip") == ["days/a.parquet"]
+    assert list_files(f"zip://::{tmp_path}/data.zip") == ["days/a.parquet"]
 
 
 def test_missing_columns_and_hive_partitions(data):
@@ -111,7 +114,7 @@ def test_missing_columns_and_hive_partitions(data):
     table = read_unit(str(data), unit, together(files), prefix="m_")
     assert table.column_names == ["id", "text", "more", "year", "m_source_file", "m_source_row"]
     assert table["more"].drop_null().to_pylist() == [1.5]
-    assert [row["year"] for row in table.to_pylist() if "year=" in row["m_source_file"]] == ["2026"]
+    assert [row["year"] for row in table.to_pylist() if "year=" in row["m_source_file"]] == [2026]
     assert table["year"].null_count == len(table) - 1 == 33
 
 
@@ -157,8 +160,8 @@ def test_unit_size_grows_and_is_bounded():
     ("name", "message"),
     [
         ("nowhere", "does not exist; give a Parquet file"),
-        ("empty", r"contains no \*\.parquet files \(0 other files\)"),
-        ("text", r"contains no \*\.parquet files \(1 other files\)"),
+        ("empty", r"contains no Parquet files \(0 other files\)"),
+        ("text", r"contains no Parquet files \(1 other files\)"),
         ("broken", r"broken\.parquet is not a readable Parquet file"),
     ],
 )
@@ -219,7 +222,7 @@ def test_make_folder(tmp_path):
 @pytest.mark.parametrize(
     ("action", "error"),
     [
-        (shards.list_files, DataError),
+        (list_files, DataError),
         (locations.make_folder, OutputError),
         (local_folder, ModelFolderError),
     ],
@@ -237,3 +240,60 @@ def test_a_folder_without_permission_is_named(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(OutputError, match=r"cannot be written: .*check the path"):
         locations.make_folder(str(tmp_path / "file" / "below"))
+
+
+def test_files_are_found_by_content(tmp_path, log_lines):
+    source = tmp_path / "a.parquet"
+    write(source, 1, group=1)
+    for name in ("b.pq", "c.parq", "d.PARQUET", "part-0000", "e.snappy.parquet", "f.json"):
+        shutil.copy(source, tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no data")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "_SUCCESS").write_text("")
+    names = [path.rsplit("/", 1)[1] for path in list_files(str(tmp_path))]
+    assert names == ["a.parquet", "b.pq", "c.parq", "d.PARQUET", "e.snappy.parquet", "f.json", "part-0000"]
+    assert any(line.startswith("2 files that are not Parquet are skipped, such as ") for line in log_lines)
+    assert [path.rsplit("/", 1)[1] for path in list_files(f"{tmp_path}/*.pq")] == ["b.pq"]
+    files = shards.read_footers(f"{tmp_path}/*", "text", lenient=True)
+    assert {file.url.rsplit("/", 1)[1] for file in files if file.error} == {"notes.txt", "empty"}, "a glob is believed"
+
+
+def test_delta_tables_are_refused(tmp_path):
+    (tmp_path / "in" / "table" / "_delta_log").mkdir(parents=True)
+    (tmp_path / "in" / "table" / "_delta_log" / "0.json").write_text("{}")
+    write(tmp_path / "in" / "table" / "a.parquet", 1, group=1)
+    for name in ("in", "in/table", "in/table/*.parquet", "in/table/a.parquet"):
+        with pytest.raises(DataError, match=r"in/table is a Delta table"):
+            list_files(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (["2024", "2025", "__HIVE_DEFAULT_PARTITION__"], [2024, 2025, None]),
+        (["08", "-3"], [8, -3]),
+        (["2024-01-31", "2024-02-29"], [date(2024, 1, 31), date(2024, 2, 29)]),
+        (["2024-01-31", "2024-02-31"], ["2024-01-31", "2024-02-31"]),
+        (["1", "a%2Fb"], ["1", "a/b"]),
+        (["__HIVE_DEFAULT_PARTITION__"], [None]),
+        (["9" * 19], ["9" * 19]),
+    ],
+)
+def test_partitions_have_types(tmp_path, values, expected):
+    for value in values:
+        (tmp_path / f"key={value}").mkdir()
+        write(tmp_path / f"key={value}" / "a.parquet", 1, group=1)
+    files = shards.read_footers(str(tmp_path), "text")
+    units = shards.split_into_units(files, unit_bytes=10**9)
+    table = pa.concat_tables([read_unit(str(tmp_path), unit, together(files)) for unit in units])
+    assert sorted(table["key"].to_pylist(), key=str) == sorted(expected, key=str)
+
+
+def test_old_times_keep_their_year(tmp_path):
+    times = pa.array([datetime(9999, 12, 31), datetime(1, 1, 1), None], pa.timestamp("us"))
+    pq.write_table(
+        pa.table({"text": ["a", "b", "c"], "sent": times}), tmp_path / "a.parquet", use_deprecated_int96_timestamps=True
+    )
+    files = shards.read_footers(str(tmp_path), "text")
+    (unit,) = shards.split_into_units(files)
+    assert read_unit(str(tmp_path), unit, together(files))["sent"].to_pylist() == times.to_pylist()

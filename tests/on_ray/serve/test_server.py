@@ -23,7 +23,7 @@ from pipelines.on_ray.score import score
 from pipelines.serving.auth import check_exposure
 from pipelines.serving.settings import ServeSettings
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
-from pipelines.storage.shards import list_files
+from pipelines.storage.listing import list_files
 from tests import tiny
 from tests.on_ray.serve.servers import predict, started
 
