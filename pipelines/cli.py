@@ -103,7 +103,7 @@ def _score(options: argparse.Namespace) -> int:
     summary = run_scoring(job, address=options.address)
     result = summary.to_json()
     _print(options, result, {name: value for name, value in result.items() if name != "histograms"})
-    return ROWS_IN_ERROR if summary.rows_in_error or summary.files_in_error else DONE
+    return ROWS_IN_ERROR if summary.rows_in_error or summary.files_in_error or summary.values_lost else DONE
 
 
 def _estimate(options: argparse.Namespace, job: ScoreJob) -> int:

@@ -361,7 +361,7 @@ class ScoreSettings:
     gpus_per_replica: float | None = None
     """GPUs per replica. Default: 1 with device=cuda, or with device=auto if the cluster has a GPU now; else 0."""
     unit_bytes: int | None = None
-    """Bytes of text per work unit. By default it grows with the input, so that the number of units stays bounded."""
+    """Bytes per work unit, of all columns that are read. By default it grows with the input, as far as is useful."""
     filter: str | None = None
     """Score only the rows that match, such as: language == 'en' and year >= 2020. Other rows are only counted."""
     max_errors: float | int | None = None

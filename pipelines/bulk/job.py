@@ -139,7 +139,8 @@ def check_job(job: ScoreJob) -> CheckedJob:
     load_tokenizer(folder.path).check_vocabulary(vocabulary_size(read_config(folder.path)), where=shown(job.model))
     if not job.is_local and "memory://" in (job.input[:9], job.output[:9]):
         raise SettingsError("memory:// exists only in this process; add --replicas 0 to score without Ray")
-    files = read_footers(job.input, job.data.text_column, lenient=True, without=job.output)
+    read = None if job.score.keep is None else (*job.score.keep, *job.data.text_columns)
+    files = read_footers(job.input, job.data.text_column, read=read, lenient=True, without=job.output)
     readable = [file for file in files if file.schema is not None]
     if not sum(file.num_rows for file in readable):
         raise DataError(f"{shown(job.input)} has no rows: its {len(files)} Parquet files are empty")

@@ -105,6 +105,10 @@ def _finish(checked: CheckedJob, run: Run, totals: RunTotals) -> ScoreSummary:
         rows_per_second=round(totals.rows_here / totals.elapsed, 2),
         units_before=len(run.finished),
     )
+    for name, count in summary.values_lost.items():
+        logger.warning(
+            "%s values of column %s are null, because they do not fit its type or cannot be read", f"{count:,}", name
+        )
     for warning in summary.warnings:
         logger.warning("%s", warning)
     commit_json(run.location, SUMMARY, summary.to_json())

@@ -42,6 +42,8 @@ class Counts:
     """For each label, the number of documents by score, in 20 equal bins of [0, 1]."""
     positives: Mapping[str, int] = field(default_factory=dict)
     """Number of documents with each label."""
+    values_lost: Mapping[str, int] = field(default_factory=dict)
+    """By copied column: values that are null because they do not fit the column's type, or could not be read."""
     distinct: Mapping[str, Sequence[int]] = field(default_factory=dict)
     """For each label, the number of documents and of their distinct scores (`metrics.count_distinct`), unit by unit."""
 
@@ -78,6 +80,8 @@ class ScoreSummary:
     histograms: Mapping[str, Sequence[int]] = field(default_factory=dict)
     positive_rates: Mapping[str, float] = field(default_factory=dict)
     """Share of the scored documents with each label."""
+    values_lost: Mapping[str, int] = field(default_factory=dict)
+    """By copied column: values that are null because they do not fit the column's type, or could not be read."""
     warnings: tuple[str, ...] = ()
     """What is suspicious about the scores."""
     files_in_error: Mapping[str, str] = field(default_factory=dict)

@@ -112,6 +112,7 @@ class UnitScorer:
             count_table(scored, self._setup.decision, prefix=self._setup.prefix),
             rows_in=stats.rows_in,
             rows_filtered=stats.rows_filtered,
+            values_lost=stats.values_lost,
             seconds={"read": stats.read_seconds, "tokenize": stats.tokenize_seconds, "forward": forward_seconds},
         )
         started = time.perf_counter()

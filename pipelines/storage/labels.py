@@ -36,7 +36,7 @@ def read_label_column(location: str, data: DataSettings) -> LabelColumn:
     Raises:
         DataError: A file cannot be read, a column is missing or has the wrong type, or there are no rows.
     """
-    files = read_footers(location, data.text_column)
+    files = read_footers(location, data.text_column, read=data.text_columns)
     for file in files:
         assert file.schema is not None, "files without a schema are refused by read_footers"
         for name in data.text_columns:

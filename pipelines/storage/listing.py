@@ -44,25 +44,26 @@ def list_files(location: str) -> list[str]:
         DataError: The location does not exist, contains no Parquet file, or contains a table that has to be read in
             another way.
     """
-    return [str(entry["name"]) for entry in list_entries(location)]
+    return [str(entry["name"]) for entry in list_entries(location, refuse_runs=False)]
 
 
-def list_entries(location: str, *, without: str | None = None) -> list[dict[str, Any]]:
+def list_entries(location: str, *, without: str | None = None, refuse_runs: bool = True) -> list[dict[str, Any]]:
     """Return the fsspec entries of the files that `list_files` returns.
 
     Args:
         location: File, folder or glob.
         without: Folder whose files are left out: the output of the job.
+        refuse_runs: Whether the output of another scoring job below the location is an error.
 
     Raises:
         DataError: As `list_files`.
         SettingsError: The location itself is in the folder `without`.
     """
     with store_errors(DataError, f"{shown(location)} cannot be read"):
-        return _find_entries(location, without)
+        return _find_entries(location, without, refuse_runs=refuse_runs)
 
 
-def _find_entries(location: str, without: str | None) -> list[dict[str, Any]]:
+def _find_entries(location: str, without: str | None, *, refuse_runs: bool) -> list[dict[str, Any]]:
     filesystem, path = filesystem_of(location)
     filesystem.invalidate_cache()
     output = None if without is None else _folder_in(without, filesystem)
@@ -72,7 +73,7 @@ def _find_entries(location: str, without: str | None) -> list[dict[str, Any]]:
             "own output; give an output folder of its own"
         )
     if retried(lambda: filesystem.isfile(path)):
-        _refuse_tables([], posixpath.dirname(path), filesystem)
+        _refuse_tables([], posixpath.dirname(path), filesystem, refuse_runs=False)
         return [filesystem.info(path)]
     found: dict[str, dict[str, Any]] = {}
     named: set[str] = set()
@@ -88,7 +89,7 @@ def _find_entries(location: str, without: str | None) -> list[dict[str, Any]]:
         raise DataError(f"{shown(location)} does not exist; give a Parquet file, a folder of them, or a glob")
     if output is not None:
         found = {name: entry for name, entry in found.items() if not _is_below(name, output, filesystem)}
-    _refuse_tables(found, path, filesystem)
+    _refuse_tables(found, path, filesystem, refuse_runs=refuse_runs)
     data = {name: entry for name, entry in sorted(found.items()) if _is_data(name, path)}
     taken = _parquet_names(filesystem, data, named)
     skipped = [name for name in data if name not in taken]
@@ -111,7 +112,7 @@ def _begin(filesystem: AbstractFileSystem, name: str) -> bytes:
     return bytes(retried(lambda: filesystem.cat_file(name, start=0, end=len(MAGIC))))
 
 
-def _refuse_tables(names: Iterable[str], root: str, filesystem: AbstractFileSystem) -> None:
+def _refuse_tables(names: Iterable[str], root: str, filesystem: AbstractFileSystem, *, refuse_runs: bool) -> None:
     """Raise DataError if the input is in a Delta table, or contains one or the output of a scoring job."""
     fixed = _fixed(root, filesystem)
     if filesystem.isdir(posixpath.join(fixed, DELTA_LOG)):
@@ -120,7 +121,9 @@ def _refuse_tables(names: Iterable[str], root: str, filesystem: AbstractFileSyst
         folder = posixpath.dirname(name)
         if posixpath.basename(folder) == DELTA_LOG:
             raise _delta_error(posixpath.dirname(folder))
-        is_manifest = posixpath.basename(name) == RUN_MANIFEST and folder.rstrip("/") != root.rstrip("/")
+        is_manifest = (
+            refuse_runs and posixpath.basename(name) == RUN_MANIFEST and folder.rstrip("/") != root.rstrip("/")
+        )
         if is_manifest and "generations" in _json_keys(filesystem, name):
             raise DataError(
                 f"{folder} in the input is the output of a scoring job; move it out of the input, or name the files to "

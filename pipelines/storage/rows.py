@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from pipelines.errors import DataError, first_line
 from pipelines.storage.columns import SOURCE_COLUMNS, text_column_problem
 from pipelines.storage.locations import filesystem_of, retried
-from pipelines.storage.shards import INT96_UNIT, InputFile, Span, WorkUnit
+from pipelines.storage.shards import INT96_UNIT, InputFile, Span, WorkUnit, bytes_of, leaves_of
 
-BATCH_ROWS = 4096
+BATCH_ROWS, BATCH_BYTES = 4096, 16 * 2**20
+"""Maximum number of rows that are decoded at once, and of their bytes in the file, without compression."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Rows:
     """Why a row could not be read, or None. The requested columns of a row with an error are null."""
     seconds: float
     """Time that reading took, in seconds."""
+    values_lost: Mapping[str, int] = field(default_factory=dict)
+    """By column: values that are null because they do not fit the column's type, or could not be read."""
 
 
 def read_unit(location: str, unit: WorkUnit, schema: pa.Schema, *, prefix: str = "") -> pa.Table:
@@ -56,6 +60,8 @@ def read_unit(location: str, unit: WorkUnit, schema: pa.Schema, *, prefix: str =
     bad = next((error for error in rows.errors if error is not None), None)
     if bad is not None:
         raise DataError(bad)
+    for name, count in rows.values_lost.items():
+        raise DataError(f"{count} values of column {name!r} of {unit.spans[0].file.url} cannot be read or converted")
     return rows.table
 
 
@@ -65,7 +71,8 @@ def read_units(
     """Read units one after another. Consecutive spans of the same row group are decoded once.
 
     Every row of a unit is returned. If a row group cannot be read, or a file lacks a text column, its rows are null and
-    have an error. The columns are cast to the schema.
+    have an error. The columns are cast to the schema. Another column never costs a row its text: values of it that do
+    not fit the schema, or cannot be read, are null and counted.
 
     Args:
         location: Location of the input.
@@ -78,20 +85,21 @@ def read_units(
         The rows of each unit.
     """
     filesystem, _ = filesystem_of(location)
-    reader = _GroupReader(filesystem, schema)
+    reader = _GroupReader(filesystem, schema.names)
     for unit in units:
         started = time.perf_counter()
         tables: list[pa.Table] = []
         errors: list[str | None] = []
+        lost: dict[str, int] = {}
         for span in unit.spans:
-            table, error = _read_span(reader, span, schema, text_columns)
+            table, error = _read_span(reader, span, schema, text_columns, lost)
             first = span.first_row + span.start
             columns = (pa.array([span.file.url] * len(table), pa.string()), pa.array(range(first, first + len(table))))
             for name, column in zip(SOURCE_COLUMNS, columns, strict=True):
                 table = table.append_column(prefix + name, column)
             tables.append(table)
             errors += [error] * len(table)
-        yield Rows(pa.concat_tables(tables).combine_chunks(), errors, time.perf_counter() - started)
+        yield Rows(pa.concat_tables(tables).combine_chunks(), errors, time.perf_counter() - started, lost)
 
 
 def together(files: Sequence[InputFile], names: Sequence[str] | None = None) -> pa.Schema:
@@ -162,38 +170,75 @@ def plain_field(column: pa.Field) -> pa.Field:
 
 
 def _read_span(
-    reader: _GroupReader, span: Span, schema: pa.Schema, text_columns: Sequence[str]
+    reader: _GroupReader, span: Span, schema: pa.Schema, text_columns: Sequence[str], lost: dict[str, int]
 ) -> tuple[pa.Table, str | None]:
-    """Return exactly the span's rows in the schema, and an error if they could not be read and are null."""
+    """Return exactly the span's rows in the schema, and an error if they could not be read and are null.
+
+    If the columns cannot be read together, the texts are read alone. `lost` counts the lost values of other columns.
+    """
     assert span.file.schema is not None
     for name in text_columns:
         problem = text_column_problem(span.file.schema, name)
         if problem is not None:
             return _nothing(span, schema), f"{span.file.url} {problem}"
     try:
-        table = retried(lambda: reader.read(span))
-        return _fitted(table, span, schema), None
+        return _fitted(retried(lambda: reader.read(span)), span, schema, lost), None
     except (pa.ArrowException, OSError, ValueError) as error:
         reader.close()
-        return _nothing(
-            span, schema
-        ), f"row group {span.row_group} of {span.file.url} cannot be read: {first_line(error)}"
+        reason = first_line(error)
+    try:
+        return _fitted(_read_apart(reader, span, text_columns), span, schema, lost), None
+    except (pa.ArrowException, OSError, ValueError):
+        return _nothing(span, schema), f"row group {span.row_group} of {span.file.url} cannot be read: {reason}"
 
 
-def _fitted(table: pa.Table, span: Span, schema: pa.Schema) -> pa.Table:
+def _read_apart(reader: _GroupReader, span: Span, text_columns: Sequence[str]) -> pa.Table:
+    """Read the texts, and add every other column that can be read. Raises the error of a text column."""
+    if not text_columns:
+        raise ValueError("there is no text column to read alone")
+    table = reader.of(text_columns).read(span)
+    for name in reader.names:
+        if name not in text_columns:
+            with suppress(pa.ArrowException, OSError, ValueError):
+                other = reader.of([name]).read(span)
+                if len(other) == len(table) and other.column_names == [name]:
+                    table = table.append_column(name, other.column(0))
+    return table
+
+
+def _fitted(table: pa.Table, span: Span, schema: pa.Schema, lost: dict[str, int]) -> pa.Table:
     if len(table) != span.num_rows:
         raise ValueError(f"it has {len(table)} rows from row {span.start} on, but its footer says {span.num_rows}")
     columns = []
     places = {name: place for place, name in enumerate(table.column_names)}
+    own = set(span.file.schema.names)  # type: ignore[union-attr]
     for column in schema:
         if column.name in places:
-            columns.append(table.column(places[column.name]).cast(column.type))
-        elif column.name in span.file.partitions:
+            values, count = cast_values(table.column(places[column.name]), column.type)
+        elif column.name in span.file.partitions and column.name not in own:
             value = pa.scalar(span.file.partitions[column.name], pa.string())
-            columns.append(pa.repeat(value, len(table)).cast(column.type))
-        else:
-            columns.append(pa.nulls(len(table), column.type))
+            values, count = pa.repeat(value, len(table)).cast(column.type), 0
+        else:  # the file does not have the column, or could not be read with it
+            values, count = pa.nulls(len(table), column.type), len(table) if column.name in own else 0
+        columns.append(values)
+        if count:
+            lost[column.name] = lost.get(column.name, 0) + count
     return pa.table(columns, schema=schema)
+
+
+def cast_values(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray, int]:
+    """Convert a column to a type. Return it, and the number of values that do not fit the type and are null."""
+    try:
+        return column.cast(kind), 0
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        pass
+    try:  # what does not come back from the other type as it was does not fit it
+        found = column.cast(kind, safe=False)
+        fits = pc.fill_null(pc.equal(found.cast(column.type, safe=False), column), False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return pa.chunked_array([pa.nulls(len(column), kind)]), len(column) - column.null_count
+    found = pc.if_else(fits, found, pa.scalar(None, kind))
+    return found, found.null_count - column.null_count
 
 
 def _nothing(span: Span, schema: pa.Schema) -> pa.Table:
@@ -206,16 +251,21 @@ class _GroupReader:
     The file stays open, and its footer is read once, until a span of another file is read.
     """
 
-    def __init__(self, filesystem: AbstractFileSystem, schema: pa.Schema) -> None:
-        self._filesystem, self._names = filesystem, schema.names
+    def __init__(self, filesystem: AbstractFileSystem, names: Sequence[str]) -> None:
+        self._filesystem, self.names = filesystem, names
         self._key: tuple[str, int] | None = None
         self._path: str | None = None
         self._file: Any = None
         self._parquet: Any = None
         self._columns: list[str] = []
+        self._leaves: list[int] | None = None
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._row = 0
         self._rest: pa.Table | None = None
+
+    def of(self, names: Sequence[str]) -> _GroupReader:
+        """Return a new reader of other columns."""
+        return _GroupReader(self._filesystem, names)
 
     def read(self, span: Span) -> pa.Table:
         """Return the span's rows, or fewer if the row group ends early."""
@@ -245,11 +295,13 @@ class _GroupReader:
             self._path = span.file.path
             names = self._parquet.schema_arrow.names
             known = set(names)
-            self._columns = [name for name in self._names if name in known] or names[:1]  # at least one, to count rows
+            self._columns = [name for name in self.names if name in known] or names[:1]  # at least one, to count rows
+            self._leaves = leaves_of(self._parquet.metadata, set(self._columns))
+        group = self._parquet.metadata.row_group(span.row_group)
+        row_bytes = bytes_of(group, self._leaves) / max(group.num_rows, 1)
+        num_rows = int(min(max(BATCH_BYTES / max(row_bytes, 1), 1), BATCH_ROWS))
         self._batches = iter(
-            self._parquet.iter_batches(
-                BATCH_ROWS, row_groups=[span.row_group], columns=self._columns, use_threads=False
-            )
+            self._parquet.iter_batches(num_rows, row_groups=[span.row_group], columns=self._columns, use_threads=False)
         )
         self._key, self._row, self._rest = (span.file.path, span.row_group), 0, None
 

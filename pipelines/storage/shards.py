@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +57,7 @@ class InputFile:
     schema: pa.Schema | None
     row_group_rows: tuple[int, ...] = ()
     row_group_bytes: tuple[int, ...] = ()
-    """Uncompressed bytes of the text column in each row group."""
+    """Uncompressed bytes of the columns that are read, in each row group."""
     num_nulls: int = 0
     """Number of rows whose text is null, as far as the footer's statistics count them."""
     partitions: dict[str, str | None] = field(default_factory=dict)
@@ -143,13 +143,19 @@ class WorkUnits:
 
 
 def read_footers(
-    location: str, text_column: str, *, lenient: bool = False, without: str | None = None
+    location: str,
+    text_column: str,
+    *,
+    read: Collection[str] | None = None,
+    lenient: bool = False,
+    without: str | None = None,
 ) -> list[InputFile]:
     """Read the footers of all input files in parallel.
 
     Args:
         location: File, folder or glob.
-        text_column: Column whose bytes and nulls are counted.
+        text_column: Column whose nulls are counted.
+        read: Columns whose bytes are counted. None means all columns.
         lenient: Store the error of an unreadable file in `InputFile.error` instead of raising it.
         without: Folder whose files are left out: the output of the job.
 
@@ -159,7 +165,7 @@ def read_footers(
     filesystem, root = filesystem_of(location)
     entries = list_entries(location, without=without)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        files = list(pool.map(lambda entry: _read_footer(filesystem, entry, root, text_column), entries))
+        files = list(pool.map(lambda entry: _read_footer(filesystem, entry, root, text_column, read), entries))
     bad = [file for file in files if file.error is not None]
     if bad and (not lenient or len(bad) == len(files)):
         raise DataError(f"{bad[0].url} is not a readable Parquet file: {bad[0].error}")
@@ -169,13 +175,13 @@ def read_footers(
 def split_into_units(
     files: Sequence[InputFile], *, unit_bytes: int | None = None, limit: int | None = None, first_number: int = 0
 ) -> WorkUnits:
-    """Split the rows of files into units of about unit_bytes of text.
+    """Split the rows of files into units of about unit_bytes.
 
     Large row groups are split, and small ones are joined. Every row is in exactly one unit. Units are in input order.
 
     Args:
         files: Input files with their footers.
-        unit_bytes: Text bytes per unit. Default: `usual_unit_bytes`, which grows with the input.
+        unit_bytes: Bytes per unit, of all columns that are read. Default: `usual_unit_bytes`.
         limit: Use only this many rows, from the start of the input.
         first_number: Number of the first unit.
     """
@@ -195,7 +201,7 @@ def split_into_units(
 
 
 def usual_unit_bytes(files: Sequence[InputFile]) -> int:
-    """Return the default text bytes per unit. It grows with the input, so that the number of units stays bounded."""
+    """Return the default bytes per unit. It grows with the input, so that the number of units stays bounded."""
     return _unit_bytes(sum(sum(file.row_group_bytes) for file in files))
 
 
@@ -204,7 +210,9 @@ def _unit_bytes(total: int) -> int:
     return max(usual, total // MOST_UNITS)
 
 
-def _read_footer(filesystem: AbstractFileSystem, entry: dict[str, Any], root: str, text_column: str) -> InputFile:
+def _read_footer(
+    filesystem: AbstractFileSystem, entry: dict[str, Any], root: str, text_column: str, read: Collection[str] | None
+) -> InputFile:
     path = str(entry["name"])
     url = path if isinstance(filesystem, LocalFileSystem) else str(filesystem.unstrip_protocol(path))
     known: dict[str, Any] = {"path": path, "url": url, "size": int(entry.get("size") or 0), "version": _version(entry)}
@@ -214,11 +222,11 @@ def _read_footer(filesystem: AbstractFileSystem, entry: dict[str, Any], root: st
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         return InputFile(**known, schema=None, partitions=partitions, error=first_line(error))
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    leaves = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path == text_column]
-    texts = [[group.column(number) for number in leaves] for group in groups]
+    texts = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path == text_column]
+    leaves = None if read is None else leaves_of(metadata, set(read))
     rows = tuple(group.num_rows for group in groups)
-    sizes = tuple(_text_bytes(group, columns) for group, columns in zip(groups, texts, strict=True))
-    num_nulls = sum(_num_nulls(columns) for columns in texts)
+    sizes = tuple(max(1, bytes_of(group, leaves)) for group in groups)
+    num_nulls = sum(_num_nulls([group.column(number) for number in texts]) for group in groups)
     return InputFile(
         **known, schema=schema, row_group_rows=rows, row_group_bytes=sizes, num_nulls=num_nulls, partitions=partitions
     )
@@ -250,8 +258,18 @@ def _partitions(path: str, root: str) -> dict[str, str | None]:
     return {unquote(key): None if value == HIVE_NULL else unquote(value) for key, _, value in pairs if key}
 
 
-def _text_bytes(group: pq.RowGroupMetaData, texts: Sequence[pq.ColumnChunkMetaData]) -> int:
-    return int(max(1, sum(column.total_uncompressed_size for column in texts) or group.total_byte_size))
+def leaves_of(metadata: pq.FileMetaData, names: set[str]) -> list[int] | None:
+    """Return the indices of the leaf columns of some columns, or None if these are all."""
+    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    found = [number for number, path in enumerate(paths) if path.split(".")[0] in names or path in names]
+    return None if len(found) == len(paths) else found
+
+
+def bytes_of(group: pq.RowGroupMetaData, leaves: list[int] | None) -> int:
+    """Return the bytes of some leaf columns of a row group in the file, without compression. None means all."""
+    if not leaves:  # all, or none of them is in this file
+        return int(group.total_byte_size)
+    return int(sum(group.column(number).total_uncompressed_size for number in leaves))
 
 
 def _num_nulls(columns: Sequence[pq.ColumnChunkMetaData]) -> int:

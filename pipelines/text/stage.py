@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class TokenizeStats:
     """Number of rows that did not pass the filter."""
     read_seconds: float
     tokenize_seconds: float
+    values_lost: Mapping[str, int] = field(default_factory=dict)
+    """By column: values that are null because they do not fit the column's type, or could not be read."""
 
     @classmethod
     def of(cls, table: pa.Table) -> TokenizeStats:
@@ -110,7 +112,7 @@ class TokenizeStage:
         reasons = [unread or bad for unread, bad in zip(errors, documents.errors, strict=True)]
         result = result.append_column(ERROR, pa.array(reasons, pa.string()))
         seconds = time.perf_counter() - started
-        stats = TokenizeStats(len(rows.table), len(rows.table) - len(table), rows.seconds, seconds)
+        stats = TokenizeStats(len(rows.table), len(rows.table) - len(table), rows.seconds, seconds, rows.values_lost)
         return result.replace_schema_metadata({STATS_METADATA: json.dumps(dataclasses.asdict(stats))})
 
     def _filtered(self, rows: Rows) -> tuple[pa.Table, list[str | None]]:

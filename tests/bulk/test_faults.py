@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines import cli
 from pipelines.bulk import run_folder
 from pipelines.bulk.job import check_job
 from pipelines.bulk.score import score_here as score
@@ -387,3 +388,36 @@ def test_fifty_megabyte_document(spam_folder, tmp_path):
     assert rows[1]["num_windows"] > 10_000
     assert not rows[1]["truncated"]
     assert rows[0]["num_windows"] == 1
+
+
+def test_other_columns_never_cost_a_row_its_score(spam_folder, tmp_path, emails):
+    """As pandas writes a column of ids: integers in one file, floats where one is missing."""
+    (tmp_path / "in").mkdir()
+    big = 2**60 + 1
+    texts = emails["text"].to_pylist()
+    pq.write_table(pa.table({"text": texts[:3], "user": pa.array([1, big, 3])}), tmp_path / "in" / "a.parquet")
+    pq.write_table(pa.table({"text": texts[3:5], "user": pa.array([4.0, None])}), tmp_path / "in" / "b.parquet")
+    summary = score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
+    rows = read_scored(tmp_path / "out").to_pylist()
+    assert [row["error"] for row in rows] == [None] * 5
+    assert [row["user"] for row in rows] == [1, None, 3, 4, None]
+    assert dict(summary.values_lost) == {"user": 1}
+    arguments = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "cli"), "--replicas", "0"]
+    assert cli.main(["score", str(spam_folder.path), *arguments]) == 3
+
+
+def test_column_that_cannot_be_read_costs_no_score(spam_folder, tmp_path, emails):
+    (tmp_path / "in").mkdir()
+    table = emails.slice(0, 6).append_column("noise", pa.array(range(6)))
+    path = tmp_path / "in" / "a.parquet"
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+    chunk = pq.read_metadata(path).row_group(0).column(3)
+    content = bytearray(path.read_bytes())
+    start = chunk.data_page_offset
+    content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    path.write_bytes(content)
+    summary = score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
+    rows = read_scored(tmp_path / "out").to_pylist()
+    assert [row["error"] for row in rows] == [None] * 6
+    assert dict(summary.values_lost) == {"noise": 6}
+    assert [row["id"] for row in rows] == table["id"].to_pylist()
