@@ -41,7 +41,9 @@ def test_row_that_kills_its_process_gets_error(local_ray, tmp_path, emails, monk
     folder.mkdir()
     texts = [f"good text number {number}" for number in range(16)]
     texts[5] = "a deadly one"
-    spam = tiny.model_folder(folder, [*texts, "deadly " * 50], tiny.BINARY, max_length=16)
+    spam = tiny.model_folder(
+        folder, [*texts, "deadly " * 50, *emails["text"].to_pylist()[:40]], tiny.BINARY, max_length=16
+    )
     (tmp_path / "in").mkdir()
     pq.write_table(pa.table({"text": texts}), tmp_path / "in" / "a.parquet", row_group_size=8)
     monkeypatch.setattr(score_module, "ScoreUnits", deadly(["deadly"]))

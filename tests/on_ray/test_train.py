@@ -35,7 +35,7 @@ def test_two_workers_match_one_process(training_data, tmp_path, monkeypatch, log
     assert workers.valid == pytest.approx(alone.valid, rel=1e-3)
     assert read_model_folder(tmp_path / "2").metrics == workers.valid
     assert "2 workers on CPUs" in log_lines
-    assert sum("valid mcc" in line for line in log_lines) == 2, "one line per run, forwarded from the workers"
+    assert sum("valid auprc" in line for line in log_lines) == 2, "one line per run, forwarded from the workers"
     assert "1.parquet row" in (tmp_path / "2" / "report.html").read_text(), "documents are named by file and row"
     assert list((tmp_path / "logs").glob("events.*"))
 
