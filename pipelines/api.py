@@ -214,7 +214,7 @@ def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) 
     from pipelines.model.scorer import Scorer
     from pipelines.model_folder import read_model_folder
     from pipelines.settings import ScoreSettings
-    from pipelines.storage.columns import check_text_column
+    from pipelines.storage.columns import check_text_column, with_fields
 
     data, scoring, compute = parse(settings, DataSettings, ScoreSettings, ComputeSettings)
     for field in dataclasses.fields(scoring):
@@ -234,7 +234,9 @@ def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) 
     check_output_columns(names, keep, outputs, prefix=scoring.prefix)
     table = table if data.limit is None else table.slice(0, data.limit)
     scorer = Scorer.load(_path(model), compute=compute, thresholds=scoring.thresholds)
-    results = scorer.results(scorer.score_documents(scorer.tokenizer.documents(table, *texts)), prefix=scoring.prefix)
+    results = scorer.results(
+        scorer.score_documents(scorer.tokenizer.documents(with_fields(table, texts), *texts)), prefix=scoring.prefix
+    )
     kept = table.select(keep)
     for field, column in zip(results.schema, results.columns, strict=True):
         kept = kept.append_column(field, column)

@@ -110,7 +110,7 @@ class DataSettings:
     """Which columns are read."""
 
     text_column: str = "text"
-    """Column that contains the text."""
+    """Column that contains the text, also a field in a struct column (meta.text). Lists are joined by newlines."""
     text_pair_column: str | None = None
     """Column that contains the second text of a pair."""
     label_column: str = "label"
@@ -363,7 +363,10 @@ class ScoreSettings:
     unit_bytes: int | None = None
     """Bytes per work unit, of all columns that are read. By default it grows with the input, as far as is useful."""
     filter: str | None = None
-    """Score only the rows that match, such as: language == 'en' and year >= 2020. Other rows are only counted."""
+    (
+        "Score only the rows that match, such as: language == 'en' and `sent at` >= '2026-01-31'. "
+        "Other rows are only counted. Backticks are for names with spaces or dots."
+    )
     max_errors: float | int | None = None
     """Stop the job if more rows than this have errors: a number of rows (int), or a share of all rows (float)."""
     overwrite: bool = False

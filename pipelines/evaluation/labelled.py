@@ -35,7 +35,7 @@ from pipelines.model.scorer import Scorer
 from pipelines.model_folder import ModelFolder, read_model_folder, write_pipeline_file
 from pipelines.progress import Progress
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings
-from pipelines.storage.columns import check_label_column, check_text_column
+from pipelines.storage.columns import check_label_column, check_text_column, with_fields
 from pipelines.storage.labels import check_label_columns, label_values, read_label_column
 from pipelines.storage.locations import absolute, commit_bytes, make_folder, shown
 from pipelines.storage.rows import read_unit, together
@@ -183,6 +183,7 @@ def labelled_table(table: pa.Table, data: DataSettings, decision: DecisionSettin
     texts = data.text_columns
     for name in texts:
         check_text_column(table.schema, name, where=MEMORY)
+    table = with_fields(table, texts)
     check_label_columns(data, decision)
     for name in data.target_columns:
         check_label_column(table.schema, name, where=MEMORY)

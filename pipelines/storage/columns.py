@@ -48,16 +48,42 @@ def text_column_problem(schema: pa.Schema, name: str) -> str | None:
 
     The reason completes a sentence that starts with the file name: "has no column 'text'; it has: ...".
     """
-    if name not in schema.names:
+    kind = type_at(schema, name)
+    if kind is None:
         return f"has no column {name!r}; it has: {', '.join(schema.names)}"
-    kind = schema.field(name).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return None
     if pa.types.is_null(kind):  # writers infer this type where no row has a text
         return None
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or _is_list_of_strings(kind):
+        return None
     return f"has a column {name!r} of type {kind}, not string"
+
+
+def type_at(schema: pa.Schema, name: str) -> pa.DataType | None:
+    """Return the type of a column, or of a field in a struct column (`meta.text`). None if there is none."""
+    if name in schema.names:
+        return schema.field(schema.names.index(name)).type
+    top, *path = name.split(".")
+    if not path or top not in schema.names:
+        return None
+    kind = schema.field(schema.names.index(top)).type
+    for part in path:
+        if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
+            return None
+        kind = kind.field(part).type
+    return kind
+
+
+def with_fields(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    """Return a table with a column for each name that is a field in a struct column (`meta.text`)."""
+    for name in names:
+        if name not in table.column_names and type_at(table.schema, name) is not None:
+            top, *path = name.split(".")
+            table = table.append_column(name, pc.struct_field(table.column(top), path))
+    return table
 
 
 def check_label_column(schema: pa.Schema, name: str, *, where: str) -> None:
@@ -79,11 +105,13 @@ def check_label_column(schema: pa.Schema, name: str, *, where: str) -> None:
 
 
 def read_texts(column: pa.ChunkedArray) -> Texts:
-    """Read the texts of a string column of any Arrow string type. Null and invalid UTF-8 become errors of the row."""
+    """Read the texts of a column of any type that `text_column_problem` accepts.
+
+    Null and invalid UTF-8 become errors of the row.
+    """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    if pa.types.is_string_view(column.type) or pa.types.is_null(column.type):  # pyarrow cannot fill their nulls
-        column = column.cast(pa.large_string())
+    column = as_strings(column)
     null_D = column.is_null().to_pylist() if column.null_count else [False] * len(column)
     errors = ["the text is null" if null else None for null in null_D]
     if column.null_count:
@@ -92,6 +120,30 @@ def read_texts(column: pa.ChunkedArray) -> Texts:
         return Texts(column.to_pylist(), errors)
     except UnicodeDecodeError:
         return _decode_each(column, errors)
+
+
+def as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return the texts of a column as an Arrow string type whose nulls pyarrow can fill.
+
+    The bytes of a binary column are taken for UTF-8, which is not checked here. The strings of a list are joined by
+    newlines, without those that are null.
+    """
+    kind = column.type
+    if pa.types.is_string_view(kind) or pa.types.is_null(kind):
+        return column.cast(pa.large_string())
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        chunks = [chunk.cast(pa.large_binary()).view(pa.large_string()) for chunk in column.chunks]
+        return pa.chunked_array(chunks, pa.large_string())
+    if _is_list_of_strings(kind):
+        rows = column.to_pylist()
+        joined = [None if row is None else "\n".join(text for text in row if text is not None) for row in rows]
+        return pa.chunked_array([pa.array(joined, pa.large_string())])
+    return column
+
+
+def _is_list_of_strings(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return bool(is_list and (pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)))
 
 
 def _decode_each(column: pa.ChunkedArray, errors: list[str | None]) -> Texts:

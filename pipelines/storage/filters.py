@@ -2,7 +2,8 @@
 
 A filter may contain column names, numbers, strings, true, false, null, the comparisons == != < <= > >=, `in [...]`,
 `not in [...]`, `is null`, `is not null`, the operators `and`, `or`, `not`, and parentheses. Dates and times are written
-as strings. Everything else is rejected. Nothing is evaluated as code.
+as strings. Names with spaces or dots, and keywords, are written in backticks: `sent at` >= '2026-01-31'. Everything
+else is rejected. Nothing is evaluated as code.
 
 Values are compared in the type of their column: 0.1 equals a float32 that was stored as 0.1.
 """
@@ -13,8 +14,9 @@ import ast
 import io
 import itertools
 import operator
+import re
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -31,6 +33,8 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
+QUOTED = "column_in_backticks_"
+"""Begin of the plain names that stand for names in backticks."""
 CONSTANTS = {"true": True, "false": False, "null": None, "None": None}
 EXAMPLE = "an example: language == 'en' and year >= 2020 (operators are and, or, not, ==, != in lower case)"
 
@@ -48,9 +52,10 @@ def parse_filter(text: str, schema: pa.Schema | None = None) -> tuple[Any, list[
     Raises:
         SettingsError: The filter is not valid, or does not fit the types. The message names the rejected part.
     """
+    plain, quoted = _without_backticks(text.strip())
     try:
-        tree = ast.parse(text.strip(), mode="eval")
-        parser = _Parser(text, schema)
+        tree = ast.parse(plain, mode="eval")
+        parser = _Parser(text, schema, quoted)
         expression = parser.expression(tree.body)
     except (SyntaxError, ValueError) as error:
         reason = error.msg if isinstance(error, SyntaxError) else first_line(error)
@@ -59,7 +64,7 @@ def parse_filter(text: str, schema: pa.Schema | None = None) -> tuple[Any, list[
         raise SettingsError("--filter is nested too deeply") from error
     if not parser.columns:
         raise SettingsError(f"--filter {text!r} names no column")
-    if _has_adjacent_strings(text.strip()):
+    if _has_adjacent_strings(plain):
         raise SettingsError(f"--filter {text!r} has two strings side by side; put a comma or an operator between them")
     return expression, list(dict.fromkeys(parser.columns))
 
@@ -95,6 +100,20 @@ def kept_rows(table: pa.Table, text: str) -> pa.Array:
     return pc.is_in(numbered.column("").combine_chunks(), value_set=passed.combine_chunks())
 
 
+def _without_backticks(text: str) -> tuple[str, dict[str, str]]:
+    """Return the filter with a plain name for each name in backticks, and the names by their plain names."""
+    quoted: dict[str, str] = {}
+
+    def plain(match: re.Match[str]) -> str:
+        if match["name"] is None:  # a string, in which backticks are text
+            return match[0]
+        name = f"{QUOTED}{len(quoted)}"
+        quoted[name] = match["name"]
+        return name
+
+    return re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|`(?P<name>[^`]+)`", plain, text), quoted
+
+
 def _has_adjacent_strings(text: str) -> bool:
     tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
     return any(left == right == tokenize.STRING for left, right in itertools.pairwise(tokens))
@@ -103,9 +122,9 @@ def _has_adjacent_strings(text: str) -> bool:
 class _Parser:
     """Converts the syntax tree of one filter."""
 
-    def __init__(self, text: str, schema: pa.Schema | None) -> None:
+    def __init__(self, text: str, schema: pa.Schema | None, quoted: Mapping[str, str]) -> None:
         self.columns: list[str] = []
-        self._text, self._schema = text, schema
+        self._text, self._schema, self._quoted = text, schema, quoted
 
     def expression(self, node: ast.expr) -> Any:
         """Return the expression of a node that is true or false."""
@@ -166,7 +185,7 @@ class _Parser:
         constants = [self._constant(value) for value in values]
         if self._schema is None or not isinstance(name, ast.Name):
             return column, constants
-        kind = self._schema.field(name.id).type
+        kind = self._schema.field(self._name(name)).type
         numbers = [value for value in constants if _is_number(value)]
         is_exact = all(float(value).is_integer() for value in numbers)
         if pa.types.is_integer(kind) and len(numbers) == len([value for value in constants if value is not None]):
@@ -181,15 +200,19 @@ class _Parser:
             example = "; write it as a string, such as '2026-01-31'" if pa.types.is_temporal(kind) else ""
             shown = ", ".join(map(ast.unparse, values))
             raise SettingsError(
-                f"--filter {self._text!r}: {shown} does not fit the types of the columns ({name.id} is "
-                f"{self._schema.field(name.id).type}){example}"
+                f"--filter {self._text!r}: {shown} does not fit the types of the columns ({self._name(name)} is "
+                f"{self._schema.field(self._name(name)).type}){example}"
             ) from error
 
     def _column(self, node: ast.expr) -> pc.Expression:
         if not isinstance(node, ast.Name) or not self._is_column(node):
             raise self._refused(node, "is no column")
-        self.columns.append(node.id)
-        return pc.field(node.id)
+        self.columns.append(self._name(node))
+        return pc.field(self._name(node))
+
+    def _name(self, node: ast.Name) -> str:
+        """Return the name of a column, as the table has it."""
+        return self._quoted.get(node.id, node.id)
 
     def _is_column(self, node: ast.expr) -> bool:
         return isinstance(node, ast.Name) and node.id not in CONSTANTS
@@ -205,7 +228,8 @@ class _Parser:
         return value
 
     def _refused(self, node: ast.expr, reason: str) -> SettingsError:
-        return SettingsError(f"--filter {self._text!r}: {ast.unparse(node)!r} {reason}")
+        shown = re.sub(rf"{QUOTED}\d+", lambda match: f"`{self._quoted[match[0]]}`", ast.unparse(node))
+        return SettingsError(f"--filter {self._text!r}: {shown!r} {reason}")
 
 
 def _constant(node: ast.expr) -> Any:

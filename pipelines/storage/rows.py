@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from pipelines.errors import DataError, first_line
-from pipelines.storage.columns import SOURCE_COLUMNS, text_column_problem
+from pipelines.storage.columns import SOURCE_COLUMNS, as_strings, text_column_problem, type_at, with_fields
 from pipelines.storage.locations import filesystem_of, retried
 from pipelines.storage.shards import INT96_UNIT, InputFile, Span, WorkUnit, bytes_of, leaves_of
 
@@ -124,6 +124,8 @@ def together(files: Sequence[InputFile], names: Sequence[str] | None = None) -> 
         before = (file.schema, file.partitions.keys())
         own = [plain_field(column) for column in file.schema if wanted is None or column.name in wanted]
         here = {column.name for column in own}
+        nested = [(name, type_at(file.schema, name)) for name in names or () if name not in here]
+        own += [plain_field(pa.field(name, kind)) for name, kind in nested if kind is not None]
         keys = [key for key in file.partitions if key not in here and (wanted is None or key in wanted)]
         own += [pa.field(key, types[key]) for key in keys]
         try:
@@ -196,7 +198,7 @@ def _read_apart(reader: _GroupReader, span: Span, text_columns: Sequence[str]) -
     """Read the texts, and add every other column that can be read. Raises the error of a text column."""
     if not text_columns:
         raise ValueError("there is no text column to read alone")
-    table = reader.of(text_columns).read(span)
+    table = reader.of(text_columns).read(span).select(list(text_columns))
     for name in reader.names:
         if name not in text_columns:
             with suppress(pa.ArrowException, OSError, ValueError):
@@ -228,6 +230,8 @@ def _fitted(table: pa.Table, span: Span, schema: pa.Schema, lost: dict[str, int]
 
 def cast_values(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray, int]:
     """Convert a column to a type. Return it, and the number of values that do not fit the type and are null."""
+    if pa.types.is_large_string(kind):  # a text column, whose invalid bytes become errors of the row later
+        column = as_strings(column)
     try:
         return column.cast(kind), 0
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
@@ -273,7 +277,7 @@ class _GroupReader:
             if self._key != (span.file.path, span.row_group) or self._row > span.start:
                 self._open(span)
             self._advance(span.start)
-            return self._take(span.num_rows)
+            return with_fields(self._take(span.num_rows), self.names)
         except BaseException:
             self.close()
             raise
@@ -293,9 +297,10 @@ class _GroupReader:
             self._file = self._filesystem.open(span.file.path, "rb")
             self._parquet = pq.ParquetFile(self._file, buffer_size=2**20, coerce_int96_timestamp_unit=INT96_UNIT)
             self._path = span.file.path
-            names = self._parquet.schema_arrow.names
-            known = set(names)
-            self._columns = [name for name in self.names if name in known] or names[:1]  # at least one, to count rows
+            schema = self._parquet.schema_arrow
+            known = set(schema.names)
+            found = [name for name in self.names if name in known or type_at(schema, name) is not None]
+            self._columns = found or schema.names[:1]  # at least one, to count rows
             self._leaves = leaves_of(self._parquet.metadata, set(self._columns))
         group = self._parquet.metadata.row_group(span.row_group)
         row_bytes = bytes_of(group, self._leaves) / max(group.num_rows, 1)

@@ -421,3 +421,52 @@ def test_column_that_cannot_be_read_costs_no_score(spam_folder, tmp_path, emails
     assert [row["error"] for row in rows] == [None] * 6
     assert dict(summary.values_lost) == {"noise": 6}
     assert [row["id"] for row in rows] == table["id"].to_pylist()
+
+
+def test_texts_in_binary_and_list_columns(spam_folder, tmp_path, emails):
+    """The bytes of a binary column are UTF-8, and the strings of a list are joined by newlines."""
+    (tmp_path / "in").mkdir()
+    texts = emails["text"].to_pylist()[:4]
+    columns = {
+        "string": pa.array(texts),
+        "binary": pa.array([text.encode() for text in texts]),
+        "large": pa.array([text.encode() for text in texts], pa.large_binary()),
+        "list": pa.array([text.split("\n") for text in texts]),
+    }
+    for name, column in columns.items():
+        pq.write_table(pa.table({"id": range(4), "text": column}), tmp_path / "in" / f"{name}.parquet")
+    bad = pa.array([b"fine", b"\xff\xfe", None], pa.binary())
+    pq.write_table(pa.table({"id": range(3), "text": bad}), tmp_path / "in" / "odd.parquet")
+    lists = pa.array([["a", None, "b"], None, []], pa.list_(pa.string()))
+    pq.write_table(pa.table({"id": range(3), "text": lists}), tmp_path / "in" / "odd_lists.parquet")
+    summary = score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
+    rows = by_row(read_scored(tmp_path / "out"))
+    for name in columns:
+        for row in range(4):
+            assert rows[f"{name}.parquet", row]["scores"] == pytest.approx(
+                rows["string.parquet", row]["scores"], abs=1e-5
+            )
+    assert rows["odd.parquet", 0]["error"] is None
+    assert rows["odd.parquet", 1]["error"].startswith("the text is not valid UTF-8")
+    assert rows["odd.parquet", 2]["error"] == rows["odd_lists.parquet", 1]["error"] == "the text is null"
+    assert rows["odd_lists.parquet", 0]["error"] is None
+    assert dict(summary.values_lost) == {}
+
+
+def test_text_in_a_struct(spam_folder, tmp_path, emails):
+    (tmp_path / "in").mkdir()
+    texts = emails["text"].to_pylist()[:3]
+    meta = pa.array([{"text": texts[0], "by": "x"}, None, {"text": texts[2], "by": "y"}])
+    pq.write_table(pa.table({"id": [1, 2, 3], "meta": meta}), tmp_path / "in" / "a.parquet", row_group_size=2)
+    pq.write_table(pa.table({"id": [4]}), tmp_path / "in" / "b.parquet")
+    job = score_job(spam_folder, tmp_path / "in", tmp_path / "out", text_column="meta.text")
+    assert score(job).rows_in_error == 2
+    rows = read_scored(tmp_path / "out").to_pylist()
+    assert [row["error"] is None for row in rows] == [True, False, True, False]
+    assert [row["meta"] for row in rows] == [*meta.to_pylist(), None], "carried as it is"
+    pq.write_table(pa.table({"text": texts}), tmp_path / "plain.parquet")
+    score(score_job(spam_folder, tmp_path / "plain.parquet", tmp_path / "other"))
+    plain = read_scored(tmp_path / "other").to_pylist()
+    assert [rows[0]["scores"], rows[2]["scores"]] == [plain[0]["scores"], plain[2]["scores"]]
+    with pytest.raises(DataError, match=r"has no column 'meta\.body'"):
+        score(score_job(spam_folder, tmp_path / "in", tmp_path / "third", text_column="meta.body"))

@@ -112,3 +112,29 @@ def test_values_of_another_type_are_refused(kind, text):
 def test_filters_that_cannot_be_meant(text):
     with pytest.raises(SettingsError, match="--filter"):
         parse_filter(text)
+
+
+ODD = pa.table({"sent at": [1, 2, 3], "meta.lang": ["en", "d`e", None], "class": [1, 1, 2], "true": [0, 1, 2]})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("`sent at` >= 2", [False, True, True]),
+        ("`meta.lang` == 'd`e' and `class` < 2", [False, True, False]),
+        ("`class` in [2] or `sent at` == `class`", [True, False, True]),
+        ("not `meta.lang` is null", [True, True, False]),
+        ("`true` == 2", [False, False, True]),
+    ],
+)
+def test_names_in_backticks(text, expected):
+    check_filter(text, ODD.schema)
+    assert kept_rows(ODD, text).to_pylist() == expected
+    assert set(parse_filter(text)[1]) <= set(ODD.column_names)
+
+
+@pytest.mark.parametrize("text", ["`sent at == 1", "`` == 1", "`a` `b` == 1", "f(`sent at`)", "`sent at` + 1 > 2"])
+def test_wrong_backticks_are_refused(text):
+    with pytest.raises(SettingsError, match="--filter") as caught:
+        parse_filter(text)
+    assert "column_in_backticks" not in str(caught.value).replace(text, "")
