@@ -21,7 +21,7 @@ from fsspec import AbstractFileSystem
 from pipelines.errors import DataError, first_line
 from pipelines.storage.columns import SOURCE_COLUMNS, as_strings, text_column_problem, type_at, with_fields
 from pipelines.storage.locations import filesystem_of, retried
-from pipelines.storage.shards import INT96_UNIT, InputFile, Span, WorkUnit, bytes_of, leaves_of
+from pipelines.storage.shards import INT96_UNIT, InputFile, Span, WorkUnit, bytes_of, has_encrypted_columns, leaves_of
 
 BATCH_ROWS, BATCH_BYTES = 4096, 16 * 2**20
 """Maximum number of rows that are decoded at once, and of their bytes in the file, without compression."""
@@ -301,7 +301,9 @@ class _GroupReader:
             known = set(schema.names)
             found = [name for name in self.names if name in known or type_at(schema, name) is not None]
             self._columns = found or schema.names[:1]  # at least one, to count rows
-            self._leaves = leaves_of(self._parquet.metadata, set(self._columns))
+            metadata = self._parquet.metadata
+            is_encrypted = has_encrypted_columns(self._file, metadata)
+            self._leaves = None if is_encrypted else leaves_of(metadata, set(self._columns))
         group = self._parquet.metadata.row_group(span.row_group)
         row_bytes = bytes_of(group, self._leaves) / max(group.num_rows, 1)
         num_rows = int(min(max(BATCH_BYTES / max(row_bytes, 1), 1), BATCH_ROWS))

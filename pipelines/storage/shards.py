@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -218,12 +219,12 @@ def _read_footer(
     known: dict[str, Any] = {"path": path, "url": url, "size": int(entry.get("size") or 0), "version": _version(entry)}
     partitions = _partitions(path, root)
     try:
-        metadata, schema = retried(lambda: _open_footer(filesystem, path))
+        metadata, schema, is_encrypted = retried(lambda: _open_footer(filesystem, path))
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         return InputFile(**known, schema=None, partitions=partitions, error=first_line(error))
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    texts = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path == text_column]
-    leaves = None if read is None else leaves_of(metadata, set(read))
+    texts = [] if is_encrypted else leaves_of(metadata, {text_column})
+    leaves = None if read is None or is_encrypted else leaves_of(metadata, set(read))
     rows = tuple(group.num_rows for group in groups)
     sizes = tuple(max(1, bytes_of(group, leaves)) for group in groups)
     num_nulls = sum(_num_nulls([group.column(number) for number in texts]) for group in groups)
@@ -232,10 +233,19 @@ def _read_footer(
     )
 
 
-def _open_footer(filesystem: AbstractFileSystem, path: str) -> tuple[pq.FileMetaData, pa.Schema]:
+def _open_footer(filesystem: AbstractFileSystem, path: str) -> tuple[pq.FileMetaData, pa.Schema, bool]:
     with filesystem.open(path, "rb") as file:
         parquet = pq.ParquetFile(file, coerce_int96_timestamp_unit=INT96_UNIT)
-        return parquet.metadata, parquet.schema_arrow
+        return parquet.metadata, parquet.schema_arrow, has_encrypted_columns(file, parquet.metadata)
+
+
+def has_encrypted_columns(file: Any, metadata: pq.FileMetaData) -> bool:
+    """Whether a file has a readable footer and encrypted columns. Such a footer is followed by a signature.
+
+    pyarrow ends the process if it is asked for the sizes or statistics of an encrypted column.
+    """
+    file.seek(-8, os.SEEK_END)
+    return bool(int.from_bytes(file.read(4), "little") != metadata.serialized_size)
 
 
 def fingerprint(files: Iterable[tuple[str, int, str]]) -> str:
@@ -258,11 +268,10 @@ def _partitions(path: str, root: str) -> dict[str, str | None]:
     return {unquote(key): None if value == HIVE_NULL else unquote(value) for key, _, value in pairs if key}
 
 
-def leaves_of(metadata: pq.FileMetaData, names: set[str]) -> list[int] | None:
-    """Return the indices of the leaf columns of some columns, or None if these are all."""
+def leaves_of(metadata: pq.FileMetaData, names: set[str]) -> list[int]:
+    """Return the indices of the leaf columns of some columns."""
     paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-    found = [number for number, path in enumerate(paths) if path.split(".")[0] in names or path in names]
-    return None if len(found) == len(paths) else found
+    return [number for number, path in enumerate(paths) if path.split(".")[0] in names or path in names]
 
 
 def bytes_of(group: pq.RowGroupMetaData, leaves: list[int] | None) -> int:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import pipelines
 from pipelines import cli
 from pipelines.bulk import run_folder
 from pipelines.bulk.job import check_job
@@ -468,5 +469,49 @@ def test_text_in_a_struct(spam_folder, tmp_path, emails):
     score(score_job(spam_folder, tmp_path / "plain.parquet", tmp_path / "other"))
     plain = read_scored(tmp_path / "other").to_pylist()
     assert [rows[0]["scores"], rows[2]["scores"]] == [plain[0]["scores"], plain[2]["scores"]]
+    table = pq.read_table(tmp_path / "in" / "a.parquet")
+    in_memory = pipelines.score(spam_folder.path, table, text_column="meta.text", dtype="float32", device="cpu")
+    assert in_memory["scores"].to_pylist()[0] == pytest.approx(plain[0]["scores"], abs=1e-6)
+    labelled = table.append_column("label", pa.array(["ham", "spam", "ham"]))
+    settings = {"text_column": "meta.text", "dtype": "float32", "device": "cpu"}
+    pq.write_table(labelled, tmp_path / "labelled.parquet")
+    for data in (labelled, tmp_path / "labelled.parquet"):
+        assert pipelines.evaluate(spam_folder.path, data, **settings).rows_in_error == 1
     with pytest.raises(DataError, match=r"has no column 'meta\.body'"):
         score(score_job(spam_folder, tmp_path / "in", tmp_path / "third", text_column="meta.body"))
+
+
+def encrypt(path, table, columns):
+    """Write a file with a readable footer and some encrypted columns."""
+    import base64
+
+    import pyarrow.parquet.encryption as pe
+
+    class Keys(pe.KmsClient):
+        def wrap_key(self, key, master):
+            return base64.b64encode(key)
+
+        def unwrap_key(self, wrapped, master):
+            return base64.b64decode(wrapped)
+
+    factory = pe.CryptoFactory(lambda _config: Keys())
+    config = pe.EncryptionConfiguration(footer_key="f", column_keys={"c": columns}, plaintext_footer=True)
+    properties = factory.file_encryption_properties(pe.KmsConnectionConfig(), config)
+    with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize("keep", [None, ["label"]])
+def test_encrypted_columns_cost_only_themselves(spam_folder, tmp_path, emails, keep):
+    """pyarrow aborts the process if it is asked for the size of such a column."""
+    (tmp_path / "in").mkdir()
+    encrypt(tmp_path / "in" / "a.parquet", emails.slice(0, 3), ["label"])
+    encrypt(tmp_path / "in" / "b.parquet", emails.slice(3, 3), ["text"])
+    pq.write_table(emails.slice(6, 3), tmp_path / "in" / "c.parquet")
+    summary = score(score_job(spam_folder, tmp_path / "in", tmp_path / "out", keep=keep))
+    rows = read_scored(tmp_path / "out").to_pylist()
+    assert [row["error"] is None for row in rows] == [True] * 3 + [False] * 3 + [True] * 3
+    assert [row["label"] for row in rows[:3]] == [None] * 3
+    assert summary.values_lost["label"] == 3
+    with pytest.raises(DataError):
+        pipelines.evaluate(spam_folder.path, tmp_path / "in" / "a.parquet", device="cpu")
