@@ -90,6 +90,8 @@ def _find_entries(location: str, without: str | None, *, refuse_runs: bool) -> l
     if output is not None:
         found = {name: entry for name, entry in found.items() if not _is_below(name, output, filesystem)}
     _refuse_tables(found, path, filesystem, refuse_runs=refuse_runs)
+    if isinstance(filesystem, LocalFileSystem):
+        found = _followed(filesystem, found)
     data = {name: entry for name, entry in sorted(found.items()) if _is_data(name, path)}
     taken = _parquet_names(filesystem, data, named)
     skipped = [name for name in data if name not in taken]
@@ -98,6 +100,32 @@ def _find_entries(location: str, without: str | None, *, refuse_runs: bool) -> l
     if skipped:
         logger.info("%d files that are not Parquet are skipped, such as %s", len(skipped), skipped[0])
     return [entry for name, entry in data.items() if name in taken]
+
+
+def _followed(filesystem: LocalFileSystem, entries: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Follow links, which fsspec does not do in folders. What is reached a second time is left out."""
+    found = {name: entry for name, entry in entries.items() if not entry.get("islink")}
+    places = {os.path.realpath(name) for name in found}
+    links = sorted(entries.keys() - found.keys())
+    again: list[str] = []
+    while links:
+        link = links.pop(0)
+        target = os.path.realpath(link)
+        if os.path.isdir(target):
+            is_loop = _is_below(posixpath.dirname(link), target, filesystem)
+            inside = {} if is_loop else filesystem.find(target, detail=True)
+            named = {f"{link}{name[len(target) :]}": entry for name, entry in inside.items()}
+        else:
+            is_loop, named = False, {link: entries.get(link, {})} if os.path.exists(target) else {}
+        links += [name for name, entry in named.items() if entry.get("islink") and name != link]
+        own = {name: os.path.realpath(name) for name, entry in named.items() if name == link or not entry.get("islink")}
+        new = {name: place for name, place in own.items() if place not in places}
+        again += [link] if is_loop or len(new) < len(own) else []
+        found |= {name: {**named[name], "name": name} for name in new}
+        places |= set(new.values())
+    if again:
+        logger.warning("%d links lead to files that are read already, such as %s", len(again), again[0])
+    return found
 
 
 def _parquet_names(filesystem: AbstractFileSystem, entries: Mapping[str, dict[str, Any]], named: set[str]) -> set[str]:

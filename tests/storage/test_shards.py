@@ -297,3 +297,20 @@ def test_old_times_keep_their_year(tmp_path):
     files = shards.read_footers(str(tmp_path), "text")
     (unit,) = shards.split_into_units(files)
     assert read_unit(str(tmp_path), unit, together(files))["sent"].to_pylist() == times.to_pylist()
+
+
+def test_links_are_followed_once(tmp_path, log_lines):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "in" / "a" / "x.parquet", 1, group=1)
+    write(tmp_path / "elsewhere" / "y.parquet", 1, group=1)
+    (tmp_path / "in" / "a" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in" / "a")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "z.parquet").symlink_to(tmp_path / "in" / "a" / "x.parquet")
+    (tmp_path / "in" / "broken").symlink_to(tmp_path / "nowhere")
+    names = [path.removeprefix(f"{tmp_path}/in/") for path in list_files(str(tmp_path / "in"))]
+    assert len(names) == 2
+    assert names[0] == "a/x.parquet"
+    assert names[1].endswith("linked/y.parquet")
+    assert any("links lead to files that are read already" in line for line in log_lines)
