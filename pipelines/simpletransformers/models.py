@@ -63,6 +63,8 @@ class ClassificationModel:
     _args_class: type[ClassificationArgs] = ClassificationArgs
     _is_multilabel = False
     _weight_name = "weight"
+    weight: Any = None
+    """Loss weights of the labels, or None. May be changed between calls."""
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class ClassificationModel:
         self._checkpoint = Path(model_name) if (Path(model_name) / STATE_FILE).is_file() else None
         self.config, self.num_labels = self._engine.config, self._engine.num_labels
         labels = self._engine.args.labels_list or list(range(self.num_labels))
-        self._weights = loss_weights(weight, self._weight_name, labels)
+        setattr(self, self._weight_name, loss_weights(weight, self._weight_name, labels))
         self._lock = threading.RLock()
         self.results: dict[str, Any] = {}
         self._engine.scorer()  # raises an error now if arguments do not fit the model
@@ -282,13 +284,8 @@ class ClassificationModel:
         """Return the parameter names that custom_parameter_groups can use."""
         return [name for name, _ in self.model.named_parameters()]
 
-    @property
-    def weight(self) -> Any:
-        """Loss weights of the labels, or None."""
-        return self._weights
-
     def _train_settings(self) -> TrainSettings:
-        return train_settings(self.args, self.device, **{self._weight_name: self._weights})
+        return train_settings(self.args, self.device, **{self._weight_name: getattr(self, self._weight_name)})
 
 
 class MultiLabelClassificationModel(ClassificationModel):
@@ -297,6 +294,8 @@ class MultiLabelClassificationModel(ClassificationModel):
     _args_class = MultiLabelClassificationArgs
     _is_multilabel = True
     _weight_name = "pos_weight"
+    pos_weight: Any = None
+    """Loss weights of the labels' positive examples, or None. May be changed between calls."""
 
     def __init__(
         self,
@@ -341,8 +340,3 @@ class MultiLabelClassificationModel(ClassificationModel):
         return super().train_model(
             train_df, multi_label, output_dir, show_running_loss, args, eval_df, verbose, eval_data, **metrics
         )
-
-    @property
-    def pos_weight(self) -> Any:
-        """Loss weights of the labels' positive examples, or None."""
-        return self._weights

@@ -131,9 +131,11 @@ def _followed(filesystem: LocalFileSystem, entries: Mapping[str, dict[str, Any]]
 def _parquet_names(filesystem: AbstractFileSystem, entries: Mapping[str, dict[str, Any]], named: set[str]) -> set[str]:
     """Return the names of the files that are Parquet: by their suffix, by a glob, or by their first bytes."""
     unknown = [name for name in entries if name not in named and not name.lower().endswith(USUAL_SUFFIXES)]
+    empty = {name for name in unknown if entries[name].get("size") == 0}  # a store refuses to read a range of it
+    unknown = [name for name in unknown if name not in empty]
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         begins = dict(zip(unknown, pool.map(lambda name: _begin(filesystem, name), unknown), strict=True))
-    return {name for name in entries if begins.get(name, MAGIC) == MAGIC}
+    return {name for name in entries if name not in empty and begins.get(name, MAGIC) == MAGIC}
 
 
 def _begin(filesystem: AbstractFileSystem, name: str) -> bytes:

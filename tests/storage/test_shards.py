@@ -314,3 +314,15 @@ def test_links_are_followed_once(tmp_path, log_lines):
     assert names[0] == "a/x.parquet"
     assert names[1].endswith("linked/y.parquet")
     assert any("links lead to files that are read already" in line for line in log_lines)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_files_are_found_by_content_in_a_store(tmp_path, flaky_s3):
+    store = fsspec.filesystem("s3", skip_instance_cache=True)
+    store.mkdir("mail")
+    write(tmp_path / "a.parquet", 1, group=1)
+    for name in ("part-0000", "b.parquet"):
+        store.put_file(str(tmp_path / "a.parquet"), f"mail/in/{name}")
+    store.pipe_file("mail/in/empty", b"")
+    store.pipe_file("mail/in/notes", b"no data")
+    assert list_files("s3://mail/in") == ["mail/in/b.parquet", "mail/in/part-0000"]
