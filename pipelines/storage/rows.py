@@ -263,6 +263,7 @@ class _GroupReader:
         self._parquet: Any = None
         self._columns: list[str] = []
         self._leaves: list[int] | None = None
+        self._is_encrypted = False
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._row = 0
         self._rest: pa.Table | None = None
@@ -278,8 +279,10 @@ class _GroupReader:
                 self._open(span)
             self._advance(span.start)
             return with_fields(self._take(span.num_rows), self.names)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if self._is_encrypted and isinstance(error, OSError):
+                raise ValueError(first_line(error)) from error  # lasting: another attempt would fail in the same way
             raise
 
     def close(self) -> None:
@@ -302,8 +305,8 @@ class _GroupReader:
             found = [name for name in self.names if name in known or type_at(schema, name) is not None]
             self._columns = found or schema.names[:1]  # at least one, to count rows
             metadata = self._parquet.metadata
-            is_encrypted = has_encrypted_columns(self._file, metadata)
-            self._leaves = None if is_encrypted else leaves_of(metadata, set(self._columns))
+            self._is_encrypted = has_encrypted_columns(self._file, metadata)
+            self._leaves = None if self._is_encrypted else leaves_of(metadata, set(self._columns))
         group = self._parquet.metadata.row_group(span.row_group)
         row_bytes = bytes_of(group, self._leaves) / max(group.num_rows, 1)
         num_rows = int(min(max(BATCH_BYTES / max(row_bytes, 1), 1), BATCH_ROWS))
