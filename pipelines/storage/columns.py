@@ -79,8 +79,9 @@ def type_at(schema: pa.Schema, name: str) -> pa.DataType | None:
 
 def with_fields(table: pa.Table, names: Sequence[str]) -> pa.Table:
     """Return a table with a column for each name that is a field in a struct column (`meta.text`)."""
+    known = set(table.column_names)
     for name in names:
-        if name not in table.column_names and type_at(table.schema, name) is not None:
+        if name not in known and type_at(table.schema, name) is not None:
             top, *path = name.split(".")
             table = table.append_column(name, pc.struct_field(table.column(top), path))
     return table
