@@ -242,6 +242,8 @@ def test_missing_weights_of_the_body_are_refused(folder, training_data, tmp_path
     save_file(first, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelFolderError, match=r"lacks 16 weights of its body, such as bert\.encoder\.layer\.1"):
         train_here(train_job(training_data, tmp_path / "out", model=str(folder)))
+    with pytest.raises(ModelFolderError, match="lacks 16 weights of its body"):
+        ClassificationModel("bert", str(folder), use_cuda=False)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     change_config(folder, num_hidden_layers=1)
     Scorer.load(folder, compute=COMPUTE)

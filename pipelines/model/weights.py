@@ -35,6 +35,62 @@ ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn
 """Names of the dropout of attention weights in transformers' configs."""
 
 
+@dataclass(frozen=True)
+class LoadedWeights:
+    """Which weights of a module came from its files."""
+
+    missing_in_body: tuple[str, ...]
+    """Weights of the body that are not in the files, or have another shape there. They are random."""
+    missing_in_head: tuple[str, ...]
+    """The same for the weights behind the body."""
+    unexpected: tuple[str, ...]
+    """Weights in the files that the module has no place for."""
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether some weights of the head are random."""
+        return bool(self.missing_in_head)
+
+    def check_body(self, where: str) -> None:
+        """Raise ModelFolderError if weights of the body are random, except for the pooler, which many models omit."""
+        missing = [name for name in self.missing_in_body if POOLER not in f".{name}"]
+        if missing:
+            raise ModelFolderError(
+                f"{where} lacks {len(missing)} weights of its body, such as {missing[0]}, which would be random; "
+                f"check that its config.json belongs to its weights, or copy the folder again"
+            )
+
+
+def load_module(
+    name: str, config: Any, *, auto_class: Any = AutoModelForSequenceClassification, **options: Any
+) -> tuple[Any, LoadedWeights]:
+    """Load a module in float32 with a class of transformers. Code from the files never runs.
+
+    Args:
+        name: Folder, or name on the Hugging Face Hub.
+        config: Config of transformers.
+        auto_class: Class of transformers that chooses the module's class.
+        options: Further options of from_pretrained. use_safetensors=None also takes pickles that contain only tensors.
+
+    Raises:
+        Exception: One of OPENING_ERRORS, if the weights cannot be used.
+    """
+    fixed = {"config": config, "weights_only": True, "trust_remote_code": False, "dtype": torch.float32}
+    with quiet_transformers():
+        module, info = auto_class.from_pretrained(
+            name, **{"use_safetensors": True, **fixed, **options}, output_loading_info=True
+        )
+    missing = sorted([*info["missing_keys"], *(weight for weight, *_shapes in info["mismatched_keys"])])
+    body = f"{module.base_model_prefix}."
+    is_classifier = auto_class is AutoModelForSequenceClassification
+    is_body = [not is_classifier or weight.startswith(body) for weight in missing]
+    return module, LoadedWeights(
+        tuple(weight for weight, inside in zip(missing, is_body, strict=True) if inside),
+        tuple(weight for weight, inside in zip(missing, is_body, strict=True) if not inside),
+        tuple(sorted(info["unexpected_keys"])),
+    )
+
+
 def new_classifier(
     name: str, decision: DecisionSettings, *, pad_id: int, settings: TrainSettings
 ) -> tuple[nn.Module, bool]:
@@ -82,29 +138,14 @@ def _load_pretrained(
             )
             _set_attention_dropout(config, settings.attention_dropout)
             set_pad_token(config, pad_id)
-            module, info = AutoModelForSequenceClassification.from_pretrained(
-                name,
-                config=config,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+            module, found = load_module(name, config, ignore_mismatched_sizes=True)
     except OPENING_ERRORS as error:
         raise ModelFolderError(
             f"--model {name} cannot be loaded as a sequence classifier: {first_line(error)}; "
             f"give a folder or a hub name with safetensors weights"
         ) from error
-    new_weights = [*info["missing_keys"], *(weight for weight, *_shapes in info["mismatched_keys"])]
-    in_body = sorted(weight for weight in new_weights if weight.startswith(f"{module.base_model_prefix}."))
-    missing = [weight for weight in in_body if POOLER not in weight]
-    if missing:
-        raise ModelFolderError(
-            f"--model {name} lacks {len(missing)} weights of its body, such as {missing[0]}, which would be random; "
-            f"check that its config.json belongs to its weights, or copy the folder again"
-        )
-    return module, len(in_body) < len(new_weights), bool(in_body)
+    found.check_body(f"--model {name}")
+    return module, found.has_new_head, bool(found.missing_in_body)
 
 
 def _set_attention_dropout(config: Any, share: float | None) -> None:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from pipelines.decisions.labels import Scaling
 from pipelines.errors import ModelFolderError, first_line
@@ -40,7 +40,7 @@ from pipelines.model.probes import (
     find_padding_side,
     packed_if_equal,
 )
-from pipelines.model.weights import OPENING_ERRORS, pad_token_of, row_limit, set_pad_token
+from pipelines.model.weights import OPENING_ERRORS, load_module, pad_token_of, row_limit, set_pad_token
 from pipelines.model_folder import check_weights
 from pipelines.settings import ComputeSettings
 from pipelines.text.pretrained import quiet_transformers, uses_type_ids
@@ -347,25 +347,18 @@ def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_
         with quiet_transformers():
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             set_pad_token(config, template.pad_id)
-            module, info = AutoModelForSequenceClassification.from_pretrained(
-                path,
-                config=config,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
+            module, found = load_module(str(path), config)
     except OPENING_ERRORS as error:
         raise ModelFolderError(
             f"the model in {path} cannot be opened: {first_line(error)}; check config.json, or copy the folder again"
         ) from error
-    if info["unexpected_keys"]:
+    if found.unexpected:
         logger.warning(
             "%s has %d weights that its config.json has no place for, such as %s: they are not used",
-            path, len(info["unexpected_keys"]), min(info["unexpected_keys"]),
+            path, len(found.unexpected), found.unexpected[0],
         )  # fmt: skip
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = [*found.missing_in_head, *found.missing_in_body]
+    if missing:
         raise ModelFolderError(f"{path} lacks weights of the classifier ({', '.join(missing[:3])}); fine-tune it first")
     if module.config.num_labels != num_labels:
         raise ModelFolderError(

@@ -15,8 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel
 
 from pipelines.classifier_config import decision_of, is_classifier, read_config
 from pipelines.errors import ModelFolderError, OutputError, SettingsError, first_line
@@ -25,7 +24,9 @@ from pipelines.model.scorer import plan_of
 from pipelines.model.weights import (
     OPENING_ERRORS,
     PROBLEM_TYPES,
+    LoadedWeights,
     describe,
+    load_module,
     new_classifier,
     row_limit,
     set_pad_token,
@@ -99,10 +100,16 @@ def _convert(old: str, folder: Path, kind: Kind | None, labels: Sequence[str] | 
             )
         _convert_base(old, opened, folder)
         return None
-    if not config.get("architectures") and kind is None and labels is None and not _has_head(old, opened):
+    module, found = _load(old, opened)
+    if found.has_new_head and not config.get("architectures"):  # an old base model, whose config names no class
         _convert_base(old, opened, folder)
         return None
-    module = _load(AutoModelForSequenceClassification, old, opened)
+    missing = [*found.missing_in_head, *found.missing_in_body]
+    if missing:
+        raise ModelFolderError(
+            f"{old} lacks weights of the classifier ({', '.join(missing[:3])}); fine-tune it first: "
+            f"pipelines train --model {old}"
+        )
     if (Path(old) / "model_args.json").is_file():
         windows, decision, args = _of_simpletransformers(old, module.config.num_labels, kind)
         args.save(str(folder))
@@ -117,17 +124,12 @@ def _convert(old: str, folder: Path, kind: Kind | None, labels: Sequence[str] | 
 
 
 def _convert_base(old: str, config: Any, folder: Path) -> None:
-    """Write a base model without a classification head as safetensors, for training."""
-    _save(_load(AutoModel, old, config), folder)
-
-
-def _has_head(old: str, config: Any) -> bool:
-    """Whether a folder whose config names no class has the weights of a classification head."""
+    """Write a base model without a classification head as safetensors, for training. A missing pooler stays missing."""
+    module, found = _load(old, config, auto_class=AutoModel)
+    found.check_body(old)
+    weights = {name: weight for name, weight in module.state_dict().items() if name not in found.missing_in_body}
     with quiet_transformers():
-        module, info = AutoModelForSequenceClassification.from_pretrained(
-            old, config=config, weights_only=True, trust_remote_code=False, output_loading_info=True
-        )
-    return all(name.startswith(f"{module.base_model_prefix}.") for name in info["missing_keys"])
+        module.save_pretrained(folder, state_dict=weights)
 
 
 def _convert_adapter(adapter: Adapter, folder: Path, kind: Kind | None, labels: Sequence[str] | None) -> ModelFolder:
@@ -156,28 +158,14 @@ def _convert_adapter(adapter: Adapter, folder: Path, kind: Kind | None, labels: 
     return _write(module, folder, tokenizer, WindowSettings(), decision)
 
 
-def _load(auto_class: Any, old: str, config: Any) -> Any:
-    """Load the weights of a folder with a class of transformers, from safetensors or from a pickle of tensors."""
+def _load(old: str, config: Any, **options: Any) -> tuple[Any, LoadedWeights]:
+    """Load the weights of a folder, from safetensors or from a pickle of tensors."""
     try:
-        with quiet_transformers():
-            module, info = auto_class.from_pretrained(
-                old,
-                config=config,
-                weights_only=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
+        return load_module(old, config, use_safetensors=None, **options)
     except pickle.UnpicklingError as error:
         raise ModelFolderError(f"the pickle in {old} is refused: it contains objects other than tensors") from error
     except OPENING_ERRORS as error:
         raise ModelFolderError(f"{old} cannot be read: {first_line(error)}") from error
-    if info["missing_keys"] and auto_class is AutoModelForSequenceClassification:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ModelFolderError(
-            f"{old} lacks weights of the classifier ({missing}); fine-tune it first: pipelines train --model {old}"
-        )
-    return module
 
 
 def _decision(config: Any, old: str, kind: Kind | None) -> DecisionSettings:
@@ -196,11 +184,6 @@ def _named(decision: DecisionSettings, labels: Sequence[str] | None) -> Decision
     return replace(decision, labels=tuple(labels))
 
 
-def _save(module: Any, folder: Path) -> None:
-    with quiet_transformers():
-        module.save_pretrained(folder)
-
-
 def _write(
     module: Any, folder: Path, tokenizer: Tokenizer, windows: WindowSettings, decision: DecisionSettings
 ) -> ModelFolder:
@@ -208,7 +191,8 @@ def _write(
     names = list(decision.labels) or ["value"]
     module.config.id2label, module.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
     module.config.problem_type = PROBLEM_TYPES[decision.kind]
-    _save(module, folder)
+    with quiet_transformers():
+        module.save_pretrained(folder)
     return seal(ModelFolder(folder, replace(windows, max_length=plan.max_length), decision))
 
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from pipelines.decisions.labels import encode_labels
 from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.model.devices import RANDOM, resolve_dtype
 from pipelines.model.scorer import Scorer, plan_of
-from pipelines.model.weights import PROBLEM_TYPES, row_limit, set_pad_token, vocabulary_of
+from pipelines.model.weights import PROBLEM_TYPES, load_module, row_limit, set_pad_token, vocabulary_of
 from pipelines.model.window_model import WindowModel
 from pipelines.model_folder import ModelFolder, seal
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
@@ -232,9 +232,8 @@ class Engine:
         try:
             with quiet_transformers(), RANDOM, torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_of(self.args))
-                module = AutoModelForSequenceClassification.from_pretrained(
-                    source.model_name, config=self.config, use_safetensors=True, dtype=torch.float32, **source.keywords
-                )
+                module, found = load_module(source.model_name, self.config, **source.keywords)
+                found.check_body(source.model_name)
                 if self.args.special_tokens_list:
                     module.resize_token_embeddings(max(vocabulary_size(folder), self.config.vocab_size))
         except RuntimeError as error:
