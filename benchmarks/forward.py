@@ -20,7 +20,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig
 from pipelines.model.devices import resolve_device, resolve_dtype
 from pipelines.model.window_model import WindowModel
 from pipelines.settings import ComputeSettings
-from pipelines.text.tokenization import CutDocuments, Template, Tokens, assemble, cut_documents, offsets_of
+from pipelines.text.template import Template
+from pipelines.text.tokenization import CutDocuments, Tokens, assemble, cut_documents, offsets_of
 from pipelines.text.windows import WindowPlan
 
 TEMPLATE = Template((101,), (102,))

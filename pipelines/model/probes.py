@@ -21,7 +21,8 @@ from pipelines.model.packing import NAME as PACKED
 from pipelines.model.packing import PackedRows, remove_hooks
 from pipelines.model.weights import first_position, pad_token_of, vocabulary_of
 from pipelines.text.pretrained import quiet_transformers
-from pipelines.text.tokenization import InputRows, Template, Tokens, assemble, cut_documents, offsets_of
+from pipelines.text.template import Template
+from pipelines.text.tokenization import InputRows, Tokens, assemble, cut_documents, offsets_of
 from pipelines.text.windows import WindowPlan
 
 ROUNDING, SLACK = 1e-6, 1e-3

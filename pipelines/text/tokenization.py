@@ -1,8 +1,7 @@
 """Tokenize texts, and assemble the input rows of the model from token ids.
 
-The Rust tokenizer tokenizes each whole text once, without truncation, padding or special tokens. A `Template` stores
-what the tokenizer adds around a text: prefix, separator, suffix, type ids and side of the padding. These values are
-read from the tokenizer itself.
+The Rust tokenizer tokenizes each whole text once, without truncation, padding or special tokens. What it adds around a
+text is in its `Template`.
 
 Data flow: `Tokenizer.documents` -> `Documents` -> `cut_documents` -> `CutDocuments` -> `assemble` -> `InputRows`,
 which `pipelines.model` runs.
@@ -28,6 +27,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.storage.columns import read_texts
+from pipelines.text.template import Template, choose_pad, template_of
 from pipelines.text.windows import WindowPlan, Windows, plan_windows
 
 Ids = NDArray[np.int32]
@@ -37,8 +37,6 @@ CHARACTERS_PER_CALL = 4 * 2**20
 """Approximate number of characters per call of the Rust tokenizer. Its encodings need about 100 bytes per token."""
 SMALLEST_SHARE = 0.5
 """A tokenizer with fewer tokens than this share of the model's vocabulary does not belong to the model."""
-PROBE_WORDS = ("a", "1", "the", "中", "é", ".")
-"""Texts with which the template of a tokenizer is found out: the first of which the tokenizer makes a token."""
 
 
 @dataclass(frozen=True)
@@ -76,31 +74,6 @@ class Tokens:
         offsets = array.offsets.to_numpy().astype(np.int64)
         ids = array.values.to_numpy()[offsets[0] : offsets[-1]]
         return cls(ids.astype(np.int32, copy=False), offsets - offsets[0])
-
-
-@dataclass(frozen=True)
-class Template:
-    """What a tokenizer adds around a text or a pair, and how its rows are padded.
-
-    A single text becomes `prefix text suffix`. A pair becomes `pair_prefix text pair_middle text_pair pair_suffix`.
-    type_ids has one type id for each of (prefix, text, suffix), and pair_type_ids for each of
-    (pair_prefix, text, pair_middle, text_pair, pair_suffix).
-    """
-
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-    type_ids: tuple[int, int, int] = (0, 0, 0)
-    pair_prefix: tuple[int, ...] = ()
-    pair_middle: tuple[int, ...] = ()
-    pair_suffix: tuple[int, ...] = ()
-    pair_type_ids: tuple[int, int, int, int, int] = (0, 0, 0, 1, 1)
-    pad_id: int = 0
-    pad_left: bool = False
-
-    def num_special_tokens(self, *, pair: bool) -> int:
-        """Return the number of tokens that are added to one text, or to a pair."""
-        parts = (self.pair_prefix, self.pair_middle, self.pair_suffix) if pair else (self.prefix, self.suffix)
-        return sum(len(part) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -244,10 +217,14 @@ class Tokenizer:
         return cls(partial(_rust_ids, rust), template, rust, lead_space=lead_space, vocabulary=rust.get_vocab)
 
     @property
-    def vocabulary(self) -> tuple[int, int]:
-        """The number of tokens, added tokens included, and the highest token id."""
-        ids = self._vocabulary().values()
-        return len(ids), max(ids, default=0)
+    def num_tokens(self) -> int:
+        """Number of tokens in the vocabulary, including added tokens."""
+        return len(self._vocabulary())
+
+    @property
+    def highest_id(self) -> int:
+        """The highest token id."""
+        return max(self._vocabulary().values(), default=0)
 
     def check_vocabulary(self, expected: int | None, *, where: str) -> None:
         """Check that the tokenizer can belong to a model.
@@ -263,7 +240,7 @@ class Tokenizer:
         """
         if expected is None:
             return
-        found, highest = self.vocabulary
+        found, highest = self.num_tokens, self.highest_id
         if found < SMALLEST_SHARE * expected:
             raise ModelFolderError(
                 f"{where}: its tokenizer has {found:,} tokens and its model {expected:,}, so the tokenizer's files are "
@@ -330,33 +307,6 @@ class Tokenizer:
 
     def _led(self, text: str) -> str:
         return f" {text}" if self._lead_space and not text.startswith(" ") else text
-
-
-def choose_pad(candidates: Sequence[int | None], template: Template) -> int:
-    """Return the first id that can fill rows up: a decoder would take one of the suffix for padding, and skip it."""
-    usable = [number for number in candidates if number is not None]
-    return next((number for number in usable if number not in template.suffix), usable[0] if usable else 0)
-
-
-def template_of(rust: RustTokenizer, *, pad_id: int = 0, pad_left: bool = False) -> Template:
-    """Find out what a Rust tokenizer adds around one text and around a pair."""
-    word = next((word for word in PROBE_WORDS if rust.encode(word, add_special_tokens=False).ids), None)
-    if word is None:
-        raise ModelFolderError(f"the tokenizer makes no token of any of {', '.join(map(repr, PROBE_WORDS))}")
-    single, pair = rust.encode(word), rust.encode(word, word)
-    prefix, _, suffix = _special_parts(single.ids, single.sequence_ids)
-    pair_parts = _special_parts(pair.ids, pair.sequence_ids)
-    types, pair_types = single.type_ids, pair.type_ids
-    first, second = pair.sequence_ids.index(0), pair.sequence_ids.index(1)
-    return Template(
-        prefix,
-        suffix,
-        (types[0], types[len(prefix)], types[-1]),
-        *pair_parts,
-        (pair_types[0], pair_types[first], pair_types[second - 1], pair_types[second], pair_types[-1]),
-        pad_id,
-        pad_left,
-    )
 
 
 def cut_documents(
@@ -461,16 +411,6 @@ def _longest_first(first_D: NDArray[np.int64], second_D: NDArray[np.int64], room
     kept_shorter_D = np.where(shorter_D + longer_D <= room, shorter_D, np.minimum(shorter_D, room // 2))
     kept_longer_D = np.minimum(longer_D, room - kept_shorter_D)
     return np.where(first_D <= second_D, kept_shorter_D, kept_longer_D)
-
-
-def _special_parts(
-    ids: Sequence[int], sequence_ids: Sequence[int | None]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return the special tokens before, between and after the texts of one encoding. They belong to no sequence."""
-    own = [place for place, sequence in enumerate(sequence_ids) if sequence is not None]
-    first, last = (own[0], own[-1]) if own else (len(ids), len(ids))
-    middle = [ids[place] for place in range(first, last) if sequence_ids[place] is None]
-    return tuple(ids[:first]), tuple(middle), tuple(ids[last + 1 :])
 
 
 def _rust_ids(rust: RustTokenizer, texts: Sequence[str]) -> list[list[int]]:

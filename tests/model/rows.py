@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from pipelines.text.tokenization import Template, Tokens, cut_documents, offsets_of
+from pipelines.text.template import Template
+from pipelines.text.tokenization import Tokens, cut_documents, offsets_of
 from pipelines.text.windows import WindowPlan
 
 PACKED = ["bert", "roberta", "xlm-roberta", "distilbert", "electra", "albert", "modernbert"]

@@ -62,6 +62,6 @@ def test_ties_are_named():
     assert tie_warning(count_distinct(scores, decision)) is None, "a sure model is not suspicious"
     scores[:, 1] = np.where(scores[:, 1] > 0.5, 0.5, 0.501)
     warning = tie_warning(count_distinct(scores, decision))
-    assert warning.startswith("the scores of 1 of 3 labels tie: 300 documents have only 2 different scores of 'b'")
+    assert warning.startswith("the scores of 1 of 3 labels tie: 300 documents have at most 2 different scores of 'b'")
     assert tie_warning(count_distinct(scores[:10], decision)) is None, "too few to tell"
     assert count_distinct(scores[:, :1], DecisionSettings(kind="regression")) == {}

@@ -9,7 +9,8 @@ import torch
 from pipelines.model.weights import set_pad_token
 from pipelines.model.window_model import WindowModel
 from pipelines.settings import ComputeSettings
-from pipelines.text.tokenization import Template, assemble
+from pipelines.text.template import Template
+from pipelines.text.tokenization import assemble
 from tests.model.families import FAMILIES, SKIPPED, tiny_classifier
 from tests.model.rows import TEMPLATE, ragged
 

@@ -10,7 +10,8 @@ import pytest
 
 from pipelines.model.scorer import DocumentScores
 from pipelines.serving.batcher import Batcher, QueueFullError
-from pipelines.text.tokenization import Documents, Template, Tokens, cut_documents, offsets_of
+from pipelines.text.template import Template
+from pipelines.text.tokenization import Documents, Tokens, cut_documents, offsets_of
 from pipelines.text.windows import WindowPlan
 
 PLAN = WindowPlan(12, 10, 10)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.text import tokenization
+from pipelines.text.template import template_of
 from pipelines.text.tokenization import (
     Template,
     Tokenizer,
@@ -90,7 +91,7 @@ def test_single_window_matches_tokenizer(rust, folder, pair):
 def test_pair_truncation_matches_tokenizer(first, second, max_length):
     rust = rust_tokenizer_of_letters()
     tokens, pair = (Tokens(np.full(n, 10, np.int32), np.array([0, n])) for n in (first, second))
-    template = tokenization.template_of(rust)
+    template = template_of(rust)
     cut = cut_documents(tokens, WindowPlan(max_length, max_length - 2, 1, sliding=False), template, pair)
     rust.enable_truncation(max_length, strategy="longest_first")
     expected = rust.encode(" ".join("a" * first), " ".join("a" * second))

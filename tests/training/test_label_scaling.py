@@ -10,7 +10,8 @@ from pipelines.model.scorer import Scorer
 from pipelines.model.weights import new_classifier
 from pipelines.model.window_model import WindowModel
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings
-from pipelines.text.tokenization import InputRows, Template
+from pipelines.text.template import Template
+from pipelines.text.tokenization import InputRows
 from pipelines.training.corpus import LabelledDocuments
 from tests import tiny
 from tests.training.runs import FLOAT32, make_job, run
