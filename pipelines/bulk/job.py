@@ -152,12 +152,14 @@ def check_job(job: ScoreJob) -> CheckedJob:
 def _check_text_columns(job: ScoreJob, files: Sequence[InputFile]) -> None:
     """Check the text columns. Rows of a file without them get an error. Raises DataError if no file has them."""
     for name in job.data.text_columns:
-        problems = {file.url: text_column_problem(file.schema or pa.schema([]), name) for file in files}
+        problems = {
+            file.url: text_column_problem(file.schema or pa.schema([]), name) for file in files if file.num_rows
+        }
         bad = [f"{url} {problem}" for url, problem in problems.items() if problem is not None]
-        if len(bad) == len(files):
+        if len(bad) == len(problems):
             raise DataError(f"{bad[0]}; name the text column with --text-column")
         if bad:
-            logger.warning("all rows of %d of %d files will have errors, such as: %s", len(bad), len(files), bad[0])
+            logger.warning("all rows of %d of %d files will have errors, such as: %s", len(bad), len(problems), bad[0])
 
 
 def _columns(job: ScoreJob, files: Sequence[InputFile], decision: DecisionSettings) -> tuple[pa.Schema, pa.Schema]:
@@ -171,7 +173,8 @@ def _columns(job: ScoreJob, files: Sequence[InputFile], decision: DecisionSettin
     unknown = [name for name in compared if name not in names]
     if unknown:
         raise DataError(f"--filter names {unknown[0]!r}, which is not an input column; those are: {', '.join(names)}")
-    read = together(files, list(dict.fromkeys([*keep, *compared])))
+    remedy = "convert it to one type, or exclude the column with --keep"
+    read = together(files, list(dict.fromkeys([*keep, *compared])), remedy=remedy)
     if job.score.filter:
         check_filter(job.score.filter, read)
     carried = pa.schema([read.field(name) for name in keep])

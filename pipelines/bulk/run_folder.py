@@ -409,8 +409,12 @@ def _listing(files: Sequence[InputFile]) -> pa.Table:
 
 def _read_listing(location: str, name: str) -> list[InputFile]:
     try:
-        table = pq.read_table(pa.BufferReader(read_bytes(location, name)))
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        content = read_bytes(location, name)
+    except FileNotFoundError as error:
+        raise _damaged(location, name) from error
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+    except (pa.ArrowException, OSError) as error:  # the content is in memory: it is damaged
         raise _damaged(location, name) from error
     schemas: dict[bytes, pa.Schema] = {}
 

@@ -134,9 +134,9 @@ def count_table(table: pa.Table, decision: DecisionSettings, *, prefix: str = ""
     )
     if decision.kind == "regression":
         return counts
-    good = table.filter(error.is_null())
-    scores_DL = np.asarray(good.column(prefix + "scores").combine_chunks().flatten()).reshape(-1, decision.num_labels)
     name = "predicted_labels" if decision.kind == "multilabel" else "predicted_label"
+    good = table.select([prefix + "scores", prefix + name]).filter(error.is_null())
+    scores_DL = np.asarray(good.column(prefix + "scores").combine_chunks().flatten()).reshape(-1, decision.num_labels)
     column = good.column(prefix + name).combine_chunks()
     values = column.flatten() if decision.kind == "multilabel" else column
     found = {item["values"]: item["counts"] for item in values.value_counts().to_pylist()}

@@ -48,6 +48,8 @@ def text_column_problem(schema: pa.Schema, name: str) -> str | None:
 
     The reason completes a sentence that starts with the file name: "has no column 'text'; it has: ...".
     """
+    if schema.names.count(name) > 1:
+        return f"has several columns named {name!r}"
     kind = type_at(schema, name)
     if kind is None:
         return f"has no column {name!r}; it has: {', '.join(schema.names)}"
@@ -57,7 +59,7 @@ def text_column_problem(schema: pa.Schema, name: str) -> str | None:
         return None
     if pa.types.is_null(kind):  # writers infer this type where no row has a text
         return None
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or _is_list_of_strings(kind):
+    if _is_bytes(kind) or _is_list_of_strings(kind):
         return None
     return f"has a column {name!r} of type {kind}, not string"
 
@@ -75,6 +77,11 @@ def type_at(schema: pa.Schema, name: str) -> pa.DataType | None:
             return None
         kind = kind.field(part).type
     return kind
+
+
+def text_schema(names: Sequence[str]) -> pa.Schema:
+    """Return the schema with which text columns are read: their texts, whatever the files store them in."""
+    return pa.schema([pa.field(name, pa.large_string()) for name in names])
 
 
 def with_fields(table: pa.Table, names: Sequence[str]) -> pa.Table:
@@ -132,14 +139,18 @@ def as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
     kind = column.type
     if pa.types.is_string_view(kind) or pa.types.is_null(kind):
         return column.cast(pa.large_string())
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+    if _is_bytes(kind):
         chunks = [chunk.cast(pa.large_binary()).view(pa.large_string()) for chunk in column.chunks]
         return pa.chunked_array(chunks, pa.large_string())
     if _is_list_of_strings(kind):
-        rows = column.to_pylist()
-        joined = [None if row is None else "\n".join(text for text in row if text is not None) for row in rows]
-        return pa.chunked_array([pa.array(joined, pa.large_string())])
+        rows = column.cast(pa.list_(pa.large_binary())).to_pylist()  # bytes, because they may be no UTF-8
+        joined = [None if row is None else b"\n".join(text for text in row if text is not None) for row in rows]
+        return pa.chunked_array([pa.array(joined, pa.large_binary()).view(pa.large_string())])
     return column
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _is_list_of_strings(kind: pa.DataType) -> bool:

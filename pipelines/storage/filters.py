@@ -16,6 +16,7 @@ import itertools
 import operator
 import re
 import tokenize
+import unicodedata
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
@@ -52,6 +53,8 @@ def parse_filter(text: str, schema: pa.Schema | None = None) -> tuple[Any, list[
     Raises:
         SettingsError: The filter is not valid, or does not fit the types. The message names the rejected part.
     """
+    if QUOTED in text:
+        raise SettingsError(f"--filter {text!r} contains the reserved name {QUOTED}; rename the column")
     plain, quoted = _without_backticks(text.strip())
     try:
         tree = ast.parse(plain, mode="eval")
@@ -64,7 +67,14 @@ def parse_filter(text: str, schema: pa.Schema | None = None) -> tuple[Any, list[
         raise SettingsError("--filter is nested too deeply") from error
     if not parser.columns:
         raise SettingsError(f"--filter {text!r} names no column")
-    if _has_adjacent_strings(plain):
+    found = list(tokenize.generate_tokens(io.StringIO(plain).readline))
+    odd = [token.string for token in found if unicodedata.normalize("NFKC", token.string) != token.string]
+    if [token for token in found if token.type == tokenize.NAME and token.string in odd]:
+        raise SettingsError(f"--filter {text!r}: write {odd[0]!r} in backticks, because its letters have two forms")
+    tokens = [token.type for token in found]
+    if tokenize.COMMENT in tokens:
+        raise SettingsError(f"--filter {text!r} contains a #, after which nothing would be read; remove it")
+    if any(left == right == tokenize.STRING for left, right in itertools.pairwise(tokens)):
         raise SettingsError(f"--filter {text!r} has two strings side by side; put a comma or an operator between them")
     return expression, list(dict.fromkeys(parser.columns))
 
@@ -112,11 +122,6 @@ def _without_backticks(text: str) -> tuple[str, dict[str, str]]:
         return name
 
     return re.sub(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|`(?P<name>[^`]+)`", plain, text), quoted
-
-
-def _has_adjacent_strings(text: str) -> bool:
-    tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
-    return any(left == right == tokenize.STRING for left, right in itertools.pairwise(tokens))
 
 
 class _Parser:
@@ -168,7 +173,7 @@ class _Parser:
     def _in_list(self, name: ast.expr, values: ast.List | ast.Tuple) -> Any:
         if not values.elts:
             raise SettingsError(f"--filter {self._text!r}: the list after `in` is empty")
-        column, constants = self._compared(name, values.elts)
+        column, constants = self._compared(name, self._possible(name, values.elts))
         types = {value.type for value in constants if isinstance(value, pa.Scalar)}
         try:
             plain = [value.as_py() if isinstance(value, pa.Scalar) else value for value in constants]
@@ -178,6 +183,16 @@ class _Parser:
         if None in constants:
             return column.isin(listed)
         return pc.if_else(column.is_valid(), column.isin(listed), pa.scalar(None, pa.bool_()))
+
+    def _possible(self, name: ast.expr, values: list[ast.expr]) -> list[ast.expr]:
+        """Leave out fractions that are compared with an integer column: no integer equals one."""
+        if self._schema is None or not isinstance(name, ast.Name) or not self._is_column(name):
+            return values
+        if self._name(name) not in self._schema.names or not pa.types.is_integer(
+            self._schema.field(self._name(name)).type
+        ):
+            return values
+        return [value for value in values if not isinstance(_constant(value), float) or _constant(value).is_integer()]
 
     def _compared(self, name: ast.expr, values: list[ast.expr]) -> tuple[Any, list[Any]]:
         """Return a column and the constants that it is compared with, in a common type."""

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,8 +22,8 @@ from pipelines.storage.locations import filesystem_of, retried, shown, store_err
 
 FOOTER_THREADS = 16
 """Number of threads that read the begin or the footer of files."""
-MAGIC = b"PAR1"
-"""First bytes of every Parquet file."""
+MAGIC = (b"PAR1", b"PARE")
+"""First bytes of every Parquet file, and of one whose footer is encrypted."""
 USUAL_SUFFIXES = (".parquet", ".pq", ".parq")
 GLOB_CHARACTERS = "*?["
 RUN_MANIFEST, DELTA_LOG = "_manifest.json", "_delta_log"
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 def list_files(location: str) -> list[str]:
     """Return the sorted paths of the Parquet files at a location.
 
-    A file is Parquet if it begins with PAR1, whatever its name. Every file that a glob names is taken. Names that begin
-    with `_` or `.` are skipped.
+    A file is taken if its name ends in .parquet, .pq or .parq, if it begins with PAR1, or if a glob names it. Names
+    that begin with `_` or `.` are skipped.
 
     Args:
         location: File, folder (searched recursively) or glob.
@@ -73,25 +73,14 @@ def _find_entries(location: str, without: str | None, *, refuse_runs: bool) -> l
             "own output; give an output folder of its own"
         )
     if retried(lambda: filesystem.isfile(path)):
-        _refuse_tables([], posixpath.dirname(path), filesystem, refuse_runs=False)
+        _refuse_tables({path: {}}, path, filesystem, refuse_runs=False)
         return [filesystem.info(path)]
-    found: dict[str, dict[str, Any]] = {}
-    named: set[str] = set()
-    if filesystem.isdir(path):  # also a folder whose name contains a bracket
-        found = retried(lambda: filesystem.find(path, detail=True))
-    elif any(character in path for character in GLOB_CHARACTERS):
-        for match in retried(lambda: filesystem.glob(path)):
-            below = filesystem.find(match, detail=True)
-            if match in below or not below:  # a file, which is taken at its word
-                named.add(match)
-            found |= below or {match: filesystem.info(match)}
-    else:
-        raise DataError(f"{shown(location)} does not exist; give a Parquet file, a folder of them, or a glob")
+    found, named = _matches(filesystem, path, location)
+    if isinstance(filesystem, LocalFileSystem):
+        found = _followed(filesystem, found, path)
     if output is not None:
         found = {name: entry for name, entry in found.items() if not _is_below(name, output, filesystem)}
     _refuse_tables(found, path, filesystem, refuse_runs=refuse_runs)
-    if isinstance(filesystem, LocalFileSystem):
-        found = _followed(filesystem, found)
     data = {name: entry for name, entry in sorted(found.items()) if _is_data(name, path)}
     taken = _parquet_names(filesystem, data, named)
     skipped = [name for name in data if name not in taken]
@@ -102,29 +91,48 @@ def _find_entries(location: str, without: str | None, *, refuse_runs: bool) -> l
     return [entry for name, entry in data.items() if name in taken]
 
 
-def _followed(filesystem: LocalFileSystem, entries: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Follow links, which fsspec does not do in folders. What is reached a second time is left out."""
+def _matches(filesystem: AbstractFileSystem, path: str, location: str) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """Return the entries of all files in a folder or of a glob, and the names of the files that the glob names."""
+    if filesystem.isdir(path):  # also a folder whose name contains a bracket
+        return retried(lambda: filesystem.find(path, detail=True)), set()
+    if not any(character in path for character in GLOB_CHARACTERS):
+        raise DataError(f"{shown(location)} does not exist; give a Parquet file, a folder of them, or a glob")
+    matches = retried(lambda: filesystem.glob(path, detail=True))
+    found = {name: entry for name, entry in matches.items() if entry["type"] != "directory"}
+    named = set(found)
+    for folder in matches.keys() - named:
+        found |= retried(lambda folder=folder: filesystem.find(folder, detail=True))  # type: ignore[misc]
+    return found, named
+
+
+def _followed(
+    filesystem: LocalFileSystem, entries: Mapping[str, dict[str, Any]], root: str
+) -> dict[str, dict[str, Any]]:
+    """Follow links, which fsspec does not do in folders. Data that is reached a second time is left out."""
     found = {name: entry for name, entry in entries.items() if not entry.get("islink")}
-    places = {os.path.realpath(name) for name in found}
-    links = sorted(entries.keys() - found.keys())
+    places = {os.path.realpath(name) for name in found if _is_data(name, root)}
+    links = sorted(name for name in entries.keys() - found.keys() if _is_data(name, root))
     again: list[str] = []
     while links:
         link = links.pop(0)
         target = os.path.realpath(link)
-        if os.path.isdir(target):
-            is_loop = _is_below(posixpath.dirname(link), target, filesystem)
-            inside = {} if is_loop else filesystem.find(target, detail=True)
-            named = {f"{link}{name[len(target) :]}": entry for name, entry in inside.items()}
-        else:
-            is_loop, named = False, {link: entries.get(link, {})} if os.path.exists(target) else {}
-        links += [name for name, entry in named.items() if entry.get("islink") and name != link]
-        own = {name: os.path.realpath(name) for name, entry in named.items() if name == link or not entry.get("islink")}
-        new = {name: place for name, place in own.items() if place not in places}
+        own = {link: target} if os.path.isfile(target) else {}
+        is_loop = os.path.isdir(target) and _is_below(posixpath.dirname(link), target, filesystem)
+        if os.path.isdir(target) and not is_loop:
+            inside = filesystem.find(target, detail=True)
+            names = {f"{link}{name[len(target) :]}": entry for name, entry in inside.items()}
+            links += [name for name, entry in names.items() if entry.get("islink") and _is_data(name, root)]
+            own = {name: os.path.realpath(name) for name, entry in names.items() if not entry.get("islink")}
+        new = {name: place for name, place in own.items() if place not in places or not _is_data(name, root)}
         again += [link] if is_loop or len(new) < len(own) else []
-        found |= {name: {**named[name], "name": name} for name in new}
-        places |= set(new.values())
+        found |= {name: {**filesystem.info(place), "name": name} for name, place in new.items()}
+        places |= {place for name, place in new.items() if _is_data(name, root)}
     if again:
-        logger.warning("%d links lead to files that are read already, such as %s", len(again), again[0])
+        logger.warning(
+            "%d links are not followed, because they lead to files that are read already or to a folder above: %s",
+            len(again),
+            again[0],
+        )
     return found
 
 
@@ -135,25 +143,34 @@ def _parquet_names(filesystem: AbstractFileSystem, entries: Mapping[str, dict[st
     unknown = [name for name in unknown if name not in empty]
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         begins = dict(zip(unknown, pool.map(lambda name: _begin(filesystem, name), unknown), strict=True))
-    return {name for name in entries if name not in empty and begins.get(name, MAGIC) == MAGIC}
+    return {name for name in entries if name not in empty and begins.get(name, MAGIC[0]) in MAGIC}
 
 
 def _begin(filesystem: AbstractFileSystem, name: str) -> bytes:
-    return bytes(retried(lambda: filesystem.cat_file(name, start=0, end=len(MAGIC))))
+    return bytes(retried(lambda: filesystem.cat_file(name, start=0, end=4)))
 
 
-def _refuse_tables(names: Iterable[str], root: str, filesystem: AbstractFileSystem, *, refuse_runs: bool) -> None:
-    """Raise DataError if the input is in a Delta table, or contains one or the output of a scoring job."""
-    fixed = _fixed(root, filesystem)
-    if filesystem.isdir(posixpath.join(fixed, DELTA_LOG)):
-        raise _delta_error(fixed)
-    for name in names:
-        folder = posixpath.dirname(name)
-        if posixpath.basename(folder) == DELTA_LOG:
-            raise _delta_error(posixpath.dirname(folder))
-        is_manifest = (
-            refuse_runs and posixpath.basename(name) == RUN_MANIFEST and folder.rstrip("/") != root.rstrip("/")
+def _refuse_tables(
+    found: Mapping[str, dict[str, Any]], root: str, filesystem: AbstractFileSystem, *, refuse_runs: bool
+) -> None:
+    """Raise DataError if files are in a Delta or Iceberg table, or in the output of a scoring job below root."""
+    folders = {posixpath.dirname(name) for name in found} | {_fixed(root, filesystem)}
+    if isinstance(filesystem, LocalFileSystem):  # links lead to other folders
+        folders |= {os.path.realpath(folder) for folder in folders}
+    is_whole = filesystem.isdir(root)  # then what is below root is in `found`
+    above = {parent for folder in folders for parent in _parents(folder) if not (is_whole and parent in folders)}
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        tables = [folder for folder in pool.map(lambda folder: _table_at(filesystem, folder), sorted(above)) if folder]
+    tables += [posixpath.dirname(folder) for folder in folders if posixpath.basename(folder) == DELTA_LOG]
+    tables += [posixpath.dirname(posixpath.dirname(name)) for name in found if _is_iceberg(name)]
+    if tables:
+        raise DataError(
+            f"{tables[0]} is a Delta or Iceberg table: some of its files may be deleted ones, so they are not read one "
+            "by one; give a copy of the table as Parquet"
         )
+    for name in found if refuse_runs else ():
+        folder = posixpath.dirname(name)
+        is_manifest = posixpath.basename(name) == RUN_MANIFEST and folder.rstrip("/") != root.rstrip("/")
         if is_manifest and "generations" in _json_keys(filesystem, name):
             raise DataError(
                 f"{folder} in the input is the output of a scoring job; move it out of the input, or name the files to "
@@ -161,11 +178,28 @@ def _refuse_tables(names: Iterable[str], root: str, filesystem: AbstractFileSyst
             )
 
 
-def _delta_error(folder: str) -> DataError:
-    return DataError(
-        f"{folder} is a Delta table: some of its files may be deleted ones, so they are not read one by one; give a "
-        "copy of the table as Parquet"
-    )
+def _parents(folder: str) -> list[str]:
+    """Return a folder and all folders above it."""
+    parents = []
+    while folder and folder != "/":
+        parents.append(folder)
+        folder = posixpath.dirname(folder)
+    return parents
+
+
+def _table_at(filesystem: AbstractFileSystem, folder: str) -> str | None:
+    """Return the folder if it is a Delta or an Iceberg table."""
+    if filesystem.isdir(posixpath.join(folder, DELTA_LOG)):
+        return folder
+    metadata = posixpath.join(folder, "metadata")
+    if filesystem.isdir(metadata) and any(_is_iceberg(name) for name in filesystem.ls(metadata, detail=False)):
+        return folder
+    return None
+
+
+def _is_iceberg(name: str) -> bool:
+    """Whether a file is the metadata of an Iceberg table."""
+    return name.endswith(".metadata.json") and posixpath.basename(posixpath.dirname(name)) == "metadata"
 
 
 def _json_keys(filesystem: AbstractFileSystem, name: str) -> set[str]:
@@ -198,7 +232,8 @@ def _is_below(name: str, folder: str, filesystem: AbstractFileSystem) -> bool:
 def _is_data(name: str, root: str) -> bool:
     """Return whether no component of a name below root begins with `_` or `.`.
 
-    If root is a glob, it counts up to its first wildcard, and what its own components name with a `_` or `.` is data.
+    If root is a glob, it counts up to its first wildcard. A component that begins with `_` or `.` is data if the glob
+    itself writes that `_` or `.`.
     """
     below, pattern = [[part for part in path.split("/") if part] for path in (name, root)]
     fixed = next((place for place, part in enumerate(pattern) if set(part) & set(GLOB_CHARACTERS)), len(pattern))

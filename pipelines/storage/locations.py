@@ -50,7 +50,11 @@ def shown(location: str) -> str:
     """Return a location without user, password and query, for logs and files."""
     if "://" not in location:
         return location
-    parts = urlsplit(location)
+    try:
+        parts = urlsplit(location)
+    except ValueError:  # a bracket, which is part of a glob and not of an address
+        scheme, _, rest = location.partition("://")
+        return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
@@ -67,6 +71,8 @@ def filesystem_of(location: str) -> tuple[AbstractFileSystem, str]:
             f"{shown(location)} cannot be opened: {error}; "
             f"install the extra for its storage: ray-text-classification[s3|gcs|azure]"
         ) from error
+    except OSError as error:  # the archive of a chained URL
+        raise DataError(f"{shown(location)} cannot be opened: {first_line(error)}") from error
     return filesystem, str(path)
 
 

@@ -66,7 +66,13 @@ def read_unit(location: str, unit: WorkUnit, schema: pa.Schema, *, prefix: str =
 
 
 def read_units(
-    location: str, units: Iterable[WorkUnit], schema: pa.Schema, *, text_columns: Sequence[str] = (), prefix: str = ""
+    location: str,
+    units: Iterable[WorkUnit],
+    schema: pa.Schema,
+    *,
+    text_columns: Sequence[str] = (),
+    filter_columns: Sequence[str] = (),
+    prefix: str = "",
 ) -> Iterator[Rows]:
     """Read units one after another. Consecutive spans of the same row group are decoded once.
 
@@ -79,6 +85,8 @@ def read_units(
         units: Units to read.
         schema: Names and types of the columns to read.
         text_columns: Columns that every file must have as string columns.
+        filter_columns: Columns without which nobody knows whether a row is wanted. If one of their values is lost, the
+            rows of its row group have an error.
         prefix: Prefix for the names of the source columns.
 
     Yields:
@@ -92,7 +100,7 @@ def read_units(
         errors: list[str | None] = []
         lost: dict[str, int] = {}
         for span in unit.spans:
-            table, error = _read_span(reader, span, schema, text_columns, lost)
+            table, error = _read_span(reader, span, schema, (text_columns, filter_columns), lost)
             first = span.first_row + span.start
             columns = (pa.array([span.file.url] * len(table), pa.string()), pa.array(range(first, first + len(table))))
             for name, column in zip(SOURCE_COLUMNS, columns, strict=True):
@@ -102,20 +110,27 @@ def read_units(
         yield Rows(pa.concat_tables(tables).combine_chunks(), errors, time.perf_counter() - started, lost)
 
 
-def together(files: Sequence[InputFile], names: Sequence[str] | None = None) -> pa.Schema:
+def together(
+    files: Sequence[InputFile],
+    names: Sequence[str] | None = None,
+    *,
+    remedy: str = "convert it to one type in all files",
+) -> pa.Schema:
     """Return one schema for the columns and Hive partitions of all files.
 
     Dictionary types become their value types. Partition values are integers or dates if all of them are, else strings.
 
     Args:
-        files: Files to combine. Files without a schema are skipped.
+        files: Files to combine. Files without a schema are skipped, and those without rows if others have rows.
         names: Columns to include, in this order. None includes all columns, in order of first appearance.
+        remedy: What the caller can do if types do not fit, for the error message.
 
     Raises:
         DataError: The types of a column in different files cannot be unified.
     """
     found = pa.schema([])
     wanted = None if names is None else set(names)
+    files = [file for file in files if file.num_rows] or files
     types = _partition_types(files)
     before: Any = None
     for file in files:
@@ -132,8 +147,7 @@ def together(files: Sequence[InputFile], names: Sequence[str] | None = None) -> 
             found = pa.unify_schemas([found, pa.schema(own)], promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(
-                f"the columns of {file.url} do not fit those of the previous files: {error}; "
-                f"convert them to one type, or exclude the column with --keep"
+                f"a column of {file.url} does not fit that of the previous files: {error}; {remedy}"
             ) from error
     if names is None:
         return found
@@ -172,26 +186,39 @@ def plain_field(column: pa.Field) -> pa.Field:
 
 
 def _read_span(
-    reader: _GroupReader, span: Span, schema: pa.Schema, text_columns: Sequence[str], lost: dict[str, int]
+    reader: _GroupReader,
+    span: Span,
+    schema: pa.Schema,
+    needed: tuple[Sequence[str], Sequence[str]],
+    lost: dict[str, int],
 ) -> tuple[pa.Table, str | None]:
     """Return exactly the span's rows in the schema, and an error if they could not be read and are null.
 
     If the columns cannot be read together, the texts are read alone. `lost` counts the lost values of other columns.
     """
     assert span.file.schema is not None
+    text_columns, filter_columns = needed
     for name in text_columns:
         problem = text_column_problem(span.file.schema, name)
         if problem is not None:
             return _nothing(span, schema), f"{span.file.url} {problem}"
+    table, lost_here = _nothing(span, schema), dict[str, int]()
+    reason = ""
     try:
-        return _fitted(retried(lambda: reader.read(span)), span, schema, lost), None
+        table = _fitted(retried(lambda: reader.read(span)), span, schema, lost_here)
     except (pa.ArrowException, OSError, ValueError) as error:
         reader.close()
         reason = first_line(error)
-    try:
-        return _fitted(_read_apart(reader, span, text_columns), span, schema, lost), None
-    except (pa.ArrowException, OSError, ValueError):
+        with suppress(pa.ArrowException, OSError, ValueError):
+            table, reason = _fitted(_read_apart(reader, span, text_columns), span, schema, lost_here), ""
+    unknown = [name for name in filter_columns if name in lost_here]
+    if unknown and not reason:
+        reason = f"{lost_here[unknown[0]]} values of {unknown[0]}, which the filter compares, are lost"
+    if reason:
         return _nothing(span, schema), f"row group {span.row_group} of {span.file.url} cannot be read: {reason}"
+    for name, count in lost_here.items():
+        lost[name] = lost.get(name, 0) + count
+    return table, None
 
 
 def _read_apart(reader: _GroupReader, span: Span, text_columns: Sequence[str]) -> pa.Table:
@@ -236,13 +263,29 @@ def cast_values(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedA
         return column.cast(kind), 0
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         pass
-    try:  # what does not come back from the other type as it was does not fit it
-        found = column.cast(kind, safe=False)
-        fits = pc.fill_null(pc.equal(found.cast(column.type, safe=False), column), False)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return pa.chunked_array([pa.nulls(len(column), kind)]), len(column) - column.null_count
-    found = pc.if_else(fits, found, pa.scalar(None, kind))
+    try:
+        found, fits = _cast_numbers(column, kind)
+        found = pc.if_else(fits, found, pa.scalar(None, kind))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # no numbers: value by value
+        found = pa.chunked_array([_cast_value(column.slice(row, 1), kind) for row in range(len(column))], kind)
     return found, found.null_count - column.null_count
+
+
+def _cast_numbers(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Return the values in another type, and which of them keep their value: they come back, and keep their sign."""
+    found = column.cast(kind, safe=False)
+    fits = pc.equal(found.cast(column.type, safe=False), column)
+    if pa.types.is_integer(kind) and pa.types.is_integer(column.type):  # the sign of an unsigned integer may appear
+        fits = pc.and_(fits, pc.equal(pc.less(found, 0), pc.less(column, 0)))
+    return found, pc.fill_null(fits, False)
+
+
+def _cast_value(value: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
+    """Return one value in another type, or null if it does not fit."""
+    try:
+        return value.cast(kind).combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return pa.nulls(1, kind)
 
 
 def _nothing(span: Span, schema: pa.Schema) -> pa.Table:

@@ -89,7 +89,8 @@ def test_dry_run_estimates_match_run(folders, source, tmp_path, capsys):
     assert found["replica_hours"] == pytest.approx(found["tokens_in_windows"] / 1000 / 3600, rel=0.01, abs=1e-4)
     measured = score(capsys, folders["binary"], source, tmp_path / "none", "--dry-run", code=0)
     assert measured["rate_is"] == "measured here"
-    assert measured["tokens_per_second_per_replica"] > 0
+    hours = measured["tokens_in_windows"] / measured["tokens_per_second_per_replica"] / 3600
+    assert measured["replica_hours"] == pytest.approx(hours, rel=0.01, abs=1e-4)
 
 
 def test_drift_of_equal_and_shifted_scores(folders, source, tmp_path, capsys):

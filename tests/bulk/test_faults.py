@@ -196,6 +196,11 @@ def test_output_inside_the_input_is_left_out(spam_folder, tmp_path, emails):
     assert score(score_job(spam_folder, tmp_path / "in", tmp_path / "in" / "out", **more)).rows_out == 11
     with pytest.raises(DataError, match=r"in/out in the input is the output of a scoring job; move it"):
         score(score_job(spam_folder, tmp_path / "in", tmp_path / "elsewhere"))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "mail").symlink_to(tmp_path / "in")
+    with pytest.raises(DataError, match=r"links/mail/out in the input is the output of a scoring job"):
+        score(score_job(spam_folder, tmp_path / "links", tmp_path / "elsewhere"))
+    assert score(score_job(spam_folder, tmp_path / "links", tmp_path / "in" / "out", overwrite=True)).rows_out == 11
     again = score_job(
         spam_folder, tmp_path / "in" / "out", tmp_path / "elsewhere", text_column="source_file", prefix="m_"
     )
@@ -205,7 +210,8 @@ def test_output_inside_the_input_is_left_out(spam_folder, tmp_path, emails):
 @pytest.mark.parametrize(
     ("name", "content"),
     [("_manifest.json", b""), ("_manifest.json", b"[]"), ("_manifest.json", b'{"format_version": 2}'),
-     ("_inputs-0000.parquet", None), ("_inputs-0000.parquet", b"")],
+     ("_inputs-0000.parquet", None), ("_inputs-0000.parquet", b""),
+     ("_inputs-0000.parquet", b"PAR1" + b"\xff" * 40 + b"\x14\x00\x00\x00PAR1")],
 )  # fmt: skip
 def test_damaged_run_is_named_and_can_be_overwritten(spam_folder, tmp_path, emails, name, content):
     (tmp_path / "in").mkdir()

@@ -133,8 +133,17 @@ def test_names_in_backticks(text, expected):
     assert set(parse_filter(text)[1]) <= set(ODD.column_names)
 
 
-@pytest.mark.parametrize("text", ["`sent at == 1", "`` == 1", "`a` `b` == 1", "f(`sent at`)", "`sent at` + 1 > 2"])
+@pytest.mark.parametrize("text", ["`sent at == 1", "`` == 1", "`a` `b` == 1", "f(`sent at`)", "`sent at` + 1 > 2",
+                                  "n == 1 # and n == 2", "column_in_backticks_0 == 1 and `x y` == 2"])  # fmt: skip
 def test_wrong_backticks_are_refused(text):
     with pytest.raises(SettingsError, match="--filter") as caught:
         parse_filter(text)
-    assert "column_in_backticks" not in str(caught.value).replace(text, "")
+    if "column_in_backticks" not in text:
+        assert "column_in_backticks" not in str(caught.value)
+
+
+def test_fractions_in_a_list_of_integers():
+    table = pa.table({"n": [2**53, 2**53 + 1, None, 3]})
+    assert kept_rows(table, f"n in [{2**53}, 2.5, 3.0]").to_pylist() == [True, False, False, True]
+    assert kept_rows(table, f"n not in [{2**53}, 2.5]").to_pylist() == [False, True, False, True]
+    assert kept_rows(table, "n in [2.5]").to_pylist() == [False] * 4

@@ -258,12 +258,21 @@ def test_files_are_found_by_content(tmp_path, log_lines):
     assert {file.url.rsplit("/", 1)[1] for file in files if file.error} == {"notes.txt", "empty"}, "a glob is believed"
 
 
-def test_delta_tables_are_refused(tmp_path):
-    (tmp_path / "in" / "table" / "_delta_log").mkdir(parents=True)
-    (tmp_path / "in" / "table" / "_delta_log" / "0.json").write_text("{}")
-    write(tmp_path / "in" / "table" / "a.parquet", 1, group=1)
-    for name in ("in", "in/table", "in/table/*.parquet", "in/table/a.parquet"):
-        with pytest.raises(DataError, match=r"in/table is a Delta table"):
+@pytest.mark.parametrize("kind", ["_delta_log/0.json", "metadata/v1.metadata.json"])
+def test_tables_of_other_formats_are_refused(tmp_path, kind):
+    table = tmp_path / "in" / "table"
+    (table / kind).parent.mkdir(parents=True)
+    (table / kind).write_text("{}")
+    (table / "day=1").mkdir()
+    write(table / "b.parquet", 1, group=1)
+    write(table / "day=1" / "a.parquet", 1, group=1)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "one").symlink_to(table)
+    (tmp_path / "links" / "two").symlink_to(table / "day=1")
+    for name in ("in", "in/table", "in/table/*.parquet", "in/table/b.parquet", "in/table/day=1", "in/*/day=1",
+                 "in/table/day=1/a.parquet", "in/*/*.parquet", "in/table/**", "links", "links/one",
+                 "links/two"):  # fmt: skip
+        with pytest.raises(DataError, match=r"is a Delta or Iceberg table"):
             list_files(str(tmp_path / name))
 
 
@@ -313,7 +322,13 @@ def test_links_are_followed_once(tmp_path, log_lines):
     assert len(names) == 2
     assert names[0] == "a/x.parquet"
     assert names[1].endswith("linked/y.parquet")
-    assert any("links lead to files that are read already" in line for line in log_lines)
+    assert any("lead to files that are read already" in line for line in log_lines)
+    before = shards.read_footers(str(tmp_path / "in" / "linked"), "text")
+    assert [file.size for file in before] == [(tmp_path / "elsewhere" / "y.parquet").stat().st_size]
+    (tmp_path / "one").symlink_to(tmp_path / "elsewhere" / "y.parquet")
+    (version,) = [file.version for file in shards.read_footers(f"{tmp_path}/on*", "text")]
+    os.utime(tmp_path / "elsewhere" / "y.parquet", (1, 1))
+    assert [file.version for file in shards.read_footers(f"{tmp_path}/on*", "text")] != [version], "that of the target"
 
 
 @pytest.mark.filterwarnings("ignore")
