@@ -36,16 +36,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
+def class_names(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of transformers' classes that a config names. Empty if it names none."""
+    names = config.get("architectures") or []
+    return [names] if isinstance(names, str) else [str(name) for name in names]
+
+
 def is_classifier(config: Mapping[str, Any]) -> bool:
     """Whether a config says that its model has a classification head. True if it names no class."""
-    names = config.get("architectures") or [CLASSIFIER]
-    names = [names] if isinstance(names, str) else names
-    return any(CLASSIFIER in str(name) for name in names)
+    names = class_names(config)
+    return not names or any(CLASSIFIER in name for name in names)
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     """Return the number of entries in the vocabulary, or None if the config does not say it."""
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     return size if isinstance(size, int) else None
 
 

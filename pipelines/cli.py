@@ -42,8 +42,8 @@ TRAIN_GROUPS = (TrainPaths, DecisionSettings, DataSettings, WindowSettings, Trai
 SCORE_GROUPS = (ScorePaths, DataSettings, ScoreSettings, ComputeSettings)
 SERVE_GROUPS = (ServePaths, ServeSettings, ComputeSettings)
 EVALUATE_GROUPS = (DataSettings, ComputeSettings)
-SEPARATORS = {"keep": ",", "labels": ","}
-"""Flags whose value is a list."""
+LISTS = {"keep", "labels", "label_columns"}
+"""Flags whose value is a list, separated by commas."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -209,7 +209,7 @@ def _values(options: argparse.Namespace) -> dict[str, object]:
     for name in options.flags:
         value = getattr(options, name, None)
         if value is not None:
-            values[name] = value.split(SEPARATORS[name]) if name in SEPARATORS else value
+            values[name] = value.split(",") if name in LISTS else value
     return values
 
 
@@ -408,7 +408,7 @@ def _flags(command: argparse.ArgumentParser, group: type[Any], names: Sequence[s
             )
         elif field.name in names:
             kind = types.get(str(field.type), str)
-            metavar = "A,B,C" if field.name in SEPARATORS else {int: "N", float: "X", _mapping: "YAML"}.get(kind)
+            metavar = "A,B,C" if field.name in LISTS else {int: "N", float: "X", _mapping: "YAML"}.get(kind)
             command.add_argument(
                 f"--{field.name.replace('_', '-')}", type=kind, metavar=metavar, help=field_help(group)[field.name]
             )

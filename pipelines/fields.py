@@ -51,7 +51,10 @@ def parse(values: Mapping[str, object], *groups: type[Any]) -> list[Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value with numpy's numbers and arrays, also inside lists and mappings, as Python's."""
+    """Convert numpy numbers and arrays to Python numbers and lists, also inside lists and mappings.
+
+    A pandas series becomes a mapping from its index to its values.
+    """
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
     if hasattr(value, "to_dict") and hasattr(value, "index"):  # a series: its index names the values

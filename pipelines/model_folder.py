@@ -26,7 +26,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from pipelines.classifier_config import decision_of, is_classifier, read_config
+from pipelines.classifier_config import class_names, decision_of, is_classifier, read_config
 from pipelines.errors import DataError, ModelFolderError, SettingsError, first_line
 from pipelines.fields import parse
 from pipelines.settings import DecisionSettings, WindowSettings
@@ -81,7 +81,7 @@ class ModelFolder:
     @property
     def model_type(self) -> str:
         """Name of the architecture in config.json."""
-        return str(json.loads((self.path / "config.json").read_text()).get("model_type", ""))
+        return str(read_config(self.path).get("model_type", ""))
 
     @property
     def settings_hash(self) -> str:
@@ -179,7 +179,7 @@ def _of_classifier(path: Path, where: str) -> ModelFolder:
     config = read_config(path)
     if not is_classifier(config):
         raise ModelFolderError(
-            f"{where} is a {config['architectures'][0]}, which has no classification head; fine-tune it first: "
+            f"{where} is a {class_names(config)[0]}, which has no classification head; fine-tune it first: "
             f"pipelines train --model {where}"
         )
     decision, is_guess = decision_of(config, where=where)
@@ -189,9 +189,10 @@ def _of_classifier(path: Path, where: str) -> ModelFolder:
         _TOLD.add(path)
         guess = "" if not is_guess else " (or multilabel: config.json does not say)"
         logger.warning(
-            "%s has no %s and opens with the defaults: kind %s%s, labels %s, windows of up to 512 tokens, stride 0.8, "
-            "merge mean; `pipelines convert %s NEW` makes a model folder in which they can be changed",
-            where, PIPELINE_FILE, decision.kind, guess, ", ".join(decision.labels) or "none", where,
+            "%s has no %s and opens with the defaults: kind %s%s, labels %s, windows of 512 tokens or the model's "
+            "limit, stride %s, merge %s; `pipelines convert %s NEW` makes a model folder in which they can be changed",
+            where, PIPELINE_FILE, decision.kind, guess, ", ".join(decision.labels) or "none", folder.windows.stride,
+            decision.merge, where,
         )  # fmt: skip
     return folder
 
@@ -202,9 +203,12 @@ _TOLD: set[Path] = set()
 
 def model_location(value: str) -> str:
     """Return a model's location as an absolute path. URLs, and names on the Hugging Face Hub, are unchanged."""
-    if HUB_NAME.fullmatch(value) and not Path(value).exists():
-        return value
-    return absolute(value)
+    return value if is_hub_name(value) else absolute(value)
+
+
+def is_hub_name(value: str) -> bool:
+    """Whether a location can only be a name on the Hugging Face Hub: it is no path on this machine, and no URL."""
+    return HUB_NAME.fullmatch(value) is not None and not Path(value).exists()
 
 
 def opens_as_transformers(path: Path) -> bool:
@@ -280,7 +284,8 @@ def local_folder(location: str) -> Path:
             (default ~/.cache).
 
     Raises:
-        ModelFolderError: A local folder does not exist, or a URL cannot be listed or has no files.
+        ModelFolderError: A local folder does not exist, a URL cannot be listed or has no files, or the Hub does not
+            have the name.
     """
     if "://" not in location:
         path = Path(location).expanduser()

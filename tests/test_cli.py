@@ -161,3 +161,21 @@ def test_settings_that_need_valid_data(labelled, tmp_path, capsys, setting, mess
                        tmp_path / "out", "--set", setting, capsys=capsys)  # fmt: skip
     assert code == 2
     assert message in err
+
+
+def test_label_columns_of_the_command_line(folders, tmp_path, capsys):
+    """One column of 0 and 1 for each label, found by their names."""
+    texts = [f"some text number {number}" for number in range(12)]
+    columns = {name: [number >> place & 1 for number in range(12)] for place, name in enumerate("cab")}
+    pq.write_table(pa.table({"text": texts, **columns}), tmp_path / "wide.parquet")
+    names = [[name for name in "abc" if columns[name][row]] for row in range(12)]
+    pq.write_table(pa.table({"text": texts, "label": names}), tmp_path / "lists.parquet")
+    folder = str(folders["multilabel"].path)
+    found = []
+    for data, more in (("wide", ["--label-columns", "c,a,b"]), ("lists", [])):
+        assert main(["evaluate", folder, "--data", str(tmp_path / f"{data}.parquet"), "--json", *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    wrong = ["evaluate", folder, "--data", str(tmp_path / "wide.parquet"), "--label-columns", "a,b"]
+    assert main(wrong) == 2
+    assert "both must have the same names" in capsys.readouterr().err

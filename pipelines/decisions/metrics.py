@@ -80,8 +80,8 @@ def evaluate(
 def default_metric(decision: DecisionSettings) -> str:
     """Return the metric that compares the evaluations of a run, if the settings name none.
 
-    Thresholds are tuned only after training. Until then, a metric of labels is taken at a threshold that says nothing,
-    and a metric of the order of the scores is used: the average precision, for several labels its mean.
+    Thresholds are tuned only after training. Before that, labels depend on a threshold that is not tuned, so a metric
+    of the order of the scores is used: the average precision. For several labels, it is the mean over the labels.
     """
     if decision.kind == "binary" and decision.thresholds is None and decision.merge != "vote":
         return "auprc"
@@ -91,7 +91,8 @@ def default_metric(decision: DecisionSettings) -> str:
 def count_distinct(scores_DL: NDArray[np.float32], decision: DecisionSettings) -> dict[str, list[int]]:
     """Count, for each label, the documents with a score that is not saturated, and their distinct scores.
 
-    The counts of several slices of the data can be added. A binary classifier has counts only for its positive label.
+    The counts of several slices of the data can be added. Then the second number is an upper limit. A binary
+    classifier has counts only for its positive label.
     """
     if decision.kind == "regression":
         return {}
@@ -115,7 +116,7 @@ def tie_warning(distinct: Mapping[str, Sequence[int]]) -> str | None:
         return None
     label, (documents, scores) = min(tied.items(), key=lambda item: item[1][1] / item[1][0])
     return (
-        f"the scores of {len(tied)} of {len(distinct)} labels tie: {documents:,} documents have only {scores:,} "
+        f"the scores of {len(tied)} of {len(distinct)} labels tie: {documents:,} documents have at most {scores:,} "
         f"different scores of {label!r}, so no threshold separates them; if the documents differ, score with "
         "dtype=float32, or train the model longer"
     )

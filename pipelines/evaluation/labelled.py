@@ -35,10 +35,10 @@ from pipelines.model.scorer import Scorer
 from pipelines.model_folder import ModelFolder, read_model_folder, write_pipeline_file
 from pipelines.progress import Progress
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings
-from pipelines.storage.columns import check_label_column, check_text_column, with_fields
+from pipelines.storage.columns import check_label_column, check_text_column, text_schema, with_fields
 from pipelines.storage.labels import check_label_columns, label_values, read_label_column
 from pipelines.storage.locations import absolute, commit_bytes, make_folder, shown
-from pipelines.storage.rows import read_unit, together
+from pipelines.storage.rows import read_unit
 from pipelines.storage.shards import InputFile, fingerprint
 
 MEMORY = "the table in memory"
@@ -163,7 +163,7 @@ def labelled_files(location: str, data: DataSettings, decision: DecisionSettings
     """
     check_label_columns(data, decision)
     found = read_label_column(location, data)
-    read = together(found.files, data.text_columns)
+    read = text_schema(data.text_columns)
     return LabelledInput(
         source=shown(location),
         fingerprint=fingerprint((file.url, file.size, file.version) for file in found.files),
@@ -298,9 +298,11 @@ def tune_folder(
     parse_objective(objective)
     if "://" in model:
         raise ModelFolderError(f"{shown(model)} is a URL; tune a local folder and upload it")
+    if not os.access(Path(model).expanduser(), os.W_OK):
+        raise ModelFolderError(
+            f"{shown(model)} is not a folder that can be written to; make one: pipelines convert {shown(model)} NEW"
+        )
     folder = _open_for(model, data)
-    if not Path(model).is_dir() or not os.access(folder.path, os.W_OK):
-        raise ModelFolderError(f"{model} cannot be written to; make a copy that can: pipelines convert {model} NEW")
     if folder.decision.kind not in ("binary", "multilabel"):
         raise SettingsError(
             f"thresholds are for kinds binary and multilabel; {shown(model)} is of kind {folder.decision.kind}, "

@@ -44,7 +44,8 @@ from pipelines.model.weights import OPENING_ERRORS, load_module, pad_token_of, r
 from pipelines.model_folder import check_weights
 from pipelines.settings import ComputeSettings
 from pipelines.text.pretrained import quiet_transformers, uses_type_ids
-from pipelines.text.tokenization import CutDocuments, InputRows, Template, assemble
+from pipelines.text.template import Template
+from pipelines.text.tokenization import CutDocuments, InputRows, assemble
 
 logger = logging.getLogger(__name__)
 SHORTEST_STEP = 8

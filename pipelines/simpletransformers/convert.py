@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from transformers import AutoConfig, AutoModel
 
-from pipelines.classifier_config import decision_of, is_classifier, read_config
+from pipelines.classifier_config import class_names, decision_of, is_classifier, read_config
 from pipelines.errors import ModelFolderError, OutputError, SettingsError, first_line
 from pipelines.model.lora import Adapter, find_adapter, merge_adapter
 from pipelines.model.scorer import plan_of
@@ -101,7 +101,7 @@ def _convert(old: str, folder: Path, kind: Kind | None, labels: Sequence[str] | 
         _convert_base(old, opened, folder)
         return None
     module, found = _load(old, opened)
-    if found.has_new_head and not config.get("architectures"):  # an old base model, whose config names no class
+    if found.has_new_head and not class_names(config):  # an old base model, whose config names no class
         _convert_base(old, opened, folder)
         return None
     missing = [*found.missing_in_head, *found.missing_in_body]

@@ -38,10 +38,10 @@ from pipelines.simpletransformers.translate import (
     window_settings,
 )
 from pipelines.text.pretrained import (
+    num_tokens_of,
     quiet_transformers,
     save_tokenizer,
     uses_type_ids,
-    vocabulary_size,
     write_tokenizer,
 )
 from pipelines.text.tokenization import Documents
@@ -207,11 +207,11 @@ class Engine:
             ModelFolderError: The model's embeddings have not been resized for them.
         """
         opened = self.__dict__.get("tokenizer")  # the cached property: None if nobody has asked for it
-        if opened is None or len(opened) == self._tokenizer.vocabulary[0]:
+        if opened is None or len(opened) == self._tokenizer.num_tokens:
             return
         size = self.model.module.get_input_embeddings().num_embeddings  # type: ignore[operator]
         tokenizer = write_tokenizer(opened, Path(self._folder.name))
-        if tokenizer.vocabulary[1] >= size:
+        if tokenizer.highest_id >= size:
             raise ModelFolderError(
                 f"the tokenizer has {len(opened):,} tokens and the model {size:,} embeddings; resize them: "
                 "model.model.resize_token_embeddings(len(model.tokenizer))"
@@ -235,7 +235,7 @@ class Engine:
                 module, found = load_module(source.model_name, self.config, **source.keywords)
                 found.check_body(source.model_name)
                 if self.args.special_tokens_list:
-                    module.resize_token_embeddings(max(vocabulary_size(folder), self.config.vocab_size))
+                    module.resize_token_embeddings(max(num_tokens_of(folder), self.config.vocab_size))
         except RuntimeError as error:
             raise ModelFolderError(
                 f"the weights of {source.model_name} do not fit {self.num_labels} labels; give the number that it was "

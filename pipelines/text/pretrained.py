@@ -16,7 +16,8 @@ from typing import Any
 
 from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.model_folder import opens_as_transformers
-from pipelines.text.tokenization import Template, Tokenizer
+from pipelines.text.template import Template
+from pipelines.text.tokenization import Tokenizer
 
 
 def load_tokenizer(folder: Path, *, lead_space: bool = False) -> Tokenizer:
@@ -81,7 +82,7 @@ def uses_type_ids(folder: Path) -> bool:
     return "token_type_ids" in _open(str(folder), f"the tokenizer in {folder} cannot be opened").model_input_names
 
 
-def vocabulary_size(folder: Path) -> int:
+def num_tokens_of(folder: Path) -> int:
     """Return the number of tokens in the vocabulary of a folder's tokenizer, including added tokens."""
     return len(_open(str(folder), f"the tokenizer in {folder} cannot be opened"))
 

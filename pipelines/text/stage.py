@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipelines.model_folder import local_folder
+from pipelines.model_folder import is_hub_name, local_folder
 from pipelines.storage.columns import SOURCE_COLUMNS
-from pipelines.storage.filters import kept_rows
+from pipelines.storage.filters import kept_rows, parse_filter
 from pipelines.storage.rows import Rows, read_units
 from pipelines.storage.shards import WorkUnit
 from pipelines.text.pretrained import load_tokenizer
@@ -97,7 +97,15 @@ class TokenizeStage:
 
     def __call__(self, units: Iterable[WorkUnit]) -> Iterator[pa.Table]:
         """Yield the table of each unit: kept columns, source columns, then IDS, PAIR_IDS (pairs only), ERROR."""
-        found = read_units(self.location, units, self.schema, text_columns=self.text_columns, prefix=self.prefix)
+        compared = parse_filter(self.filter)[1] if self.filter else []
+        found = read_units(
+            self.location,
+            units,
+            self.schema,
+            text_columns=self.text_columns,
+            filter_columns=compared,
+            prefix=self.prefix,
+        )
         for rows in found:
             yield self._tokenize(rows)
 
@@ -132,9 +140,17 @@ def documents_of(table: pa.Table) -> Documents:
 
 def _tokenizer(location: str, lead_space: bool) -> Tokenizer:
     """Return the tokenizer of a model folder. It is loaded once per process, and again if its files change."""
-    folder = local_folder(location)
+    folder = _local(location)
     changed = max(file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file())
     return _loaded(folder, changed, lead_space)
+
+
+def _local(location: str) -> Path:
+    """Return the local path of a model folder. The Hub is asked once per process, and not for every unit."""
+    return _of_hub(location) if is_hub_name(location) else local_folder(location)
+
+
+_of_hub = cache(local_folder)
 
 
 @cache

@@ -32,9 +32,9 @@ from pipelines.settings import (
     TrainSettings,
     WindowSettings,
 )
+from pipelines.storage.columns import text_schema
 from pipelines.storage.labels import LabelColumn, check_label_columns, read_label_column
 from pipelines.storage.locations import absolute, shown
-from pipelines.storage.rows import together
 from pipelines.storage.shards import InputFile, fingerprint, split_into_units, usual_unit_bytes
 from pipelines.text.stage import TokenizeStage
 from pipelines.text.windows import leads_with_space
@@ -121,7 +121,7 @@ class CheckedTrainJob:
         data = self.job.data
         texts = data.text_columns
         lead_space = leads_with_space(self.spec.windows, self.pretrained.model_type)
-        schema = together(labelled.files, texts)
+        schema = text_schema(texts)
         stage = TokenizeStage(labelled.location, texts, schema, self.spec.output, lead_space=lead_space)
         units = split_into_units(labelled.files, unit_bytes=unit_bytes, limit=data.limit)
         return Split(stage, units, labelled.targets, self.job.settings.seed)
