@@ -1,6 +1,7 @@
 """Classifiers of Hugging Face without pipeline.json: opened as they are, refused with a remedy, converted."""
 
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import processors
@@ -163,6 +165,65 @@ def test_base_models_are_not_scored(folder, training_data, tmp_path, capsys):
     trained = [train_here(train_job(training_data, tmp_path / f"out-{name}", model=str(tmp_path / name), seed=1))
                for name in ("safe", "new")]  # fmt: skip
     assert trained[0].losses == trained[1].losses
+
+
+def test_labels_have_another_order_than_the_head(folder, training_data, tmp_path, emails):
+    """Training on starts with the rows of the head that have the same names."""
+    binary = tmp_path / "binary"
+    names = {"id2label": {0: "spam", 1: "ham"}, "label2id": {"spam": 0, "ham": 1}}
+    tiny.classifier(num_labels=2, **names).save_pretrained(binary)
+    tiny.save_tokenizer(binary, emails["text"].to_pylist()[:40])
+    settings = {"weight": None, "model": str(binary), "learning_rate": 1e-12, "limit": 10}
+    train_here(train_job(training_data, tmp_path / "out", **settings))
+    assert read_model_folder(tmp_path / "out").decision.labels == ("ham", "spam")
+    old, new = (load_file(path / "model.safetensors") for path in (binary, tmp_path / "out"))
+    for name in ("classifier.weight", "classifier.bias"):
+        torch.testing.assert_close(new[name], old[name].flip(0))
+    torch.testing.assert_close(new["bert.pooler.dense.weight"], old["bert.pooler.dense.weight"])
+
+
+def test_number_of_labels_is_saved_where_it_is_not_the_default(tmp_path, emails):
+    """bart's default is three labels, and transformers leaves two labels with default names out of config.json."""
+    texts = emails["text"].to_pylist()[:40]
+    tiny.save_encoder_decoder(tmp_path / "old", texts, "bart", num_labels=3)
+    model = ClassificationModel(
+        "bart", str(tmp_path / "old"), num_labels=2, use_cuda=False, ignore_mismatched_sizes=True
+    )
+    model.save_model(str(tmp_path / "new"))
+    scores = Scorer.load(tmp_path / "new", compute=COMPUTE).predict(texts[:3])["scores"].to_pylist()
+    expected = ClassificationModel("auto", str(tmp_path / "new"), use_cuda=False).predict(texts[:3])[1]
+    np.testing.assert_allclose(scores, torch.tensor(np.array(expected)).softmax(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_saved_decoder_runs_in_batches_of_transformers(tmp_path, emails, family):
+    texts = [text[:200] for text in emails["text"].to_pylist()[:40]]
+    tiny.save_decoder(tmp_path / "old", texts, family, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1})
+    convert(str(tmp_path / "old"), str(tmp_path / "new"))
+    pipe = transformers.pipeline("text-classification", str(tmp_path / "new"), top_k=None, device="cpu")
+    found = pipe(texts[:6], batch_size=3, truncation=True, max_length=120)
+    expected = [{row["label"]: row["score"] for row in rows} for rows in found]
+    scores = Scorer.load(tmp_path / "new", compute=COMPUTE).predict(texts[:6])["scores"].to_pylist()
+    np.testing.assert_allclose(scores, [[row["a"], row["b"]] for row in expected], atol=1e-4)
+
+
+def test_special_tokens_that_are_split(folder):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "split_special_tokens": True}))
+    text = "money [SEP] now"
+    expected = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+    scorer = Scorer.load(folder, compute=COMPUTE)
+    for tokenizer in (scorer.tokenizer, pickle.loads(pickle.dumps(scorer.tokenizer))):
+        (found,) = tokenizer.encode([text]).to_arrow().to_pylist()
+        assert [2, *found, 3] == expected
+        assert 3 not in found
+
+
+def test_fnet_says_which_dtype_it_needs(tmp_path, emails):
+    tiny.model_folder(tmp_path, emails["text"].to_pylist()[:40], tiny.BINARY, family="fnet")
+    assert len(Scorer.load(tmp_path, compute=COMPUTE).predict("hello")) == 1
+    with pytest.raises(ModelFolderError, match=r"fnet cannot run in bfloat16 on cpu: .*; set dtype=float32"):
+        Scorer.load(tmp_path, compute=ComputeSettings(device="cpu", dtype="bfloat16"))
 
 
 def test_names_of_the_hub(tmp_path, monkeypatch):

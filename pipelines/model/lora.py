@@ -7,8 +7,8 @@ provides the layers. It is imported only where it is used (extra `[lora]`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipelines.errors import ModelFolderError, SettingsError, first_line
+from pipelines.fields import parse
 from pipelines.model.precision import head_of, pooler_of
 from pipelines.model_folder import ADAPTER_CONFIG
-from pipelines.settings import DecisionSettings, TrainSettings
+from pipelines.settings import DecisionSettings, TrainSettings, WindowSettings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_FILE = "trained.safetensors"
@@ -29,8 +30,8 @@ TRAINED_FILE = "trained.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before the name of each weight."""
 LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target")
-DECISION_FILE = "decision.json"
-"""File of an adapter folder with kind and labels. peft does not read it."""
+PIPELINE_PART = "pipeline_settings.json"
+"""File of an adapter folder with the windows and the decision. peft does not read it."""
 NAME = "default"
 """Name of the adapter within a module. peft leaves it out in its files."""
 
@@ -58,17 +59,26 @@ class Adapter:
         named = {name.removeprefix(PREFIX): weight for name, weight in found.items() if ".original_module." not in name}
         return {name.replace("modules_to_save.", ""): weight for name, weight in named.items()}
 
-    def decision(self) -> dict[str, Any]:
-        """Return kind and labels, if `pipelines train` wrote the adapter."""
-        file = self.folder / DECISION_FILE
-        found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-        return found
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of `weights`."""
+        return {name: tuple(weight.shape) for name, weight in self.weights().items()}
 
-    @property
-    def num_labels(self) -> int | None:
-        """Number of outputs of the adapter's head, or None if it has no head of its own."""
-        heads = [weight for name, weight in self.weights().items() if "lora_" not in name and weight.ndim == 2]
-        return min(len(weight) for weight in heads) if heads else None
+    def settings(self) -> tuple[WindowSettings, DecisionSettings] | None:
+        """Return windows and decision of the run that trained the adapter, or None if peft itself wrote it."""
+        file = self.folder / PIPELINE_PART
+        if not file.is_file():
+            return None
+        try:
+            content = json.loads(file.read_text())
+            (windows,), (decision,) = (
+                parse(content[name], group)
+                for name, group in (("windows", WindowSettings), ("decision", DecisionSettings))
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, SettingsError) as error:
+            raise ModelFolderError(
+                f"{file} cannot be read: {error!r}; remove it, and give --kind and --labels"
+            ) from error
+        return windows, decision
 
 
 def find_adapter(name: str) -> Adapter | None:
@@ -105,7 +115,7 @@ def add_adapter(
         train_pooler: Whether the pooler is new, so that all of it is trained and saved, as the head is.
 
     Returns:
-        Whether the adapter has a head that fits the module, which then has its weights.
+        Whether the adapter has a whole head that fits the module, which then has its weights.
 
     Raises:
         SettingsError: peft is not installed, or lora_target or lora_rank does not fit.
@@ -123,6 +133,10 @@ def add_adapter(
     try:
         peft.inject_adapter_in_model(_without_head(config), module, adapter_name=NAME)
     except ValueError as error:
+        if adapter is not None:
+            raise ModelFolderError(
+                f"the adapter {adapter.folder} does not fit {adapter.base}: {first_line(error)}"
+            ) from error
         raise SettingsError(f"lora_target={settings.lora_target!r} does not fit: {first_line(error)}") from error
     for layer in head:
         layer.requires_grad_(True)
@@ -142,7 +156,7 @@ def _check_continued(settings: TrainSettings, adapter: Adapter, own: Mapping[str
 
 def has_adapter(module: nn.Module) -> bool:
     """Whether a module has LoRA layers."""
-    return any("lora_" in name for name, _ in module.named_parameters())
+    return any(_is_lora(name) for name, _ in module.named_parameters())
 
 
 def trained_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -160,12 +174,28 @@ def save_trained(weights: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def load_trained(module: nn.Module, folder: Path) -> None:
-    """Load the weights of `save_trained` into a module with LoRA layers."""
-    module.load_state_dict(load_file(folder / TRAINED_FILE), strict=False)
+    """Load the weights of `save_trained` into a module with LoRA layers.
+
+    Raises:
+        ModelFolderError: They are not the weights that the module trains.
+    """
+    weights = load_file(folder / TRAINED_FILE)
+    other = sorted(weights.keys() ^ trained_weights(module).keys())
+    if other:
+        raise ModelFolderError(
+            f"{folder} was written by a run that trains other weights, such as {other[0]}; use a new output folder"
+        )
+    module.load_state_dict(weights, strict=False)
 
 
 def save_adapter(
-    module: nn.Module, folder: Path, base: str, *, weights: Mapping[str, Tensor], decision: DecisionSettings
+    module: nn.Module,
+    folder: Path,
+    base: str,
+    *,
+    weights: Mapping[str, Tensor],
+    windows: WindowSettings,
+    decision: DecisionSettings,
 ) -> None:
     """Write the adapter of a module, and its head, as peft writes it.
 
@@ -174,15 +204,14 @@ def save_adapter(
         folder: Folder to create.
         base: The model that the adapter belongs to.
         weights: All weights of the module, in the units of the finished model.
-        decision: Kind and labels. peft's files have no place for them, so they get a file of their own.
+        windows: How texts are split.
+        decision: Kind, labels and thresholds. peft's files have no place for windows and decision, so they get a file
+            of their own.
     """
     trained = {name: weights[name] for name in trained_weights(module)}
-    parts = {
-        name.split(".")[0] if not name.startswith(_body(module)) else "pooler" for name in trained if not _is_lora(name)
-    }
     config: Any = module.peft_config[NAME]  # type: ignore[index]  # peft keeps it there
     config.base_model_name_or_path, config.task_type = base, "SEQ_CLS"
-    config.modules_to_save = sorted(parts)
+    config.modules_to_save = _saved_parts(module, trained.keys())
     config.inference_mode = True
     folder.mkdir()
     config.save_pretrained(folder)
@@ -190,12 +219,23 @@ def save_adapter(
         PREFIX + name.replace(f".{NAME}", ""): value.detach().cpu().contiguous() for name, value in trained.items()
     }
     save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    (folder / DECISION_FILE).write_text(json.dumps({"kind": decision.kind, "labels": decision.labels}))
+    content = {"windows": asdict(windows), "decision": asdict(decision)}
+    (folder / PIPELINE_PART).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _body(module: Any) -> str:
-    """Return the begin of the names of the body's weights."""
-    return f"{module.base_model_prefix}."
+def _saved_parts(module: nn.Module, trained: Collection[str]) -> list[str]:
+    """Return the names of the layers that are trained as a whole: those of the head, and a new pooler.
+
+    Other weights of the body that are trained, such as the biases of an adapter with bias="all", are not among them:
+    peft knows them by its config.
+    """
+    names = {layer: name for name, layer in module.named_modules()}
+    whole = [
+        names[layer]
+        for layer in head_of(module) + pooler_of(module)
+        if all(f"{names[layer]}.{name}" in trained for name, _ in layer.named_parameters()) and not has_adapter(layer)
+    ]
+    return sorted(name.rpartition(".")[2] for name in whole)
 
 
 def _is_lora(name: str) -> bool:
@@ -271,7 +311,10 @@ def _without_head(config: Any) -> Any:
 
 
 def _load(peft: Any, module: nn.Module, adapter: Adapter) -> bool:
-    """Load an adapter's weights. Return whether it has a head that fits. LoRA weights that do not fit are an error."""
+    """Load an adapter's weights. Return whether it has a whole head that fits the module's labels.
+
+    A head for other labels is left out. Other weights that do not fit are an error.
+    """
     weights, own = adapter.weights(), module.state_dict()
     lora = {name: weight for name, weight in weights.items() if _is_lora(name)}
     try:
@@ -280,7 +323,19 @@ def _load(peft: Any, module: nn.Module, adapter: Adapter) -> bool:
     except RuntimeError as error:  # shapes that differ
         unexpected, missing = [first_line(error)], []
     others = {name: weight for name, weight in weights.items() if not _is_lora(name)}
-    unexpected = [*unexpected, *(name for name in others if name not in own)]
+    head = {
+        name
+        for name, weight in module.named_parameters()
+        if any(weight is part for part in _parameters(head_of(module)))
+    }
+    unexpected = [
+        *unexpected,
+        *(
+            name
+            for name, weight in others.items()
+            if name not in own or (name not in head and own[name].shape != weight.shape)
+        ),
+    ]
     if unexpected:
         raise ModelFolderError(
             f"the adapter {adapter.folder} does not fit {adapter.base}, which has no such weight: {unexpected[0]}; "
@@ -288,7 +343,10 @@ def _load(peft: Any, module: nn.Module, adapter: Adapter) -> bool:
         )
     if missing:
         raise ModelFolderError(f"the adapter {adapter.folder} lacks the weight {missing[0]}; save it again with peft")
-    fits = bool(others) and all(own[name].shape == weight.shape for name, weight in others.items())
-    if fits:
-        module.load_state_dict(others, strict=False)
-    return fits
+    fits = all(own[name].shape == others[name].shape for name in head & others.keys())
+    module.load_state_dict({name: w for name, w in others.items() if fits or name not in head}, strict=False)
+    return fits and head <= others.keys()
+
+
+def _parameters(layers: Iterable[nn.Module]) -> list[nn.Parameter]:
+    return [parameter for layer in layers for parameter in layer.parameters()]

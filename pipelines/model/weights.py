@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +12,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.model.devices import RANDOM
-from pipelines.model.lora import add_adapter, find_adapter
+from pipelines.model.lora import Adapter, add_adapter, find_adapter
 from pipelines.model_folder import ADAPTER_CONFIG, TOKENIZER_FILES, check_weights
 from pipelines.settings import DecisionSettings, TrainSettings
 from pipelines.text.pretrained import quiet_transformers
@@ -27,8 +30,8 @@ PROBLEM_TYPES = {
 }
 POOLER = ".pooler."
 OPENING_ERRORS = (
-    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError,
-    StrictDataclassError,
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, AssertionError,
+    SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """Errors of transformers when it opens a config or weights that it cannot use."""
 ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
@@ -51,6 +54,15 @@ class LoadedWeights:
         """Whether some weights of the head are random."""
         return bool(self.missing_in_head)
 
+    def check_all(self, where: str) -> None:
+        """Raise ModelFolderError if any weights are random."""
+        missing = [*self.missing_in_head, *self.missing_in_body]
+        if missing:
+            raise ModelFolderError(
+                f"{where} lacks weights of the classifier ({', '.join(missing[:3])}); fine-tune it first: "
+                f"pipelines train --model {where}"
+            )
+
     def check_body(self, where: str) -> None:
         """Raise ModelFolderError if weights of the body are random, except for the pooler, which many models omit."""
         missing = [name for name in self.missing_in_body if POOLER not in f".{name}"]
@@ -62,7 +74,12 @@ class LoadedWeights:
 
 
 def load_module(
-    name: str, config: Any, *, auto_class: Any = AutoModelForSequenceClassification, **options: Any
+    name: str,
+    config: Any,
+    *,
+    auto_class: Any = AutoModelForSequenceClassification,
+    also_pickles: bool = False,
+    **options: Any,
 ) -> tuple[Any, LoadedWeights]:
     """Load a module in float32 with a class of transformers. Code from the files never runs.
 
@@ -70,16 +87,21 @@ def load_module(
         name: Folder, or name on the Hugging Face Hub.
         config: Config of transformers.
         auto_class: Class of transformers that chooses the module's class.
-        options: Further options of from_pretrained. use_safetensors=None also takes pickles that contain only tensors.
+        also_pickles: Whether pickles that contain only tensors are read too.
+        options: Further options of from_pretrained.
 
     Raises:
         Exception: One of OPENING_ERRORS, if the weights cannot be used.
     """
-    fixed = {"config": config, "weights_only": True, "trust_remote_code": False, "dtype": torch.float32}
+    fixed = {
+        "config": config,
+        "dtype": torch.float32,
+        "trust_remote_code": False,
+        "use_safetensors": None if also_pickles else True,
+        "weights_only": True,
+    }
     with quiet_transformers():
-        module, info = auto_class.from_pretrained(
-            name, **{"use_safetensors": True, **fixed, **options}, output_loading_info=True
-        )
+        module, info = auto_class.from_pretrained(name, **options, **fixed, output_loading_info=True)
     missing = sorted([*info["missing_keys"], *(weight for weight, *_shapes in info["mismatched_keys"])])
     body = f"{module.base_model_prefix}."
     is_classifier = auto_class is AutoModelForSequenceClassification
@@ -125,27 +147,85 @@ def _load_pretrained(
 ) -> tuple[nn.Module, bool, bool]:
     """Return the module, whether its head has new weights, and whether its pooler has."""
     torch.manual_seed(settings.seed)
-    names = list(decision.labels) or ["value"]
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(
-                name,
-                num_labels=decision.num_labels,
-                id2label=dict(enumerate(names)),
-                label2id={label: number for number, label in enumerate(names)},
-                problem_type=PROBLEM_TYPES[decision.kind],
-                trust_remote_code=False,
-            )
-            _set_attention_dropout(config, settings.attention_dropout)
-            set_pad_token(config, pad_id)
-            module, found = load_module(name, config, ignore_mismatched_sizes=True)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        own_labels = list(class_labels(config))
+        set_labels(config, decision)
+        _set_attention_dropout(config, settings.attention_dropout)
+        set_pad_token(config, pad_id)
+        module, found = load_module(name, config, ignore_mismatched_sizes=True)
     except OPENING_ERRORS as error:
         raise ModelFolderError(
             f"--model {name} cannot be loaded as a sequence classifier: {first_line(error)}; "
             f"give a folder or a hub name with safetensors weights"
         ) from error
     found.check_body(f"--model {name}")
+    if not found.has_new_head and own_labels != list(decision.labels) and set(own_labels) == set(decision.labels):
+        _reorder_outputs(module, [own_labels.index(label) for label in decision.labels])
     return module, found.has_new_head, bool(found.missing_in_body)
+
+
+def set_labels(config: Any, decision: DecisionSettings) -> None:
+    """Write labels and kind into a config of transformers."""
+    names = list(decision.labels) or ["value"]
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    config.problem_type = PROBLEM_TYPES[decision.kind]
+
+
+def class_labels(config: Any) -> list[str]:
+    """Return the names of a config's labels, by their ids."""
+    return [str(config.id2label[number]) for number in sorted(config.id2label)]
+
+
+def save_module(module: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write config.json and model.safetensors.
+
+    Args:
+        module: A sequence classifier.
+        folder: An existing folder.
+        weights: Weights to write instead of the module's own.
+    """
+    with quiet_transformers():
+        module.save_pretrained(folder, state_dict=weights)
+    file = folder / "config.json"  # it omits labels like LABEL_0, also where their number is not the class's default
+    labels = {"id2label": module.config.id2label, "label2id": module.config.label2id}
+    file.write_text(json.dumps({**labels, **json.loads(file.read_text())}, indent=2) + "\n")
+
+
+def _reorder_outputs(module: Any, order: list[int]) -> None:
+    """Give the rows of the last layer another order, so that output i becomes what output order[i] was."""
+    outputs = _output_weights(module.config)
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if name in outputs:
+                weight.copy_(weight[order])
+
+
+def _output_weights(config: Any) -> set[str]:
+    """Return the names of the weights of a sequence classifier that have one row for each label."""
+    shapes = []
+    for number in (2, 3):
+        changed = copy.deepcopy(config)
+        changed.num_labels = number
+        with torch.device("meta"):
+            module = AutoModelForSequenceClassification.from_config(changed, trust_remote_code=False)
+        shapes.append({name: weight.shape for name, weight in module.named_parameters()})
+    return {name for name, shape in shapes[0].items() if shape != shapes[1][name]}
+
+
+def num_labels_of(adapter: Adapter) -> int | None:
+    """Return the number of outputs of an adapter's head, or None if it has no head of its own.
+
+    Raises:
+        ModelFolderError: The adapter or the config of its model cannot be read.
+    """
+    try:
+        outputs = _output_weights(AutoConfig.from_pretrained(adapter.base, trust_remote_code=False))
+    except OPENING_ERRORS as error:
+        raise ModelFolderError(_unusable(str(adapter.folder), adapter.base, error)) from error
+    return next((shape[0] for name, shape in adapter.shapes().items() if name in outputs), None)
 
 
 def _set_attention_dropout(config: Any, share: float | None) -> None:
@@ -201,11 +281,11 @@ def describe(name: str, *, attention_dropout: float | None = None) -> Pretrained
     _set_attention_dropout(config, attention_dropout)
     try:
         with torch.device("meta"):
-            limit = row_limit(AutoModelForSequenceClassification.from_config(config))
+            limit = row_limit(AutoModelForSequenceClassification.from_config(config, trust_remote_code=False))
     except OPENING_ERRORS as error:
-        raise ModelFolderError(
-            f"--model {name} cannot be used as a sequence classifier: transformers has none for {config.model_type!r}"
-        ) from error
+        is_unknown = "Unrecognized configuration class" in str(error)
+        reason = f"transformers has none for {config.model_type!r}" if is_unknown else first_line(error)
+        raise ModelFolderError(f"--model {name} cannot be used as a sequence classifier: {reason}") from error
     tokenizer = name if adapter is None or has_tokenizer else base
     return Pretrained(limit, str(config.model_type), vocabulary_of(config), tokenizer, base)
 

@@ -40,7 +40,7 @@ from pipelines.model.probes import (
     find_padding_side,
     packed_if_equal,
 )
-from pipelines.model.weights import OPENING_ERRORS, load_module, pad_token_of, row_limit, set_pad_token
+from pipelines.model.weights import OPENING_ERRORS, load_module, pad_token_of, row_limit, save_module, set_pad_token
 from pipelines.model_folder import check_weights
 from pipelines.settings import ComputeSettings
 from pipelines.text.pretrained import quiet_transformers, uses_type_ids
@@ -89,6 +89,8 @@ class WindowModel:
         if compute.packing == "auto":
             self._packed = packed_if_equal(self)
         cast_body(self.module, self.dtype)
+        if self.dtype != torch.float32:
+            self._check_dtype()
 
     @property
     def is_packed(self) -> bool:
@@ -262,9 +264,8 @@ class WindowModel:
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors, with weights in float32."""
         module: Any = self.module
-        with quiet_transformers(), attention_of(module, "sdpa" if self.is_packed else None):
-            state = {name: value.float().cpu() for name, value in self.own_weights().items()}
-            module.save_pretrained(folder, state_dict=state)
+        with attention_of(module, "sdpa" if self.is_packed else None):
+            save_module(module, folder, {name: value.float().cpu() for name, value in self.own_weights().items()})
 
     def snapshot(self) -> Callable[[Path], None]:
         """Copy the weights that training changes to CPU memory, for a checkpoint.
@@ -300,6 +301,22 @@ class WindowModel:
             bias = weights[f"{self._last_layer}.bias"]
             weights[f"{self._last_layer}.bias"] = bias * self._scaling.scale + self._scaling.mean
         return weights
+
+    def _check_dtype(self) -> None:
+        """Run one short row. Raises ModelFolderError if the architecture cannot run in the dtype (FNet)."""
+        ids = np.full(SHORTEST_STEP, self._pad_id, np.int64)
+        ids[-1] = self._pad_id + 1 if self._pad_id == 0 else 0  # some token that is not padding
+        row = InputRows(ids, np.zeros_like(ids), np.array([0, len(ids)]))
+        try:
+            with torch.inference_mode():
+                self(row)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            name = str(self.dtype).removeprefix("torch.")
+            raise ModelFolderError(
+                f"{self.model_type} cannot run in {name} on {self.device}: {first_line(error)}; set dtype=float32"
+            ) from error
 
     def _to_device(self, values: NDArray[np.int64]) -> Tensor:
         return to_device(values, self.device)
@@ -347,8 +364,8 @@ def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            set_pad_token(config, template.pad_id)
-            module, found = load_module(str(path), config)
+        set_pad_token(config, template.pad_id)
+        module, found = load_module(str(path), config)
     except OPENING_ERRORS as error:
         raise ModelFolderError(
             f"the model in {path} cannot be opened: {first_line(error)}; check config.json, or copy the folder again"
@@ -358,9 +375,7 @@ def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_
             "%s has %d weights that its config.json has no place for, such as %s: they are not used",
             path, len(found.unexpected), found.unexpected[0],
         )  # fmt: skip
-    missing = [*found.missing_in_head, *found.missing_in_body]
-    if missing:
-        raise ModelFolderError(f"{path} lacks weights of the classifier ({', '.join(missing[:3])}); fine-tune it first")
+    found.check_all(str(path))
     if module.config.num_labels != num_labels:
         raise ModelFolderError(
             f"{path}: config.json has {module.config.num_labels} labels and pipeline.json {num_labels}; both must agree"

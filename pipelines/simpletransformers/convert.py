@@ -6,7 +6,6 @@ weights-only unpickler, which refuses everything that could run code. Imports no
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 import tempfile
@@ -23,18 +22,25 @@ from pipelines.model.lora import Adapter, find_adapter, merge_adapter
 from pipelines.model.scorer import plan_of
 from pipelines.model.weights import (
     OPENING_ERRORS,
-    PROBLEM_TYPES,
     LoadedWeights,
     describe,
     load_module,
     new_classifier,
+    num_labels_of,
     row_limit,
+    save_module,
+    set_labels,
     set_pad_token,
     vocabulary_of,
 )
 from pipelines.model_folder import PIPELINE_FILE, ModelFolder, local_folder, seal
 from pipelines.settings import DecisionSettings, Kind, TrainSettings, WindowSettings
-from pipelines.simpletransformers.arguments import ClassificationArgs, MultiLabelClassificationArgs
+from pipelines.simpletransformers.arguments import (
+    MODEL_ARGS,
+    ClassificationArgs,
+    MultiLabelClassificationArgs,
+    read_model_args,
+)
 from pipelines.simpletransformers.translate import count_labels, decision_settings, resolve_args, window_settings
 from pipelines.text.pretrained import quiet_transformers, save_tokenizer
 from pipelines.text.tokenization import Tokenizer
@@ -94,23 +100,16 @@ def _convert(old: str, folder: Path, kind: Kind | None, labels: Sequence[str] | 
     tokenizer.check_vocabulary(vocabulary_of(opened), where=old)
     set_pad_token(opened, tokenizer.template.pad_id)
     if not is_classifier(config):
-        if kind is not None or labels is not None:
-            raise ModelFolderError(
-                f"{old} has no classification head ({config['architectures'][0]}); fine-tune it first"
-            )
+        _refuse_names(old, opened, kind, labels)
         _convert_base(old, opened, folder)
         return None
     module, found = _load(old, opened)
     if found.has_new_head and not class_names(config):  # an old base model, whose config names no class
+        _refuse_names(old, opened, kind, labels)
         _convert_base(old, opened, folder)
         return None
-    missing = [*found.missing_in_head, *found.missing_in_body]
-    if missing:
-        raise ModelFolderError(
-            f"{old} lacks weights of the classifier ({', '.join(missing[:3])}); fine-tune it first: "
-            f"pipelines train --model {old}"
-        )
-    if (Path(old) / "model_args.json").is_file():
+    found.check_all(old)
+    if (Path(old) / MODEL_ARGS).is_file():
         windows, decision, args = _of_simpletransformers(old, module.config.num_labels, kind)
         args.save(str(folder))
     else:
@@ -121,6 +120,15 @@ def _convert(old: str, folder: Path, kind: Kind | None, labels: Sequence[str] | 
             f"give the kind with --kind: {', '.join(get_args(Kind))}"
         )
     return _write(module, folder, tokenizer, windows, _named(decision, labels))
+
+
+def _refuse_names(old: str, config: Any, kind: Kind | None, labels: Sequence[str] | None) -> None:
+    """Raise ModelFolderError if a kind or labels are given for a base model."""
+    if kind is not None or labels is not None:
+        raise ModelFolderError(
+            f"{old} has no classification head (it is a {config.model_type}), so it has no --kind and no --labels; "
+            f"leave them out, and fine-tune the new folder"
+        )
 
 
 def _convert_base(old: str, config: Any, folder: Path) -> None:
@@ -135,15 +143,8 @@ def _convert_base(old: str, config: Any, folder: Path) -> None:
 def _convert_adapter(adapter: Adapter, folder: Path, kind: Kind | None, labels: Sequence[str] | None) -> ModelFolder:
     """Merge an adapter into its model. The adapter has the head, or its model has one."""
     pretrained = describe(str(adapter.folder))
-    saved, num_labels = adapter.decision(), adapter.num_labels
-    if saved:
-        config: dict[str, Any] = {"id2label": dict(enumerate(saved["labels"] or ["value"]))}
-        kind = kind or saved["kind"]
-    elif num_labels is not None:  # the names of another head, in the config of its model, are not those of this one
-        config = {"num_labels": num_labels}
-    else:
-        config = AutoConfig.from_pretrained(adapter.base, trust_remote_code=False).to_dict()
-    decision = _named(_decision(config, str(adapter.folder), kind), labels)
+    windows, decision = _settings_of_adapter(adapter, kind)
+    decision = _named(decision, labels)
     tokenizer = save_tokenizer(pretrained.tokenizer, folder)
     tokenizer.check_vocabulary(pretrained.vocabulary, where=str(adapter.folder))
     module, has_new_head = new_classifier(
@@ -155,13 +156,26 @@ def _convert_adapter(adapter: Adapter, folder: Path, kind: Kind | None, labels: 
             f"save the adapter with its head (modules_to_save), or train on: pipelines train --model {adapter.folder}"
         )
     merge_adapter(module)
-    return _write(module, folder, tokenizer, WindowSettings(), decision)
+    return _write(module, folder, tokenizer, windows, decision)
+
+
+def _settings_of_adapter(adapter: Adapter, kind: Kind | None) -> tuple[WindowSettings, DecisionSettings]:
+    """Return windows and decision of an adapter: its own, or those by the config of its model."""
+    saved, num_labels = adapter.settings(), num_labels_of(adapter)
+    if saved is not None and kind in (None, saved[1].kind):
+        return saved
+    config: dict[str, Any] = {"num_labels": num_labels}  # another head's names, in its model's config, are not its own
+    if num_labels is None:
+        config = AutoConfig.from_pretrained(adapter.base, trust_remote_code=False).to_dict()
+    if saved is not None and len(saved[1].labels) > 1:
+        config = {"id2label": dict(enumerate(saved[1].labels))}
+    return WindowSettings(), _decision(config, str(adapter.folder), kind)
 
 
 def _load(old: str, config: Any, **options: Any) -> tuple[Any, LoadedWeights]:
     """Load the weights of a folder, from safetensors or from a pickle of tensors."""
     try:
-        return load_module(old, config, use_safetensors=None, **options)
+        return load_module(old, config, also_pickles=True, **options)
     except pickle.UnpicklingError as error:
         raise ModelFolderError(f"the pickle in {old} is refused: it contains objects other than tensors") from error
     except OPENING_ERRORS as error:
@@ -179,8 +193,13 @@ def _decision(config: Any, old: str, kind: Kind | None) -> DecisionSettings:
 def _named(decision: DecisionSettings, labels: Sequence[str] | None) -> DecisionSettings:
     if labels is None:
         return decision
+    if not decision.labels:
+        raise SettingsError(f"--labels {', '.join(labels)}: a regression has no labels; leave --labels out")
     if len(labels) != len(decision.labels):
-        raise SettingsError(f"--labels names {len(labels)} labels, and the model has {len(decision.labels)}")
+        raise SettingsError(
+            f"--labels names {len(labels)} labels, and the model has {len(decision.labels)}: "
+            f"{', '.join(decision.labels)}"
+        )
     return replace(decision, labels=tuple(labels))
 
 
@@ -188,18 +207,15 @@ def _write(
     module: Any, folder: Path, tokenizer: Tokenizer, windows: WindowSettings, decision: DecisionSettings
 ) -> ModelFolder:
     plan = plan_of(windows, tokenizer, model_type=module.config.model_type, model_limit=row_limit(module))
-    names = list(decision.labels) or ["value"]
-    module.config.id2label, module.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
-    module.config.problem_type = PROBLEM_TYPES[decision.kind]
-    with quiet_transformers():
-        module.save_pretrained(folder)
+    set_labels(module.config, decision)
+    save_module(module, folder)
     return seal(ModelFolder(folder, replace(windows, max_length=plan.max_length), decision))
 
 
 def _of_simpletransformers(
     old: str, num_labels: int, kind: Kind | None
 ) -> tuple[WindowSettings, DecisionSettings, ClassificationArgs]:
-    saved = json.loads((Path(old) / "model_args.json").read_text())
+    saved = read_model_args(Path(old))
     is_multilabel = (
         saved.get("model_class") == "MultiLabelClassificationModel" if kind is None else kind == "multilabel"
     )

@@ -20,10 +20,10 @@ import torch
 from transformers import AutoTokenizer
 
 from pipelines.decisions.labels import encode_labels
-from pipelines.errors import DataError, ModelFolderError, SettingsError
+from pipelines.errors import DataError, ModelFolderError, SettingsError, first_line
 from pipelines.model.devices import RANDOM, resolve_dtype
 from pipelines.model.scorer import Scorer, plan_of
-from pipelines.model.weights import PROBLEM_TYPES, load_module, row_limit, set_pad_token, vocabulary_of
+from pipelines.model.weights import OPENING_ERRORS, load_module, row_limit, set_labels, set_pad_token, vocabulary_of
 from pipelines.model.window_model import WindowModel
 from pipelines.model_folder import ModelFolder, seal
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
@@ -39,7 +39,6 @@ from pipelines.simpletransformers.translate import (
 )
 from pipelines.text.pretrained import (
     num_tokens_of,
-    quiet_transformers,
     save_tokenizer,
     uses_type_ids,
     write_tokenizer,
@@ -88,7 +87,7 @@ class Engine:
         counted = count_labels(args, source.num_labels, is_multilabel=source.is_multilabel)
         self.config = open_config(source.model_type, source.model_name, counted, args)
         self.num_labels: int = self.config.num_labels
-        self._set_config_labels()
+        set_labels(self.config, self.decision)
         self._folder = tempfile.TemporaryDirectory(prefix="pipelines-model-")
         folder = Path(self._folder.name)
         self._tokenizer = save_tokenizer(
@@ -98,6 +97,8 @@ class Engine:
             do_lower_case=args.do_lower_case if args.is_case_set else None,
         )
         set_pad_token(self.config, self._tokenizer.template.pad_id)
+        if not args.special_tokens_list:
+            self._tokenizer.check_vocabulary(vocabulary_of(self.config), where=source.model_name)
         module = self._load(source, folder)
         self._tokenizer.check_vocabulary(vocabulary_of(module.config), where=source.model_name)
         compute = replace(self.compute, dtype="float32")
@@ -221,25 +222,23 @@ class Engine:
     def _windows(self) -> WindowSettings:
         return window_settings(self.args, None if self._their_type == "auto" else self._their_type)
 
-    def _set_config_labels(self) -> None:
-        decision = self.decision
-        names = list(decision.labels) or ["value"]
-        self.config.id2label = dict(enumerate(names))
-        self.config.label2id = {name: number for number, name in enumerate(names)}
-        self.config.problem_type = PROBLEM_TYPES[decision.kind]
-
     def _load(self, source: ModelSource, folder: Path) -> Any:
         try:
-            with quiet_transformers(), RANDOM, torch.random.fork_rng(devices=[]):
+            with RANDOM, torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_of(self.args))
                 module, found = load_module(source.model_name, self.config, **source.keywords)
                 found.check_body(source.model_name)
                 if self.args.special_tokens_list:
                     module.resize_token_embeddings(max(num_tokens_of(folder), self.config.vocab_size))
-        except RuntimeError as error:
+        except OPENING_ERRORS as error:
+            if "ignore_mismatched_sizes" in str(error):
+                raise ModelFolderError(
+                    f"the weights of {source.model_name} do not fit {self.num_labels} labels; give the number that it "
+                    f"was trained with, or ignore_mismatched_sizes=True for a new head"
+                ) from error
             raise ModelFolderError(
-                f"the weights of {source.model_name} do not fit {self.num_labels} labels; give the number that it was "
-                f"trained with, or ignore_mismatched_sizes=True for a new head"
+                f"the weights of {source.model_name} cannot be used: {first_line(error)}; check that config.json "
+                f"belongs to them, or copy the folder again"
             ) from error
         return module
 
@@ -248,7 +247,16 @@ class Engine:
         compute = self.compute
         if resolve_dtype(compute.dtype, self.model.device) == torch.float32:
             return self.model
-        weights = [float(weight.detach().sum()) for weight in self.model.module.state_dict().values()]
-        if self._in_other_dtype is None or self._copied_for != (compute, weights):
-            self._in_other_dtype, self._copied_for = self.model.copy(compute), (compute, weights)
-        return self._in_other_dtype
+        narrow = self._in_other_dtype
+        if narrow is None or self._copied_for != compute or not _same_weights(self.model.module, narrow.module):
+            narrow, self._copied_for = self.model.copy(compute), compute
+        self._in_other_dtype = narrow
+        return narrow
+
+
+def _same_weights(module: torch.nn.Module, narrow: torch.nn.Module) -> bool:
+    """Whether a copy in a narrower dtype has the weights that the module has now. The caller may have changed them."""
+    own, copied = module.state_dict(), narrow.state_dict()
+    return own.keys() == copied.keys() and all(
+        torch.equal(weight, own[name].to(weight.dtype)) for name, weight in copied.items()
+    )

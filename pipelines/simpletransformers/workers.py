@@ -13,15 +13,14 @@ from typing import Any
 
 import ray
 import torch
-from transformers import AutoModelForSequenceClassification
 
+from pipelines.model.weights import load_module
 from pipelines.on_ray.train import run_on_workers
 from pipelines.simpletransformers.arguments import BY_NAME, ClassificationArgs, MultiLabelClassificationArgs
 from pipelines.simpletransformers.engine import Engine, ModelSource
 from pipelines.simpletransformers.loading import device_of
 from pipelines.simpletransformers.saving import replace_files
 from pipelines.simpletransformers.training import FacadeRun, fit_documents
-from pipelines.text.pretrained import quiet_transformers
 from pipelines.training.checkpoints import STATE_FILE
 from pipelines.training.corpus import LabelledDocuments
 from pipelines.training.loop import TENSORS_FILE
@@ -59,10 +58,8 @@ def fit_on_workers(engine: Engine, run: FacadeRun) -> TrainState:
             replace(run, output=os.path.abspath(run.output), checkpoint=None).without_data(),
         )
         state: TrainState = run_on_workers(_fit, job, [run.train, run.valid], num_workers=args.num_workers)
-        with quiet_transformers():
-            trained = AutoModelForSequenceClassification.from_pretrained(
-                f"{shared}/trained", use_safetensors=True, dtype=torch.float32
-            )
+        trained, found = load_module(f"{shared}/trained", engine.config)
+        found.check_all("what the workers have trained")
         engine.model.module.load_state_dict(trained.state_dict())
     if not args.no_save:
         replace_files(Path(run.output), engine.write)

@@ -6,6 +6,7 @@ Functions import transformers when they need it. A task that reads only a tokeni
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,9 @@ from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.model_folder import opens_as_transformers
 from pipelines.text.template import Template
 from pipelines.text.tokenization import Tokenizer
+
+SENTENCES = ("Some words, and the number 1,234.", "café naïve  two spaces\n中文")
+"""Texts of which a tokenizer must make the same tokens before and after it is saved."""
 
 
 def load_tokenizer(folder: Path, *, lead_space: bool = False) -> Tokenizer:
@@ -70,11 +74,33 @@ def save_tokenizer(
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> Tokenizer:
-    """Save a Hugging Face tokenizer in a folder, and open it there."""
+    """Save a Hugging Face tokenizer in a folder, and open it there.
+
+    Raises:
+        ModelFolderError: The saved tokenizer gives other tokens.
+    """
     tokenizer.save_pretrained(folder)
+    if not tokenizer.is_fast:  # what the class saves may lack its merges (bertweet)
+        for attribute, name in tokenizer.vocab_files_names.items():
+            source = getattr(tokenizer, attribute, None)
+            if source and Path(source).is_file() and Path(source).resolve() != (folder / name).resolve():
+                shutil.copy(source, folder / name)
     file = folder / "tokenizer_config.json"  # it omits the padding side if the class defines it (XLNet)
-    file.write_text(json.dumps({**json.loads(file.read_text()), "padding_side": tokenizer.padding_side}, indent=2))
-    return Tokenizer.load(folder) if tokenizer.is_fast else load_tokenizer(folder)
+    config = {**json.loads(file.read_text()), "padding_side": tokenizer.padding_side}
+    file.write_text(json.dumps(config, indent=2))
+    opened = Tokenizer.load(folder) if tokenizer.is_fast else load_tokenizer(folder)
+    texts = [*SENTENCES, f"two {' '.join(tokenizer.all_special_tokens)} words"]
+    with quiet_transformers():
+        expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    if opened.encode(texts).to_arrow().to_pylist() != expected:
+        raise ModelFolderError(
+            f"the tokenizer {type(tokenizer).__name__} gives other tokens after it is saved; save it as a fast "
+            "tokenizer first (tokenizer.json)"
+        )
+    pad = tokenizer.convert_ids_to_tokens(opened.template.pad_id)
+    if tokenizer.pad_token is None and pad in tokenizer.all_special_tokens:  # for batches of transformers itself
+        file.write_text(json.dumps({**config, "pad_token": pad}, indent=2))
+    return opened
 
 
 def uses_type_ids(folder: Path) -> bool:

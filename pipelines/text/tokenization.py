@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -185,6 +186,17 @@ class Tokenizer:
         self._vocabulary = vocabulary
         self.template = template
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for pickle, with the one setting that the Rust tokenizer leaves out of its own."""
+        return {**self.__dict__, "_splits_special": self._rust is not None and self._rust.encode_special_tokens}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the state of `__getstate__`."""
+        splits_special = state.pop("_splits_special")
+        self.__dict__.update(state)
+        if self._rust is not None:
+            self._rust.encode_special_tokens = splits_special
+
     @classmethod
     def load(cls, folder: Path, *, lead_space: bool = False) -> Tokenizer:
         """Read a tokenizer from tokenizer.json, and its padding from tokenizer_config.json.
@@ -208,6 +220,7 @@ class Tokenizer:
         rust.no_truncation()  # the file can enable both; they would silently truncate and pad texts
         rust.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
+        rust.encode_special_tokens = bool(config.get("split_special_tokens"))
         template = template_of(rust, pad_left=config.get("padding_side") == "left")
         names = ("pad_token", "eos_token", "bos_token", "unk_token")
         named = [rust.token_to_id(_content(config.get(name))) for name in names]

@@ -299,7 +299,8 @@ def _write_folder(
     module = scorer.model.module
     if has_adapter(module):
         base, weights = describe(spec.model).base, scorer.model.own_weights()
-        save_adapter(module, folder / ADAPTER_FOLDER, base, weights=weights, decision=result.decision)
+        windows = replace(spec.windows, max_length=scorer.plan.max_length)
+        save_adapter(module, folder / ADAPTER_FOLDER, base, weights=weights, windows=windows, decision=result.decision)
         merge_adapter(module)
     scorer.model.save(folder)
     if page is not None:

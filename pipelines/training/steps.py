@@ -166,6 +166,11 @@ def _freeze_unused(model: WindowModel, cut: CutDocuments) -> list[nn.Parameter]:
 
 def _checkpoint_activations(module: Any) -> None:
     """Switch activation checkpointing on. Raises SettingsError if the architecture does not support it."""
+    if getattr(module.config, "attention_type", "") == "block_sparse":
+        raise SettingsError(
+            "activation_checkpointing=true: block-sparse attention draws its random blocks again in the backward pass; "
+            "leave it out"
+        )
     try:
         _switch_checkpointing(module, "enable")({"use_reentrant": False})
     except ValueError as error:  # raised by transformers

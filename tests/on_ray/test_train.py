@@ -93,7 +93,7 @@ def title(process):
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_elastic_workers(training_data, tmp_path):
-    changes = {**STEPS, "save_steps": None, "epochs": 200}  # a node may need half a minute to join
+    changes = {**STEPS, "save_steps": None, "epochs": 120}  # a node may need half a minute to join
     settings = train_values(training_data, tmp_path / "elastic", num_workers="1:2", resize_seconds=3, **changes)
     del settings["valid"]
     done = subprocess.run(

@@ -17,6 +17,7 @@ from pipelines.settings import ComputeSettings
 from pipelines.simpletransformers.convert import convert
 from pipelines.simpletransformers.models import ClassificationArgs, ClassificationModel, MultiLabelClassificationModel
 from pipelines.simpletransformers.saving import replace_folder
+from pipelines.text.pretrained import load_tokenizer
 from tests.simpletransformers.facades import open_model, train_frame
 from tests.simpletransformers.golden import freeze_simpletransformers as golden
 
@@ -279,6 +280,22 @@ def test_facade_and_core_agree_on_core_folder(tmp_path, folders):
     facade.save_model(str(tmp_path / "again"))
     again = read_model_folder(tmp_path / "again")
     assert (again.decision, again.windows) == (folders["multiclass"].decision, folders["multiclass"].windows)
+
+
+def test_bertweet_keeps_its_merges(tmp_path):
+    from transformers import AutoTokenizer
+
+    from pipelines.text.pretrained import save_tokenizer
+    from tests import tiny
+
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    tiny.save_python_tokenizer(tmp_path / "old", "bertweet")
+    expected = AutoTokenizer.from_pretrained(tmp_path / "old")("then there in the inner van", add_special_tokens=False)
+    for opened in (save_tokenizer(str(tmp_path / "old"), tmp_path / "new"), load_tokenizer(tmp_path / "new")):
+        (found,) = opened.encode(["then there in the inner van"]).to_arrow().to_pylist()
+        assert found == expected["input_ids"]
+    assert len(found) < 20
 
 
 def test_bertweet_windows_match_core(tmp_path):

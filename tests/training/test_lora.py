@@ -8,11 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.model.lora import find_adapter
 from pipelines.model.scorer import Scorer
+from pipelines.model.weights import num_labels_of
+from pipelines.model_folder import read_model_folder
 from pipelines.settings import ComputeSettings
 from pipelines.simpletransformers.convert import convert
 from pipelines.training.job import train_here
@@ -97,7 +100,8 @@ def test_adapter_is_continued_and_converted(trained, training_data, tmp_path, em
     _, output, _ = trained
     texts = emails["text"].to_pylist()[:6]
     folder = convert(str(output / "adapter"), str(tmp_path / "merged"), labels=["ham", "spam"])
-    assert (folder.decision.kind, folder.decision.labels) == ("binary", ("ham", "spam"))
+    assert folder.decision == read_model_folder(output).decision, "with its tuned thresholds"
+    assert folder.windows == read_model_folder(output).windows
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     expected = logits_of(AutoModelForSequenceClassification.from_pretrained(output).eval(), output, texts)
     np.testing.assert_allclose(logits_of(merged, output, texts), expected, atol=1e-5)
@@ -189,8 +193,8 @@ def test_new_pooler_and_labels_are_in_the_adapter(training_data, tmp_path, email
 @pytest.mark.parametrize(
     "options", [{"use_dora": True}, {"use_rslora": True}, {"bias": "all"}, {"rank_pattern": {"query": 3}}]
 )
-def test_variants_of_peft(options, tmp_path, emails):
-    from peft import LoraConfig, get_peft_model
+def test_variants_of_peft(options, training_data, tmp_path, emails):
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     base = tmp_path / "base"
     tiny.classifier(num_labels=2).save_pretrained(base)
@@ -207,6 +211,66 @@ def test_variants_of_peft(options, tmp_path, emails):
     texts = emails["text"].to_pylist()[:4]
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new").eval()
     np.testing.assert_allclose(logits_of(merged, base, texts), logits_of(model, base, texts), atol=1e-5)
+    settings = {"weight": None, "model": str(tmp_path / "adapter"), "learning_rate": 1e-2}
+    train_here(train_job(training_data, tmp_path / "more", **settings))
+    more = AutoModelForSequenceClassification.from_pretrained(tmp_path / "more").eval()
+    plain = AutoModelForSequenceClassification.from_pretrained(base)
+    opened = PeftModel.from_pretrained(plain, tmp_path / "more" / "adapter").eval()
+    expected = logits_of(more, base, texts)
+    np.testing.assert_allclose(logits_of(opened, base, texts), expected, atol=1e-4)
+    convert(str(tmp_path / "more" / "adapter"), str(tmp_path / "again"))
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again").eval()
+    np.testing.assert_allclose(logits_of(again, base, texts), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "num_labels", "parts"),
+    [("roberta", 40, ["classifier"]), ("bert", 40, ["classifier", "pooler"]), ("xlnet", 3, ["logits_proj"])],
+)
+def test_number_of_labels_of_an_adapter(family, num_labels, parts, tmp_path):
+    """More labels than the hidden size, and a head of two layers."""
+    from peft import LoraConfig, get_peft_model
+
+    tiny.classifier(family, num_labels=2).save_pretrained(tmp_path / "base")
+    plain = tiny.classifier(family, num_labels=num_labels)
+    plain.name_or_path = str(tmp_path / "base")
+    targets = ["q_proj"] if family == "xlnet" else ["query"]
+    if family == "xlnet":
+        targets = ["ff.layer_1"]
+    config = LoraConfig(r=2, task_type="SEQ_CLS", target_modules=targets, modules_to_save=parts)
+    get_peft_model(plain, config).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "base")}))
+    assert num_labels_of(find_adapter(str(tmp_path / "adapter"))) == num_labels
+
+
+def test_parts_of_a_head_are_no_head(training_data, tmp_path, emails):
+    """An adapter that lacks a weight of its head, or a weight of the body that has another shape."""
+    base = tmp_path / "base"
+    AutoModelForMaskedLM.from_config(tiny.config("bert")).save_pretrained(base)
+    tiny.save_tokenizer(base, emails["text"].to_pylist()[:40])
+    train_here(train_job(training_data, tmp_path / "out", **LORA, model=str(base)))
+    adapter = tmp_path / "out" / "adapter"
+    weights = load_file(adapter / "adapter_model.safetensors")
+    bias = next(name for name in weights if name.endswith("classifier.bias"))
+    save_file({name: weight for name, weight in weights.items() if name != bias}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelFolderError, match=r"has a classification head that fits"):
+        convert(str(adapter), str(tmp_path / "new"))
+    name = "base_model.model.bert.embeddings.LayerNorm.weight"
+    save_file({**weights, name: np.ones(7, np.float32)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelFolderError, match=r"has no such weight: bert\.embeddings\.LayerNorm\.weight"):
+        convert(str(adapter), str(tmp_path / "new"))
+    (adapter / "pipeline_settings.json").write_text("{}")
+    with pytest.raises(ModelFolderError, match=r"pipeline_settings\.json cannot be read"):
+        convert(str(adapter), str(tmp_path / "new"))
+
+
+def test_adapter_of_other_layers_is_named(bases, training_data, tmp_path):
+    train_here(train_job(training_data, tmp_path / "out", **LORA, model=str(bases["bert"])))
+    file = tmp_path / "out" / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": ["q_proj"]}))
+    with pytest.raises(ModelFolderError, match=r"the adapter .* does not fit .*q_proj"):
+        convert(str(file.parent), str(tmp_path / "new"))
 
 
 def test_settings_without_effect_are_refused(training_data, tmp_path):
