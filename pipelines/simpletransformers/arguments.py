@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.errors import SettingsError, UnknownArgumentError
+from pipelines.errors import ModelFolderError, SettingsError, UnknownArgumentError
 from pipelines.fields import plain
+
+MODEL_ARGS = "model_args.json"
 
 
 @dataclass(frozen=True)
@@ -240,21 +242,22 @@ class ClassificationArgs:
         """Write model_args.json into output_dir."""
         path = Path(output_dir)
         path.mkdir(parents=True, exist_ok=True)
-        partial = path / ".model_args.json.partial"
+        partial = path / f".{MODEL_ARGS}.partial"
         partial.write_text(json.dumps(self.get_args_for_saving(), default=str))
-        partial.replace(path / "model_args.json")
+        partial.replace(path / MODEL_ARGS)
 
     def load(self, input_dir: str | None) -> None:
         """Read model_args.json from input_dir, if there is one.
 
         Inert and refused arguments are skipped, because Simple Transformers writes all arguments, also those that have
         their default value.
+
+        Raises:
+            ModelFolderError: The file is not valid JSON.
         """
-        path = Path(input_dir or "") / "model_args.json"
-        if input_dir and path.is_file():
-            for name, value in json.loads(path.read_text()).items():
-                if name in BY_NAME and BY_NAME[name].use in ("honoured", "ours"):
-                    self.__dict__[name] = value
+        for name, value in (read_model_args(Path(input_dir)) if input_dir else {}).items():
+            if name in BY_NAME and BY_NAME[name].use in ("honoured", "ours"):
+                self.__dict__[name] = value
 
     def changed(self, use: str) -> list[str]:
         """Return the names of the arguments of a use (such as "inert") that do not have their default value."""
@@ -269,12 +272,26 @@ class MultiLabelClassificationArgs(ClassificationArgs):
     """The same arguments, for texts with several labels."""
 
 
+def read_model_args(folder: Path) -> dict[str, Any]:
+    """Return the arguments saved in a folder. Empty if it has none. Raises ModelFolderError if they are not JSON."""
+    file = folder / MODEL_ARGS
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelFolderError(f"{file} is not valid JSON: {error}; it may be truncated") from error
+    if not isinstance(content, dict):
+        raise ModelFolderError(f"{file} is not a mapping of arguments to values; save the arguments again")
+    return content
+
+
 def check_argument(name: str, value: Any) -> None:
     """Check the name and the value of an argument.
 
     Raises:
         UnknownArgumentError: The argument does not exist.
-        SettingsError: The argument is refused, and the value is neither None nor its default.
+        SettingsError: The argument is refused, and the value is neither None nor its default; or its type is wrong.
     """
     if name.startswith("__"):
         raise AttributeError(name)
@@ -287,6 +304,21 @@ def check_argument(name: str, value: Any) -> None:
     argument = BY_NAME[name]
     if argument.use == "refused" and value is not None and not _is_default(argument, value):
         raise SettingsError(f"argument {name}={value!r} is refused: {argument.note}")
+    kind = _kind_of(argument.default)
+    if argument.use in ("honoured", "ours") and value is not None and kind and not _is_kind(value, kind):
+        raise SettingsError(f"argument {name}={value!r} must be {kind}")
+
+
+def _kind_of(default: Any) -> str:
+    """Say of which type an argument is, by its default. Empty if any type may be right."""
+    kinds = {bool: "True or False", list: "a list", dict: "a mapping"}
+    return kinds.get(type(default), "")
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    if kind == "True or False":  # a text, such as "False", would count as true
+        return value in (0, 1) and not isinstance(value, str)
+    return isinstance(value, (list, tuple) if kind == "a list" else Mapping)
 
 
 def markdown_table() -> str:

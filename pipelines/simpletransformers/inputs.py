@@ -5,25 +5,30 @@ The result is texts, second texts and labels. Does not import pandas: a frame is
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as csv
-import pyarrow.json as json
 import pyarrow.parquet as pq
 
 from pipelines.errors import DataError, first_line
 from pipelines.settings import DecisionSettings
 from pipelines.storage.columns import string_array
+from pipelines.storage.tables import is_read_later
 
 TEXT_NAMES = ("text", "text_a", "text_b", "text_pair")
 """Usual names of text columns. In a CSV file, what they contain is never taken for numbers."""
+
+LONGEST_ROW = 2**26
+"""Largest number of bytes of a row of a CSV file."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ def read_columns(data: Any) -> dict[Any, list[Any]]:
         return {name: [row.get(name) for row in data] for name in names}
     if isinstance(data, Mapping):
         names = list(data)
+    elif is_read_later(data):
+        raise DataError(f"{type(data).__name__} is read only later: collect it first, as a frame or a list of rows")
     else:
         found = getattr(data, "column_names", None)
         found = getattr(data, "columns", None) if found is None else found
@@ -110,6 +117,8 @@ def _values(column: Any, name: Any) -> list[Any]:
     """Return a column as a list of Python values."""
     if isinstance(column, (str, bytes)):
         raise DataError(f"column {name!r} is one text; give a list of texts")
+    if isinstance(column, (Mapping, set, frozenset)):  # of a mapping, the keys would be read
+        raise DataError(f"column {name!r} is a {type(column).__name__}; give a list, such as one of df.to_dict('list')")
     for method in ("to_pylist", "to_list", "tolist"):  # Arrow, pandas and polars, numpy
         if hasattr(column, method):
             return list(getattr(column, method)())
@@ -195,9 +204,9 @@ def _text(row: int, value: Any) -> str | None:
         return value
     if _is_missing(value):
         return None
-    if isinstance(value, (bytes, bytearray, Mapping, list, tuple, set)) or hasattr(value, "__len__"):
-        raise DataError(f"text {row} is a {type(value).__name__}, not a text: {str(value)[:40]!r}")
-    return str(value)
+    if isinstance(value, (Number, np.generic)):
+        return str(value)
+    raise DataError(f"text {row} is a {type(value).__name__}, not a text: {str(value)[:40]!r}")
 
 
 def _is_missing(value: Any) -> bool:
@@ -223,6 +232,9 @@ def label_array(labels: list[Any], decision: DecisionSettings, names: list[Any] 
         raise DataError(f"row {bad} has no label")
     if names is not None:
         spelled = dict(zip(names, decision.labels, strict=True))
+        several = next((row for row, label in enumerate(labels) if not isinstance(label, Hashable)), None)
+        if several is not None:
+            raise DataError(f"the label of row {several} is {labels[several]!r}; give one label for each text")
         unknown = list(dict.fromkeys(str(label) for label in labels if label not in spelled))
         if unknown:
             raise DataError(f"labels outside the label set: {', '.join(map(repr, unknown[:5]))}; the set is: {names}")
@@ -234,10 +246,17 @@ def label_array(labels: list[Any], decision: DecisionSettings, names: list[Any] 
                 raise DataError(
                     f"the labels of row {text} are the text {labels[text]!r}; give a list, such as [1, 0, 1]"
                 )
+            if decision.num_labels > 1 and all(is_digits(row, decision.num_labels) for row in labels):
+                raise DataError(f"the labels of row 0 are the texts {labels[0]!r}; give numbers, such as [1, 0, 1]")
             return pa.array([[int(v) if isinstance(v, (bool, np.bool_)) else v for v in row] for row in labels])
         return pa.array(labels)
     except (pa.ArrowInvalid, pa.ArrowTypeError, TypeError) as error:
         raise DataError(f"the labels have mixed or unusable types: {first_line(error)}") from error
+
+
+def is_digits(row: Any, count: int) -> bool:
+    """Whether a row of labels has one text "0" or "1" for each label. As names of labels, they would be wrong."""
+    return len(row) == count and all(isinstance(value, str) and value in ("0", "1") for value in row)
 
 
 def read_file(path: Path) -> pa.Table:
@@ -250,9 +269,12 @@ def read_file(path: Path) -> pa.Table:
             return pq.read_table(path)
         with pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None) as file:
             if kind in (".jsonl", ".ndjson"):
-                return json.read_json(file, parse_options=json.ParseOptions(newlines_in_values=False))
+                return pa.Table.from_pylist(
+                    [json.loads(line) for line in file.read().decode().split("\n") if line.strip()]
+                )
             parsing = csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",", newlines_in_values=True)
             texts = csv.ConvertOptions(column_types=dict.fromkeys(TEXT_NAMES, pa.string()), strings_can_be_null=True)
-            return csv.read_csv(file, parse_options=parsing, convert_options=texts)
-    except (pa.ArrowInvalid, OSError) as error:
+            reading = csv.ReadOptions(block_size=LONGEST_ROW)
+            return csv.read_csv(file, reading, parsing, texts)
+    except (pa.ArrowException, ValueError, AttributeError, OSError) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error

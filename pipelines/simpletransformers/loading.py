@@ -12,9 +12,9 @@ from transformers import AutoConfig
 from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.fields import plain
 from pipelines.model.devices import resolve_device
+from pipelines.model.weights import OPENING_ERRORS
 from pipelines.model_folder import PIPELINE_FILE, check_weights, read_model_folder
-from pipelines.simpletransformers.arguments import ClassificationArgs
-from pipelines.simpletransformers.saving import MODEL_ARGS
+from pipelines.simpletransformers.arguments import MODEL_ARGS, ClassificationArgs
 from pipelines.simpletransformers.translate import saved_args
 from pipelines.text.pretrained import quiet_transformers
 
@@ -28,6 +28,17 @@ MODEL_TYPES = {
 """Architectures with another name in Simple Transformers than in Hugging Face."""
 
 
+FIXED_KEYWORDS: dict[str, tuple[Any, str]] = {
+    "config": (None, "give single values of it in args: args={'config': {...}}"),
+    "dtype": ("auto", "weights are loaded in float32; the argument dtype of args sets the one of predictions"),
+    "torch_dtype": ("auto", "weights are loaded in float32; the argument dtype of args sets the one of predictions"),
+    "output_loading_info": (False, "weights that are missing are an error here"),
+    "use_safetensors": (True, "pickles can run code; convert them: pipelines convert OLD NEW"),
+    "weights_only": (True, "pickles can run code; convert them: pipelines convert OLD NEW"),
+}
+"""Keywords of from_pretrained that are fixed here: the harmless value, and what to do instead."""
+
+
 def refuse_keywords(kwargs: dict[str, Any], *, is_multilabel: bool) -> None:
     """Refuse keywords of Simple Transformers that are not supported. Unset ones are removed from kwargs."""
     if kwargs.get("trust_remote_code"):
@@ -37,6 +48,10 @@ def refuse_keywords(kwargs: dict[str, Any], *, is_multilabel: bool) -> None:
         right = "pos_weight" if is_multilabel else "weight"
         owner = "MultiLabelClassificationModel" if is_multilabel else "ClassificationModel"
         raise SettingsError(f"{owner} has no {wrong}, which would have no effect on its loss; use {right}")
+    for name, (harmless, remedy) in FIXED_KEYWORDS.items():
+        value = kwargs.pop(name, None)
+        if value not in (None, harmless):
+            raise SettingsError(f"{name}={value!r} is refused: {remedy}")
     for name in ("onnx_execution_provider", "global_attention_fn", "sweep_config"):
         if kwargs.pop(name, None):
             raise SettingsError(f"{name} is refused: it is not supported")
@@ -109,16 +124,22 @@ def open_config(model_type: str, model_name: str, num_labels: int | None, args: 
         check_weights(Path(model_name))
     if args.config.get("output_hidden_states") or args.config.get("output_attentions"):
         raise SettingsError("config output_hidden_states is refused: predict returns only predictions and raw outputs")
+    if args.config.get("trust_remote_code"):
+        raise SettingsError("config trust_remote_code is refused: remote code never runs")
     fixed = [key for key in ("num_labels", "id2label", "label2id", "problem_type") if key in args.config]
     if fixed:
         raise SettingsError(
             f"config {fixed[0]} is refused: use num_labels, labels_list, regression, or the other class"
         )
-    values = {**({} if num_labels is None else {"num_labels": num_labels}), **args.config}
+    values = {name: value for name, value in args.config.items() if name != "trust_remote_code"}
+    if num_labels is not None:
+        values["num_labels"] = num_labels
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(model_name, **values)
-    except (OSError, ValueError) as error:
+            config = AutoConfig.from_pretrained(model_name, **values, trust_remote_code=False)
+    except OPENING_ERRORS as error:
+        if Path(model_name).is_dir():
+            raise ModelFolderError(f"{model_name}: its config.json cannot be used: {first_line(error)}") from error
         raise ModelFolderError(f"{model_name} is neither a folder nor a hub name: {first_line(error)}") from error
     wanted = MODEL_TYPES.get(model_type, model_type)
     if wanted not in ("auto", config.model_type):

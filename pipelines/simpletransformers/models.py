@@ -19,7 +19,7 @@ import torch
 
 from pipelines.decisions.labels import decide
 from pipelines.decisions.metrics import evaluate
-from pipelines.errors import DataError
+from pipelines.errors import DataError, SettingsError
 from pipelines.fields import plain
 from pipelines.progress import hidden_progress
 from pipelines.settings import TrainSettings
@@ -131,6 +131,10 @@ class ClassificationModel:
 
     @args.setter
     def args(self, args: ClassificationArgs) -> None:
+        if not isinstance(args, ClassificationArgs):
+            raise SettingsError(
+                f"args must be an Args object, not {type(args).__name__}; change single ones: model.args.name = value"
+            )
         self._engine.args = args
 
     @property
@@ -252,9 +256,9 @@ class ClassificationModel:
         with self._lock:
             scorer = self._engine.scorer(for_predictions=True)
             scores = scorer.score_documents(self._engine.documents(texts, pairs))
-        found = predicted(scorer.decide(scores))
-        outputs = raw_outputs(scores, scorer.decision, by_window=self.args.sliding_window)
-        names = self._engine.label_names
+            found = predicted(scorer.decide(scores))
+            outputs = raw_outputs(scores, scorer.decision, by_window=self.args.sliding_window)
+            names = self._engine.label_names
         return (found if names is None else [names[label] for label in found]), outputs
 
     def save_model(

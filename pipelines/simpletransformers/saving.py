@@ -10,10 +10,8 @@ from pathlib import Path
 
 from pipelines.errors import OutputError
 from pipelines.model_folder import ASIDE, PIPELINE_FILE
-from pipelines.simpletransformers.arguments import ClassificationArgs
+from pipelines.simpletransformers.arguments import MODEL_ARGS, ClassificationArgs
 from pipelines.storage.locations import sync_folder
-
-MODEL_ARGS = "model_args.json"
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:

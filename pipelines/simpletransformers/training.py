@@ -65,23 +65,19 @@ def fit_documents(engine: Engine, run: FacadeRun) -> TrainState:
         assert valid is not None
         return measure(scorer, valid, loss, engine.compute, of_caller)
 
-    tracker: list[Callable[[Mapping[str, float]], None]] = []
-    hooks = Hooks(
-        evaluate=None if valid is None else evaluation,
-        on_best=lambda loop: _save_best(engine, loop, run.output),
-        on_checkpoint=lambda loop: _save_checkpoint(engine, loop, run.output),
-        on_metrics=lambda numbers: tracker[0](numbers),
-        identity={
-            "validation data": None if valid is None else valid.fingerprint,
-            "metrics": sorted(run.metrics),
-        },
-    )
     metric = BestMetric.of(run.settings, scorer.decision, tuple(run.metrics))
     data = training_windows(scorer, corpus, run.settings)
-    loop = TrainLoop(engine.model, data, run.settings, loss, metric, hooks=hooks)
-    _resume(loop, run.checkpoint)
+    identity = {"validation data": None if valid is None else valid.fingerprint, "metrics": sorted(run.metrics)}
     with tracked(args) if rank() == 0 else nullcontext(lambda _numbers: None) as log:
-        tracker.append(log)
+        hooks = Hooks(
+            evaluate=None if valid is None else evaluation,
+            on_best=lambda loop: _save_best(engine, loop, run.output),
+            on_checkpoint=lambda loop: _save_checkpoint(engine, loop, run.output),
+            on_metrics=log,
+            identity=identity,
+        )
+        loop = TrainLoop(engine.model, data, run.settings, loss, metric, hooks=hooks)
+        _resume(loop, run.checkpoint)
         state = loop.run()
     if not args.no_save and rank() == 0:
         replace_files(Path(run.output), engine.write)
@@ -102,7 +98,8 @@ def own_metrics(
     outputs = raw_outputs(scores, engine.decision, by_window=engine.args.sliding_window)
     if engine.is_multilabel:  # as in Simple Transformers, metrics get probabilities here
         found = scores.scores_DL.astype(np.float64)
-    return {name: metric(targets, outputs if name.startswith("prob_") else found) for name, metric in metrics.items()}
+    values = {name: metric(targets, outputs if name.startswith("prob_") else found) for name, metric in metrics.items()}
+    return {name: value.item() if getattr(value, "ndim", 1) == 0 else value for name, value in values.items()}
 
 
 def _resume(loop: TrainLoop, checkpoint: Path | None) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.errors import SettingsError
 from pipelines.settings import ComputeSettings, DecisionSettings, Kind, TrainSettings, WindowSettings
-from pipelines.simpletransformers.arguments import SCHEDULERS, ClassificationArgs
+from pipelines.simpletransformers.arguments import SCHEDULERS, ClassificationArgs, read_model_args
 
 DEFAULT_SEED = 42
 METRIC_NAMES = {"loss": "eval_loss", "lrap": "LRAP"}
@@ -66,11 +66,8 @@ def is_theirs(model_name: str) -> bool:
     Raises:
         ModelFolderError: model_args.json is not valid JSON.
     """
-    file = Path(model_name) / "model_args.json"
-    try:
-        return file.is_file() and "window_plan" not in json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelFolderError(f"{file} is not valid JSON: {error}; it may be truncated") from error
+    saved = read_model_args(Path(model_name))
+    return bool(saved) and "window_plan" not in saved
 
 
 def saved_args(windows: WindowSettings, decision: DecisionSettings) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines.errors import DataError, first_line
 from pipelines.storage.columns import string_array
@@ -14,6 +15,11 @@ from pipelines.storage.columns import string_array
 def is_location(data: Any) -> bool:
     """Whether data is a path or a URL."""
     return isinstance(data, str) or hasattr(data, "__fspath__")
+
+
+def is_read_later(data: Any) -> bool:
+    """Whether data is a table whose rows are not in memory: a lazy frame, or an iterable dataset."""
+    return hasattr(data, "collect") or (hasattr(data, "with_format") and not hasattr(data, "__len__"))
 
 
 def as_table(data: Any) -> pa.Table:
@@ -54,20 +60,43 @@ def _as_table(data: Any) -> pa.Table:
             return pa.Table.from_pandas(data, preserve_index=False)
         except UnicodeEncodeError:  # a lone surrogate
             return pa.table({str(name): _array(data[name]) for name in data.columns})
-    if hasattr(data, "with_format"):  # a Hugging Face dataset
-        return data.with_format("arrow")[:]
+    if is_read_later(data):
+        raise DataError(f"{type(data).__name__} is read only later: collect it first, as a frame or a list of rows")
+    if hasattr(data, "with_format") and not isinstance(getattr(data, "column_names", None), dict):
+        return _with_class_names(data.with_format("arrow")[:], data.features)
     if hasattr(data, "__arrow_c_stream__"):
-        return pa.table(data)
+        return _without_views(pa.table(data))
     raise DataError(
         f"{type(data).__name__} is not a table: give an Arrow table, a pandas or polars frame, a mapping of columns, "
         "or a list of rows"
     )
 
 
+def _without_views(table: pa.Table) -> pa.Table:
+    """Decode columns of categories whose names are string views (polars): Arrow has no functions for them."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type) and pa.types.is_string_view(field.type.value_type):
+            chunks = [chunk.dictionary.cast(pa.string()).take(chunk.indices) for chunk in table[place].chunks]
+            table = table.set_column(place, field.name, pa.chunked_array(chunks, pa.string()))
+    return table
+
+
+def _with_class_names(table: pa.Table, features: Mapping[str, Any]) -> pa.Table:
+    """Replace the ids of a Hugging Face dataset's classes by their names."""
+    for place, (name, feature) in enumerate(features.items()):
+        names = getattr(feature, "names", None)
+        if names and pa.types.is_integer(table.schema.field(name).type):
+            ids = pc.if_else(pc.greater_equal(table[name], 0), table[name], None)  # -1: no label
+            table = table.set_column(place, name, pa.chunked_array([pa.array(names).take(ids.combine_chunks())]))
+    return table
+
+
 def _array(values: Any) -> Any:
     """Convert a column to Arrow. None, NaN among other values, and pandas' NA become null."""
     if isinstance(values, (pa.Array, pa.ChunkedArray)):
         return values
+    if isinstance(values, (Mapping, set, frozenset)):  # of a mapping, the keys would be read
+        raise DataError(f"a column is a {type(values).__name__}; give lists, such as those of df.to_dict('list')")
     is_one = hasattr(values, "dtype") and getattr(values, "ndim", 1) == 1
     values = values if is_one else list(values)  # the rows of a two-dimensional array
     try:

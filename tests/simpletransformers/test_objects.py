@@ -1,9 +1,12 @@
 """Facades as objects of Python programs: threads, pickle, plain calls of their model, forms of data, arguments."""
 
+import datetime
 import gzip
+import json
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -16,11 +19,14 @@ import torch
 import transformers
 
 from pipelines.classification import ClassificationArgs, ClassificationModel
+from pipelines.decisions.labels import find_labels
 from pipelines.errors import DataError, ModelFolderError, SettingsError, UnknownArgumentError
 from pipelines.model.scorer import Scorer
 from pipelines.settings import ComputeSettings
 from pipelines.simpletransformers.inputs import read_rows
 from pipelines.simpletransformers.loading import loss_weights
+from pipelines.storage.tables import as_table
+from pipelines.training import loop
 from tests import tiny
 from tests.simpletransformers.facades import open_model, train_frame
 from tests.simpletransformers.golden import freeze_simpletransformers as golden
@@ -191,6 +197,53 @@ def test_ambiguous_tables_are_refused_or_warned_about():
             read_rows(bad)
 
 
+LATER = {
+    "polars": lambda: pl.LazyFrame({"text": ["a"], "label": ["x"]}),
+    "datasets": lambda: datasets.Dataset.from_dict({"text": ["a"], "label": ["x"]}).to_iterable_dataset(),
+}
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_tables_that_are_read_later_are_refused(kind):
+    for read in (read_rows, as_table):
+        with pytest.raises(DataError, match="is read only later: collect it first"):
+            read(LATER[kind]())
+
+
+def test_columns_that_are_mappings_are_refused():
+    frame = pd.DataFrame({"text": ["a", "b"], "label": [0, 1]}, index=[5, 6])
+    for read in (read_rows, as_table):
+        with pytest.raises(DataError, match=r"a dict; give .*df.to_dict\('list'\)"):
+            read(frame.to_dict())
+        assert read(frame.to_dict("list")) is not None
+        assert read(frame.to_dict("records")) is not None
+
+
+def test_names_of_classes():
+    """A Hugging Face dataset stores the ids of its classes; -1 means that there is no label."""
+    features = datasets.Features(
+        {"label": datasets.ClassLabel(names=["ham", "spam"]), "text": datasets.Value("string")}
+    )
+    found = datasets.Dataset.from_dict({"text": list("abc"), "label": [1, 0, -1]}, features=features)
+    assert as_table(found)["label"].to_pylist() == ["spam", "ham", None]
+    for kind in (pl.Enum(["spam", "ham"]), pl.Categorical()):
+        frame = pl.DataFrame({"text": list("ab"), "label": pl.Series(["ham", "spam"], dtype=kind)})
+        assert read_rows(frame).labels == ["ham", "spam"]
+        assert find_labels([as_table(frame)["label"]], "binary") == ("ham", "spam")
+
+
+@pytest.mark.parametrize("labels", [["1", "0", "1"], ("0", "0", "0"), np.array(["0", "1", "1"])])
+def test_texts_of_digits_are_no_labels(labels):
+    with pytest.raises(DataError, match=r"are the texts .*; give numbers, such as"):
+        open_model("multilabel").eval_model([["a", labels], ["b", labels]])
+
+
+def test_labels_that_are_lists_are_refused():
+    model = open_model("binary", labels_list=["ham", "spam"])
+    with pytest.raises(DataError, match=r"the label of row 1 is \['spam'\]; give one label for each text"):
+        model.eval_model([["a", "ham"], ["b", ["spam"]]])
+
+
 def test_predict_reads_tables():
     model = open_model("binary")
     expected = model.predict(TEXTS)[0]
@@ -204,7 +257,8 @@ def test_predict_reads_tables():
 def test_values_that_are_no_texts_are_refused():
     model = open_model("binary")
     assert list(model.predict([{"text": text} for text in TEXTS])[0]) == list(model.predict(TEXTS)[0])
-    for wrong in (["a", b"bytes"], ["a", ["b", "c"]], [["a", "b"], "c"], [{"text": {"a": 1}}], np.array("hello"), "a"):
+    for wrong in (["a", b"bytes"], ["a", ["b", "c"]], [["a", "b"], "c"], [{"text": {"a": 1}}], np.array("hello"), "a",
+                  [object()], [datetime.date(2020, 1, 1)], [torch.tensor(1)]):  # fmt: skip
         with pytest.raises(DataError):
             model.predict(wrong)
     assert [len(part) for part in model.predict([])] == [0, 0]
@@ -247,6 +301,19 @@ def test_trainings_in_threads_match_serial_ones():
         np.testing.assert_allclose(left[0], right[0], atol=1e-5)
 
 
+def test_json_texts_stay_as_they_are(tmp_path):
+    texts = ["2020-01-01", "2020-01-01T10:00:00Z", "x" * 3_000_000, "1", "line\nbreak\u2028and another", ""]
+    rows = [{"text": text, "labels": 0} for text in texts]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")
+    assert read_rows(tmp_path / "a.jsonl").texts == texts
+    (tmp_path / "a.csv").write_text("text,labels\n" + "".join(f'"{"y" * 3_000_000}",{row}\n' for row in range(2)))
+    assert [len(text) for text in read_rows(tmp_path / "a.csv").texts] == [3_000_000] * 2
+    for content in ("[1]\n", "{\n", '{"text": 1}\n{"text": "a"}\n'):
+        (tmp_path / "bad.jsonl").write_text(content)
+        with pytest.raises(DataError, match=r"bad\.jsonl cannot be read"):
+            read_rows(tmp_path / "bad.jsonl")
+
+
 def test_csv_texts_stay_texts(tmp_path):
     (tmp_path / "rows.csv").write_text("text,labels\ntrue,1\n007,0\n1e5,1\n")
     assert read_rows(tmp_path / "rows.csv").texts == ["true", "007", "1e5"]
@@ -287,6 +354,28 @@ def test_wandb(monkeypatch, tmp_path):
         open_model("binary", wandb_project="mine", no_save=True).train_model(train_frame("binary"))
     assert sum("wandb" in str(warning.message) for warning in caught) == 1
     open_model("binary", wandb_project="", no_save=True).train_model(train_frame("binary"))
+
+
+def test_wandb_gets_every_number(monkeypatch):
+    """Without wandb itself: its two calls, as its documentation gives them."""
+    logged, started, ended = [], [], []
+    run = SimpleNamespace(log=logged.append, finish=lambda: ended.append(True))
+
+    def init(**options):
+        started.append(options)
+        return run
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=None, init=init))
+    monkeypatch.setattr(loop, "PROGRESS_SECONDS", 0)
+    own = {"wandb_project": "mine", "wandb_kwargs": {"name": "first"}, "evaluate_during_training": True}
+    model = open_model("binary", **own, no_save=True)
+    model.train_model(train_frame("binary"), eval_df=train_frame("binary"))
+    (options,) = started
+    assert (options["project"], options["name"], ended) == ("mine", "first", [True])
+    assert options["config"]["wandb_project"] == "mine"
+    assert [numbers["step"] for numbers in logged if "step" in numbers] == [1, 2, 3]
+    assert {"loss", "learning_rate"} <= logged[0].keys()
+    assert "valid_mcc" in logged[-1]
 
 
 def test_lower_case(tmp_path, emails):
