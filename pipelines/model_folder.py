@@ -54,7 +54,7 @@ RUN_FILE = "_run.json"
 ADAPTER_CONFIG = "adapter_config.json"
 """A folder with this file contains a LoRA adapter of peft."""
 ASIDE = ".saving-"
-"""Begin of the name of a folder with files that are being saved. It is left behind if the process is killed."""
+"""Start of the name of a folder with files that are being saved. It is left behind if the process is killed."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "bpe.codes")
 """The files that are fetched from the Hugging Face Hub. There is no pickle and no code among them."""

@@ -176,7 +176,7 @@ class ScorePaths:
     """What a scoring job reads and writes."""
 
     model: str
-    """Model folder written by `pipelines train`, or its URL."""
+    """Model folder written by `pipelines train`, or its URL. Also a Hugging Face classifier, or its name on the Hub."""
     input: str
     """Parquet file, folder or glob with the rows to score."""
     output: str

@@ -160,7 +160,8 @@ class Scorer:
         """Open a model folder. Errors are raised before any text is scored.
 
         Args:
-            location: Path or URL of a model folder, or a folder that was read already.
+            location: Path or URL of a model folder, a Hugging Face classifier or its name on the Hub, or a folder that
+                was read already.
             compute: Device, dtype and other settings of the forward pass. None means the defaults.
             thresholds: Replaces the thresholds of the folder: one number, one per label, or {label: number}.
 

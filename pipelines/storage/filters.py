@@ -35,7 +35,7 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.GtE: operator.ge,
 }
 QUOTED = "column_in_backticks_"
-"""Begin of the plain names that stand for names in backticks."""
+"""Start of the plain names that stand for names in backticks."""
 CONSTANTS = {"true": True, "false": False, "null": None, "None": None}
 EXAMPLE = "an example: language == 'en' and year >= 2020 (operators are and, or, not, ==, != in lower case)"
 

@@ -21,7 +21,7 @@ from pipelines.errors import DataError, SettingsError
 from pipelines.storage.locations import filesystem_of, retried, shown, store_errors
 
 FOOTER_THREADS = 16
-"""Number of threads that read the begin or the footer of files."""
+"""Number of threads that read the first bytes or the footer of files."""
 MAGIC = (b"PAR1", b"PARE")
 """First bytes of every Parquet file, and of one whose footer is encrypted."""
 USUAL_SUFFIXES = (".parquet", ".pq", ".parq")
