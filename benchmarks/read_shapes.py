@@ -62,7 +62,7 @@ def read(engine: str, folder: Path) -> None:
         from pipelines.storage.rows import read_units, together
         from pipelines.storage.shards import read_footers, split_into_units
 
-        files = read_footers(str(folder), "text")
+        files = read_footers(str(folder), ["text"])
         schema, units = together(files), split_into_units(files)
         rows = sum(len(found.table) for found in read_units(str(folder), units, schema, text_columns=("text",)))
     seconds = time.perf_counter() - started

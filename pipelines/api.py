@@ -43,7 +43,8 @@ def train(
     If the data is in files, the same call resumes a run that was interrupted. A table in memory cannot be resumed.
 
     Args:
-        train: Labelled Parquet file, folder or glob; or a table in memory (Arrow, pandas, polars, columns, rows).
+        train: Labelled file, folder or glob (Parquet, JSON Lines, CSV); or a table in memory (Arrow, pandas, polars,
+            columns, rows).
         model: Pretrained weights: a folder or a Hugging Face hub name.
         output: New folder for the finished model.
         valid: Validation data, in the same forms.
@@ -77,7 +78,8 @@ def score(
 
     Args:
         model: Model folder, a path or URL.
-        input: Parquet file, folder or glob; or a table in memory (Arrow, pandas, polars, columns, rows).
+        input: File, folder or glob (Parquet, JSON Lines, CSV); or a table in memory (Arrow, pandas, polars, columns,
+            rows).
         output: New folder for the scored files. The same call resumes a job that was interrupted. None for a table.
         address: Ray cluster to use. Default: RAY_ADDRESS, else a local Ray. replicas=0 scores without Ray.
         **settings: Settings by name, such as text_column="body", thresholds={"spam": 0.9}, replicas=0.
@@ -114,7 +116,7 @@ def evaluate(
 
     Args:
         model: Model folder, a path or URL.
-        data: Labelled Parquet file, folder or glob; or a table in memory.
+        data: Labelled file, folder or glob (Parquet, JSON Lines, CSV); or a table in memory.
         report: Where to write an HTML page with curves and threshold tables.
         report_texts: Show the first words of documents on the page.
         **settings: Settings by name, such as label_column="group", limit=1000, device="cpu".
@@ -144,7 +146,7 @@ def tune(model: Location, data: Any, *, objective: str = "f1", **settings: Any) 
 
     Args:
         model: Local model folder.
-        data: Labelled Parquet file, folder or glob; or a table in memory.
+        data: Labelled file, folder or glob (Parquet, JSON Lines, CSV); or a table in memory.
         objective: f1, fbeta=B, precision=P or recall=R.
         **settings: Settings by name, such as label_column="group", limit=1000, device="cpu".
 

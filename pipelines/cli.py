@@ -331,7 +331,12 @@ def _add_train(commands: Any) -> None:
 def _add_score(commands: Any) -> None:
     example = "pipelines score runs/spam --input s3://mail/2026/ --output s3://mail/scored/"
     command = _command(
-        commands, "score", _score, about="score Parquet files into Parquet files", groups=SCORE_GROUPS, example=example
+        commands,
+        "score",
+        _score,
+        about="score files into Parquet files",
+        groups=SCORE_GROUPS,
+        example=example,
     )
     command.add_argument("model", metavar="DIR", nargs="?", help="model folder")
     _flags(command, ScorePaths, ("input", "output"))

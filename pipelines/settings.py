@@ -142,13 +142,13 @@ class TrainPaths:
     """What a fine-tuning run reads and writes."""
 
     train: str
-    """Parquet file, folder or glob with the training rows."""
+    """File, folder or glob with the training rows: Parquet, JSON Lines or CSV."""
     model: str
     """Pretrained weights: a folder or a model name on the Hugging Face Hub."""
     output: str
     """New folder for the finished model."""
     valid: str | None = None
-    """Parquet file, folder or glob with the validation rows. They select the best weights and tune the thresholds."""
+    """File, folder or glob with the validation rows. They select the best weights and tune the thresholds."""
     num_workers: int | str = 0
     """Number of Ray Train workers: N, or MIN:MAX for as many as are available. 0 trains in this process."""
     resize_seconds: float = 60.0
@@ -178,7 +178,7 @@ class ScorePaths:
     model: str
     """Model folder written by `pipelines train`, or its URL. Also a Hugging Face classifier, or its name on the Hub."""
     input: str
-    """Parquet file, folder or glob with the rows to score."""
+    """File, folder or glob with the rows to score: Parquet, JSON Lines or CSV."""
     output: str
     """New folder for the scored Parquet files."""
 

@@ -16,6 +16,7 @@ import pytest
 
 from pipelines.progress import ROOT
 from pipelines.settings import DecisionSettings
+from pipelines.storage import locations
 from tests import tiny
 from tests.jobs import logged
 
@@ -30,6 +31,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "local_ray" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch):
+    """Filesystem calls that fail are tried again at once."""
+    monkeypatch.setattr(locations, "FIRST_PAUSE_SECONDS", 0.001)
 
 
 @pytest.fixture(autouse=True)

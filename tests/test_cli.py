@@ -86,9 +86,12 @@ def test_settings_precedence_yaml_set_flags(folder, input_folder, tmp_path, caps
     [
         (
             ["score", "{folder}", "--output", "x"],
-            "required setting 'input' is missing: Parquet file, folder or glob with the rows to score.",
+            "required setting 'input' is missing: File, folder or glob with the rows to score",
         ),
-        (["score", "{folder}", "--input", "{empty}", "--output", "{empty}/x"], "contains no Parquet files"),
+        (
+            ["score", "{folder}", "--input", "{empty}", "--output", "{empty}/x"],
+            "contains no Parquet, JSON Lines or CSV files",
+        ),
         (["score", "{empty}", "--input", "{data}", "--output", "{empty}/x"], "has no pipeline.json"),
         (
             ["score", "{folder}", "--input", "{data}", "--output", "{empty}/x", "--set", "keeep=a"],

@@ -140,10 +140,10 @@ def check_job(job: ScoreJob) -> CheckedJob:
     if not job.is_local and "memory://" in (job.input[:9], job.output[:9]):
         raise SettingsError("memory:// exists only in this process; add --replicas 0 to score without Ray")
     read = None if job.score.keep is None else (*job.score.keep, *job.data.text_columns)
-    files = read_footers(job.input, job.data.text_column, read=read, lenient=True, without=job.output)
+    files = read_footers(job.input, job.data.text_columns, read=read, lenient=True, without=job.output)
     readable = [file for file in files if file.schema is not None]
     if not sum(file.num_rows for file in readable):
-        raise DataError(f"{shown(job.input)} has no rows: its {len(files)} Parquet files are empty")
+        raise DataError(f"{shown(job.input)} has no rows: its {len(files)} files are empty")
     _check_text_columns(job, readable)
     carried, read = _columns(job, readable, folder.decision)
     return CheckedJob(job, folder, files, carried, read)

@@ -403,6 +403,8 @@ def _listing(files: Sequence[InputFile]) -> pa.Table:
             ).dictionary_encode(),
             "partitions": pa.array([json.dumps(file.partitions) for file in files], pa.string()),
             "error": pa.array([file.error for file in files], pa.string()),
+            "format": pa.array([file.format for file in files], pa.string()),
+            "group_starts": pa.array([file.group_starts for file in files], pa.list_(pa.int64())),
         }
     )
 
@@ -433,6 +435,7 @@ def _read_listing(location: str, name: str) -> list[InputFile]:
                 "row_group_rows": tuple(row["row_group_rows"]),
                 "row_group_bytes": tuple(row["row_group_bytes"]),
                 "partitions": json.loads(row["partitions"]),
+                "group_starts": tuple(row.get("group_starts") or ()),
             }
         )
         for row in table.to_pylist()

@@ -5,6 +5,7 @@ The caller chooses how units are scored: in this process (`score_here`), or on R
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 
@@ -16,10 +17,12 @@ from pipelines.bulk.unit import UnitScorer, load_scorer
 from pipelines.errors import JobError
 from pipelines.progress import repeated
 from pipelines.storage.locations import commit_json, shown
-from pipelines.storage.shards import WorkUnit
+from pipelines.storage.shards import WorkUnit, group_units
 from pipelines.text.stage import TokenizedUnit
 
 RESUME_HINT = "finished units are kept: start the job again to resume it"
+UNITS_PER_WAVE = 5_000
+"""Units that are planned at once, so that units of the same row group are read together."""
 ScoreUnits = Callable[[CheckedJob, Iterator[WorkUnit]], Iterator[Counts]]
 """Function that scores and commits units, and yields the counts of each unit when it is committed."""
 logger = logging.getLogger(__name__)
@@ -80,12 +83,13 @@ def score_units_here(checked: CheckedJob, units: Iterator[WorkUnit]) -> Iterator
     """Tokenize, score and commit units in this process, one after another."""
     setup, stage = checked.replica_setup(), checked.stage
     scorer = UnitScorer(setup, load_scorer(setup))
-    for unit in units:
-        for table in stage([unit]):
-            try:
-                yield scorer.score_unit(TokenizedUnit(unit.number, unit.output_name, table))
-            except OSError as error:
-                raise JobError(f"{shown(checked.job.output)} cannot be written: {error}; {RESUME_HINT}") from error
+    while wave := list(itertools.islice(units, UNITS_PER_WAVE)):
+        for group in group_units(wave):
+            for unit, table in zip(group, stage(group), strict=True):
+                try:
+                    yield scorer.score_unit(TokenizedUnit(unit.number, unit.output_name, table))
+                except OSError as error:
+                    raise JobError(f"{shown(checked.job.output)} cannot be written: {error}; {RESUME_HINT}") from error
 
 
 def _finish(checked: CheckedJob, run: Run, totals: RunTotals) -> ScoreSummary:

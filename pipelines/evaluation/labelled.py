@@ -156,7 +156,7 @@ class TuneResult:
 
 
 def labelled_files(location: str, data: DataSettings, decision: DecisionSettings) -> LabelledInput:
-    """Open labelled Parquet files, and read and check all labels. No text is read.
+    """Open labelled files, and read and check all labels. No text is read.
 
     Raises:
         DataError: A file does not have the columns, or has labels that the decision does not have.
@@ -257,7 +257,7 @@ def evaluate_folder(
 
     Args:
         model: Model folder, a path or URL.
-        source: Parquet file, folder or glob; or a table in memory.
+        source: File, folder or glob (Parquet, JSON Lines, CSV); or a table in memory.
         data: Which columns are read, and how many rows.
         compute: How the forward pass runs.
         report: Where to write the evaluation page.
@@ -287,7 +287,7 @@ def tune_folder(
 
     Args:
         model: Local model folder.
-        source: Labelled Parquet file, folder or glob; or a table in memory.
+        source: Labelled file, folder or glob; or a table in memory.
         data: Which columns are read, and how many rows.
         compute: How the forward pass runs.
         objective: f1, fbeta=B, precision=P or recall=R.

@@ -16,7 +16,7 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from pipelines.bulk.job import CheckedJob, ScoreJob, check_job
-from pipelines.bulk.score import RESUME_HINT, run_job, score_here
+from pipelines.bulk.score import RESUME_HINT, UNITS_PER_WAVE, run_job, score_here
 from pipelines.bulk.summary import Counts, ScoreSummary
 from pipelines.errors import JobError
 from pipelines.on_ray.cluster import check_resources, connected, root_cause, uses_gpus
@@ -30,7 +30,6 @@ ACTOR_CPUS = 0.5
 UNITS_IN_FLIGHT = 4
 """Units per actor: one in the forward pass, one that is prepared or written, and two that are sent to it."""
 CALLS_AT_ONCE = 2
-UNITS_PER_WAVE = 5_000
 
 
 def score(job: ScoreJob, *, address: str | None = None) -> ScoreSummary:

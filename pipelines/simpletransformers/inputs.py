@@ -5,7 +5,6 @@ The result is texts, second texts and labels. Does not import pandas: a frame is
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,19 +15,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv as csv
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.errors import DataError, first_line
 from pipelines.settings import DecisionSettings
 from pipelines.storage.columns import string_array
 from pipelines.storage.tables import is_read_later
+from pipelines.storage.text_files import format_of, read_whole
 
 TEXT_NAMES = ("text", "text_a", "text_b", "text_pair")
 """Usual names of text columns. In a CSV file, what they contain is never taken for numbers."""
-
-LONGEST_ROW = 2**26
-"""Largest number of bytes of a row of a CSV file."""
 
 
 @dataclass(frozen=True)
@@ -260,21 +257,18 @@ def is_digits(row: Any, count: int) -> bool:
 
 
 def read_file(path: Path) -> pa.Table:
-    """Read a Parquet file or folder, or a .csv, .tsv or .jsonl file, which may be compressed by gzip (.gz)."""
+    """Read a Parquet file or folder, or a .csv, .tsv or .jsonl file, which may be compressed (.gz, .zst)."""
     if not path.exists():
         raise DataError(f"{path} does not exist; give a Parquet, .csv, .tsv or .jsonl file, a frame, or a list of rows")
-    kind = (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+    kind = format_of(path.name)
     try:
-        if kind not in (".csv", ".tsv", ".jsonl", ".ndjson"):
+        if kind is None:
             return pq.read_table(path)
-        with pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else None) as file:
-            if kind in (".jsonl", ".ndjson"):
-                return pa.Table.from_pylist(
-                    [json.loads(line) for line in file.read().decode().split("\n") if line.strip()]
-                )
-            parsing = csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",", newlines_in_values=True)
-            texts = csv.ConvertOptions(column_types=dict.fromkeys(TEXT_NAMES, pa.string()), strings_can_be_null=True)
-            reading = csv.ReadOptions(block_size=LONGEST_ROW)
-            return csv.read_csv(file, reading, parsing, texts)
-    except (pa.ArrowException, ValueError, AttributeError, OSError) as error:
+        found = read_whole(LocalFileSystem(), str(path), kind, texts=TEXT_NAMES)
+        found.table.validate(full=True)  # bytes that are not UTF-8
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+    bad = next(((row, error) for row, error in enumerate(found.errors) if error), None)
+    if bad is not None:
+        raise DataError(f"{path} cannot be read: in row {bad[0]}, {bad[1]}")
+    return found.table

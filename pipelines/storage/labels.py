@@ -1,4 +1,4 @@
-"""Read the label column of labelled Parquet files, after their columns are checked."""
+"""Read the label column of labelled files, after their columns are checked."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_label_column(location: str, data: DataSettings) -> LabelColumn:
     Raises:
         DataError: A file cannot be read, a column is missing or has the wrong type, or there are no rows.
     """
-    files = read_footers(location, data.text_column, read=data.text_columns)
+    files = read_footers(location, data.text_columns, read=data.text_columns)
     for file in files:
         assert file.schema is not None, "files without a schema are refused by read_footers"
         for name in data.text_columns:

@@ -1,4 +1,4 @@
-"""Find the input files of a job: Parquet files by their content, in folders and by globs.
+"""Find the input files of a job in folders and by globs: Parquet by its content, JSON Lines and CSV by their names.
 
 Names that begin with `_` or `.` are not data, as Spark and Hive mark it.
 """
@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.errors import DataError, SettingsError
 from pipelines.storage.locations import filesystem_of, retried, shown, store_errors
+from pipelines.storage.text_files import format_of, is_plain_json
 
 FOOTER_THREADS = 16
 """Number of threads that read the first bytes or the footer of files."""
@@ -32,16 +33,16 @@ logger = logging.getLogger(__name__)
 
 
 def list_files(location: str) -> list[str]:
-    """Return the sorted paths of the Parquet files at a location.
+    """Return the sorted paths of the input files at a location.
 
-    A file is taken if its name ends in .parquet, .pq or .parq, if it begins with PAR1, or if a glob names it. Names
-    that begin with `_` or `.` are skipped.
+    A file is taken if its name ends in .parquet, .pq or .parq, if it begins with PAR1, or if a glob names it. If there
+    is none, JSON Lines and CSV files are taken. Names that begin with `_` or `.` are skipped.
 
     Args:
         location: File, folder (searched recursively) or glob.
 
     Raises:
-        DataError: The location does not exist, contains no Parquet file, or contains a table that has to be read in
+        DataError: The location does not exist, contains no input file, or contains a table that has to be read in
             another way.
     """
     return [str(entry["name"]) for entry in list_entries(location, refuse_runs=False)]
@@ -82,12 +83,12 @@ def _find_entries(location: str, without: str | None, *, refuse_runs: bool) -> l
         found = {name: entry for name, entry in found.items() if not _is_below(name, output, filesystem)}
     _refuse_tables(found, path, filesystem, refuse_runs=refuse_runs)
     data = {name: entry for name, entry in sorted(found.items()) if _is_data(name, path)}
-    taken = _parquet_names(filesystem, data, named)
+    taken = _data_names(filesystem, data, named)
     skipped = [name for name in data if name not in taken]
     if not taken:
-        raise DataError(f"{shown(location)} contains no Parquet files ({len(found)} other files)")
+        raise DataError(f"{shown(location)} contains no Parquet, JSON Lines or CSV files ({len(found)} other files)")
     if skipped:
-        logger.info("%d files that are not Parquet are skipped, such as %s", len(skipped), skipped[0])
+        logger.info("%d other files are skipped, such as %s", len(skipped), skipped[0])
     return [entry for name, entry in data.items() if name in taken]
 
 
@@ -136,17 +137,31 @@ def _followed(
     return found
 
 
-def _parquet_names(filesystem: AbstractFileSystem, entries: Mapping[str, dict[str, Any]], named: set[str]) -> set[str]:
-    """Return the names of the files that are Parquet: by their suffix, by a glob, or by their first bytes."""
+def _data_names(filesystem: AbstractFileSystem, entries: Mapping[str, dict[str, Any]], named: set[str]) -> set[str]:
+    """Return the names of the files that a glob names, or that are Parquet by their suffix or by their first bytes.
+
+    If a folder has no Parquet file, its JSON Lines and CSV files are taken. Those named .json, which are often no data,
+    are taken only if there are no others.
+    """
     unknown = [name for name in entries if name not in named and not name.lower().endswith(USUAL_SUFFIXES)]
     empty = {name for name in unknown if entries[name].get("size") == 0}  # a store refuses to read a range of it
     unknown = [name for name in unknown if name not in empty]
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        begins = dict(zip(unknown, pool.map(lambda name: _begin(filesystem, name), unknown), strict=True))
-    return {name for name in entries if name not in empty and begins.get(name, MAGIC[0]) in MAGIC}
+        begins = dict(zip(unknown, pool.map(lambda name: first_bytes(filesystem, name), unknown), strict=True))
+    parquet = {name for name in entries if name not in empty and begins.get(name, MAGIC[0]) in MAGIC}
+    texts = [name for name in entries if name not in empty | parquet and format_of(name)]
+    if parquet or not texts:
+        if texts:
+            logger.warning(
+                "%d JSON Lines or CSV files beside Parquet files are skipped, such as %s; name them by a glob to read "
+                "them", len(texts), texts[0],
+            )  # fmt: skip
+        return parquet
+    return {name for name in texts if not is_plain_json(name)} or set(texts)
 
 
-def _begin(filesystem: AbstractFileSystem, name: str) -> bytes:
+def first_bytes(filesystem: AbstractFileSystem, name: str) -> bytes:
+    """Return the first four bytes of a file."""
     return bytes(retried(lambda: filesystem.cat_file(name, start=0, end=4)))
 
 

@@ -1,4 +1,4 @@
-"""Read the rows of work units from Parquet files.
+"""Read the rows of work units from Parquet, JSON Lines and CSV files.
 
 Every row of a unit is returned: a row that cannot be read is null and has an error that says why. Row groups are
 decoded batch by batch, so that a row group of several gigabytes needs only the memory of its batches.
@@ -22,6 +22,7 @@ from pipelines.errors import DataError, first_line
 from pipelines.storage.columns import SOURCE_COLUMNS, as_strings, text_column_problem, type_at, with_fields
 from pipelines.storage.locations import filesystem_of, retried
 from pipelines.storage.shards import INT96_UNIT, InputFile, Span, WorkUnit, bytes_of, has_encrypted_columns, leaves_of
+from pipelines.storage.text_files import TextReader
 
 BATCH_ROWS, BATCH_BYTES = 4096, 16 * 2**20
 """Maximum number of rows that are decoded at once, and of their bytes in the file, without compression."""
@@ -94,19 +95,24 @@ def read_units(
     """
     filesystem, _ = filesystem_of(location)
     reader = _GroupReader(filesystem, schema.names)
+    text_reader = TextReader(filesystem, schema.names, text_columns)
     for unit in units:
         started = time.perf_counter()
         tables: list[pa.Table] = []
         errors: list[str | None] = []
         lost: dict[str, int] = {}
         for span in unit.spans:
-            table, error = _read_span(reader, span, schema, (text_columns, filter_columns), lost)
+            if span.file.format == "parquet":
+                table, error = _read_span(reader, span, schema, (text_columns, filter_columns), lost)
+                reasons = [error] * len(table)
+            else:
+                table, reasons = _read_text_rows(text_reader, span, schema, (text_columns, filter_columns), lost)
             first = span.first_row + span.start
             columns = (pa.array([span.file.url] * len(table), pa.string()), pa.array(range(first, first + len(table))))
             for name, column in zip(SOURCE_COLUMNS, columns, strict=True):
                 table = table.append_column(prefix + name, column)
             tables.append(table)
-            errors += [error] * len(table)
+            errors += reasons
         yield Rows(pa.concat_tables(tables).combine_chunks(), errors, time.perf_counter() - started, lost)
 
 
@@ -219,6 +225,38 @@ def _read_span(
     for name, count in lost_here.items():
         lost[name] = lost.get(name, 0) + count
     return table, None
+
+
+def _read_text_rows(
+    reader: TextReader,
+    span: Span,
+    schema: pa.Schema,
+    needed: tuple[Sequence[str], Sequence[str]],
+    lost: dict[str, int],
+) -> tuple[pa.Table, list[str | None]]:
+    """Return the span's rows of a JSON Lines or CSV file in the schema, and the error of each row."""
+    file, (text_columns, filter_columns) = span.file, needed
+    assert file.schema is not None
+    problems = [text_column_problem(file.schema, name) for name in text_columns]
+    reason = next((f"{file.url} {problem}" for problem in problems if problem is not None), "")
+    lost_here: dict[str, int] = {}
+    table, errors = _nothing(span, schema), list[str | None]()
+    if not reason:
+        group = (span.row_group, file.group_starts[span.row_group])
+        try:
+            found = retried(lambda: reader.read(file.path, file.format, file.schema, group, (span.start, span.stop)))
+            lost_here = dict(found.values_lost)
+            table, errors = _fitted(found.table, span, schema, lost_here), found.errors
+        except (pa.ArrowException, OSError, ValueError) as error:
+            reason = f"{file.url} cannot be read: {first_line(error)}"
+    unknown = [name for name in filter_columns if name in lost_here]
+    if unknown and not reason:
+        reason = f"{lost_here[unknown[0]]} values of {unknown[0]}, which the filter compares, are lost"
+    if reason:
+        return _nothing(span, schema), [reason] * span.num_rows
+    for name, count in lost_here.items():
+        lost[name] = lost.get(name, 0) + count
+    return table, errors
 
 
 def _read_apart(reader: _GroupReader, span: Span, text_columns: Sequence[str]) -> pa.Table:

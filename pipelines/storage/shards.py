@@ -1,4 +1,4 @@
-"""Read the footers of Parquet files, and split their rows into work units.
+"""Read the footers of Parquet files, scan JSON Lines and CSV files, and split their rows into work units.
 
 A work unit is an ordered list of row ranges of row groups, from one or more files. Its output is one file, whose name
 depends only on the unit. `WorkUnits` stores the units as numbers, so that hundreds of thousands need little memory.
@@ -25,8 +25,9 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from pipelines.errors import DataError, first_line
-from pipelines.storage.listing import FOOTER_THREADS, list_entries
+from pipelines.storage.listing import FOOTER_THREADS, MAGIC, first_bytes, list_entries
 from pipelines.storage.locations import filesystem_of, retried
+from pipelines.storage.text_files import Format, format_of, scan
 
 SMALLEST_UNIT_BYTES = 64 * 2**10
 USUAL_UNIT_BYTES = 64 * 2**20
@@ -46,7 +47,7 @@ OUTPUT_NAME = re.compile(r"part-\d{6,}-[0-9a-f]{12}\.parquet")
 
 @dataclass(frozen=True)
 class InputFile:
-    """A Parquet file and the content of its footer."""
+    """An input file and the content of its footer, or what a scan of a JSON Lines or CSV file has found."""
 
     path: str
     """Path within its filesystem, without protocol."""
@@ -64,7 +65,10 @@ class InputFile:
     partitions: dict[str, str | None] = field(default_factory=dict)
     """Hive partitions: keys and values of the key=value folders in the path. Hive's name for null is None."""
     error: str | None = None
-    """Why the footer cannot be read, or None. A file with an error has 0 rows."""
+    """Why the file cannot be read, or None. A file with an error has 0 rows."""
+    format: Format = "parquet"
+    group_starts: tuple[int, ...] = ()
+    """JSON Lines: offset of the first byte of each row group. A row group is then a part of the file."""
 
     @property
     def num_rows(self) -> int:
@@ -145,31 +149,32 @@ class WorkUnits:
 
 def read_footers(
     location: str,
-    text_column: str,
+    text_columns: Sequence[str],
     *,
     read: Collection[str] | None = None,
     lenient: bool = False,
     without: str | None = None,
 ) -> list[InputFile]:
-    """Read the footers of all input files in parallel.
+    """Read the footers of all input files in parallel. JSON Lines and CSV files are scanned instead.
 
     Args:
         location: File, folder or glob.
-        text_column: Column whose nulls are counted.
+        text_columns: The text columns. The nulls of the first one are counted.
         read: Columns whose bytes are counted. None means all columns.
         lenient: Store the error of an unreadable file in `InputFile.error` instead of raising it.
         without: Folder whose files are left out: the output of the job.
 
     Raises:
-        DataError: A file is not a readable Parquet file. If lenient, only if no file is readable.
+        DataError: A file cannot be read. If lenient, only if no file can be read.
     """
     filesystem, root = filesystem_of(location)
     entries = list_entries(location, without=without)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        files = list(pool.map(lambda entry: _read_footer(filesystem, entry, root, text_column, read), entries))
+        files = list(pool.map(lambda entry: _read_footer(filesystem, entry, root, text_columns, read), entries))
     bad = [file for file in files if file.error is not None]
     if bad and (not lenient or len(bad) == len(files)):
-        raise DataError(f"{bad[0].url} is not a readable Parquet file: {bad[0].error}")
+        names = {"parquet": "Parquet", "json": "JSON Lines", "csv": "CSV"}
+        raise DataError(f"{bad[0].url} is not a readable {names[bad[0].format]} file: {bad[0].error}")
     return files
 
 
@@ -212,24 +217,52 @@ def _unit_bytes(total: int) -> int:
 
 
 def _read_footer(
-    filesystem: AbstractFileSystem, entry: dict[str, Any], root: str, text_column: str, read: Collection[str] | None
+    filesystem: AbstractFileSystem,
+    entry: dict[str, Any],
+    root: str,
+    text_columns: Sequence[str],
+    read: Collection[str] | None,
 ) -> InputFile:
     path = str(entry["name"])
     url = path if isinstance(filesystem, LocalFileSystem) else str(filesystem.unstrip_protocol(path))
-    known: dict[str, Any] = {"path": path, "url": url, "size": int(entry.get("size") or 0), "version": _version(entry)}
-    partitions = _partitions(path, root)
+    known: dict[str, Any] = {
+        "path": path,
+        "url": url,
+        "size": int(entry.get("size") or 0),
+        "version": _version(entry),
+        "partitions": _partitions(path, root),
+    }
+    kind = format_of(path)
+    if kind is not None and first_bytes(filesystem, path) not in MAGIC:
+        return _scanned(filesystem, known, kind, text_columns)
     try:
         metadata, schema, is_encrypted = retried(lambda: _open_footer(filesystem, path))
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-        return InputFile(**known, schema=None, partitions=partitions, error=first_line(error))
+        return InputFile(**known, schema=None, error=first_line(error))
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    texts = [] if is_encrypted else leaves_of(metadata, {text_column})
+    texts = [] if is_encrypted else leaves_of(metadata, set(text_columns[:1]))
     leaves = None if read is None or is_encrypted else leaves_of(metadata, set(read))
     rows = tuple(group.num_rows for group in groups)
     sizes = tuple(max(1, bytes_of(group, leaves)) for group in groups)
     num_nulls = sum(_num_nulls([group.column(number) for number in texts]) for group in groups)
+    return InputFile(**known, schema=schema, row_group_rows=rows, row_group_bytes=sizes, num_nulls=num_nulls)
+
+
+def _scanned(
+    filesystem: AbstractFileSystem, known: dict[str, Any], kind: Format, text_columns: Sequence[str]
+) -> InputFile:
+    """Return a JSON Lines or CSV file after a scan of all its rows."""
+    try:
+        found = retried(lambda: scan(filesystem, known["path"], kind, texts=text_columns))
+    except (OSError, ValueError) as error:
+        return InputFile(**known, schema=None, error=first_line(error), format=kind)
     return InputFile(
-        **known, schema=schema, row_group_rows=rows, row_group_bytes=sizes, num_nulls=num_nulls, partitions=partitions
+        **known,
+        schema=found.schema,
+        row_group_rows=found.group_rows,
+        row_group_bytes=found.group_bytes,
+        format=kind,
+        group_starts=found.group_starts,
     )
 
 

@@ -35,7 +35,7 @@ def test_resumed_run_reads_only_remaining_files(spam_folder, tmp_path, emails, l
     for part in parts[len(parts) // 2 :]:
         part.unlink()
     before = {part.name: part.stat().st_mtime_ns for part in parts[: len(parts) // 2]}
-    files = read_footers(str(source), "text")
+    files = read_footers(str(source), ["text"])
     plan = split_into_units(files, unit_bytes=20_000)
     left = {span.file.path for unit in plan if not (out / unit.output_name).exists() for span in unit.spans}
     finished = [file.path for file in files if file.path not in left]
@@ -99,7 +99,7 @@ def test_overwrite_checks_input_first(spam_folder, tmp_path, emails):
         folder.mkdir()
         pq.write_table(emails.slice(0, rows), folder / "a.parquet")
     first = score(score_job(spam_folder, source, out))
-    with pytest.raises(DataError, match="has no rows: its 1 Parquet files are empty"):
+    with pytest.raises(DataError, match="has no rows: its 1 files are empty"):
         score(score_job(spam_folder, empty, out, overwrite=True))
     assert json.loads((out / "_summary.json").read_text()) == first.to_json()
     with pytest.raises(DataError, match="has no rows"):

@@ -1,7 +1,10 @@
 """Inputs of bulk jobs, as many writers make them. No row may be lost, and no column costs a row its score."""
 
 import base64
+import gzip
+import json
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as encryption
@@ -11,7 +14,7 @@ import pipelines
 from pipelines import cli
 from pipelines.bulk.score import score_here as score
 from pipelines.errors import DataError
-from tests.jobs import read_scored, score_job
+from tests.jobs import FLOAT32, read_scored, score_job
 
 
 def by_row(table):
@@ -201,3 +204,42 @@ def test_two_text_columns_of_one_name(spam_folder, tmp_path, keep):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match="several columns named 'text'"):
         score(score_job(spam_folder, tmp_path / "a.parquet", tmp_path / "out", keep=keep))
+
+
+WRITERS = {
+    "mail.jsonl": lambda rows: "".join(json.dumps(row) + "\n" for row in rows).encode(),
+    "mail.json.gz": lambda rows: gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()),
+    "mail.csv": lambda rows: pd.DataFrame(rows).to_csv(index=False).encode(),
+    "mail.tsv.zst": lambda rows: pa.Codec("zstd").compress(
+        pd.DataFrame(rows).to_csv(index=False, sep="\t").encode(), asbytes=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_json_lines_and_csv_score_as_parquet(spam_folder, tmp_path, emails, name):
+    """The same rows, types and counts; a killed run is resumed; every other command reads them too."""
+    rows = [{**row, "year": 2000 + number} for number, row in enumerate(emails.slice(0, 16).to_pylist())]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mail.parquet")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(WRITERS[name](rows))
+    more = {"filter": "year >= 2005 and label != 'x'", "unit_bytes": 9000}
+    expected = score(score_job(spam_folder, tmp_path / "mail.parquet", tmp_path / "parquet", **more))
+    summary = score(score_job(spam_folder, tmp_path / "in", tmp_path / "out", **more))
+    assert (summary.rows_in, summary.rows_out, summary.rows_filtered) == (16, 11, 5)
+    assert summary.units > 3
+    tables = [read_scored(tmp_path / folder).drop_columns(["source_file"]) for folder in ("parquet", "out")]
+    tables = [table.sort_by("source_row").combine_chunks() for table in tables]
+    assert tables[0].schema == tables[1].schema
+    for column in ("id", "year", "predicted_label", "source_row", "num_tokens", "error"):
+        assert tables[0][column].equals(tables[1][column])
+    lost = sorted((tmp_path / "out").glob("part-*"))[1:3]
+    for file in lost:
+        file.unlink()
+    again = score(score_job(spam_folder, tmp_path / "in", tmp_path / "out", **more))
+    assert again.rows_out == 11
+    assert all(file.exists() for file in lost)
+    found = [pipelines.evaluate(spam_folder.path, path, **FLOAT32).metrics for path in
+             (tmp_path / "mail.parquet", tmp_path / "in" / name)]  # fmt: skip
+    assert found[0] == found[1]
+    assert expected.histograms == summary.histograms

@@ -43,7 +43,7 @@ def test_every_row_in_exactly_one_unit(tmp_path_factory, unit_bytes, limit):
         folder.mkdir()
         write(folder / "a.parquet", 7, start=100)
         write(folder / "b.parquet", 25)
-    files = shards.read_footers(str(folder), "text")
+    files = shards.read_footers(str(folder), ["text"])
     units = shards.split_into_units(files, unit_bytes=unit_bytes, limit=limit)
     rows = [read_unit(str(folder), unit, together(files, ["id"])) for unit in units]
     ids = [value for table in rows for value in table.column("id").to_pylist()]
@@ -66,7 +66,7 @@ def test_folders_globs_and_files_are_inputs(data):
 def test_fsspec_input_and_output(data):
     memory = fsspec.filesystem("memory")
     memory.put(str(data), "/in", recursive=True)
-    files = shards.read_footers("memory://in", "text")
+    files = shards.read_footers("memory://in", ["text"])
     assert sum(file.num_rows for file in files) == 33
     assert files[0].url == "memory:///in/a.parquet"
     locations.commit_table("memory://out", "x.parquet", pa.table({"a": [1]}))
@@ -109,7 +109,7 @@ def test_archives_skip_what_is_not_data(data, tmp_path):
 
 def test_missing_columns_and_hive_partitions(data):
     pq.write_table(pa.table({"id": [7], "text": ["x"], "more": [1.5]}), data / "e.parquet")
-    files = shards.read_footers(str(data), "text")
+    files = shards.read_footers(str(data), ["text"])
     (unit,) = shards.split_into_units(files, unit_bytes=10**9)
     table = read_unit(str(data), unit, together(files), prefix="m_")
     assert table.column_names == ["id", "text", "more", "year", "m_source_file", "m_source_row"]
@@ -120,7 +120,7 @@ def test_missing_columns_and_hive_partitions(data):
 
 def test_row_group_is_decoded_once(tmp_path, monkeypatch):
     write(tmp_path / "a.parquet", 5000, group=5000)
-    files = shards.read_footers(str(tmp_path), "text")
+    files = shards.read_footers(str(tmp_path), ["text"])
     plan = shards.split_into_units(files, unit_bytes=5_000)
     assert len(plan) > 20
     opened = []
@@ -141,8 +141,8 @@ def test_plan_of_100_000_units_is_small():
 
 
 def test_output_names_are_deterministic(data):
-    files = shards.read_footers(str(data), "text")
-    again = shards.read_footers(str(data), "text")
+    files = shards.read_footers(str(data), ["text"])
+    again = shards.read_footers(str(data), ["text"])
     assert [u.output_name for u in shards.split_into_units(files)] == [
         u.output_name for u in shards.split_into_units(again)
     ]
@@ -160,18 +160,18 @@ def test_unit_size_grows_and_is_bounded():
     ("name", "message"),
     [
         ("nowhere", "does not exist; give a Parquet file"),
-        ("empty", r"contains no Parquet files \(0 other files\)"),
-        ("text", r"contains no Parquet files \(1 other files\)"),
+        ("empty", r"contains no Parquet, JSON Lines or CSV files \(0 other files\)"),
+        ("text", r"contains no Parquet, JSON Lines or CSV files \(1 other files\)"),
         ("broken", r"broken\.parquet is not a readable Parquet file"),
     ],
 )
 def test_bad_input_error_messages(tmp_path, name, message):
     for folder in ("empty", "text", "broken"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "text" / "a.csv").write_text("a,b")
+    (tmp_path / "text" / "a.txt").write_text("a,b")
     (tmp_path / "broken" / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=message):
-        shards.read_footers(str(tmp_path / name), "text")
+        shards.read_footers(str(tmp_path / name), ["text"])
 
 
 def test_commit_is_atomic(tmp_path, monkeypatch):
@@ -252,9 +252,9 @@ def test_files_are_found_by_content(tmp_path, log_lines):
     (tmp_path / "_SUCCESS").write_text("")
     names = [path.rsplit("/", 1)[1] for path in list_files(str(tmp_path))]
     assert names == ["a.parquet", "b.pq", "c.parq", "d.PARQUET", "e.snappy.parquet", "f.json", "part-0000"]
-    assert any(line.startswith("2 files that are not Parquet are skipped, such as ") for line in log_lines)
+    assert any(line.startswith("2 other files are skipped, such as ") for line in log_lines)
     assert [path.rsplit("/", 1)[1] for path in list_files(f"{tmp_path}/*.pq")] == ["b.pq"]
-    files = shards.read_footers(f"{tmp_path}/*", "text", lenient=True)
+    files = shards.read_footers(f"{tmp_path}/*", ["text"], lenient=True)
     assert {file.url.rsplit("/", 1)[1] for file in files if file.error} == {"notes.txt", "empty"}, "a glob is believed"
 
 
@@ -292,7 +292,7 @@ def test_partitions_have_types(tmp_path, values, expected):
     for value in values:
         (tmp_path / f"key={value}").mkdir()
         write(tmp_path / f"key={value}" / "a.parquet", 1, group=1)
-    files = shards.read_footers(str(tmp_path), "text")
+    files = shards.read_footers(str(tmp_path), ["text"])
     units = shards.split_into_units(files, unit_bytes=10**9)
     table = pa.concat_tables([read_unit(str(tmp_path), unit, together(files)) for unit in units])
     assert sorted(table["key"].to_pylist(), key=str) == sorted(expected, key=str)
@@ -303,7 +303,7 @@ def test_old_times_keep_their_year(tmp_path):
     pq.write_table(
         pa.table({"text": ["a", "b", "c"], "sent": times}), tmp_path / "a.parquet", use_deprecated_int96_timestamps=True
     )
-    files = shards.read_footers(str(tmp_path), "text")
+    files = shards.read_footers(str(tmp_path), ["text"])
     (unit,) = shards.split_into_units(files)
     assert read_unit(str(tmp_path), unit, together(files))["sent"].to_pylist() == times.to_pylist()
 
@@ -323,12 +323,14 @@ def test_links_are_followed_once(tmp_path, log_lines):
     assert names[0] == "a/x.parquet"
     assert names[1].endswith("linked/y.parquet")
     assert any("lead to files that are read already" in line for line in log_lines)
-    before = shards.read_footers(str(tmp_path / "in" / "linked"), "text")
+    before = shards.read_footers(str(tmp_path / "in" / "linked"), ["text"])
     assert [file.size for file in before] == [(tmp_path / "elsewhere" / "y.parquet").stat().st_size]
     (tmp_path / "one").symlink_to(tmp_path / "elsewhere" / "y.parquet")
-    (version,) = [file.version for file in shards.read_footers(f"{tmp_path}/on*", "text")]
+    (version,) = [file.version for file in shards.read_footers(f"{tmp_path}/on*", ["text"])]
     os.utime(tmp_path / "elsewhere" / "y.parquet", (1, 1))
-    assert [file.version for file in shards.read_footers(f"{tmp_path}/on*", "text")] != [version], "that of the target"
+    assert [file.version for file in shards.read_footers(f"{tmp_path}/on*", ["text"])] != [version], (
+        "that of the target"
+    )
 
 
 @pytest.mark.filterwarnings("ignore")

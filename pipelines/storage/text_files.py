@@ -1,0 +1,493 @@
+"""Read JSON Lines and CSV files, also compressed with gzip or zstd, with an error for each row that is not valid.
+
+Python's own parsers are used, because they say of each row whether it is valid; a model is slower than they are. A file
+is parsed once when a job starts: its rows are counted, and every row has a say in the types of its columns. If the
+values of a column have no common type, it is a string column, and its other values are in it as JSON.
+
+Imports none of torch, transformers and Ray.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import posixpath
+import re
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import pyarrow as pa
+from fsspec import AbstractFileSystem
+
+from pipelines.errors import DataError
+from pipelines.storage.columns import string_array, type_at
+
+Format = Literal["parquet", "json", "csv"]
+SUFFIXES: dict[str, Format] = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
+}  # fmt: skip
+"""Formats by the end of a file's name. `.gz` or `.zst` may follow it."""
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+UTF8_MARK, UTF16_MARKS = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+DELIMITERS = (",", "\t", ";", "|")
+GROUP_BYTES = 32 * 2**20
+"""Bytes after which a new group of rows begins in a JSON Lines file without compression. Groups are read apart."""
+MOST_ROW_BYTES = 2**28
+ROWS_AT_ONCE = 4096
+INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
+FLOAT = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+BOOLEANS = {"true": True, "false": False, "True": True, "False": False}
+csv.field_size_limit(MOST_ROW_BYTES)
+
+
+@dataclass(frozen=True)
+class TextScan:
+    """What a scan of a file has found."""
+
+    schema: pa.Schema
+    group_rows: tuple[int, ...]
+    group_bytes: tuple[int, ...]
+    group_starts: tuple[int, ...]
+    """Offset of each group's first byte in the file."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The values of a row by column, or why it is not valid."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Rows that were read."""
+
+    table: pa.Table
+    errors: list[str | None]
+    """Why a row is not valid, or None. The columns of such a row are null."""
+    values_lost: dict[str, int]
+    """By column: values that are null because they do not fit the column's type."""
+
+
+def format_of(name: str) -> Format | None:
+    """Return the format of a JSON Lines or CSV file by its name, or None for any other name."""
+    stem = name.lower().removesuffix(".gz").removesuffix(".zst")
+    return SUFFIXES.get(posixpath.splitext(stem)[1])
+
+
+def is_plain_json(name: str) -> bool:
+    """Whether a file is named .json, as many files are that are no JSON Lines."""
+    return name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".json")
+
+
+def scan(filesystem: AbstractFileSystem, path: str, kind: Format, *, texts: Collection[str] = ()) -> TextScan:
+    """Count the rows of a file, and find the types of its columns.
+
+    Args:
+        filesystem: Filesystem of the file.
+        path: Path within it.
+        kind: "json" or "csv".
+        texts: Columns of a CSV file that are texts, also where they look like numbers.
+
+    Raises:
+        ValueError: The file is not of this format.
+        OSError: It cannot be read.
+    """
+    with _opened(filesystem, path) as file:
+        source = _source(file, kind)
+        learned: _JsonTypes | _CsvTypes = _JsonTypes() if kind == "json" else _CsvTypes(texts)
+        learned.add([Row(dict.fromkeys(source.names))])
+        rows, sizes, starts = [0], [0], [source.position]
+        first_error = ""
+        is_valid = False
+        while batch := list(itertools.islice(source.raw_rows(), ROWS_AT_ONCE)):
+            for position, _ in batch:
+                if sizes[-1] >= GROUP_BYTES and kind == "json" and not file.is_compressed:
+                    starts.append(starts[-1] + sizes[-1])
+                    rows.append(0)
+                    sizes.append(0)
+                rows[-1] += 1
+                sizes[-1] = position - starts[-1]
+            parsed = [source.parse(raw) for _, raw in batch]
+            is_valid = is_valid or any(row.error is None for row in parsed)
+            first_error = first_error or str(parsed[0].error)
+            learned.add(parsed)
+    if rows[-1] and not is_valid:
+        raise ValueError(f"none of its {sum(rows):,} rows is valid; of the first, {first_error}")
+    return TextScan(learned.schema(), tuple(rows), tuple(max(1, size) for size in sizes), tuple(starts))
+
+
+def read_whole(filesystem: AbstractFileSystem, path: str, kind: Format, *, texts: Collection[str] = ()) -> TextRows:
+    """Read all rows of a file. Parameters and errors are those of `scan`."""
+    found = scan(filesystem, path, kind, texts=texts)
+    reader = TextReader(filesystem, found.schema.names, ())
+    groups = [
+        reader.read(path, kind, found.schema, (number, start), (0, rows))
+        for number, (start, rows) in enumerate(zip(found.group_starts, found.group_rows, strict=True))
+    ]
+    reader.close()
+    lost: dict[str, int] = {}
+    for name, count in (item for group in groups for item in group.values_lost.items()):
+        lost[name] = lost.get(name, 0) + count
+    tables = [group.table.cast(found.schema) for group in groups]
+    return TextRows(pa.concat_tables(tables), [error for group in groups for error in group.errors], lost)
+
+
+class TextReader:
+    """Reads ranges of rows. A range that follows the previous one is read on from there."""
+
+    def __init__(self, filesystem: AbstractFileSystem, names: Sequence[str], texts: Collection[str]) -> None:
+        """Create a reader of some columns, of which `texts` are read as strings."""
+        self._filesystem, self._names, self._texts = filesystem, names, set(texts)
+        self._key: tuple[str, int] | None = None
+        self._file: _File | None = None
+        self._source: _Source | None = None
+        self._row = 0
+
+    def read(
+        self, path: str, kind: Format, schema: pa.Schema, group: tuple[int, int], rows: tuple[int, int]
+    ) -> TextRows:
+        """Read rows [start, stop) of a group.
+
+        Args:
+            path: Path of the file.
+            kind: "json" or "csv".
+            schema: Schema of the file, as `scan` found it.
+            group: Number of the group, and the offset of its first byte.
+            rows: Start and stop.
+
+        Raises:
+            ValueError: The file is not of this format.
+            OSError: It cannot be read.
+        """
+        start, stop = rows
+        try:
+            if self._key != (path, group[0]) or self._row > start:
+                self.close()
+                self._file = _opened(self._filesystem, path)
+                self._source = _source(self._file, kind, group[1] if group[0] else 0)
+                self._key, self._row = (path, group[0]), 0
+            assert self._source is not None
+            raw_rows = self._source.raw_rows()
+            for _ in itertools.islice(raw_rows, start - self._row):
+                pass
+            found = [self._source.parse(raw) for _, raw in itertools.islice(raw_rows, stop - start)]
+            self._row = start + len(found)
+        except BaseException:
+            self.close()
+            raise
+        return self._table(found, kind, schema)
+
+    def close(self) -> None:
+        """Close the open file."""
+        if self._file is not None:
+            with suppress(OSError):  # it was only read
+                self._file.close()
+        self._key, self._file, self._source = None, None, None
+
+    def _table(self, rows: Sequence[Row], kind: Format, schema: pa.Schema) -> TextRows:
+        errors = [row.error for row in rows]
+        lost: dict[str, int] = {}
+        columns: dict[str, pa.Array] = {}
+        for name in self._names:
+            column_type = type_at(schema, name)
+            if column_type is None:
+                continue
+            path = [name] if name in schema.names else name.split(".")
+            values = [_value_at(row.values, path) for row in rows]
+            if name in self._texts and pa.types.is_string(column_type):
+                columns[name] = _texts(values, errors)
+                continue
+            columns[name], count = _column(values, column_type, kind)
+            if count:
+                lost[name] = count
+        return TextRows(pa.table(columns) if columns else pa.table({"": [None] * len(rows)}), errors, lost)
+
+
+class _Source(Protocol):
+    """The rows of an open file."""
+
+    names: Sequence[str]
+    """Columns that are known before any row."""
+    position: int
+    """Number of bytes read."""
+
+    def raw_rows(self) -> Iterator[tuple[int, Any]]:
+        """Yield the position behind each row, and its content for `parse`. It may be called again, to go on."""
+
+    def parse(self, raw: Any) -> Row:
+        """Return a row."""
+
+
+class _File:
+    """An open file without its compression."""
+
+    def __init__(self, raw: Any, file: Any, *, is_compressed: bool) -> None:
+        self._raw, self._file, self.is_compressed = raw, file, is_compressed
+
+    def lines(self, start: int) -> Iterator[bytes]:
+        """Yield the lines from an offset on, each with its line break.
+
+        Raises:
+            ValueError: The file is damaged, is not UTF-8, or has a line longer than MOST_ROW_BYTES.
+        """
+        if start:
+            self._file.seek(start)
+        number = 0
+        while True:
+            try:
+                line = self._file.readline(MOST_ROW_BYTES + 1)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise ValueError(f"its compression is damaged: {error}") from error
+            if not line:
+                return
+            number += 1
+            if len(line) > MOST_ROW_BYTES:
+                raise ValueError(f"line {number} has more than {MOST_ROW_BYTES:,} bytes")
+            if number == 1 and not start and line.startswith(UTF16_MARKS):
+                raise ValueError("it is in UTF-16; convert it to UTF-8")
+            yield line
+
+    def close(self) -> None:
+        """Close the file."""
+        self._raw.close()
+
+    def __enter__(self) -> _File:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _opened(filesystem: AbstractFileSystem, path: str) -> _File:
+    raw = filesystem.open(path, "rb")
+    magic = raw.read(4)
+    raw.seek(0)
+    if magic.startswith(GZIP):
+        return _File(raw, gzip.GzipFile(fileobj=raw), is_compressed=True)
+    if magic == ZSTD:
+        stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+        return _File(raw, io.BufferedReader(stream, 2**20), is_compressed=True)
+    return _File(raw, raw, is_compressed=False)
+
+
+def _source(file: _File, kind: Format, start: int = 0) -> _Source:
+    return _JsonLines(file, start) if kind == "json" else _CsvRows(file)
+
+
+class _JsonLines:
+    """JSON Lines: an object in each line. Empty lines are no rows."""
+
+    def __init__(self, file: _File, start: int) -> None:
+        self.names: Sequence[str] = ()
+        self.position = start
+        self._lines = file.lines(start)
+
+    def raw_rows(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the lines that are not empty."""
+        for line in self._lines:
+            row = line if self.position else line.removeprefix(UTF8_MARK)
+            if not self.position and row.lstrip().startswith(b"["):
+                raise ValueError("it is a JSON array; write one object in each line, for example with: jq -c '.[]'")
+            self.position += len(line)
+            if row.strip():
+                yield self.position, row
+
+    def parse(self, raw: bytes) -> Row:
+        """Return the object in a line."""
+        try:
+            found = json.loads(raw.decode())
+        except UnicodeDecodeError as error:
+            return Row(error=f"the line is not valid UTF-8 (byte {error.start})")
+        except json.JSONDecodeError as error:
+            return Row(error=f"the line is not valid JSON ({error.msg} at character {error.pos})")
+        except RecursionError:
+            return Row(error="the line is not valid JSON (nested too deeply)")
+        return Row(found) if isinstance(found, dict) else Row(error="the line is valid JSON, but not an object")
+
+
+class _CsvRows:
+    """CSV with a header. Texts in quotes may contain line breaks. Empty lines are no rows."""
+
+    def __init__(self, file: _File) -> None:
+        self.position = 0
+        lines = file.lines(0)
+        first = next(lines, b"").removeprefix(UTF8_MARK)
+        header = first.decode("utf-8", "surrogateescape")
+        delimiter = max(DELIMITERS, key=lambda mark: header.count(mark))
+        self._reader = csv.reader(self._decoded(itertools.chain([first], lines)), delimiter=delimiter, strict=True)
+        try:
+            names = next(self._reader, [])
+        except csv.Error as error:
+            raise ValueError(f"its header is not valid CSV: {error}") from error
+        self.names: Sequence[str] = [name or f"unnamed_{place}" for place, name in enumerate(names)]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"its header has several columns named {twice[0]!r}; rename them")
+
+    def _decoded(self, lines: Iterator[bytes]) -> Iterator[str]:
+        for line in lines:
+            self.position += len(line)
+            yield line.decode("utf-8", "surrogateescape")
+
+    def raw_rows(self) -> Iterator[tuple[int, list[str] | str]]:
+        """Yield the fields of each row, or why they cannot be read."""
+        while True:
+            start = self._reader.line_num + 1
+            try:
+                fields = next(self._reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if "end of data" in str(error) or "larger than" in str(error):  # the rest of the file is in one field
+                    raise ValueError(f"a quote that opens in line {start} is never closed ({error})") from error
+                yield self.position, f"the row is not valid CSV ({error})"
+                continue
+            if fields:
+                yield self.position, fields
+
+    def parse(self, raw: list[str] | str) -> Row:
+        """Return the fields by the names of the header."""
+        if isinstance(raw, str):
+            return Row(error=raw)
+        if len(raw) != len(self.names):
+            counts = f"{len(raw)}, not {len(self.names)}"
+            return Row(error=f"the row has another number of fields than the header ({counts})")
+        return Row(dict(zip(self.names, raw, strict=True)))
+
+
+class _JsonTypes:
+    """The types of the columns of JSON Lines."""
+
+    def __init__(self) -> None:
+        self._types: dict[str, pa.DataType | None] = {}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Learn from more rows."""
+        names = dict.fromkeys(name for row in rows for name in row.values)
+        for name in names:
+            before = self._types.get(name, pa.null())
+            self._types[name] = before and _common(before, [row.values.get(name) for row in rows])
+
+    def schema(self) -> pa.Schema:
+        """Return the columns, in the order in which they were first seen."""
+        return pa.schema([(name, _known(kind or pa.string())) for name, kind in self._types.items()])
+
+
+def _common(before: pa.DataType, values: list[Any]) -> pa.DataType | None:
+    """Return a type for values of this and an earlier type, or None if there is none."""
+    try:
+        found = pa.array(values).type
+        both = pa.unify_schemas([pa.schema([("", before)]), pa.schema([("", found)])], promote_options="permissive")
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
+        has_text = all(value is None or isinstance(value, str) for value in values)  # with a lone surrogate
+        return pa.string() if has_text and before in (pa.null(), pa.string()) else None
+    return both.field(0).type
+
+
+def _known(kind: pa.DataType) -> pa.DataType:
+    """Return a type without null types inside it: what has no value in any row may be a string."""
+    if pa.types.is_null(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(_known(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(part.name, _known(part.type)) for part in kind])
+    return kind
+
+
+class _CsvTypes:
+    """The types of the columns of CSV: the first of integer, float, Boolean and string that all values have.
+
+    A number that Arrow would print in another way, such as 007, is a string.
+    """
+
+    def __init__(self, texts: Collection[str]) -> None:
+        self._texts = set(texts)
+        self._left: dict[str, list[pa.DataType]] = {}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Learn from more rows."""
+        for name in dict.fromkeys(name for row in rows for name in row.values):
+            left = self._left.setdefault(name, [] if name in self._texts else [pa.int64(), pa.float64(), pa.bool_()])
+            if left:
+                values = {row.values[name] for row in rows if row.values.get(name)}
+                self._left[name] = [kind for kind in left if all(_is_of(value, kind) for value in values)]
+
+    def schema(self) -> pa.Schema:
+        """Return the columns, in the order of the header."""
+        kinds = {  # all three are left where no row has a value
+            name: left[0] if 0 < len(left) < 3 else pa.string() for name, left in self._left.items()
+        }
+        return pa.schema(list(kinds.items()))
+
+
+def _is_of(value: str, kind: pa.DataType) -> bool:
+    if pa.types.is_boolean(kind):
+        return value in BOOLEANS
+    return (INTEGER if pa.types.is_integer(kind) else FLOAT).fullmatch(value) is not None
+
+
+def _value_at(values: Mapping[str, Any], path: Sequence[str]) -> Any:
+    """Return a value, or one inside objects (`meta.text`)."""
+    found: Any = values
+    for name in path:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _texts(values: list[Any], errors: list[str | None]) -> pa.Array:
+    """Return texts as strings. Values that are no texts become errors. Bytes that are not UTF-8 stay as they are."""
+    for row, value in enumerate(values):
+        if value is not None and not isinstance(value, str):
+            errors[row] = errors[row] or f"the text is not a string ({type(value).__name__})"
+            values[row] = None
+    return _strings(values)
+
+
+def _strings(values: list[Any]) -> pa.Array:
+    if any(isinstance(value, str) and not value.isascii() and _has_bytes(value) for value in values):
+        with suppress(UnicodeEncodeError):  # other surrogates, from the escapes of JSON
+            encoded = [None if value is None else value.encode("utf-8", "surrogateescape") for value in values]
+            return pa.array(encoded, pa.binary()).view(pa.string())
+    return string_array(values)
+
+
+def _has_bytes(text: str) -> bool:
+    """Whether a text has bytes that were not UTF-8, as "surrogateescape" marks them."""
+    return any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def _column(values: list[Any], kind: pa.DataType, of: Format) -> tuple[pa.Array, int]:
+    """Return values in a type, and how many of them do not fit it and are null."""
+    if of == "csv" and not pa.types.is_string(kind):
+        values = [_parsed(value, kind) for value in values]
+    try:
+        return (_strings(values) if pa.types.is_string(kind) else pa.array(values, kind)), 0
+    except (pa.ArrowException, OverflowError, TypeError, ValueError, DataError):
+        pieces = [_one(value, kind) for value in values]
+    found = pa.concat_arrays(pieces) if pieces else pa.nulls(0, kind)
+    return found, found.null_count - sum(value is None for value in values)
+
+
+def _parsed(value: str | None, kind: pa.DataType) -> Any:
+    if not value:
+        return None
+    if pa.types.is_boolean(kind):
+        return BOOLEANS.get(value, value)
+    return int(value) if pa.types.is_integer(kind) else float(value)
+
+
+def _one(value: Any, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_string(kind) and value is not None and not isinstance(value, str):
+        value = json.dumps(value)
+    with suppress(pa.ArrowException, OverflowError, TypeError, ValueError, DataError):
+        return _strings([value]) if pa.types.is_string(kind) else pa.array([value], kind)
+    return pa.nulls(1, kind)
