@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import builtins
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import ray
 
-from pipelines.errors import JobError, SettingsError
+from pipelines import errors
+from pipelines.errors import JobError, SettingsError, first_line
+from pipelines.storage.locations import LASTING
 
 logger = logging.getLogger(__name__)
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
-REMARKS = ("Failed to apply UDF transform", "To change retry attempts")
-"""Starts of lines that Ray Data appends after the actual error."""
+RAISED = re.compile(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Died\w*|Interrupt|Exit))(?:: (.*))?$", re.MULTILINE)
+"""A line of a traceback that names an exception and its message."""
+WRAPPERS = ("UserCodeException", "RayTaskError")
+"""Exceptions of Ray around the exception of a task."""
 SPARE_CPUS = 2
 """A local Ray declares this many extra CPUs, so that small tasks can run while a model uses all real ones."""
 
@@ -110,12 +117,36 @@ def check_resources(needed: Mapping[str, float]) -> None:
         )
 
 
-def root_cause(error: BaseException) -> str:
-    """Return the line that describes an error on a worker. Ray's message contains the worker's whole traceback."""
+@dataclass(frozen=True)
+class RootCause:
+    """An error on a worker, without Ray's wrappers."""
+
+    type_name: str
+    message: str
+
+    def __str__(self) -> str:
+        return self.message if hasattr(errors, self.type_name) else f"{self.type_name}: {self.message}".rstrip(": ")
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether another start may help: files, network, memory or machines failed, but not the code or the input."""
+        is_of_ray = hasattr(ray.exceptions, self.type_name)
+        error_type = getattr(builtins, self.type_name, None) or getattr(errors, self.type_name, None)
+        if isinstance(error_type, type):
+            return issubclass(error_type, (OSError, MemoryError, errors.JobError)) and not issubclass(
+                error_type, LASTING
+            )
+        return is_of_ray or "OutOfMemory" in self.type_name
+
+
+def root_cause(error: BaseException) -> RootCause:
+    """Return the error of a task. Ray's message contains the traceback of the worker, with the task's error first."""
     while error.__cause__ is not None and str(error.__cause__).strip():
         error = error.__cause__
-    lines = [line for line in str(error).strip().splitlines() if not line.startswith(REMARKS)]
-    return lines[-1].strip() if lines else type(error).__name__
+    found = [match for match in RAISED.finditer(str(error)) if match[1] not in WRAPPERS]
+    if found:
+        return RootCause(found[-1][1], found[-1][2] or "")
+    return RootCause(getattr(type(error), "__name__", "Error"), first_line(error))
 
 
 def _quiet(*, is_local: bool) -> None:

@@ -67,7 +67,9 @@ def _score_units(checked: CheckedJob, units: Iterator[WorkUnit], *, address: str
                 for batch in batches:
                     yield from (Counts.from_json(json.loads(text)) for text in batch.column(COUNTS).to_pylist())
             except ray.exceptions.RayError as error:
-                raise JobError(f"scoring failed: {root_cause(error)}; {RESUME_HINT}") from error
+                cause = root_cause(error)
+                hint = RESUME_HINT if cause.may_pass else "finished units are kept, for a start after the repair"
+                raise JobError(f"scoring failed: {cause}; {hint}") from error
 
 
 def _score_stage(checked: CheckedJob, units: Sequence[WorkUnit], crash_record: Any) -> Dataset:

@@ -5,10 +5,13 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from pipelines.bulk.unit import RowsToScore
+from pipelines.errors import JobError
 from pipelines.on_ray import replica
 from pipelines.on_ray import score as score_module
+from pipelines.on_ray.cluster import root_cause
 from pipelines.on_ray.replica import CrashRecord, ScoreUnits
 from pipelines.on_ray.score import score
 from tests import tiny
@@ -77,3 +80,32 @@ def test_crashing_range_is_halved():
     record.end(7)
     record.begin_range(7, (3, 6))
     assert record.begin(7, 12) == RowsToScore(((0, 12),)), "a range must not replace a whole unit"
+
+
+def fails(kind):
+    """A function that fails as tasks do."""
+
+    def fail(_batch):
+        if kind == "own":
+            try:
+                os.stat("/no/such/folder/file")
+            except OSError as error:
+                raise JobError("/out cannot be written: two\nlines") from error
+        raise {"bug": TypeError("a bug\nof two lines"), "disk": OSError(28, "No space left on device"),
+               "gone": FileNotFoundError(2, "no such file", "/in"), "empty": KeyError()}[kind]  # fmt: skip
+
+    return fail
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("kind", "shown", "may_pass"),
+    [("own", "/out cannot be written: two", True), ("bug", "TypeError: a bug", False), ("empty", "KeyError", False),
+     ("disk", "OSError: [Errno 28] No space left on device", True),
+     ("gone", "FileNotFoundError: [Errno 2] no such file: '/in'", False)],
+)  # fmt: skip
+def test_errors_of_tasks_are_shown_without_wrappers(kind, shown, may_pass):
+    with pytest.raises(ray.exceptions.RayError) as caught:
+        ray.data.range(1).map_batches(fails(kind)).materialize()
+    cause = root_cause(caught.value)
+    assert (str(cause), cause.may_pass) == (shown, may_pass)
