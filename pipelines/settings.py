@@ -372,7 +372,9 @@ class ScoreSettings:
     overwrite: bool = False
     """Delete the run that is in the output folder, and start again."""
     append: bool = False
-    """Score the input files that were added after the run in the output folder started."""
+    """Score the input files that were added after the run in the output folder started. Rows of removed files stay."""
+    replace_changed: bool = False
+    """As append, and score changed input files again. The new rows replace the old ones."""
     via_serve: str | None = None
     """Name of a running Serve application that scores the rows. The job then starts no replicas of its own."""
     tokenize_cpus: float = 1.0
@@ -397,9 +399,10 @@ class ScoreSettings:
                 f"max_errors={self.max_errors} is a float above 1.0: a float is a share of all rows; "
                 f"use an int for a number of rows"
             )
-        if self.overwrite and self.append:
+        if self.overwrite and (self.append or self.replace_changed):
+            name = "append" if self.append else "replace_changed"
             raise SettingsError(
-                "overwrite and append exclude each other: overwrite deletes the run that append extends; set only one"
+                f"overwrite and {name} exclude each other: overwrite deletes the run that {name} extends; set only one"
             )
         if self.via_serve is not None and self.replicas is not None and high == 0:
             raise SettingsError("replicas=0 scores in this process and via_serve in an application; set only one")

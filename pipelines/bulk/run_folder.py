@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from pipelines.bulk.changes import check_change, compare_input
 from pipelines.bulk.summary import Counts, ScoreSummary
 from pipelines.errors import OutputError
 from pipelines.storage.locations import (
@@ -39,7 +40,15 @@ from pipelines.storage.locations import (
     retried,
     shown,
 )
-from pipelines.storage.shards import OUTPUT_NAME, InputFile, WorkUnits, fingerprint, split_into_units, usual_unit_bytes
+from pipelines.storage.shards import (
+    OUTPUT_NAME,
+    InputFile,
+    WorkUnit,
+    WorkUnits,
+    fingerprint,
+    split_into_units,
+    usual_unit_bytes,
+)
 
 MANIFEST, SUMMARY = "_manifest.json", "_summary.json"
 FORMAT_VERSION = 2
@@ -79,6 +88,8 @@ class Generation:
     rows: int
     unit_bytes: int
     units: int
+    replaced: tuple[str, ...] = ()
+    """Files of earlier generations that changed. This generation has their new versions, which replace their rows."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,10 @@ class Manifest:
         """Create a manifest from the result of `to_json`."""
         own = ("format_version", "input", "columns", "generations")
         identity = {name: value for name, value in content.items() if name not in own}
-        generations = tuple(Generation(**generation) for generation in content["generations"])
+        generations = tuple(
+            Generation(**{**generation, "replaced": tuple(generation.get("replaced", ()))})
+            for generation in content["generations"]
+        )
         return cls(content["input"], identity, content["columns"], generations)
 
 
@@ -130,11 +144,20 @@ class Run:
     generations: list[WorkUnits]
     """Units of each generation of input."""
     finished: frozenset[str]
+    files_gone: int = 0
+    """Number of input files that do not exist any more. Their scored rows are kept."""
 
     @property
     def num_units(self) -> int:
-        """Number of units of all generations."""
-        return sum(map(len, self.generations))
+        """Number of units of all generations that have rows."""
+        return sum(sum(1 for _ in units) if units.replaced else len(units) for units in self.generations)
+
+    def with_replaced_rows(self) -> Iterator[WorkUnit]:
+        """Yield the units that were planned with rows of files of which there is a later version."""
+        for units in self.generations:
+            if units.replaced:
+                planned = (units[index] for index in range(len(units)))
+                yield from (unit for unit in planned if len(unit.spans) < len(unit.planned_spans))
 
     @property
     def num_rows(self) -> int:
@@ -149,7 +172,7 @@ class Run:
     @property
     def files_in_error(self) -> dict[str, str]:
         """The reason for each input file that could not be opened."""
-        files = {file.url: file for units in self.generations for file in units.files}
+        files = {file.url: file for units in self.generations for file in units.files}  # the last version of each
         return {url: file.error for url, file in files.items() if file.error is not None}
 
 
@@ -163,6 +186,7 @@ def open_run(
     unit_bytes: int | None = None,
     overwrite: bool = False,
     append: bool = False,
+    replace_changed: bool = False,
 ) -> Run:
     """Begin a run in an output folder, or resume the run in it.
 
@@ -174,7 +198,8 @@ def open_run(
         input: The input as the caller named it.
         unit_bytes: Text bytes of a work unit. By default it grows with the input.
         overwrite: First remove the run in the folder.
-        append: Add input files that are new since the run was begun.
+        append: Add input files that are new since the run was begun. Rows of files that are gone are kept.
+        replace_changed: The same, and score changed files again.
 
     Raises:
         OutputError: The folder contains another run or other files, and the message names the difference; or overwrite
@@ -202,13 +227,15 @@ def open_run(
     manifest = _read_manifest(location)
     _check_identity(location, manifest, identity)
     generations = [_read_listing(location, generation.listing) for generation in manifest.generations]
-    new = _new_files(location, generations, files, append=append)
+    change = compare_input(generations, files)
+    check_change(location, change, append=append or replace_changed, replace_changed=replace_changed)
     _check_columns(location, manifest, columns)
+    new = [*change.new, *change.changed]
     if new:
-        manifest = _add_generation(location, manifest, new, unit_bytes)
+        manifest = _add_generation(location, manifest, new, unit_bytes, replaced=[file.url for file in change.changed])
         generations.append(new)
     units = _units_of(manifest, generations)
-    return Run(location, manifest, units, _finished(units, list_names(location)))
+    return Run(location, manifest, units, _finished(units, list_names(location)), len(change.gone))
 
 
 def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
@@ -240,7 +267,8 @@ def finished_summary(run: Run) -> ScoreSummary | None:
     if len(run.finished) < run.num_units or SUMMARY not in list_names(run.location):
         return None
     try:
-        return ScoreSummary.from_json(run.location, read_json(run.location, SUMMARY))
+        summary = ScoreSummary.from_json(run.location, read_json(run.location, SUMMARY))
+        return summary if summary.files_gone == run.files_gone else None
     except (ValueError, TypeError, KeyError, AttributeError):  # damaged: it is computed again from the finished files
         return None
 
@@ -296,13 +324,20 @@ def _clear(location: str, names: Mapping[str, int]) -> None:
         remove(location, name)
 
 
-def _add_generation(location: str, manifest: Manifest, files: Sequence[InputFile], unit_bytes: int | None) -> Manifest:
+def _add_generation(
+    location: str,
+    manifest: Manifest,
+    files: Sequence[InputFile],
+    unit_bytes: int | None,
+    *,
+    replaced: Sequence[str] = (),
+) -> Manifest:
     """Write the list of new input files, then a manifest that contains their generation."""
     table = _listing(files)
     name = f"_inputs-{len(manifest.generations):04d}.parquet"
     size = unit_bytes or usual_unit_bytes(files)
     units = split_into_units(files, unit_bytes=size, limit=manifest.limit, first_number=manifest.num_units)
-    generation = Generation(name, _fingerprint(table), len(files), units.num_rows, size, len(units))
+    generation = Generation(name, _fingerprint(table), len(files), units.num_rows, size, len(units), tuple(replaced))
     remove(location, SUMMARY)
     commit_table(location, name, table)
     manifest = replace(manifest, generations=(*manifest.generations, generation))
@@ -327,11 +362,12 @@ def _damaged(location: str, name: str) -> OutputError:
 def _units_of(manifest: Manifest, generations: Sequence[Sequence[InputFile]]) -> list[WorkUnits]:
     """Return the units of each generation. The numbers continue from one generation to the next."""
     found: list[WorkUnits] = []
-    for generation, files in zip(manifest.generations, generations, strict=True):
-        first = sum(map(len, found))
-        found.append(
-            split_into_units(files, unit_bytes=generation.unit_bytes, limit=manifest.limit, first_number=first)
+    for number, (generation, files) in enumerate(zip(manifest.generations, generations, strict=True)):
+        later = {url for other in manifest.generations[number + 1 :] for url in other.replaced}
+        units = split_into_units(
+            files, unit_bytes=generation.unit_bytes, limit=manifest.limit, first_number=sum(map(len, found))
         )
+        found.append(replace(units, replaced=frozenset(later & {file.url for file in files})))
     return found
 
 
@@ -363,30 +399,6 @@ def _check_columns(location: str, manifest: Manifest, columns: pa.Schema) -> Non
 
 def _types(columns: pa.Schema) -> dict[str, str]:
     return {column.name: str(column.type) for column in columns}
-
-
-def _new_files(
-    location: str, generations: Sequence[Sequence[InputFile]], files: Sequence[InputFile], *, append: bool
-) -> list[InputFile]:
-    """Return the new input files if append is set. Raises OutputError for any other difference."""
-    known = {file.url: file for generation in generations for file in generation}
-    here = {file.url: file for file in files}
-    gone = [url for url in known if url not in here]
-    changed = [url for url, file in here.items() if url in known and not _same(file, known[url])]
-    new = [file for url, file in here.items() if url not in known]
-    named = {"gone": gone, "changed": changed, "new": [] if append else [file.url for file in new]}
-    problems = [f"{len(urls)} input files are {what} ({urls[0]})" for what, urls in named.items() if urls]
-    if problems:
-        remedy = "--append to score them too" if new and len(problems) == 1 else "--overwrite to score everything again"
-        raise OutputError(
-            f"--output {shown(location)} was begun with another input: {', '.join(problems)}; give a new folder, "
-            f"or {remedy}"
-        )
-    return new
-
-
-def _same(left: InputFile, right: InputFile) -> bool:
-    return (left.size, left.version) == (right.size, right.version)
 
 
 def _listing(files: Sequence[InputFile]) -> pa.Table:

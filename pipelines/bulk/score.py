@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from pipelines.bulk.job import CheckedJob, ScoreJob, check_job
 from pipelines.bulk.progress import RunTotals
+from pipelines.bulk.replaced import remove_replaced_rows
 from pipelines.bulk.run_folder import SUMMARY, Run, finished_summary, heartbeat, open_run, read_counts, sweep
 from pipelines.bulk.summary import Counts, ScoreSummary, summarize
 from pipelines.bulk.unit import UnitScorer, load_scorer
@@ -53,6 +54,7 @@ def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
         unit_bytes=job.score.unit_bytes,
         overwrite=job.score.overwrite,
         append=job.score.append,
+        replace_changed=job.score.replace_changed,
     )
     summary = finished_summary(run)
     if summary is not None:
@@ -61,7 +63,8 @@ def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
     totals = RunTotals(run, checked.decision, job.score.max_errors)
     if run.finished:
         logger.info("resuming: %s of %s units are done", f"{len(run.finished):,}", f"{run.num_units:,}")
-        totals.add_finished(read_counts(run.location, sorted(run.finished)))
+        old = {unit.output_name for unit in run.with_replaced_rows()}  # counted when their old rows are removed
+        totals.add_finished(read_counts(run.location, sorted(run.finished - old)))
     left = run.num_units - len(run.finished)
     logger.info(
         "%s files, %s rows, %s units to do -> %s",
@@ -76,6 +79,7 @@ def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
         with totals.progress, repeated(totals.show):
             for counts in score_units(checked, units):
                 totals.add(counts)
+    totals.add_finished(remove_replaced_rows(run, checked.decision, prefix=job.score.prefix))
     return _finish(checked, run, totals)
 
 
@@ -105,6 +109,7 @@ def _finish(checked: CheckedJob, run: Run, totals: RunTotals) -> ScoreSummary:
         total,
         checked.decision,
         files_in_error=run.files_in_error,
+        files_gone=run.files_gone,
         wall_seconds=round(totals.elapsed, 2),
         rows_per_second=round(totals.rows_here / totals.elapsed, 2),
         units_before=len(run.finished),

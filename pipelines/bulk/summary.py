@@ -86,6 +86,8 @@ class ScoreSummary:
     """What is suspicious about the scores."""
     files_in_error: Mapping[str, str] = field(default_factory=dict)
     """The reason for each input file that could not be opened."""
+    files_gone: int = 0
+    """Number of input files that do not exist any more, and whose rows were kept."""
     labels: tuple[str, ...] = ()
     wall_seconds: float = 0.0
     rows_per_second: float = 0.0

@@ -104,6 +104,8 @@ class WorkUnit:
 
     number: int
     spans: tuple[Span, ...]
+    planned_spans: tuple[Span, ...] = ()
+    """The rows for which the unit was planned, if some of them no longer belong to it. They determine its name."""
 
     @property
     def num_rows(self) -> int:
@@ -113,7 +115,8 @@ class WorkUnit:
     @property
     def output_name(self) -> str:
         """Name of the output file. It is the same for the same rows of the same files."""
-        rows = [(span.file.url, span.row_group, span.start, span.stop) for span in self.spans]
+        spans = self.planned_spans or self.spans
+        rows = [(span.file.url, span.row_group, span.start, span.stop) for span in spans]
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
         return f"part-{self.number:06d}-{digest}.parquet"
 
@@ -129,6 +132,8 @@ class WorkUnits:
     """Unit u contains spans[offsets[u]:offsets[u + 1]]."""
     first_number: int = 0
     """Number of the first unit. Earlier generations of input in the same output use the numbers below it."""
+    replaced: frozenset[str] = frozenset()
+    """Names (url) of files of which there is a later version: their rows no longer belong to the units."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -136,15 +141,24 @@ class WorkUnits:
     def __getitem__(self, index: int) -> WorkUnit:
         rows = self.spans[self.offsets[index] : self.offsets[index + 1]].tolist()
         spans = tuple(Span(self.files[file], *rest) for file, *rest in rows)
-        return WorkUnit(self.first_number + index, spans)
+        if not self.replaced:
+            return WorkUnit(self.first_number + index, spans)
+        left = tuple(span for span in spans if span.file.url not in self.replaced)
+        return WorkUnit(self.first_number + index, left, spans)
 
     def __iter__(self) -> Iterator[WorkUnit]:
-        return (self[index] for index in range(len(self)))
+        """Yield the units that have rows."""
+        units = (self[index] for index in range(len(self)))
+        return (unit for unit in units if unit.spans)
 
     @property
     def num_rows(self) -> int:
         """Number of rows of all units."""
-        return int((self.spans[:, 4] - self.spans[:, 3]).sum())
+        rows_S = self.spans[:, 4] - self.spans[:, 3]
+        if self.replaced:
+            is_left = np.array([file.url not in self.replaced for file in self.files], bool)
+            rows_S = rows_S[is_left[self.spans[:, 0]]]
+        return int(rows_S.sum())
 
 
 def read_footers(

@@ -74,7 +74,7 @@ def test_changed_input_append_and_overwrite(spam_folder, tmp_path, emails):
     assert (first.rows_out, both.rows_out, both.units_before) == (10, 15, first.units)
     assert [row["source_row"] for row in read_scored(out).to_pylist()] == [*range(10), *range(5)]
     pq.write_table(emails.slice(20, 7), source / "a.parquet")
-    with pytest.raises(OutputError, match=r"1 input files are changed .*--overwrite to score everything again"):
+    with pytest.raises(OutputError, match=r"1 input files are changed \(.*a\.parquet\); .* --replace-changed"):
         score(score_job(spam_folder, source, out, append=True))
     with pytest.raises(OutputError, match=r"settings_hash was .* --overwrite"):
         score(score_job(spam_folder, source, out, thresholds=0.9))

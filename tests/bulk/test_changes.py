@@ -1,0 +1,173 @@
+"""Input files that are added, changed and removed between the starts of a job."""
+
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipelines.bulk import replaced
+from pipelines.bulk import score as score_module
+from pipelines.bulk.score import score_here as score
+from pipelines.errors import OutputError, SettingsError
+from pipelines.storage.listing import list_files
+from tests.jobs import read_scored, score_job
+
+
+def rows_of(output):
+    """The rows of an output by file: their numbers and ids."""
+    found = {}
+    for row in read_scored(output).to_pylist():
+        found.setdefault(row["source_file"].rsplit("/", 1)[1], []).append((row["source_row"], row["id"]))
+    return found
+
+
+def write(emails, folder, name, start, count):
+    pq.write_table(emails.slice(start, count), folder / name)
+    os.utime(folder / name, (start + 1, start + 1))  # a new version, even within the clock's resolution
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def run(spam_folder, tmp_path):
+    """Scores small files together, a few rows in each unit."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+
+    def start(**options):
+        job = score_job(spam_folder, source, out, unit_bytes=20_000, replace_changed=True, **options)
+        return score(job)
+
+    return source, out, start
+
+
+def test_changed_files_replace_their_rows(run, emails):
+    source, out, start = run
+    for number, name in enumerate("abcd"):
+        write(emails, source, f"{name}.parquet", 10 * number, 3)
+    first = start()
+    assert first.units < 4, "small files share a unit"
+    before = rows_of(out)
+    write(emails, source, "b.parquet", 50, 5)
+    write(emails, source, "e.parquet", 60, 2)
+    (source / "d.parquet").unlink()
+    summary = start()
+    assert (summary.rows_in, summary.rows_out, summary.files_gone) == (3 + 5 + 3 + 3 + 2, 16, 1)
+    after = rows_of(out)
+    assert {name: after[name] for name in ("a.parquet", "c.parquet", "d.parquet")} == {
+        name: before[name] for name in ("a.parquet", "c.parquet", "d.parquet")
+    }
+    ids = emails["id"].to_pylist()
+    assert after["b.parquet"] == list(enumerate(ids[50:55]))
+    assert after["e.parquet"] == list(enumerate(ids[60:62]))
+    again = start()
+    assert again == summary, "nothing is left to do"
+    for name in "abcd":
+        write(emails, source, f"{name}.parquet", 70, 1)
+    last = start()
+    assert (last.rows_out, last.files_gone) == (6, 0)
+    assert sum(map(len, rows_of(out).values())) == 6
+    assert sum(last.histograms["spam"]) == 6
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), min_size=1, max_size=3),
+                min_size=1, max_size=3), st.integers(0, 3))  # fmt: skip
+def test_any_sequence_of_changes(spam_folder, emails, tmp_path_factory, changes, killed):
+    """Each start scores what is there. Some starts are killed before the old rows are removed."""
+    folder = tmp_path_factory.mktemp("any")
+    source, out = folder / "in", folder / "out"
+    source.mkdir()
+    expected, version = {}, 0
+    for number, step in enumerate(changes):
+        for name, count in step:
+            version += 1
+            write(emails, source, f"{name}.parquet", version * 5, count)
+            expected[f"{name}.parquet"] = emails["id"].to_pylist()[version * 5 : version * 5 + count]
+        if not any(expected.values()):
+            continue
+        job = score_job(spam_folder, source, out, unit_bytes=9_000, replace_changed=True)
+        if number == killed:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(score_module, "remove_replaced_rows", kill)
+                try:
+                    score(job)
+                except Killed:
+                    assert not (out / "_summary.json").exists(), "an output with old rows is not finished"
+        summary = score(job)
+        found = rows_of(out)
+        assert {name: [i for _, i in sorted(rows)] for name, rows in found.items()} == {
+            name: ids for name, ids in expected.items() if ids
+        }
+        assert summary.rows_out == sum(map(len, expected.values()))
+
+
+def kill(run, *_args, **_options):
+    if list(run.with_replaced_rows()):
+        raise Killed
+    return ()
+
+
+def test_a_start_that_dies_while_rows_are_removed(run, emails, monkeypatch):
+    source, out, start = run
+    for number, name in enumerate("abcd"):
+        write(emails, source, f"{name}.parquet", 10 * number, 40)
+    start()
+    for name in "abcd":
+        write(emails, source, f"{name}.parquet", 5, 2)
+    clean, cleaned = replaced._clean, []
+
+    def dies(location, unit, *rest):
+        if cleaned:
+            raise Killed
+        cleaned.append(unit)
+        return clean(location, unit, *rest)
+
+    monkeypatch.setattr(replaced, "_clean", dies)
+    monkeypatch.setattr(replaced, "FOOTER_THREADS", 1)
+    with pytest.raises(Killed):
+        start()
+    monkeypatch.undo()
+    assert start().rows_out == 8
+    assert {name: len(rows) for name, rows in rows_of(out).items()} == {f"{name}.parquet": 2 for name in "abcd"}
+    assert len(list_files(str(out))) < 8, "files without rows are removed"
+
+
+def test_refused_changes_name_the_remedy(spam_folder, tmp_path, emails):
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for number, name in enumerate("ab"):
+        write(emails, source, f"{name}.parquet", 10 * number, 3)
+    score(score_job(spam_folder, source, out))
+    (source / "b.parquet").unlink()
+    with pytest.raises(OutputError, match=r"1 input files are gone .*--append to score new files and to keep the rows"):
+        score(score_job(spam_folder, source, out))
+    assert score(score_job(spam_folder, source, out, append=True)).files_gone == 1
+    write(emails, source, "a.parquet", 30, 3)
+    with pytest.raises(OutputError, match=r"1 input files are gone .*, 1 input files are changed .*--replace-changed"):
+        score(score_job(spam_folder, source, out))
+    with pytest.raises(SettingsError, match="overwrite and replace_changed exclude each other"):
+        score_job(spam_folder, source, out, overwrite=True, replace_changed=True)
+    both = score(score_job(spam_folder, source, out, replace_changed=True))
+    assert (both.rows_out, both.files_gone) == (6, 1)
+
+
+def test_a_filter_and_a_prefix(spam_folder, tmp_path, emails):
+    """The counts of what is left are those of a run without the old rows."""
+    source = tmp_path / "in"
+    source.mkdir()
+    options = {"filter": "label == 'ham'", "prefix": "m_", "keep": ["id"], "unit_bytes": 100_000}
+    pq.write_table(emails.slice(0, 12), source / "a.parquet")
+    pq.write_table(pa.concat_tables([emails.slice(12, 5)]), source / "b.parquet")
+    score(score_job(spam_folder, source, tmp_path / "out", **options))
+    pq.write_table(emails.slice(20, 9), source / "b.parquet")
+    os.utime(source / "b.parquet", (9, 9))
+    found = score(score_job(spam_folder, source, tmp_path / "out", replace_changed=True, **options))
+    expected = score(score_job(spam_folder, source, tmp_path / "anew", **options))
+    for name in ("rows_in", "rows_out", "rows_filtered", "positive_rates", "tokens", "windows", "histograms"):
+        assert getattr(found, name) == getattr(expected, name)
