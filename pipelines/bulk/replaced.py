@@ -1,7 +1,7 @@
 """Remove the rows of input files that changed, after their new versions are scored (`--replace-changed`).
 
 The order keeps every row: first the new rows are committed, then the old ones are removed, then the summary is written.
-A job that is killed in between has no summary, and its next start goes on.
+A job that is killed in between has no summary, and its next start does the rest.
 """
 
 from __future__ import annotations

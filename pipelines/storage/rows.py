@@ -21,7 +21,7 @@ from fsspec import AbstractFileSystem
 from pipelines.errors import DataError, first_line
 from pipelines.storage.columns import SOURCE_COLUMNS, as_strings, text_column_problem, type_at, with_fields
 from pipelines.storage.locations import filesystem_of, retried
-from pipelines.storage.shards import INT96_UNIT, InputFile, Span, WorkUnit, bytes_of, has_encrypted_columns, leaves_of
+from pipelines.storage.shards import INT96_UNIT, InputFile, Span, WorkUnit, has_encrypted_columns
 from pipelines.storage.text_files import TextReader
 
 BATCH_ROWS, BATCH_BYTES = 4096, 16 * 2**20
@@ -208,7 +208,7 @@ def _read_span(
         problem = text_column_problem(span.file.schema, name)
         if problem is not None:
             return _nothing(span, schema), f"{span.file.url} {problem}"
-    table, lost_here = _nothing(span, schema), dict[str, int]()
+    lost_here: dict[str, int] = {}
     reason = ""
     try:
         table = _fitted(retried(lambda: reader.read(span)), span, schema, lost_here)
@@ -295,6 +295,8 @@ def _fitted(table: pa.Table, span: Span, schema: pa.Schema, lost: dict[str, int]
 
 def cast_values(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray, int]:
     """Convert a column to a type. Return it, and the number of values that do not fit the type and are null."""
+    if column.type == kind:
+        return column, 0
     if pa.types.is_large_string(kind):  # a text column, whose invalid bytes become errors of the row later
         column = as_strings(column)
     try:
@@ -343,7 +345,6 @@ class _GroupReader:
         self._file: Any = None
         self._parquet: Any = None
         self._columns: list[str] = []
-        self._leaves: list[int] | None = None
         self._is_encrypted = False
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._row = 0
@@ -387,9 +388,7 @@ class _GroupReader:
             self._columns = found or schema.names[:1]  # at least one, to count rows
             metadata = self._parquet.metadata
             self._is_encrypted = has_encrypted_columns(self._file, metadata)
-            self._leaves = None if self._is_encrypted else leaves_of(metadata, set(self._columns))
-        group = self._parquet.metadata.row_group(span.row_group)
-        row_bytes = bytes_of(group, self._leaves) / max(group.num_rows, 1)
+        row_bytes = span.file.row_group_bytes[span.row_group] / max(span.file.row_group_rows[span.row_group], 1)
         num_rows = int(min(max(BATCH_BYTES / max(row_bytes, 1), 1), BATCH_ROWS))
         self._batches = iter(
             self._parquet.iter_batches(num_rows, row_groups=[span.row_group], columns=self._columns, use_threads=False)

@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -36,6 +37,10 @@ MOST_UNITS = 100_000
 """These constants set the default unit size. As the input grows, first the number of units grows to USUAL_NUM_UNITS,
 then their size to USUAL_UNIT_BYTES, then their number to MOST_UNITS, and then their size again.
 """
+WIDTHS = {"INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 8, "BYTE_ARRAY": 4}
+"""Bytes of a decoded value of a physical type; of strings, those beside the text itself."""
+SHORT_BYTES, SAMPLED_ROWS = 64, 1024
+"""Strings with fewer stored bytes than the first, and a dictionary, may be repeated ones: so many rows are sampled."""
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 INT96_UNIT = "us"
 """Old writers store times as INT96. Nanoseconds, which pyarrow takes by default, end in the year 2262."""
@@ -59,7 +64,7 @@ class InputFile:
     schema: pa.Schema | None
     row_group_rows: tuple[int, ...] = ()
     row_group_bytes: tuple[int, ...] = ()
-    """Uncompressed bytes of the columns that are read, in each row group."""
+    """Estimate of the decoded bytes of the columns that are read, in each row group."""
     num_nulls: int = 0
     """Number of rows whose text is null, as far as the footer's statistics count them."""
     partitions: dict[str, str | None] = field(default_factory=dict)
@@ -250,14 +255,14 @@ def _read_footer(
     if kind is not None and first_bytes(filesystem, path) not in MAGIC:
         return _scanned(filesystem, known, kind, text_columns)
     try:
-        metadata, schema, is_encrypted = retried(lambda: _open_footer(filesystem, path))
+        metadata, schema, is_encrypted, expansion = retried(lambda: _open_footer(filesystem, path, read))
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         return InputFile(**known, schema=None, error=first_line(error))
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     texts = [] if is_encrypted else leaves_of(metadata, set(text_columns[:1]))
     leaves = None if read is None or is_encrypted else leaves_of(metadata, set(read))
     rows = tuple(group.num_rows for group in groups)
-    sizes = tuple(max(1, bytes_of(group, leaves)) for group in groups)
+    sizes = tuple(max(1, int(bytes_of(group, leaves) * expansion)) for group in groups)
     num_nulls = sum(_num_nulls([group.column(number) for number in texts]) for group in groups)
     return InputFile(**known, schema=schema, row_group_rows=rows, row_group_bytes=sizes, num_nulls=num_nulls)
 
@@ -280,10 +285,53 @@ def _scanned(
     )
 
 
-def _open_footer(filesystem: AbstractFileSystem, path: str) -> tuple[pq.FileMetaData, pa.Schema, bool]:
+def _open_footer(
+    filesystem: AbstractFileSystem, path: str, read: Collection[str] | None
+) -> tuple[pq.FileMetaData, pa.Schema, bool, float]:
     with filesystem.open(path, "rb") as file:
         parquet = pq.ParquetFile(file, coerce_int96_timestamp_unit=INT96_UNIT)
-        return parquet.metadata, parquet.schema_arrow, has_encrypted_columns(file, parquet.metadata)
+        is_encrypted = has_encrypted_columns(file, parquet.metadata)
+        expansion = 1.0 if is_encrypted else _expansion(file, parquet.metadata, read)
+        return parquet.metadata, parquet.schema_arrow, is_encrypted, expansion
+
+
+def _expansion(file: Any, metadata: pq.FileMetaData, read: Collection[str] | None) -> float:
+    """Return how many times more bytes the columns have when they are decoded. The largest row group is looked at.
+
+    Values that repeat are stored once, in a dictionary. The length of strings that take only a few bytes in the file is
+    that of a sample. Columns in lists and structs count as they are stored.
+    """
+    if not metadata.num_row_groups:
+        return 1.0
+    number = max(range(metadata.num_row_groups), key=lambda index: int(metadata.row_group(index).num_rows))
+    group = metadata.row_group(number)
+    leaves = leaves_of(metadata, set(read)) if read is not None else range(metadata.num_columns)
+    columns = [group.column(leaf) for leaf in leaves]
+    stored = {column.path_in_schema: column.total_uncompressed_size for column in columns}
+    decoded = {column.path_in_schema: column.num_values * WIDTHS.get(column.physical_type, 0) for column in columns}
+    short = [
+        column.path_in_schema
+        for column in columns
+        if column.physical_type == "BYTE_ARRAY"
+        and column.has_dictionary_page
+        and column.total_uncompressed_size < SHORT_BYTES * column.num_values
+        and "." not in column.path_in_schema
+    ]
+    if short:
+        parquet = pq.ParquetFile(file, read_dictionary=short, buffer_size=2**16)
+        batch = next(parquet.iter_batches(SAMPLED_ROWS, row_groups=[number], columns=short, use_threads=False), None)
+        for name, column in zip(batch.schema.names, batch.columns, strict=True) if batch is not None else ():
+            decoded[name] += int(_mean_bytes(column) * group.num_rows)
+    whole = sum(stored.values())
+    return float(sum(max(size, decoded[name]) for name, size in stored.items()) / whole) if whole else 1.0
+
+
+def _mean_bytes(column: pa.Array) -> float:
+    """Return the mean number of bytes of a column's values."""
+    if not pa.types.is_dictionary(column.type):
+        return int(column.nbytes) / max(len(column), 1)
+    lengths = pc.binary_length(column.dictionary).take(column.indices)
+    return int(pc.sum(lengths).as_py() or 0) / max(len(column), 1)
 
 
 def has_encrypted_columns(file: Any, metadata: pq.FileMetaData) -> bool:
