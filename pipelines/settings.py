@@ -375,6 +375,11 @@ class ScoreSettings:
     """Score the input files that were added after the run in the output folder started. Rows of removed files stay."""
     replace_changed: bool = False
     """As append, and score changed input files again. The new rows replace the old ones."""
+    table: str | None = None
+    (
+        "Add the finished files to a table in one commit: delta:FOLDER (the output must be below it), or "
+        "iceberg:CATALOG.NAMESPACE.TABLE. It is created if it does not exist."
+    )
     via_serve: str | None = None
     """Name of a running Serve application that scores the rows. The job then starts no replicas of its own."""
     tokenize_cpus: float = 1.0

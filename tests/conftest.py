@@ -176,3 +176,17 @@ def source(tmp_path, emails):
     table = table.set_column(table.schema.get_field_index("text"), "text", pa.array(texts))
     pq.write_table(table, folder / "a.parquet", row_group_size=7)
     return folder
+
+
+@pytest.fixture
+def catalog(tmp_path, monkeypatch):
+    """An Iceberg catalog named prod, in a SQLite file."""
+    pytest.importorskip("pyiceberg", reason="in the iceberg extra")
+    import pyiceberg.catalog
+    from pyiceberg.utils.config import Config
+
+    settings = {"TYPE": "sql", "URI": f"sqlite:///{tmp_path}/catalog.db", "WAREHOUSE": f"file://{tmp_path}/warehouse"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"PYICEBERG_CATALOG__PROD__{name}", value)
+    monkeypatch.setattr(pyiceberg.catalog, "_ENV_CONFIG", Config())  # pyiceberg reads the environment once
+    return pyiceberg.catalog.load_catalog("prod")

@@ -28,7 +28,7 @@ def score_job(folder, source, output, **settings):
 
 def read_scored(output):
     """All rows of a scored folder, in order."""
-    tables = [pq.read_table(path) for path in list_files(str(output))]
+    tables = [pq.read_table(path) for path in list_files(str(output), also_in_tables=True)]
     return pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
 
 

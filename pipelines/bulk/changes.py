@@ -30,8 +30,21 @@ def compare_input(generations: Sequence[Sequence[InputFile]], files: Sequence[In
     )
 
 
-def check_change(location: str, change: InputChange, *, append: bool, replace_changed: bool) -> None:
-    """Raise OutputError for a difference that the settings do not allow. The message names the remedy."""
+def check_change(
+    location: str, change: InputChange, *, append: bool, replace_changed: bool, is_table: bool = False
+) -> None:
+    """Raise OutputError for a difference that the settings do not allow. The message names the remedy.
+
+    If the input or the output is a table, files that are gone or changed are always refused: a table rewrites its
+    files, and the same rows would be scored twice.
+    """
+    if is_table and (change.gone or change.changed):
+        first = (change.gone or change.changed)[0]
+        raise OutputError(
+            f"--output {shown(location)} cannot be extended: files of its input were rewritten or deleted "
+            f"({first.url}), and it belongs to a table; give a new folder"
+        )
+    append = append or replace_changed
     refused = {
         "gone": [] if append else change.gone,
         "changed": [] if replace_changed else change.changed,

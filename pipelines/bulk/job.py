@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
-from pipelines.bulk.run_folder import RunIdentity
+from pipelines.bulk.manifest import RunIdentity, pinned_snapshot
 from pipelines.bulk.unit import ReplicaSetup
 from pipelines.classifier_config import read_config, vocabulary_size
 from pipelines.decisions.columns import check_output_columns, output_fields, schema_metadata
@@ -24,6 +24,7 @@ from pipelines.model_folder import ModelFolder, model_location, read_model_folde
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, ScorePaths, ScoreSettings
 from pipelines.storage.columns import text_column_problem
 from pipelines.storage.filters import check_filter, parse_filter
+from pipelines.storage.lakes import output_table, snapshot_of
 from pipelines.storage.locations import absolute, shown
 from pipelines.storage.rows import together
 from pipelines.storage.shards import InputFile, read_footers
@@ -49,6 +50,8 @@ class ScoreJob:
     def parse(cls, values: Mapping[str, object]) -> ScoreJob:
         """Create a job from a flat mapping of settings, as YAML and the command line provide it."""
         paths, data, score, compute = parse(values, ScorePaths, DataSettings, ScoreSettings, ComputeSettings)
+        if score.table is not None:
+            score = replace(score, table=absolute(score.table))
         return cls(model_location(paths.model), absolute(paths.input), absolute(paths.output), data, score, compute)
 
     @property
@@ -69,6 +72,8 @@ class CheckedJob:
     """Columns that are copied from the input to the output."""
     read: pa.Schema
     """Columns that are read: the copied ones, the texts, and those in the filter."""
+    snapshot: str | None = None
+    """Version of the table that is the input, if it is a table."""
 
     @property
     def decision(self) -> DecisionSettings:
@@ -140,13 +145,21 @@ def check_job(job: ScoreJob) -> CheckedJob:
     if not job.is_local and "memory://" in (job.input[:9], job.output[:9]):
         raise SettingsError("memory:// exists only in this process; add --replicas 0 to score without Ray")
     read = None if job.score.keep is None else (*job.score.keep, *job.data.text_columns)
-    files = read_footers(job.input, job.data.text_columns, read=read, lenient=True, without=job.output)
+    is_pinned = not (job.score.overwrite or job.score.append or job.score.replace_changed)
+    snapshot = snapshot_of(job.input, pinned_snapshot(job.output) if is_pinned else None)
+    files = read_footers(
+        job.input, job.data.text_columns, read=read, lenient=True, without=job.output, snapshot=snapshot
+    )
     readable = [file for file in files if file.schema is not None]
     if not sum(file.num_rows for file in readable):
         raise DataError(f"{shown(job.input)} has no rows: its {len(files)} files are empty")
     _check_text_columns(job, readable)
     carried, read = _columns(job, readable, folder.decision)
-    return CheckedJob(job, folder, files, carried, read)
+    if job.score.table is not None:
+        outputs = output_fields(folder.decision, prefix=job.score.prefix)
+        columns = [column.remove_metadata() for column in (*carried, *outputs)]
+        output_table(job.score.table).check(job.output, pa.schema(columns))
+    return CheckedJob(job, folder, files, carried, read, None if snapshot is None else snapshot.version)
 
 
 def _check_text_columns(job: ScoreJob, files: Sequence[InputFile]) -> None:

@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.bulk.run_folder import COUNTS_METADATA, MANIFEST, SUMMARY, commit_unit, read_counts, read_metadata
+from pipelines.bulk.manifest import MANIFEST
+from pipelines.bulk.run_folder import COUNTS_METADATA, SUMMARY, commit_unit, read_counts, read_metadata
 from pipelines.bulk.summary import Counts, ScoreSummary, count_table, sum_counts, summarize
 from pipelines.decisions.columns import DECISION_METADATA, PREFIX_METADATA, decided_columns, decision_metadata
 from pipelines.decisions.labels import decide, resolve_thresholds, thresholds_by_label
@@ -49,7 +50,7 @@ def relabel(scored: str, output: str, thresholds: Thresholds) -> ScoreSummary:
     marks = list_names(scored)
     if MANIFEST in marks and SUMMARY not in marks:
         raise DataError(f"{shown(scored)} contains an unfinished run; finish it with the command that began it")
-    files = list_files(scored)
+    files = list_files(scored, also_in_tables=True)
     old, prefix = _read_decision(scored, files[0])
     decision = resolve_thresholds(thresholds, old)
     names = [posixpath.basename(path) for path in files]

@@ -8,7 +8,6 @@ exists, and its counts are in the footer of this file. No other state is stored.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import socket
@@ -26,6 +25,17 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from pipelines.bulk.changes import check_change, compare_input
+from pipelines.bulk.manifest import (
+    MANIFEST,
+    Generation,
+    Manifest,
+    RunIdentity,
+    check_not_in_table,
+    fingerprint_of,
+    listing_of,
+    read_listing,
+    read_manifest,
+)
 from pipelines.bulk.summary import Counts, ScoreSummary
 from pipelines.errors import OutputError
 from pipelines.storage.locations import (
@@ -34,7 +44,6 @@ from pipelines.storage.locations import (
     filesystem_of,
     list_names,
     make_folder,
-    read_bytes,
     read_json,
     remove,
     retried,
@@ -45,94 +54,15 @@ from pipelines.storage.shards import (
     InputFile,
     WorkUnit,
     WorkUnits,
-    fingerprint,
     split_into_units,
     usual_unit_bytes,
 )
 
-MANIFEST, SUMMARY = "_manifest.json", "_summary.json"
-FORMAT_VERSION = 2
+SUMMARY = "_summary.json"
 COUNTS_METADATA = b"pipelines.part"
 """Key in a scored file's schema metadata. The value is the `Counts` of its unit, as JSON."""
 HEARTBEAT_SECONDS = 15.0
 FOOTER_THREADS = 32
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """The settings that must be unchanged for a job to resume a run. The input must be unchanged too."""
-
-    weights_hash: str
-    settings_hash: str
-    limit: int | None
-    text_column: str
-    text_pair_column: str | None
-    filter: str | None
-    keep: tuple[str, ...] | None
-    prefix: str
-    dtype: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the identity as JSON content, which has no tuples."""
-        return {**dataclasses.asdict(self), "keep": None if self.keep is None else list(self.keep)}
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Input files that one start of the run added."""
-
-    listing: str
-    """Name of the file with the list of these input files."""
-    fingerprint: str
-    files: int
-    rows: int
-    unit_bytes: int
-    units: int
-    replaced: tuple[str, ...] = ()
-    """Files of earlier generations that changed. This generation has their new versions, which replace their rows."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The content of `_manifest.json`."""
-
-    input: str
-    identity: Mapping[str, Any]
-    columns: Mapping[str, str]
-    """Arrow types of the columns that are copied from the input, by name."""
-    generations: tuple[Generation, ...] = ()
-
-    @property
-    def limit(self) -> int | None:
-        """Maximum number of rows that are scored in each generation."""
-        limit: int | None = self.identity["limit"]
-        return limit
-
-    @property
-    def num_units(self) -> int:
-        """Number of units of all generations."""
-        return sum(generation.units for generation in self.generations)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the content of `_manifest.json`, with the identity's fields on the top level."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "input": self.input,
-            **self.identity,
-            "columns": dict(self.columns),
-            "generations": [dataclasses.asdict(generation) for generation in self.generations],
-        }
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Manifest:
-        """Create a manifest from the result of `to_json`."""
-        own = ("format_version", "input", "columns", "generations")
-        identity = {name: value for name, value in content.items() if name not in own}
-        generations = tuple(
-            Generation(**{**generation, "replaced": tuple(generation.get("replaced", ()))})
-            for generation in content["generations"]
-        )
-        return cls(content["input"], identity, content["columns"], generations)
 
 
 @dataclass(frozen=True)
@@ -187,6 +117,7 @@ def open_run(
     overwrite: bool = False,
     append: bool = False,
     replace_changed: bool = False,
+    snapshot: str | None = None,
 ) -> Run:
     """Begin a run in an output folder, or resume the run in it.
 
@@ -200,6 +131,7 @@ def open_run(
         overwrite: First remove the run in the folder.
         append: Add input files that are new since the run was begun. Rows of files that are gone are kept.
         replace_changed: The same, and score changed files again.
+        snapshot: Version of the table that is the input, if it is a table.
 
     Raises:
         OutputError: The folder contains another run or other files, and the message names the difference; or overwrite
@@ -208,31 +140,25 @@ def open_run(
     make_folder(location)
     names = list_names(location)
     if overwrite:
-        others = _others(location)
-        if others:
-            raise OutputError(
-                f"--overwrite would remove files of a job that runs now ({others[0]}) and writes to {shown(location)}; "
-                f"stop it, or give a new folder. A killed job counts as running for {3 * HEARTBEAT_SECONDS:g} s"
-            )
         _clear(location, names)
     if overwrite or MANIFEST not in names:
         if not overwrite:
             _check_is_empty(location, names)
-        manifest = Manifest(shown(input), identity.to_json(), _types(columns))
-        manifest = _add_generation(location, manifest, files, unit_bytes)
-        for name in names:
-            if name.startswith("_inputs-") and name != manifest.generations[0].listing:
-                remove(location, name)
+        manifest = Manifest(shown(input), identity.to_json(), _types(columns), run=uuid.uuid4().hex)
+        manifest = _add_generation(location, manifest, files, unit_bytes, snapshot=snapshot)
+        _remove_listings(location, manifest, names)
         return Run(location, manifest, _units_of(manifest, [list(files)]), frozenset())
-    manifest = _read_manifest(location)
+    manifest = read_manifest(location)
     _check_identity(location, manifest, identity)
-    generations = [_read_listing(location, generation.listing) for generation in manifest.generations]
+    generations = [read_listing(location, generation.listing) for generation in manifest.generations]
     change = compare_input(generations, files)
-    check_change(location, change, append=append or replace_changed, replace_changed=replace_changed)
+    is_table = snapshot is not None or bool(manifest.tables)
+    check_change(location, change, append=append, replace_changed=replace_changed, is_table=is_table)
     _check_columns(location, manifest, columns)
     new = [*change.new, *change.changed]
     if new:
-        manifest = _add_generation(location, manifest, new, unit_bytes, replaced=[file.url for file in change.changed])
+        replaced = [file.url for file in change.changed]
+        manifest = _add_generation(location, manifest, new, unit_bytes, replaced=replaced, snapshot=snapshot)
         generations.append(new)
     units = _units_of(manifest, generations)
     return Run(location, manifest, units, _finished(units, list_names(location)), len(change.gone))
@@ -316,12 +242,30 @@ def _check_is_empty(location: str, names: Mapping[str, int]) -> None:
 
 
 def _clear(location: str, names: Mapping[str, int]) -> None:
-    """Remove the results of a run. Its manifest stays until it is replaced, so a killed overwrite can be repeated."""
+    """Remove the results of a run. Its manifest stays until it is replaced, so a killed overwrite can be repeated.
+
+    Raises:
+        OutputError: Another job writes to the folder now, or files of the run are part of a table.
+    """
+    others = _others(location)
+    if others:
+        raise OutputError(
+            f"--overwrite would remove files of a job that runs now ({others[0]}) and writes to {shown(location)}; "
+            f"stop it, or give a new folder. A killed job counts as running for {3 * HEARTBEAT_SECONDS:g} s"
+        )
+    check_not_in_table(location, names)
     if MANIFEST not in names:
         _check_is_empty(location, names)
     own = [name for name in names if OUTPUT_NAME.fullmatch(name) or name.startswith((".part-", "._"))]
     for name in [SUMMARY, *own]:
         remove(location, name)
+
+
+def _remove_listings(location: str, manifest: Manifest, names: Mapping[str, int]) -> None:
+    """Remove the lists of input files of an earlier run."""
+    for name in names:
+        if name.startswith("_inputs-") and name != manifest.generations[0].listing:
+            remove(location, name)
 
 
 def _add_generation(
@@ -331,32 +275,21 @@ def _add_generation(
     unit_bytes: int | None,
     *,
     replaced: Sequence[str] = (),
+    snapshot: str | None = None,
 ) -> Manifest:
     """Write the list of new input files, then a manifest that contains their generation."""
-    table = _listing(files)
+    table = listing_of(files)
     name = f"_inputs-{len(manifest.generations):04d}.parquet"
     size = unit_bytes or usual_unit_bytes(files)
     units = split_into_units(files, unit_bytes=size, limit=manifest.limit, first_number=manifest.num_units)
-    generation = Generation(name, _fingerprint(table), len(files), units.num_rows, size, len(units), tuple(replaced))
+    generation = Generation(
+        name, fingerprint_of(table), len(files), units.num_rows, size, len(units), tuple(replaced), snapshot
+    )
     remove(location, SUMMARY)
     commit_table(location, name, table)
     manifest = replace(manifest, generations=(*manifest.generations, generation))
     commit_json(location, MANIFEST, manifest.to_json())
     return manifest
-
-
-def _read_manifest(location: str) -> Manifest:
-    try:
-        content = read_json(location, MANIFEST)
-        if content.get("format_version") == FORMAT_VERSION:
-            return Manifest.from_json(content)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise _damaged(location, MANIFEST) from error
-    raise OutputError(f"{shown(location)} was written by another version of pipelines; give a new folder")
-
-
-def _damaged(location: str, name: str) -> OutputError:
-    return OutputError(f"{name} in --output {shown(location)} is damaged or missing; add --overwrite to score again")
 
 
 def _units_of(manifest: Manifest, generations: Sequence[Sequence[InputFile]]) -> list[WorkUnits]:
@@ -399,63 +332,6 @@ def _check_columns(location: str, manifest: Manifest, columns: pa.Schema) -> Non
 
 def _types(columns: pa.Schema) -> dict[str, str]:
     return {column.name: str(column.type) for column in columns}
-
-
-def _listing(files: Sequence[InputFile]) -> pa.Table:
-    return pa.table(
-        {
-            "path": pa.array([file.path for file in files], pa.string()),
-            "url": pa.array([file.url for file in files], pa.string()),
-            "size": pa.array([file.size for file in files], pa.int64()),
-            "version": pa.array([file.version for file in files], pa.string()),
-            "row_group_rows": pa.array([file.row_group_rows for file in files], pa.list_(pa.int64())),
-            "row_group_bytes": pa.array([file.row_group_bytes for file in files], pa.list_(pa.int64())),
-            "schema": pa.array(
-                [None if file.schema is None else file.schema.serialize().to_pybytes() for file in files], pa.binary()
-            ).dictionary_encode(),
-            "partitions": pa.array([json.dumps(file.partitions) for file in files], pa.string()),
-            "error": pa.array([file.error for file in files], pa.string()),
-            "format": pa.array([file.format for file in files], pa.string()),
-            "group_starts": pa.array([file.group_starts for file in files], pa.list_(pa.int64())),
-        }
-    )
-
-
-def _read_listing(location: str, name: str) -> list[InputFile]:
-    try:
-        content = read_bytes(location, name)
-    except FileNotFoundError as error:
-        raise _damaged(location, name) from error
-    try:
-        table = pq.read_table(pa.BufferReader(content))
-    except (pa.ArrowException, OSError) as error:  # the content is in memory: it is damaged
-        raise _damaged(location, name) from error
-    schemas: dict[bytes, pa.Schema] = {}
-
-    def schema_of(content: bytes | None) -> pa.Schema | None:
-        if content is None:
-            return None
-        if content not in schemas:
-            schemas[content] = pa.ipc.read_schema(pa.py_buffer(content))
-        return schemas[content]
-
-    return [
-        InputFile(
-            **{
-                **row,
-                "schema": schema_of(row["schema"]),
-                "row_group_rows": tuple(row["row_group_rows"]),
-                "row_group_bytes": tuple(row["row_group_bytes"]),
-                "partitions": json.loads(row["partitions"]),
-                "group_starts": tuple(row.get("group_starts") or ()),
-            }
-        )
-        for row in table.to_pylist()
-    ]
-
-
-def _fingerprint(listing: pa.Table) -> str:
-    return fingerprint((row["url"], row["size"], row["version"]) for row in listing.to_pylist())
 
 
 def _others(location: str) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from pipelines.bulk.job import CheckedJob, ScoreJob, check_job
 from pipelines.bulk.progress import RunTotals
+from pipelines.bulk.publish import publish
 from pipelines.bulk.replaced import remove_replaced_rows
 from pipelines.bulk.run_folder import SUMMARY, Run, finished_summary, heartbeat, open_run, read_counts, sweep
 from pipelines.bulk.summary import Counts, ScoreSummary, summarize
@@ -55,10 +56,13 @@ def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
         overwrite=job.score.overwrite,
         append=job.score.append,
         replace_changed=job.score.replace_changed,
+        snapshot=checked.snapshot,
     )
     summary = finished_summary(run)
     if summary is not None:
         logger.info("nothing to do: all %s units of %s are done", f"{run.num_units:,}", shown(job.output))
+        if job.score.table is not None:
+            publish(run, job.score.table)
         return summary
     totals = RunTotals(run, checked.decision, job.score.max_errors)
     if run.finished:
@@ -104,12 +108,14 @@ def _finish(checked: CheckedJob, run: Run, totals: RunTotals) -> ScoreSummary:
             f"{run.num_rows} rows in, but {total.rows_out} out and {total.rows_filtered} filtered out in "
             f"{shown(run.location)}"
         )
+    table = "" if checked.job.score.table is None else publish(run, checked.job.score.table)
     summary = summarize(
         run.location,
         total,
         checked.decision,
         files_in_error=run.files_in_error,
         files_gone=run.files_gone,
+        table=table,
         wall_seconds=round(totals.elapsed, 2),
         rows_per_second=round(totals.rows_here / totals.elapsed, 2),
         units_before=len(run.finished),

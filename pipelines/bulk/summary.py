@@ -88,6 +88,8 @@ class ScoreSummary:
     """The reason for each input file that could not be opened."""
     files_gone: int = 0
     """Number of input files that do not exist any more, and whose rows were kept."""
+    table: str = ""
+    """The table that has the rows, and its version."""
     labels: tuple[str, ...] = ()
     wall_seconds: float = 0.0
     rows_per_second: float = 0.0

@@ -18,6 +18,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.errors import DataError, SettingsError
+from pipelines.storage.lakes import DELTA_LOG
 from pipelines.storage.locations import filesystem_of, retried, shown, store_errors
 from pipelines.storage.text_files import format_of, is_plain_json
 
@@ -27,12 +28,12 @@ MAGIC = (b"PAR1", b"PARE")
 """First bytes of every Parquet file, and of one whose footer is encrypted."""
 USUAL_SUFFIXES = (".parquet", ".pq", ".parq")
 GLOB_CHARACTERS = "*?["
-RUN_MANIFEST, DELTA_LOG = "_manifest.json", "_delta_log"
-"""A folder with the first is the output of a scoring job. A folder with the second is a Delta table."""
+RUN_MANIFEST = "_manifest.json"
+"""A folder with this file is the output of a scoring job."""
 logger = logging.getLogger(__name__)
 
 
-def list_files(location: str) -> list[str]:
+def list_files(location: str, *, also_in_tables: bool = False) -> list[str]:
     """Return the sorted paths of the input files at a location.
 
     A file is taken if its name ends in .parquet, .pq or .parq, if it begins with PAR1, or if a glob names it. If there
@@ -40,31 +41,38 @@ def list_files(location: str) -> list[str]:
 
     Args:
         location: File, folder (searched recursively) or glob.
+        also_in_tables: Whether files of a Delta or Iceberg table may be listed, such as the output of a job in it.
 
     Raises:
         DataError: The location does not exist, contains no input file, or contains a table that has to be read in
             another way.
     """
-    return [str(entry["name"]) for entry in list_entries(location, refuse_runs=False)]
+    entries = list_entries(location, refuse_runs=False, refuse_tables=not also_in_tables)
+    return [str(entry["name"]) for entry in entries]
 
 
-def list_entries(location: str, *, without: str | None = None, refuse_runs: bool = True) -> list[dict[str, Any]]:
+def list_entries(
+    location: str, *, without: str | None = None, refuse_runs: bool = True, refuse_tables: bool = True
+) -> list[dict[str, Any]]:
     """Return the fsspec entries of the files that `list_files` returns.
 
     Args:
         location: File, folder or glob.
         without: Folder whose files are left out: the output of the job.
         refuse_runs: Whether the output of another scoring job below the location is an error.
+        refuse_tables: Whether files of a Delta or Iceberg table are an error.
 
     Raises:
         DataError: As `list_files`.
         SettingsError: The location itself is in the folder `without`.
     """
     with store_errors(DataError, f"{shown(location)} cannot be read"):
-        return _find_entries(location, without, refuse_runs=refuse_runs)
+        return _find_entries(location, without, refuse_runs=refuse_runs, refuse_tables=refuse_tables)
 
 
-def _find_entries(location: str, without: str | None, *, refuse_runs: bool) -> list[dict[str, Any]]:
+def _find_entries(
+    location: str, without: str | None, *, refuse_runs: bool, refuse_tables: bool
+) -> list[dict[str, Any]]:
     filesystem, path = filesystem_of(location)
     filesystem.invalidate_cache()
     output = None if without is None else _folder_in(without, filesystem)
@@ -74,14 +82,18 @@ def _find_entries(location: str, without: str | None, *, refuse_runs: bool) -> l
             "own output; give an output folder of its own"
         )
     if retried(lambda: filesystem.isfile(path)):
-        _refuse_tables({path: {}}, path, filesystem, refuse_runs=False)
+        if refuse_tables:
+            _refuse_tables({path: {}}, path, filesystem)
         return [filesystem.info(path)]
     found, named = _matches(filesystem, path, location)
     if isinstance(filesystem, LocalFileSystem):
         found = _followed(filesystem, found, path)
     if output is not None:
         found = {name: entry for name, entry in found.items() if not _is_below(name, output, filesystem)}
-    _refuse_tables(found, path, filesystem, refuse_runs=refuse_runs)
+    if refuse_tables:
+        _refuse_tables(found, path, filesystem)
+    if refuse_runs:
+        _refuse_runs(found, path, filesystem)
     data = {name: entry for name, entry in sorted(found.items()) if _is_data(name, path)}
     taken = _data_names(filesystem, data, named)
     skipped = [name for name in data if name not in taken]
@@ -165,10 +177,8 @@ def first_bytes(filesystem: AbstractFileSystem, name: str) -> bytes:
     return bytes(retried(lambda: filesystem.cat_file(name, start=0, end=4)))
 
 
-def _refuse_tables(
-    found: Mapping[str, dict[str, Any]], root: str, filesystem: AbstractFileSystem, *, refuse_runs: bool
-) -> None:
-    """Raise DataError if files are in a Delta or Iceberg table, or in the output of a scoring job below root."""
+def _refuse_tables(found: Mapping[str, dict[str, Any]], root: str, filesystem: AbstractFileSystem) -> None:
+    """Raise DataError if files are in a Delta or Iceberg table."""
     folders = {posixpath.dirname(name) for name in found} | {_fixed(root, filesystem)}
     if isinstance(filesystem, LocalFileSystem):  # links lead to other folders
         folders |= {os.path.realpath(folder) for folder in folders}
@@ -181,9 +191,13 @@ def _refuse_tables(
     if tables:
         raise DataError(
             f"{tables[0]} is a Delta or Iceberg table: some of its files may be deleted ones, so they are not read one "
-            "by one; give a copy of the table as Parquet"
+            "by one; give the folder of the Delta table alone, or iceberg:CATALOG.NAMESPACE.TABLE"
         )
-    for name in found if refuse_runs else ():
+
+
+def _refuse_runs(found: Mapping[str, dict[str, Any]], root: str, filesystem: AbstractFileSystem) -> None:
+    """Raise DataError if files are in the output of a scoring job below root."""
+    for name in found:
         folder = posixpath.dirname(name)
         is_manifest = posixpath.basename(name) == RUN_MANIFEST and folder.rstrip("/") != root.rstrip("/")
         if is_manifest and "generations" in _json_keys(filesystem, name):

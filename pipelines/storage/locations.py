@@ -31,6 +31,8 @@ FIRST_PAUSE_SECONDS = 0.2
 """Pause before the second attempt. Each later pause is 3 times as long. Each is multiplied by a random 0.5 to 1.5."""
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 """Errors that are not retried, because another attempt would fail too."""
+DELTA, ICEBERG = "delta:", "iceberg:"
+"""Starts of the names of tables. A Delta table is also named by its folder."""
 Result = TypeVar("Result")
 
 
@@ -38,7 +40,11 @@ def absolute(location: str) -> str:
     """Return an absolute path, which is valid in processes with another working folder. A URL stays unchanged."""
     if not location:
         raise SettingsError("a path is empty; write . for the current folder")
-    return location if "://" in location else os.path.abspath(os.path.expanduser(location))
+    if location.startswith(DELTA):
+        return DELTA + absolute(location.removeprefix(DELTA))
+    if "://" in location or location.startswith(ICEBERG):
+        return location
+    return os.path.abspath(os.path.expanduser(location))
 
 
 def is_local(location: str) -> bool:
@@ -48,6 +54,8 @@ def is_local(location: str) -> bool:
 
 def shown(location: str) -> str:
     """Return a location without user, password and query, for logs and files."""
+    if location.startswith(DELTA):
+        return DELTA + shown(location.removeprefix(DELTA))
     if "://" not in location:
         return location
     try:

@@ -6,6 +6,7 @@ decoded batch by batch, so that a row group of several gigabytes needs only the 
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from fsspec import AbstractFileSystem
 
 from pipelines.errors import DataError, first_line
 from pipelines.storage.columns import SOURCE_COLUMNS, as_strings, text_column_problem, type_at, with_fields
-from pipelines.storage.locations import filesystem_of, retried
+from pipelines.storage.locations import ICEBERG, filesystem_of, retried
 from pipelines.storage.shards import INT96_UNIT, InputFile, Span, WorkUnit, has_encrypted_columns
 from pipelines.storage.text_files import TextReader
 
@@ -93,10 +94,15 @@ def read_units(
     Yields:
         The rows of each unit.
     """
-    filesystem, _ = filesystem_of(location)
+    units = iter(units)
+    first = next(units, None)
+    if first is None:
+        return
+    is_in_catalog = location.startswith(ICEBERG)  # then the files name their own place
+    filesystem, _ = filesystem_of(first.spans[0].file.url if is_in_catalog else location)
     reader = _GroupReader(filesystem, schema.names)
     text_reader = TextReader(filesystem, schema.names, text_columns)
-    for unit in units:
+    for unit in itertools.chain([first], units):
         started = time.perf_counter()
         tables: list[pa.Table] = []
         errors: list[str | None] = []
@@ -107,8 +113,8 @@ def read_units(
                 reasons = [error] * len(table)
             else:
                 table, reasons = _read_text_rows(text_reader, span, schema, (text_columns, filter_columns), lost)
-            first = span.first_row + span.start
-            columns = (pa.array([span.file.url] * len(table), pa.string()), pa.array(range(first, first + len(table))))
+            row = span.first_row + span.start
+            columns = (pa.array([span.file.url] * len(table), pa.string()), pa.array(range(row, row + len(table))))
             for name, column in zip(SOURCE_COLUMNS, columns, strict=True):
                 table = table.append_column(prefix + name, column)
             tables.append(table)
@@ -167,7 +173,8 @@ def _partition_types(files: Sequence[InputFile]) -> dict[str, pa.DataType]:
     for file in files:
         for key, value in file.partitions.items():
             values.setdefault(key, set()).update([] if value is None else [value])
-    return {key: _type_of(texts) for key, texts in values.items()}
+    defined = {column.name: column.type for file in files for column in file.partition_schema or ()}
+    return {key: defined.get(key) or _type_of(texts) for key, texts in values.items()}
 
 
 def _type_of(texts: Collection[str]) -> pa.DataType:

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -26,6 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from pipelines.errors import DataError, first_line
+from pipelines.storage.lakes import Snapshot, snapshot_of
 from pipelines.storage.listing import FOOTER_THREADS, MAGIC, first_bytes, list_entries
 from pipelines.storage.locations import filesystem_of, retried
 from pipelines.storage.text_files import Format, format_of, scan
@@ -69,6 +70,8 @@ class InputFile:
     """Number of rows whose text is null, as far as the footer's statistics count them."""
     partitions: dict[str, str | None] = field(default_factory=dict)
     """Hive partitions: keys and values of the key=value folders in the path. Hive's name for null is None."""
+    partition_schema: pa.Schema | None = None
+    """Types of the partitions, if a table defines them."""
     error: str | None = None
     """Why the file cannot be read, or None. A file with an error has 0 rows."""
     format: Format = "parquet"
@@ -173,23 +176,31 @@ def read_footers(
     read: Collection[str] | None = None,
     lenient: bool = False,
     without: str | None = None,
+    snapshot: Snapshot | None = None,
 ) -> list[InputFile]:
     """Read the footers of all input files in parallel. JSON Lines and CSV files are scanned instead.
 
     Args:
-        location: File, folder or glob.
+        location: File, folder or glob, or a table (`lakes.snapshot_of`).
         text_columns: The text columns. The nulls of the first one are counted.
         read: Columns whose bytes are counted. None means all columns.
         lenient: Store the error of an unreadable file in `InputFile.error` instead of raising it.
         without: Folder whose files are left out: the output of the job.
+        snapshot: Snapshot of the table, if the location is one. By default it is the current one.
 
     Raises:
         DataError: A file cannot be read. If lenient, only if no file can be read.
     """
-    filesystem, root = filesystem_of(location)
-    entries = list_entries(location, without=without)
+    snapshot = snapshot or snapshot_of(location)
+    if snapshot is None:
+        filesystem, root = filesystem_of(location)
+        entries = list_entries(location, without=without)
+    else:
+        filesystem, root, entries = snapshot.filesystem, "", snapshot.entries
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         files = list(pool.map(lambda entry: _read_footer(filesystem, entry, root, text_columns, read), entries))
+    if snapshot is not None:
+        files = [_of_table(file, snapshot, location) for file in files]
     bad = [file for file in files if file.error is not None]
     if bad and (not lenient or len(bad) == len(files)):
         names = {"parquet": "Parquet", "json": "JSON Lines", "csv": "CSV"}
@@ -265,6 +276,32 @@ def _read_footer(
     sizes = tuple(max(1, int(bytes_of(group, leaves) * expansion)) for group in groups)
     num_nulls = sum(_num_nulls([group.column(number) for number in texts]) for group in groups)
     return InputFile(**known, schema=schema, row_group_rows=rows, row_group_bytes=sizes, num_nulls=num_nulls)
+
+
+def _of_table(file: InputFile, snapshot: Snapshot, location: str) -> InputFile:
+    """Return a file of a table with the table's partitions, and without columns that the table has no more.
+
+    Raises:
+        DataError: A column has another name in the table.
+    """
+    if file.schema is None:
+        return file
+    schema = file.schema
+    file = replace(
+        file, partitions=dict(snapshot.partitions.get(file.path, {})), partition_schema=snapshot.partition_schema
+    )
+    if snapshot.column_names is None:
+        return file
+    ids = {column.name: (column.metadata or {}).get(b"PARQUET:field_id") for column in schema}
+    names = {name: snapshot.column_names.get(int(number)) for name, number in ids.items() if number is not None}
+    renamed = {name: new for name, new in names.items() if new not in (None, name)}
+    if renamed:
+        old, new = next(iter(renamed.items()))
+        raise DataError(
+            f"the column {new!r} of {location} has the name {old!r} in {file.url}; rewrite the table's data files first"
+        )
+    known = set(snapshot.column_names.values())
+    return replace(file, schema=pa.schema([column for column in schema if column.name in known]))
 
 
 def _scanned(

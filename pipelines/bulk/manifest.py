@@ -1,0 +1,218 @@
+"""What a scoring run writes down about itself: `_manifest.json`, and the lists of its input files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.errors import OutputError
+from pipelines.storage.locations import commit_json, read_bytes, read_json, shown
+from pipelines.storage.shards import InputFile, fingerprint
+
+MANIFEST = "_manifest.json"
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """The settings that must be unchanged for a job to resume a run. The input must be unchanged too."""
+
+    weights_hash: str
+    settings_hash: str
+    limit: int | None
+    text_column: str
+    text_pair_column: str | None
+    filter: str | None
+    keep: tuple[str, ...] | None
+    prefix: str
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the identity as JSON content, which has no tuples."""
+        return {**dataclasses.asdict(self), "keep": None if self.keep is None else list(self.keep)}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Input files that one start of the run added."""
+
+    listing: str
+    """Name of the file with the list of these input files."""
+    fingerprint: str
+    files: int
+    rows: int
+    unit_bytes: int
+    units: int
+    replaced: tuple[str, ...] = ()
+    """Files of earlier generations that changed. This generation has their new versions, which replace their rows."""
+    snapshot: str | None = None
+    """Version of the table that was the input, if it was a table."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `_manifest.json`."""
+
+    input: str
+    identity: Mapping[str, Any]
+    columns: Mapping[str, str]
+    """Arrow types of the columns that are copied from the input, by name."""
+    generations: tuple[Generation, ...] = ()
+    run: str = ""
+    """Id of the run."""
+    tables: tuple[str, ...] = ()
+    """Tables that have, or soon will have, the run's files."""
+
+    @property
+    def limit(self) -> int | None:
+        """Maximum number of rows that are scored in each generation."""
+        limit: int | None = self.identity["limit"]
+        return limit
+
+    @property
+    def num_units(self) -> int:
+        """Number of units of all generations."""
+        return sum(generation.units for generation in self.generations)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of `_manifest.json`, with the identity's fields on the top level."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "input": self.input,
+            **self.identity,
+            "columns": dict(self.columns),
+            "generations": [dataclasses.asdict(generation) for generation in self.generations],
+            "run": self.run,
+            "tables": list(self.tables),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Manifest:
+        """Create a manifest from the result of `to_json`."""
+        own = ("format_version", "input", "columns", "generations", "run", "tables")
+        identity = {name: value for name, value in content.items() if name not in own}
+        generations = tuple(
+            Generation(**{**generation, "replaced": tuple(generation.get("replaced", ()))})
+            for generation in content["generations"]
+        )
+        run = content.get("run") or generations[0].fingerprint
+        return cls(content["input"], identity, content["columns"], generations, run, tuple(content.get("tables", ())))
+
+
+def read_manifest(location: str) -> Manifest:
+    """Read the manifest of a run. Raises OutputError if it is damaged, or of another version of this package."""
+    try:
+        content = read_json(location, MANIFEST)
+        if content.get("format_version") == FORMAT_VERSION:
+            return Manifest.from_json(content)
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise damaged(location, MANIFEST) from error
+    raise OutputError(f"{shown(location)} was written by another version of pipelines; give a new folder")
+
+
+def damaged(location: str, name: str) -> OutputError:
+    """Return the error for a file of a run that is damaged or missing."""
+    return OutputError(f"{name} in --output {shown(location)} is damaged or missing; add --overwrite to score again")
+
+
+def pinned_snapshot(location: str) -> str | None:
+    """Return the version of the input table with which the run in a folder began. None if there is none."""
+    try:
+        return read_manifest(location).generations[-1].snapshot
+    except (OutputError, OSError):
+        return None
+
+
+def check_not_in_table(location: str, names: Mapping[str, int]) -> None:
+    """Raise OutputError if files of the run in a folder are part of a table, and must therefore stay."""
+    tables: tuple[str, ...] = ()
+    if names.get(MANIFEST):
+        with suppress(OutputError):  # damaged: nothing is known of it
+            tables = read_manifest(location).tables
+    if tables:
+        raise OutputError(
+            f"the files in --output {shown(location)} are part of the table {shown(tables[0])}, so they cannot be "
+            f"removed; give a new folder"
+        )
+
+
+def add_table(location: str, manifest: Manifest, table: str) -> None:
+    """Write down that a table will have the run's files."""
+    if table not in manifest.tables:
+        changed = dataclasses.replace(manifest, tables=(*manifest.tables, table))
+        commit_json(location, MANIFEST, changed.to_json())
+
+
+def listing_of(files: Sequence[InputFile]) -> pa.Table:
+    """Return the table of input files that is stored for a generation."""
+    return pa.table(
+        {
+            "path": pa.array([file.path for file in files], pa.string()),
+            "url": pa.array([file.url for file in files], pa.string()),
+            "size": pa.array([file.size for file in files], pa.int64()),
+            "version": pa.array([file.version for file in files], pa.string()),
+            "row_group_rows": pa.array([file.row_group_rows for file in files], pa.list_(pa.int64())),
+            "row_group_bytes": pa.array([file.row_group_bytes for file in files], pa.list_(pa.int64())),
+            "schema": pa.array(
+                [None if file.schema is None else file.schema.serialize().to_pybytes() for file in files], pa.binary()
+            ).dictionary_encode(),
+            "partitions": pa.array([json.dumps(file.partitions) for file in files], pa.string()),
+            "partition_schema": pa.array(
+                [
+                    None if file.partition_schema is None else file.partition_schema.serialize().to_pybytes()
+                    for file in files
+                ],
+                pa.binary(),
+            ).dictionary_encode(),
+            "error": pa.array([file.error for file in files], pa.string()),
+            "format": pa.array([file.format for file in files], pa.string()),
+            "group_starts": pa.array([file.group_starts for file in files], pa.list_(pa.int64())),
+        }
+    )
+
+
+def read_listing(location: str, name: str) -> list[InputFile]:
+    """Read the table that `listing_of` made. Raises OutputError if it is damaged or missing."""
+    try:
+        content = read_bytes(location, name)
+    except FileNotFoundError as error:
+        raise damaged(location, name) from error
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+    except (pa.ArrowException, OSError) as error:  # the content is in memory: it is damaged
+        raise damaged(location, name) from error
+    schemas: dict[bytes, pa.Schema] = {}
+
+    def schema_of(content: bytes | None) -> pa.Schema | None:
+        if content is None:
+            return None
+        if content not in schemas:
+            schemas[content] = pa.ipc.read_schema(pa.py_buffer(content))
+        return schemas[content]
+
+    return [
+        InputFile(
+            **{
+                **row,
+                "schema": schema_of(row["schema"]),
+                "row_group_rows": tuple(row["row_group_rows"]),
+                "row_group_bytes": tuple(row["row_group_bytes"]),
+                "partitions": json.loads(row["partitions"]),
+                "partition_schema": schema_of(row.get("partition_schema")),
+                "group_starts": tuple(row.get("group_starts") or ()),
+            }
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def fingerprint_of(listing: pa.Table) -> str:
+    """Return a hash of the names, sizes and versions in a table of input files."""
+    return fingerprint((row["url"], row["size"], row["version"]) for row in listing.to_pylist())

@@ -1,0 +1,188 @@
+"""Iceberg tables, with the library pyiceberg.
+
+A table is named iceberg:CATALOG.NAMESPACE.TABLE. pyiceberg finds the catalog in ~/.pyiceberg.yaml or in PYICEBERG_*
+variables. Data files are read with fsspec, as all inputs are.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from contextlib import suppress
+from typing import Any
+
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.errors import DataError, JobError, OutputError, PipelinesError, SettingsError, first_line
+from pipelines.storage.lakes import FinishedFiles, Snapshot, is_nanoseconds, refuse_types
+from pipelines.storage.locations import ICEBERG, filesystem_of
+
+COMMITS = 10
+"""Number of attempts to commit, if other writers commit at the same time."""
+REFUSED_TYPES = {
+    "unsigned integers": pa.types.is_unsigned_integer,
+    "16-bit floats": pa.types.is_float16,
+    "nanoseconds": is_nanoseconds,
+    "time zones except UTC": lambda kind: pa.types.is_timestamp(kind) and kind.tz not in (None, "UTC", "+00:00"),
+    "durations": pa.types.is_duration,
+    "32-bit times": pa.types.is_time32,
+    "64-bit dates": pa.types.is_date64,
+    "256-bit decimals": pa.types.is_decimal256,
+    "null type": pa.types.is_null,
+}
+
+
+def snapshot(location: str, version: str | None) -> Snapshot:
+    """Return the live files of an Iceberg table (`lakes.snapshot_of`)."""
+    table = _load(location, DataError)
+    found = table.current_snapshot() if version is None else table.snapshot_by_id(int(version))
+    if found is None:
+        wanted = "no snapshot" if version is None else f"no snapshot {version} any more, with which the run began"
+        raise DataError(f"{location} has {wanted}; add rows, or give --overwrite to score its current files")
+    try:
+        return _live_files(location, table, found)
+    except (ValueError, OSError, NotImplementedError) as error:
+        raise DataError(f"{location} cannot be read: {first_line(error)}") from error
+
+
+def _live_files(location: str, table: Any, found: Any) -> Snapshot:
+    from pyiceberg.manifest import FileFormat, ManifestContent
+
+    manifests = found.manifests(table.io)
+    if any(
+        one.content == ManifestContent.DELETES and (one.has_added_files() or one.has_existing_files())
+        for one in manifests
+    ):
+        raise DataError(
+            f"{location} has deletes in files of their own (merge on read), which cannot be applied; rewrite the "
+            f"table's data files first"
+        )
+    scan = table.scan(snapshot_id=found.snapshot_id)
+    files = sorted((task.file for task in scan.plan_files()), key=lambda file: str(file.file_path))
+    if not files:
+        raise DataError(f"{location} has no files")
+    other = next((file for file in files if file.file_format != FileFormat.PARQUET), None)
+    if other is not None:
+        raise DataError(f"{location} has a file that is not Parquet ({other.file_path}); rewrite the table as Parquet")
+    filesystem, _ = filesystem_of(_url(files[0].file_path))
+    entries = [
+        {"name": str(filesystem._strip_protocol(_url(file.file_path))), "size": int(file.file_size_in_bytes)}
+        for file in files
+    ]
+    columns = {column.field_id: column.name for column in table.schema().fields}
+    return Snapshot(str(found.snapshot_id), filesystem, entries, column_names=columns)
+
+
+class IcebergOutput:
+    """An Iceberg table that receives the files of an output folder (`lakes.OutputTable`)."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def check(self, output: str, schema: pa.Schema) -> None:
+        """Check that the table can have the schema."""
+        refuse_types(schema, REFUSED_TYPES, "Iceberg")
+        table = self._existing()
+        if table is None:
+            return
+        if table.spec().fields:
+            raise OutputError(f"--table {self._name} is partitioned; give another table")
+        names = [column.name for column in table.schema().fields]
+        if sorted(names) != sorted(schema.names):
+            raise OutputError(
+                f"--table {self._name} has other columns: {', '.join(names)}; the output has "
+                f"{', '.join(schema.names)}; give another table"
+            )
+
+    def add(self, output: str, schema: pa.Schema, files: FinishedFiles) -> str:
+        """Add the files that the table does not have, in one commit with the id of the run.
+
+        The id is a property of the table too, because snapshots expire. pyiceberg's own attempts to commit are switched
+        off: they would not see that another process of the same run has committed.
+        """
+        from pyiceberg.exceptions import CommitFailedException, TableAlreadyExistsError
+
+        catalog, name = _catalog(self._name, OutputError)
+        key, reason = f"pipelines.run.{files.run}", ""
+        with suppress(Exception):  # a race of two processes; a namespace that cannot be made fails below
+            catalog.create_namespace_if_not_exists(name.rpartition(".")[0])
+        for _ in range(COMMITS):
+            table = self._existing()
+            before = 0 if table is None else int(table.properties.get(key, 0))
+            if table is not None and before >= files.generation:
+                return _version(table)
+            places = _locations(output, files, before)
+            try:
+                if table is None:
+                    transaction = catalog.create_table_transaction(name, schema=schema)
+                else:
+                    retries = {**table.metadata.properties, "commit.retry.num-retries": "0"}
+                    table.metadata = table.metadata.model_copy(update={"properties": retries})
+                    transaction = table.transaction()
+                transaction.add_files(places, snapshot_properties={"run": files.run}, check_duplicate_files=True)
+                transaction.set_properties(**{key: str(files.generation)})
+                return _version(transaction.commit_transaction())
+            except (CommitFailedException, TableAlreadyExistsError) as error:
+                reason = first_line(error)
+            except (ValueError, OSError) as error:
+                reason = first_line(error)
+                break
+        raise JobError(
+            f"the files could not be added to --table {self._name}: {reason}; start the job again to add them"
+        )
+
+    def _existing(self) -> Any:
+        """Return the table, or None if it does not exist yet."""
+        from pyiceberg.exceptions import NoSuchNamespaceError, NoSuchTableError
+
+        catalog, name = _catalog(self._name, OutputError)
+        try:
+            return catalog.load_table(name)
+        except (NoSuchTableError, NoSuchNamespaceError):
+            return None
+        except Exception as error:
+            raise OutputError(f"--table {self._name} cannot be opened: {first_line(error)}") from error
+
+
+def _locations(output: str, files: FinishedFiles, before: int) -> list[str]:
+    """Return the places of the files that the table does not have."""
+    filesystem, folder = filesystem_of(output)
+    names = [name for generation in files.names[before : files.generation] for name in generation]
+    paths = [posixpath.join(folder, name) for name in names]
+    return paths if isinstance(filesystem, LocalFileSystem) else [str(filesystem.unstrip_protocol(p)) for p in paths]
+
+
+def _version(table: Any) -> str:
+    current = table.current_snapshot()
+    return "no snapshot" if current is None else f"snapshot {current.snapshot_id}"
+
+
+def _url(path: str) -> str:
+    """Return the place of a data file as a path or URL."""
+    return path.removeprefix("file://") if path.startswith("file://") else path
+
+
+def _load(location: str, error_type: type[PipelinesError]) -> Any:
+    catalog, name = _catalog(location, error_type)
+    try:
+        return catalog.load_table(name)
+    except Exception as error:  # those of the catalog's own database or server
+        raise error_type(f"{location} cannot be opened: {first_line(error)}") from error
+
+
+def _catalog(location: str, error_type: type[PipelinesError]) -> tuple[Any, str]:
+    """Return the catalog of a table, and the table's name in it."""
+    try:
+        from pyiceberg.catalog import load_catalog
+    except ImportError as error:
+        raise error_type("Iceberg tables need pyiceberg: pip install 'ray-text-classification[iceberg]'") from error
+    catalog, _, name = location.removeprefix(ICEBERG).partition(".")
+    if "." not in name:
+        raise SettingsError(f"{location} must be iceberg:CATALOG.NAMESPACE.TABLE")
+    try:
+        return load_catalog(catalog), name
+    except Exception as error:  # a wrong configuration, or what the catalog's server answers
+        raise error_type(
+            f"the catalog {catalog!r} of {location} cannot be opened: {first_line(error)}; define it in "
+            f"~/.pyiceberg.yaml or in variables such as PYICEBERG_CATALOG__{catalog.upper()}__URI"
+        ) from error

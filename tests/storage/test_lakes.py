@@ -1,0 +1,123 @@
+"""Delta and Iceberg tables as input, as their own libraries write them."""
+
+import datetime
+import json
+import uuid
+
+import deltalake
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import pipelines
+from pipelines.bulk.score import score_here as score
+from pipelines.errors import DataError, OutputError, SettingsError
+from pipelines.storage.rows import read_units, together
+from pipelines.storage.shards import read_footers, split_into_units
+from tests.jobs import FLOAT32, read_scored, score_job
+
+
+def rows_of(location, **options):
+    files = read_footers(str(location), ["text"], **options)
+    schema = together(files)
+    tables = [part.table for part in read_units(str(location), split_into_units(files), schema)]
+    return pa.concat_tables(tables)
+
+
+def test_delta_gives_live_rows_and_typed_partitions(tmp_path):
+    days = [datetime.date(2026, 1, day) for day in (1, 1, 2, 3)]
+    table = pa.table({"text": list("abcd"), "n": [1, 2, 3, 4], "day": days, "kind": ["a b", "07", "a=b%", None]})
+    deltalake.write_deltalake(tmp_path / "t", table, partition_by=["day", "kind"])
+    found = rows_of(tmp_path / "t").sort_by("n")
+    assert found.select(table.column_names).to_pylist() == table.to_pylist()
+    assert (found.schema.field("day").type, found.schema.field("kind").type) == (pa.date32(), pa.string())
+    deltalake.DeltaTable(tmp_path / "t").delete("n = 2")
+    assert sorted(rows_of(tmp_path / "t")["n"].to_pylist()) == [1, 3, 4]
+    assert len(list((tmp_path / "t").rglob("*.parquet"))) >= 4, "the deleted row's file is still there"
+    deltalake.write_deltalake(tmp_path / "t", table.slice(0, 1), mode="append")
+    assert sorted(rows_of(tmp_path / "t")["n"].to_pylist()) == [1, 1, 3, 4]
+    with pytest.raises(DataError, match=r"is a Delta or Iceberg table: .* give the folder of the Delta table alone"):
+        read_footers(f"{tmp_path}/t/*/*", ["text"])
+
+
+def test_delta_is_scored_at_the_version_of_the_first_start(spam_folder, tmp_path, emails):
+    source = tmp_path / "in"
+    deltalake.write_deltalake(source, emails.slice(0, 5))
+    first = score(score_job(spam_folder, source, tmp_path / "out"))
+    deltalake.write_deltalake(source, emails.slice(5, 3), mode="append")
+    (lost,) = (tmp_path / "out").glob("part-*")
+    lost.unlink()
+    again = score(score_job(spam_folder, source, tmp_path / "out"))
+    assert (first.rows_out, again.rows_out) == (5, 5)
+    assert score(score_job(spam_folder, source, tmp_path / "out", append=True)).rows_out == 8
+    assert sorted(read_scored(tmp_path / "out")["id"].to_pylist()) == sorted(emails["id"].to_pylist()[:8])
+    deltalake.DeltaTable(source).optimize.compact()
+    with pytest.raises(OutputError, match="files of its input were rewritten or deleted"):
+        score(score_job(spam_folder, source, tmp_path / "out", append=True))
+    assert score(score_job(spam_folder, source, tmp_path / "out")).rows_out == 8, "the version of the last start"
+    assert pipelines.evaluate(spam_folder.path, source, **FLOAT32).rows == 8
+
+
+PROTOCOLS = {
+    "deletionVectors": ({"minReaderVersion": 3, "minWriterVersion": 7, "readerFeatures": ["deletionVectors"],
+                         "writerFeatures": ["deletionVectors"]}, {}),
+    "column mapping": ({"minReaderVersion": 2, "minWriterVersion": 5}, {"delta.columnMapping.mode": "name"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_delta_features_that_files_do_not_show_are_refused(tmp_path, name):
+    protocol, configuration = PROTOCOLS[name]
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    field = {"name": "text", "type": "string", "nullable": True, "metadata": {
+        "delta.columnMapping.id": 1, "delta.columnMapping.physicalName": "text"} if configuration else {}}  # fmt: skip
+    schema = json.dumps({"type": "struct", "fields": [field]})
+    actions = [
+        {"protocol": protocol},
+        {"metaData": {"id": str(uuid.uuid4()), "format": {"provider": "parquet", "options": {}}, "schemaString": schema,
+                      "partitionColumns": [], "configuration": configuration, "createdTime": 0}},
+        {"add": {"path": "a.parquet", "partitionValues": {}, "modificationTime": 1, "dataChange": True,
+                 "size": (tmp_path / "a.parquet").stat().st_size}},
+    ]  # fmt: skip
+    (tmp_path / "_delta_log").mkdir()
+    (tmp_path / "_delta_log" / f"{0:020}.json").write_text("\n".join(map(json.dumps, actions)))
+    with pytest.raises(DataError, match=f"is a Delta table with .*{name}, which cannot be read file by file"):
+        read_footers(str(tmp_path), ["text"])
+
+
+def test_damaged_and_missing_tables_are_named(tmp_path, catalog):
+    (tmp_path / "_delta_log").mkdir()
+    with pytest.raises(DataError, match=r"the Delta table .* cannot be opened"):
+        read_footers(str(tmp_path), ["text"])
+    for name, error, message in (
+        ("iceberg:prod.mail.nothing", DataError, "cannot be opened: .*nothing"),
+        ("iceberg:prod.mail", SettingsError, "must be iceberg:CATALOG.NAMESPACE.TABLE"),
+        ("iceberg:elsewhere.a.b", DataError, r"the catalog 'elsewhere' .* define it in ~/\.pyiceberg\.yaml or in"),
+    ):
+        with pytest.raises(error, match=message):
+            read_footers(name, ["text"])
+
+
+def test_iceberg_gives_live_rows_of_a_snapshot(spam_folder, tmp_path, emails, catalog):
+    catalog.create_namespace("mail")
+    table = catalog.create_table("mail.raw", schema=emails.schema)
+    table.append(emails.slice(0, 4))
+    name = "iceberg:prod.mail.raw"
+    first = score(score_job(spam_folder, name, tmp_path / "out"))
+    table.append(emails.slice(4, 3))
+    (lost,) = (tmp_path / "out").glob("part-*")
+    lost.unlink()
+    assert (first.rows_out, score(score_job(spam_folder, name, tmp_path / "out")).rows_out) == (4, 4)
+    assert score(score_job(spam_folder, name, tmp_path / "out", append=True)).rows_out == 7
+    table.delete(f"id = '{emails['id'][0]}'")
+    found = rows_of(name)
+    assert sorted(found["id"].to_pylist()) == sorted(emails["id"].to_pylist()[1:7])
+    with table.update_schema() as change:
+        change.delete_column("label")
+    assert "label" not in rows_of(name).column_names
+    with pytest.raises(OutputError, match="files of its input were rewritten or deleted"):
+        score(score_job(spam_folder, name, tmp_path / "out", append=True))
+    with table.update_schema() as change:
+        change.rename_column("text", "body")
+    with pytest.raises(DataError, match=r"the column 'body' of iceberg:prod\.mail\.raw has the name 'text' in"):
+        read_footers(name, ["body"])
