@@ -5,6 +5,7 @@ Every error message names the column, its type and the remedy.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -143,19 +144,42 @@ def as_strings(column: pa.ChunkedArray) -> pa.ChunkedArray:
         chunks = [chunk.cast(pa.large_binary()).view(pa.large_string()) for chunk in column.chunks]
         return pa.chunked_array(chunks, pa.large_string())
     if _is_list_of_strings(kind):
-        rows = column.cast(pa.list_(pa.large_binary())).to_pylist()  # bytes, because they may be no UTF-8
-        joined = [None if row is None else b"\n".join(text for text in row if text is not None) for row in rows]
-        return pa.chunked_array([pa.array(joined, pa.large_binary()).view(pa.large_string())])
+        return pa.chunked_array([_joined(chunk) for chunk in column.chunks], pa.large_string())
     return column
 
 
+def _joined(lists: pa.Array) -> pa.Array:
+    """Return the strings of each list, joined by newlines. They are taken as bytes, because they may be no UTF-8."""
+    if pa.types.is_fixed_size_list(lists.type):
+        lists = lists.cast(pa.list_(lists.type.value_type))
+    bounds = lists.offsets.to_pylist()
+    values = lists.values.slice(bounds[0], bounds[-1] - bounds[0])
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary.take(values.indices)
+    if pa.types.is_string_view(values.type):
+        values = values.cast(pa.large_string())
+    texts = values.cast(pa.large_binary()).to_pylist()
+    rows = [texts[start - bounds[0] : stop - bounds[0]] for start, stop in itertools.pairwise(bounds)]
+    joined = [
+        None if is_null else b"\n".join(text for text in row if text is not None)
+        for row, is_null in zip(rows, lists.is_null().to_pylist(), strict=True)
+    ]
+    return pa.array(joined, pa.large_binary()).view(pa.large_string())
+
+
 def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+    is_view = pa.types.is_binary_view(kind)
+    return bool(
+        is_view or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    )
 
 
 def _is_list_of_strings(kind: pa.DataType) -> bool:
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    return bool(is_list and (pa.types.is_string(kind.value_type) or pa.types.is_large_string(kind.value_type)))
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return False
+    value = kind.value_type.value_type if pa.types.is_dictionary(kind.value_type) else kind.value_type
+    is_string = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
+    return bool(is_string or pa.types.is_binary(value) or pa.types.is_large_binary(value))
 
 
 def _decode_each(column: pa.ChunkedArray, errors: list[str | None]) -> Texts:

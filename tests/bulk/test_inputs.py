@@ -115,6 +115,10 @@ def test_texts_in_binary_and_list_columns(spam_folder, tmp_path, emails):
         "binary": pa.array([text.encode() for text in texts]),
         "large": pa.array([text.encode() for text in texts], pa.large_binary()),
         "list": pa.array([text.split("\n") for text in texts]),
+        "views": pa.array([text.split("\n") for text in texts], pa.list_(pa.string_view())),
+        "categories": pa.array([text.split("\n") for text in texts], pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+        "pairs": pa.array([text.split("\n", 1) for text in texts], pa.list_(pa.string(), 2)),
+        "bytes": pa.array([text.encode().split(b"\n") for text in texts], pa.large_list(pa.binary())),
     }
     for name, column in columns.items():
         pq.write_table(pa.table({"id": range(4), "text": column}), tmp_path / "in" / f"{name}.parquet")
