@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import unquote
@@ -336,7 +337,7 @@ def _expansion(file: Any, metadata: pq.FileMetaData, read: Collection[str] | Non
     """Return how many times more bytes the columns have when they are decoded. The largest row group is looked at.
 
     Values that repeat are stored once, in a dictionary. The length of strings that take only a few bytes in the file is
-    that of a sample. Columns in lists and structs count as they are stored.
+    that of a sample.
     """
     if not metadata.num_row_groups:
         return 1.0
@@ -344,31 +345,39 @@ def _expansion(file: Any, metadata: pq.FileMetaData, read: Collection[str] | Non
     group = metadata.row_group(number)
     leaves = leaves_of(metadata, set(read)) if read is not None else range(metadata.num_columns)
     columns = [group.column(leaf) for leaf in leaves]
-    stored = {column.path_in_schema: column.total_uncompressed_size for column in columns}
-    decoded = {column.path_in_schema: column.num_values * WIDTHS.get(column.physical_type, 0) for column in columns}
+    stored = sum(column.total_uncompressed_size for column in columns)
+    widths = [column.num_values * WIDTHS.get(column.physical_type, 0) for column in columns]
+    decoded = sum(max(column.total_uncompressed_size, width) for column, width in zip(columns, widths, strict=True))
     short = [
-        column.path_in_schema
+        column
         for column in columns
         if column.physical_type == "BYTE_ARRAY"
         and column.has_dictionary_page
         and column.total_uncompressed_size < SHORT_BYTES * column.num_values
-        and "." not in column.path_in_schema
     ]
     if short:
-        parquet = pq.ParquetFile(file, read_dictionary=short, buffer_size=2**16)
-        batch = next(parquet.iter_batches(SAMPLED_ROWS, row_groups=[number], columns=short, use_threads=False), None)
-        for name, column in zip(batch.schema.names, batch.columns, strict=True) if batch is not None else ():
-            decoded[name] += int(_mean_bytes(column) * group.num_rows)
-    whole = sum(stored.values())
-    return float(sum(max(size, decoded[name]) for name, size in stored.items()) / whole) if whole else 1.0
+        with suppress(pa.ArrowException, OSError, ValueError):  # damaged: who reads the rows reports it
+            paths = [column.path_in_schema for column in short]
+            parquet = pq.ParquetFile(file, read_dictionary=paths, buffer_size=2**16)
+            known = set(parquet.schema_arrow.names)
+            names = sorted({path if path in known else path.partition(".")[0] for path in paths})
+            batch = next(parquet.iter_batches(SAMPLED_ROWS, row_groups=[number], columns=names, use_threads=False))
+            repeated = sum(map(_repeated_bytes, batch.columns)) * group.num_rows // max(len(batch), 1)
+            decoded += max(repeated - sum(column.total_uncompressed_size for column in short), 0)
+    return float(decoded / stored) if stored else 1.0
 
 
-def _mean_bytes(column: pa.Array) -> float:
-    """Return the mean number of bytes of a column's values."""
-    if not pa.types.is_dictionary(column.type):
-        return int(column.nbytes) / max(len(column), 1)
-    lengths = pc.binary_length(column.dictionary).take(column.indices)
-    return int(pc.sum(lengths).as_py() or 0) / max(len(column), 1)
+def _repeated_bytes(column: pa.Array) -> int:
+    """Return the bytes of the strings of which a column has only numbers in a dictionary, also inside it."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        lengths = pc.binary_length(column.dictionary).take(column.indices)
+        return int(pc.sum(lengths).as_py() or 0)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_map(kind):
+        return _repeated_bytes(column.values) if not pa.types.is_map(kind) else _repeated_bytes(column.items)
+    if pa.types.is_struct(kind):
+        return sum(_repeated_bytes(column.field(place)) for place in range(kind.num_fields))
+    return 0
 
 
 def has_encrypted_columns(file: Any, metadata: pq.FileMetaData) -> bool:

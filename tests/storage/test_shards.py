@@ -352,6 +352,8 @@ SHAPES = {
     "titles": lambda: {"text": [f"title {row} of a document" for row in range(3000)]},
     "numbers": lambda: {"text": ["a"] * 3000, **{f"n{number}": np.zeros(3000) for number in range(9)}},
     "long texts": lambda: {"text": [f"{row}" * 1000 for row in range(3000)]},
+    "repeated lists": lambda: {"text": [[f"word{row % 5} " * 200] * 3 for row in range(3000)]},
+    "repeated structs": lambda: {"text": ["a"] * 3000, "m": [{"a": {"b": f"{row % 5}" * 900}} for row in range(3000)]},
 }
 
 
@@ -362,6 +364,8 @@ def test_sizes_are_those_of_decoded_columns(tmp_path, name, read):
     table = pa.table(SHAPES[name]())
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=1000)
     (file,) = shards.read_footers(str(tmp_path), ["text"], read=read)
-    decoded = table.set_column(0, "text", table["text"].cast(pa.string())).select(read or table.column_names)
+    if pa.types.is_dictionary(table["text"].type):
+        table = table.set_column(0, "text", table["text"].cast(pa.string()))
+    decoded = table.select(read or table.column_names)
     assert len(file.row_group_bytes) == 3
     assert sum(file.row_group_bytes) == pytest.approx(decoded.nbytes, rel=0.5)
