@@ -64,8 +64,9 @@ def read(engine: str, folder: Path) -> None:
     if engine == "pyarrow":
         rows = len(pq.read_table(folder, use_threads=False))
     else:
+        from pipelines.storage.footers import read_footers
         from pipelines.storage.rows import read_units, together
-        from pipelines.storage.shards import read_footers, split_into_units
+        from pipelines.storage.shards import split_into_units
 
         files = read_footers(str(folder), ["text"])
         schema, units = together(files), split_into_units(files)

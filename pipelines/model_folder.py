@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import posixpath
 import re
@@ -153,6 +154,8 @@ def read_model_folder(location: str | Path) -> ModelFolder:
         (windows,) = parse(content["windows"], WindowSettings)
         (decision,) = parse(content["decision"], DecisionSettings)
         temperature = float(content["temperature"])
+        if not 0 < temperature < math.inf:
+            raise ModelFolderError(f"{file}: temperature is {temperature} and must be a number above 0; tune again")
         return ModelFolder(
             path,
             windows,
@@ -269,7 +272,7 @@ def hash_weights(path: Path) -> str:
     names |= {name for name in TOKENIZER_FILES if (path / name).is_file()}
     digest = hashlib.sha256()
     for name in sorted(names):
-        digest.update(f"{name}\0{_file_sha256(path / name)}\n".encode())
+        digest.update(f"{name}\0{file_sha256(path / name)}\n".encode())
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -339,7 +342,8 @@ def _fetch(filesystem: Any, files: Sequence[str], target: Path, location: str) -
         raise
 
 
-def _file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):

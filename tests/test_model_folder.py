@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 
 import fsspec
@@ -117,3 +118,12 @@ def test_url_is_fetched_once_and_checked(folder, tmp_path, monkeypatch):
     with pytest.raises(ModelFolderError, match="memory://models/bad has changed since it was written"):
         read_model_folder("memory://models/bad")
     assert not [path for path in (tmp_path / "cache" / "ray-text-classification").iterdir() if ".fetch-" in path.name]
+
+
+@pytest.mark.parametrize("temperature", [0, -1, "NaN", "Infinity", "warm", None])
+def test_impossible_temperature_is_refused(spam_folder, tmp_path, temperature):
+    shutil.copytree(spam_folder.path, tmp_path / "model")
+    file = tmp_path / "model" / "pipeline.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": temperature}))
+    with pytest.raises(ModelFolderError, match=r"pipeline\.json"):
+        read_model_folder(tmp_path / "model")

@@ -24,10 +24,11 @@ from pipelines.model_folder import ModelFolder, model_location, read_model_folde
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, ScorePaths, ScoreSettings
 from pipelines.storage.columns import text_column_problem
 from pipelines.storage.filters import check_filter, parse_filter
+from pipelines.storage.footers import read_footers
 from pipelines.storage.lakes import output_table, snapshot_of
 from pipelines.storage.locations import absolute, shown
 from pipelines.storage.rows import together
-from pipelines.storage.shards import InputFile, read_footers
+from pipelines.storage.shards import InputFile
 from pipelines.text.pretrained import load_tokenizer
 from pipelines.text.stage import TokenizeStage
 from pipelines.text.windows import leads_with_space

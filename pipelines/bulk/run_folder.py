@@ -49,14 +49,7 @@ from pipelines.storage.locations import (
     retried,
     shown,
 )
-from pipelines.storage.shards import (
-    OUTPUT_NAME,
-    InputFile,
-    WorkUnit,
-    WorkUnits,
-    split_into_units,
-    usual_unit_bytes,
-)
+from pipelines.storage.shards import OUTPUT_NAME, InputFile, WorkUnit, WorkUnits, split_into_units, usual_unit_bytes
 
 SUMMARY = "_summary.json"
 COUNTS_METADATA = b"pipelines.part"

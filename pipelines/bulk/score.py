@@ -18,7 +18,7 @@ from pipelines.bulk.summary import Counts, ScoreSummary, summarize
 from pipelines.bulk.unit import UnitScorer, load_scorer
 from pipelines.errors import JobError
 from pipelines.progress import repeated
-from pipelines.storage.locations import commit_json, shown
+from pipelines.storage.locations import commit_json, list_names, shown
 from pipelines.storage.shards import WorkUnit, group_units
 from pipelines.text.stage import TokenizedUnit
 
@@ -101,7 +101,14 @@ def score_units_here(checked: CheckedJob, units: Iterator[WorkUnit]) -> Iterator
 
 
 def _finish(checked: CheckedJob, run: Run, totals: RunTotals) -> ScoreSummary:
-    """Check that no row is missing, and write the summary."""
+    """Check that no row and no file is missing, and write the summary."""
+    names = list_names(run.location)
+    gone = [unit.output_name for units in run.generations for unit in units if not names.get(unit.output_name)]
+    if gone:
+        raise JobError(
+            f"{len(gone)} of {run.num_units} files are missing in {shown(run.location)}, such as {gone[0]}: something "
+            f"else removed them while the job ran; start the job again to score their rows"
+        )
     total = totals.total
     if total.rows_in != run.num_rows or total.rows_out + total.rows_filtered != run.num_rows:
         raise JobError(

@@ -10,9 +10,10 @@ import pyarrow as pa
 from pipelines.errors import DataError, SettingsError
 from pipelines.settings import DataSettings, DecisionSettings
 from pipelines.storage.columns import check_label_column, check_text_column
+from pipelines.storage.footers import read_footers
 from pipelines.storage.locations import shown
 from pipelines.storage.rows import read_unit, together
-from pipelines.storage.shards import InputFile, WorkUnits, read_footers, split_into_units
+from pipelines.storage.shards import InputFile, WorkUnits, split_into_units
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,47 @@ def retried(action: Callable[[], Result]) -> Result:
     raise AssertionError("unreachable")
 
 
+class WatchedFile:
+    """An open file that remembers the error of its filesystem, which is always raised as OSError.
+
+    pyarrow raises OSError for two reasons: the filesystem failed, or the content is damaged. Only in the second case is
+    the file to blame.
+    """
+
+    def __init__(self, filesystem: AbstractFileSystem, path: str) -> None:
+        self.failure: OSError | None = None
+        self._file = self._watched(filesystem.open, path, "rb")
+
+    def read(self, *args: Any) -> Any:
+        """Read from the file."""
+        return self._watched(self._file.read, *args)
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into a buffer."""
+        return int(self._watched(self._file.readinto, buffer))
+
+    def readline(self, *args: Any) -> Any:
+        """Read a line."""
+        return self._watched(self._file.readline, *args)
+
+    def seek(self, *args: Any) -> int:
+        """Change the position."""
+        return int(self._watched(self._file.seek, *args))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def _watched(self, action: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return action(*args)
+        except OSError as error:
+            self.failure = error
+            raise
+        except Exception as error:  # of an object store's own library
+            self.failure = OSError(f"{type(error).__name__}: {first_line(error)}")
+            raise self.failure from error
+
+
 def list_names(location: str) -> dict[str, int]:
     """Return the names and sizes in bytes of the files directly in a folder. Empty if the folder does not exist."""
     filesystem, path = filesystem_of(location)

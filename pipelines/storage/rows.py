@@ -21,8 +21,9 @@ from fsspec import AbstractFileSystem
 
 from pipelines.errors import DataError, first_line
 from pipelines.storage.columns import SOURCE_COLUMNS, as_strings, text_column_problem, type_at, with_fields
-from pipelines.storage.locations import ICEBERG, filesystem_of, retried
-from pipelines.storage.shards import INT96_UNIT, InputFile, Span, WorkUnit, has_encrypted_columns
+from pipelines.storage.footers import INT96_UNIT, check_unchanged, store_failed
+from pipelines.storage.locations import ICEBERG, WatchedFile, filesystem_of, retried
+from pipelines.storage.shards import InputFile, Span, WorkUnit
 from pipelines.storage.text_files import TextReader
 
 BATCH_ROWS, BATCH_BYTES = 4096, 16 * 2**20
@@ -207,6 +208,8 @@ def _read_span(
 ) -> tuple[pa.Table, str | None]:
     """Return exactly the span's rows in the schema, and an error if they could not be read and are null.
 
+    A filesystem that fails is an error of the job, and not of the rows.
+
     If the columns cannot be read together, the texts are read alone. `lost` counts the lost values of other columns.
     """
     assert span.file.schema is not None
@@ -219,10 +222,12 @@ def _read_span(
     reason = ""
     try:
         table = _fitted(retried(lambda: reader.read(span)), span, schema, lost_here)
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except OSError as error:
+        raise store_failed(span.file.url, error) from error
+    except (pa.ArrowException, ValueError) as error:
         reader.close()
         reason = first_line(error)
-        with suppress(pa.ArrowException, OSError, ValueError):
+        with suppress(pa.ArrowException, ValueError):
             table, reason = _fitted(_read_apart(reader, span, text_columns), span, schema, lost_here), ""
     unknown = [name for name in filter_columns if name in lost_here]
     if unknown and not reason:
@@ -251,10 +256,13 @@ def _read_text_rows(
     if not reason:
         group = (span.row_group, file.group_starts[span.row_group])
         try:
+            check_unchanged(reader.filesystem, file)
             found = retried(lambda: reader.read(file.path, file.format, file.schema, group, (span.start, span.stop)))
             lost_here = dict(found.values_lost)
             table, errors = _fitted(found.table, span, schema, lost_here), found.errors
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except OSError as error:
+            raise store_failed(file.url, error) from error
+        except (pa.ArrowException, ValueError) as error:
             reason = f"{file.url} cannot be read: {first_line(error)}"
     unknown = [name for name in filter_columns if name in lost_here]
     if unknown and not reason:
@@ -273,7 +281,7 @@ def _read_apart(reader: _GroupReader, span: Span, text_columns: Sequence[str]) -
     table = reader.of(text_columns).read(span).select(list(text_columns))
     for name in reader.names:
         if name not in text_columns:
-            with suppress(pa.ArrowException, OSError, ValueError):
+            with suppress(pa.ArrowException, ValueError):
                 other = reader.of([name]).read(span)
                 if len(other) == len(table) and other.column_names == [name]:
                     table = table.append_column(name, other.column(0))
@@ -349,10 +357,9 @@ class _GroupReader:
         self._filesystem, self.names = filesystem, names
         self._key: tuple[str, int] | None = None
         self._path: str | None = None
-        self._file: Any = None
+        self._file: WatchedFile | None = None
         self._parquet: Any = None
         self._columns: list[str] = []
-        self._is_encrypted = False
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._row = 0
         self._rest: pa.Table | None = None
@@ -362,16 +369,24 @@ class _GroupReader:
         return _GroupReader(self._filesystem, names)
 
     def read(self, span: Span) -> pa.Table:
-        """Return the span's rows, or fewer if the row group ends early."""
+        """Return the span's rows, or fewer if the row group ends early.
+
+        Raises:
+            OSError: The filesystem failed.
+            ValueError: The content is damaged.
+            pyarrow.ArrowException: The same.
+            JobError: The file has changed since the job began.
+        """
         try:
             if self._key != (span.file.path, span.row_group) or self._row > span.start:
                 self._open(span)
             self._advance(span.start)
             return with_fields(self._take(span.num_rows), self.names)
-        except BaseException as error:
+        except Exception as error:
+            is_damaged = self._file is not None and self._file.failure is None
             self.close()
-            if self._is_encrypted and isinstance(error, OSError):
-                raise ValueError(first_line(error)) from error  # lasting: another attempt would fail in the same way
+            if is_damaged and isinstance(error, OSError):
+                raise ValueError(first_line(error)) from error
             raise
 
     def close(self) -> None:
@@ -386,15 +401,14 @@ class _GroupReader:
     def _open(self, span: Span) -> None:
         if self._path != span.file.path:
             self.close()
-            self._file = self._filesystem.open(span.file.path, "rb")
+            check_unchanged(self._filesystem, span.file)
+            self._file = WatchedFile(self._filesystem, span.file.path)
             self._parquet = pq.ParquetFile(self._file, buffer_size=2**20, coerce_int96_timestamp_unit=INT96_UNIT)
             self._path = span.file.path
             schema = self._parquet.schema_arrow
             known = set(schema.names)
             found = [name for name in self.names if name in known or type_at(schema, name) is not None]
             self._columns = found or schema.names[:1]  # at least one, to count rows
-            metadata = self._parquet.metadata
-            self._is_encrypted = has_encrypted_columns(self._file, metadata)
         row_bytes = span.file.row_group_bytes[span.row_group] / max(span.file.row_group_rows[span.row_group], 1)
         num_rows = int(min(max(BATCH_BYTES / max(row_bytes, 1), 1), BATCH_ROWS))
         self._batches = iter(

@@ -27,6 +27,7 @@ from fsspec import AbstractFileSystem
 
 from pipelines.errors import DataError
 from pipelines.storage.columns import string_array, type_at
+from pipelines.storage.locations import WatchedFile
 
 Format = Literal["parquet", "json", "csv"]
 SUFFIXES: dict[str, Format] = {
@@ -145,7 +146,7 @@ class TextReader:
 
     def __init__(self, filesystem: AbstractFileSystem, names: Sequence[str], texts: Collection[str]) -> None:
         """Create a reader of some columns, of which `texts` are read as strings."""
-        self._filesystem, self._names, self._texts = filesystem, names, set(texts)
+        self.filesystem, self._names, self._texts = filesystem, names, set(texts)
         self._key: tuple[str, int] | None = None
         self._file: _File | None = None
         self._source: _Source | None = None
@@ -171,7 +172,7 @@ class TextReader:
         try:
             if self._key != (path, group[0]) or self._row > start:
                 self.close()
-                self._file = _opened(self._filesystem, path)
+                self._file = _opened(self.filesystem, path)
                 self._source = _source(self._file, kind, group[1] if group[0] else 0)
                 self._key, self._row = (path, group[0]), 0
             assert self._source is not None
@@ -244,7 +245,9 @@ class _File:
         while True:
             try:
                 line = self._file.readline(MOST_ROW_BYTES + 1)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            except (EOFError, zlib.error, OSError) as error:
+                if self._raw.failure is not None:
+                    raise
                 raise ValueError(f"its compression is damaged: {error}") from error
             if not line:
                 return
@@ -267,7 +270,7 @@ class _File:
 
 
 def _opened(filesystem: AbstractFileSystem, path: str) -> _File:
-    raw = filesystem.open(path, "rb")
+    raw = WatchedFile(filesystem, path)
     magic = raw.read(4)
     raw.seek(0)
     if magic.startswith(GZIP):

@@ -6,6 +6,8 @@ folder without it is ignored. `_run.json` in the output contains the data and se
 
 from __future__ import annotations
 
+import json
+import logging
 import posixpath
 import re
 import shutil
@@ -18,8 +20,8 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.errors import OutputError
-from pipelines.model_folder import PIPELINE_FILE, RUN_FILE
+from pipelines.errors import JobError, OutputError, first_line
+from pipelines.model_folder import PIPELINE_FILE, RUN_FILE, file_sha256
 from pipelines.storage.locations import (
     commit_json,
     filesystem_of,
@@ -33,8 +35,10 @@ from pipelines.storage.locations import (
 )
 
 FOLDER = "checkpoints"
+CHECKSUMS_FILE = "checksums.json"
 STATE_FILE = "training_state.json"
 """File with the state of the run. It is written last in a checkpoint."""
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -71,6 +75,7 @@ class Checkpoints:
         with tempfile.TemporaryDirectory(prefix="pipelines-checkpoint-") as scratch:
             folder = Path(scratch)
             write(folder)
+            write_checksums(folder)
             publish(folder, posixpath.join(self._output, FOLDER, f"step-{step:09d}"), last=STATE_FILE)
         for old in steps_of(self._output)[: -self._keep]:
             remove_folder(posixpath.join(self._output, FOLDER, f"step-{old:09d}"))
@@ -110,18 +115,54 @@ def steps_of(output: str) -> list[int]:
 
 
 def fetch_newest(output: str, scratch: Path) -> Path | None:
-    """Return a local folder with the newest checkpoint, or None: the folder itself, or a copy under scratch."""
-    steps = steps_of(output)
-    if not steps:
-        return None
-    filesystem, folder = filesystem_of(posixpath.join(output, FOLDER, f"step-{steps[-1]:09d}"))
+    """Return a local folder with the newest whole checkpoint, or None: the folder itself, or a copy under scratch.
+
+    A checkpoint whose files do not have their checksums is left out, with a warning.
+
+    Raises:
+        JobError: There are checkpoints, and all of them are damaged.
+    """
+    problem = ""
+    for step in reversed(steps_of(output)):
+        folder = _fetched(posixpath.join(output, FOLDER, f"step-{step:09d}"), scratch / f"checkpoint-{step}")
+        problem = _damage(folder)
+        if not problem:
+            return folder
+        logger.warning("the checkpoint of step %d is damaged (%s), and an older one is used", step, problem)
+    if problem:
+        raise JobError(
+            f"all checkpoints in {shown(output)} are damaged (the oldest: {problem}); remove this folder to start from "
+            f"the beginning"
+        )
+    return None
+
+
+def _fetched(location: str, copy: Path) -> Path:
+    filesystem, folder = filesystem_of(location)
     if isinstance(filesystem, LocalFileSystem):
         return Path(folder)
-    copy = scratch / "checkpoint"
     copy.mkdir()
-    for name in list_names(posixpath.join(output, FOLDER, f"step-{steps[-1]:09d}")):
+    for name in list_names(location):
         retried(lambda name=name: filesystem.get_file(posixpath.join(folder, name), str(copy / name)))  # type: ignore[misc]
     return copy
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of the files in a folder, by name, into one more file."""
+    found = {file.name: file_sha256(file) for file in sorted(folder.iterdir()) if file.is_file()}
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(found, indent=2))
+
+
+def _damage(folder: Path) -> str:
+    """Return what is wrong with the files of a checkpoint. Empty if they are whole."""
+    try:
+        expected = json.loads((folder / CHECKSUMS_FILE).read_text())
+        if not isinstance(expected, dict) or STATE_FILE not in expected:
+            return f"{CHECKSUMS_FILE} is incomplete"
+        wrong = [name for name, digest in expected.items() if file_sha256(folder / name) != digest]
+    except (OSError, ValueError) as error:
+        return first_line(error)
+    return f"{wrong[0]} does not have its checksum" if wrong else ""
 
 
 def remove_all(output: str) -> None:

@@ -17,7 +17,8 @@ from pipelines.bulk import run_folder
 from pipelines.bulk.job import check_job
 from pipelines.bulk.score import score_here as score
 from pipelines.errors import DataError, JobError, OutputError, SettingsError
-from pipelines.storage.shards import read_footers, split_into_units
+from pipelines.storage.footers import read_footers
+from pipelines.storage.shards import split_into_units
 from tests.jobs import read_scored, score_job
 
 

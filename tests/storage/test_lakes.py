@@ -12,8 +12,9 @@ import pytest
 import pipelines
 from pipelines.bulk.score import score_here as score
 from pipelines.errors import DataError, OutputError, SettingsError
+from pipelines.storage.footers import read_footers
 from pipelines.storage.rows import read_units, together
-from pipelines.storage.shards import read_footers, split_into_units
+from pipelines.storage.shards import split_into_units
 from tests.jobs import FLOAT32, read_scored, score_job
 
 

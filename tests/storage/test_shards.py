@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipelines.errors import DataError, ModelFolderError, OutputError
 from pipelines.model_folder import local_folder
-from pipelines.storage import locations, shards
+from pipelines.storage import footers, locations, shards
 from pipelines.storage.listing import list_files
 from pipelines.storage.rows import read_unit, read_units, together
 
@@ -44,7 +44,7 @@ def test_every_row_in_exactly_one_unit(tmp_path_factory, unit_bytes, limit):
         folder.mkdir()
         write(folder / "a.parquet", 7, start=100)
         write(folder / "b.parquet", 25)
-    files = shards.read_footers(str(folder), ["text"])
+    files = footers.read_footers(str(folder), ["text"])
     units = shards.split_into_units(files, unit_bytes=unit_bytes, limit=limit)
     rows = [read_unit(str(folder), unit, together(files, ["id"])) for unit in units]
     ids = [value for table in rows for value in table.column("id").to_pylist()]
@@ -67,7 +67,7 @@ def test_folders_globs_and_files_are_inputs(data):
 def test_fsspec_input_and_output(data):
     memory = fsspec.filesystem("memory")
     memory.put(str(data), "/in", recursive=True)
-    files = shards.read_footers("memory://in", ["text"])
+    files = footers.read_footers("memory://in", ["text"])
     assert sum(file.num_rows for file in files) == 33
     assert files[0].url == "memory:///in/a.parquet"
     locations.commit_table("memory://out", "x.parquet", pa.table({"a": [1]}))
@@ -110,7 +110,7 @@ def test_archives_skip_what_is_not_data(data, tmp_path):
 
 def test_missing_columns_and_hive_partitions(data):
     pq.write_table(pa.table({"id": [7], "text": ["x"], "more": [1.5]}), data / "e.parquet")
-    files = shards.read_footers(str(data), ["text"])
+    files = footers.read_footers(str(data), ["text"])
     (unit,) = shards.split_into_units(files, unit_bytes=10**9)
     table = read_unit(str(data), unit, together(files), prefix="m_")
     assert table.column_names == ["id", "text", "more", "year", "m_source_file", "m_source_row"]
@@ -121,7 +121,7 @@ def test_missing_columns_and_hive_partitions(data):
 
 def test_row_group_is_decoded_once(tmp_path, monkeypatch):
     write(tmp_path / "a.parquet", 5000, group=5000)
-    files = shards.read_footers(str(tmp_path), ["text"])
+    files = footers.read_footers(str(tmp_path), ["text"])
     plan = shards.split_into_units(files, unit_bytes=5_000)
     assert len(plan) > 20
     opened = []
@@ -142,8 +142,8 @@ def test_plan_of_100_000_units_is_small():
 
 
 def test_output_names_are_deterministic(data):
-    files = shards.read_footers(str(data), ["text"])
-    again = shards.read_footers(str(data), ["text"])
+    files = footers.read_footers(str(data), ["text"])
+    again = footers.read_footers(str(data), ["text"])
     assert [u.output_name for u in shards.split_into_units(files)] == [
         u.output_name for u in shards.split_into_units(again)
     ]
@@ -172,7 +172,7 @@ def test_bad_input_error_messages(tmp_path, name, message):
     (tmp_path / "text" / "a.txt").write_text("a,b")
     (tmp_path / "broken" / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=message):
-        shards.read_footers(str(tmp_path / name), ["text"])
+        footers.read_footers(str(tmp_path / name), ["text"])
 
 
 def test_commit_is_atomic(tmp_path, monkeypatch):
@@ -255,7 +255,7 @@ def test_files_are_found_by_content(tmp_path, log_lines):
     assert names == ["a.parquet", "b.pq", "c.parq", "d.PARQUET", "e.snappy.parquet", "f.json", "part-0000"]
     assert any(line.startswith("2 other files are skipped, such as ") for line in log_lines)
     assert [path.rsplit("/", 1)[1] for path in list_files(f"{tmp_path}/*.pq")] == ["b.pq"]
-    files = shards.read_footers(f"{tmp_path}/*", ["text"], lenient=True)
+    files = footers.read_footers(f"{tmp_path}/*", ["text"], lenient=True)
     assert {file.url.rsplit("/", 1)[1] for file in files if file.error} == {"notes.txt", "empty"}, "a glob is believed"
 
 
@@ -293,7 +293,7 @@ def test_partitions_have_types(tmp_path, values, expected):
     for value in values:
         (tmp_path / f"key={value}").mkdir()
         write(tmp_path / f"key={value}" / "a.parquet", 1, group=1)
-    files = shards.read_footers(str(tmp_path), ["text"])
+    files = footers.read_footers(str(tmp_path), ["text"])
     units = shards.split_into_units(files, unit_bytes=10**9)
     table = pa.concat_tables([read_unit(str(tmp_path), unit, together(files)) for unit in units])
     assert sorted(table["key"].to_pylist(), key=str) == sorted(expected, key=str)
@@ -304,7 +304,7 @@ def test_old_times_keep_their_year(tmp_path):
     pq.write_table(
         pa.table({"text": ["a", "b", "c"], "sent": times}), tmp_path / "a.parquet", use_deprecated_int96_timestamps=True
     )
-    files = shards.read_footers(str(tmp_path), ["text"])
+    files = footers.read_footers(str(tmp_path), ["text"])
     (unit,) = shards.split_into_units(files)
     assert read_unit(str(tmp_path), unit, together(files))["sent"].to_pylist() == times.to_pylist()
 
@@ -324,12 +324,12 @@ def test_links_are_followed_once(tmp_path, log_lines):
     assert names[0] == "a/x.parquet"
     assert names[1].endswith("linked/y.parquet")
     assert any("lead to files that are read already" in line for line in log_lines)
-    before = shards.read_footers(str(tmp_path / "in" / "linked"), ["text"])
+    before = footers.read_footers(str(tmp_path / "in" / "linked"), ["text"])
     assert [file.size for file in before] == [(tmp_path / "elsewhere" / "y.parquet").stat().st_size]
     (tmp_path / "one").symlink_to(tmp_path / "elsewhere" / "y.parquet")
-    (version,) = [file.version for file in shards.read_footers(f"{tmp_path}/on*", ["text"])]
+    (version,) = [file.version for file in footers.read_footers(f"{tmp_path}/on*", ["text"])]
     os.utime(tmp_path / "elsewhere" / "y.parquet", (1, 1))
-    assert [file.version for file in shards.read_footers(f"{tmp_path}/on*", ["text"])] != [version], (
+    assert [file.version for file in footers.read_footers(f"{tmp_path}/on*", ["text"])] != [version], (
         "that of the target"
     )
 
@@ -363,7 +363,7 @@ def test_sizes_are_those_of_decoded_columns(tmp_path, name, read):
     """What the footer says of a column that repeats its values is a thousandth of what it takes in memory."""
     table = pa.table(SHAPES[name]())
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=1000)
-    (file,) = shards.read_footers(str(tmp_path), ["text"], read=read)
+    (file,) = footers.read_footers(str(tmp_path), ["text"], read=read)
     if pa.types.is_dictionary(table["text"].type):
         table = table.set_column(0, "text", table["text"].cast(pa.string()))
     decoded = table.select(read or table.column_names)

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from pipelines.errors import DataError
 from pipelines.storage import text_files
+from pipelines.storage.footers import read_footers
 from pipelines.storage.listing import list_files
 from pipelines.storage.rows import read_units, together
-from pipelines.storage.shards import read_footers, split_into_units
+from pipelines.storage.shards import split_into_units
 from pipelines.storage.text_files import format_of, read_whole, scan
 
 FILES = LocalFileSystem()

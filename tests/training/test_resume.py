@@ -1,7 +1,9 @@
 """Training that is killed and resumed ends with the same weights as an uninterrupted run."""
 
 import json
+import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,6 +18,8 @@ from pipelines.training import checkpoints
 from pipelines.training.checkpoints import STATE_FILE, fetch_newest, open_training, publish, remove_all
 from pipelines.training.fit import fit
 from pipelines.training.job import train_here
+from pipelines.training.loop import TENSORS_FILE
+from pipelines.training.steps import Stepper
 from tests.jobs import start_command, train_job, train_values
 
 STEPS = {"epochs": 3, "save_steps": 4, "shuffle_buffer": 30, "weight": None}
@@ -99,11 +103,13 @@ def test_checkpoints_in_object_store(tmp_path, flaky_s3, monkeypatch):
     publish(written, output, last="tokenizer.json")
     for name in ("training_state.pt", STATE_FILE):
         (written / name).write_text("{}")
+    checkpoints.write_checksums(written)
     for step in (4, 8):
         publish(written, f"{output}/checkpoints/step-{step:09d}", last=STATE_FILE)
     (tmp_path / "scratch").mkdir()
     newest = fetch_newest(output, tmp_path / "scratch")
-    assert {file.name for file in newest.iterdir()} == {"tokenizer.json", "training_state.pt", STATE_FILE}
+    names = {"tokenizer.json", "training_state.pt", "checksums.json", STATE_FILE}
+    assert {file.name for file in newest.iterdir()} == names
     fetched = {file.name for file in local_folder(output).iterdir()}
     assert fetched == {"_run.json", "tokenizer.json"}, "checkpoints are not fetched for tokenization"
     remove_all(output)
@@ -164,3 +170,64 @@ def test_non_finite_loss_keeps_good_checkpoints(training_data, tmp_path):
     for folder in left:
         weights = load_file(folder / "model.safetensors")
         assert all(np.isfinite(array).all() for array in weights.values())
+
+
+DAMAGE = {
+    "empty state": lambda folder: (folder / STATE_FILE).write_text(""),
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "truncated weights": lambda folder: os.truncate(folder / "model.safetensors", 99),
+    "one byte of the weights": lambda folder: change_byte(folder / "model.safetensors"),
+    "empty optimizer": lambda folder: os.truncate(folder / TENSORS_FILE, 0),
+    "no optimizer": lambda folder: (folder / TENSORS_FILE).unlink(),
+    "empty config": lambda folder: (folder / "config.json").write_text(""),
+    "no checksums": lambda folder: (folder / "checksums.json").unlink(),
+    "empty checksums": lambda folder: (folder / "checksums.json").write_text(""),
+}
+
+
+def change_byte(file):
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def stopped_run(training_data, tmp_path_factory):
+    """The output of a run that was stopped with two checkpoints, and its settings."""
+    output = tmp_path_factory.mktemp("stopped") / "out"
+    settings = {"save_steps": 3, "keep_checkpoints": 2, "epochs": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        step = Stepper.__call__
+
+        def stop(self, data, number):
+            if number == 8:
+                raise KeyboardInterrupt
+            return step(self, data, number)
+
+        patch.setattr(Stepper, "__call__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_here(train_job(training_data, output, **settings))
+    assert checkpoints.steps_of(str(output)) == [3, 6]
+    return output, settings
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_checkpoint_is_left_out(stopped_run, tmp_path, log_lines, kind):
+    shutil.copytree(stopped_run[0], tmp_path / "out")
+    newest, older = (tmp_path / "out" / "checkpoints" / f"step-{step:09d}" for step in (6, 3))
+    DAMAGE[kind](newest)
+    assert fetch_newest(str(tmp_path / "out"), tmp_path) == older
+    assert any(line.startswith("the checkpoint of step 6 is damaged (") for line in log_lines)
+    DAMAGE[kind](older)
+    with pytest.raises(JobError, match=r"all checkpoints in .* are damaged .*; remove this folder to start from"):
+        fetch_newest(str(tmp_path / "out"), tmp_path)
+
+
+def test_run_goes_back_to_the_older_checkpoint(stopped_run, training_data, tmp_path, log_lines):
+    """The run is the same as one that was not stopped."""
+    output, settings = stopped_run
+    whole = train_here(train_job(training_data, tmp_path / "whole", **settings))
+    DAMAGE["truncated weights"](output / "checkpoints" / "step-000000006")
+    resumed = train_here(train_job(training_data, output, **settings))
+    assert "resuming from step 3" in log_lines
+    np.testing.assert_allclose(resumed.losses, whole.losses, rtol=1e-5)
