@@ -1,9 +1,10 @@
 """The output folder of a scoring job: its content, its finished units, and how a run is begun, resumed or replaced.
 
-`_manifest.json` is written before any unit. It contains the hashes of the model and the settings, and the generations
-of input: the first start of a run creates one, and each start with --append that finds new files adds one. The files of
-a generation are listed in `_inputs-0000.parquet`, `_inputs-0001.parquet` and so on. A unit is finished if its file
-exists, and its counts are in the footer of this file. No other state is stored. `_summary.json` is written last.
+`_manifest.json` is written before any unit, and only one of several jobs can create it. It contains the hashes of the
+model and the settings, and the generations of input: the first start of a run creates one, and each start with --append
+that finds new files adds one. The files of a generation are listed in `_inputs-0000-RUN.parquet` and so on. A unit is
+finished if its file exists, and its counts are in the footer of this file. No other state is stored. `_summary.json` is
+written last.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -37,9 +38,10 @@ from pipelines.bulk.manifest import (
     read_manifest,
 )
 from pipelines.bulk.summary import Counts, ScoreSummary
-from pipelines.errors import OutputError
+from pipelines.errors import JobError, OutputError
 from pipelines.storage.locations import (
     commit_json,
+    commit_new_json,
     commit_table,
     filesystem_of,
     list_names,
@@ -111,6 +113,7 @@ def open_run(
     append: bool = False,
     replace_changed: bool = False,
     snapshot: str | None = None,
+    mark: str = "",
 ) -> Run:
     """Begin a run in an output folder, or resume the run in it.
 
@@ -125,6 +128,7 @@ def open_run(
         append: Add input files that are new since the run was begun. Rows of files that are gone are kept.
         replace_changed: The same, and score changed files again.
         snapshot: Version of the table that is the input, if it is a table.
+        mark: Name of the file with which this job marks the folder as in use.
 
     Raises:
         OutputError: The folder contains another run or other files, and the message names the difference; or overwrite
@@ -133,14 +137,16 @@ def open_run(
     make_folder(location)
     names = list_names(location)
     if overwrite:
-        _clear(location, names)
+        _clear(location, names, mark)
     if overwrite or MANIFEST not in names:
         if not overwrite:
             _check_is_empty(location, names)
         manifest = Manifest(shown(input), identity.to_json(), _types(columns), run=uuid.uuid4().hex)
-        manifest = _add_generation(location, manifest, files, unit_bytes, snapshot=snapshot)
-        _remove_listings(location, manifest, names)
-        return Run(location, manifest, _units_of(manifest, [list(files)]), frozenset())
+        commit = commit_json if overwrite else commit_new_json
+        with suppress(FileExistsError):  # another process has begun the run, or this one did, and the answer was lost
+            manifest = _add_generation(location, manifest, files, unit_bytes, snapshot=snapshot, commit=commit)
+            _remove_listings(location, manifest, names)
+            return Run(location, manifest, _units_of(manifest, [list(files)]), frozenset())
     manifest = read_manifest(location)
     _check_identity(location, manifest, identity)
     generations = [read_listing(location, generation.listing) for generation in manifest.generations]
@@ -192,25 +198,36 @@ def finished_summary(run: Run) -> ScoreSummary | None:
         return None
 
 
+@dataclass(frozen=True)
+class Mark:
+    """The mark of a running job in its output folder."""
+
+    name: str
+    others: Sequence[str]
+    """The other jobs that used the folder when this one began."""
+
+
 @contextmanager
-def heartbeat(location: str) -> Iterator[list[str]]:
-    """Mark the folder as in use by a running job inside the context. Yields the other jobs that use it now."""
+def heartbeat(location: str) -> Iterator[Mark]:
+    """Mark the folder as in use by a running job inside the context."""
     name = f"_running-{uuid.uuid4().hex}.json"
     content = {"host": socket.gethostname(), "pid": os.getpid()}
     stop = threading.Event()
 
     def beat() -> None:
-        while True:
-            with suppress(OSError):  # the mark is only for a warning; if the folder is broken, committing a unit fails
-                commit_json(location, name, {**content, "time": time.time()})
-            if stop.wait(HEARTBEAT_SECONDS):
-                return
+        with suppress(OSError):  # the mark is only for other jobs; if the folder is broken, committing a unit fails
+            commit_json(location, name, {**content, "time": time.time()})
 
-    others = _others(location)
-    thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
+    def keep_beating() -> None:
+        while not stop.wait(HEARTBEAT_SECONDS):
+            beat()
+
+    beat()
+    others = _others(location, name)
+    thread = threading.Thread(target=keep_beating, daemon=True, name="heartbeat")
     thread.start()
     try:
-        yield others
+        yield Mark(name, others)
     finally:
         stop.set()
         thread.join()
@@ -218,12 +235,21 @@ def heartbeat(location: str) -> Iterator[list[str]]:
             remove(location, name)
 
 
-def sweep(location: str) -> None:
-    """Remove incomplete files and heartbeats of killed jobs. Does nothing while another job uses the folder."""
-    if not _others(location):
+def sweep(location: str, mark: str) -> None:
+    """Remove incomplete files and marks of killed jobs. Does nothing while another job uses the folder."""
+    if not _others(location, mark):
         for name in list_names(location):
-            if name.startswith((".part-", "._", "_running-")):
+            if name.startswith((".part-", "._", "_running-")) and name != mark:
                 remove(location, name)
+
+
+def check_same_run(run: Run) -> None:
+    """Raise JobError if another job has replaced the run in the output folder."""
+    if read_manifest(run.location).run != run.manifest.run:
+        raise JobError(
+            f"another job has replaced the run in {shown(run.location)} while this one was working; start this job "
+            f"again with another --output"
+        )
 
 
 def _check_is_empty(location: str, names: Mapping[str, int]) -> None:
@@ -234,13 +260,13 @@ def _check_is_empty(location: str, names: Mapping[str, int]) -> None:
         )
 
 
-def _clear(location: str, names: Mapping[str, int]) -> None:
+def _clear(location: str, names: Mapping[str, int], mark: str) -> None:
     """Remove the results of a run. Its manifest stays until it is replaced, so a killed overwrite can be repeated.
 
     Raises:
         OutputError: Another job writes to the folder now, or files of the run are part of a table.
     """
-    others = _others(location)
+    others = _others(location, mark)
     if others:
         raise OutputError(
             f"--overwrite would remove files of a job that runs now ({others[0]}) and writes to {shown(location)}; "
@@ -269,10 +295,11 @@ def _add_generation(
     *,
     replaced: Sequence[str] = (),
     snapshot: str | None = None,
+    commit: Callable[[str, str, dict[str, Any]], None] = commit_json,
 ) -> Manifest:
     """Write the list of new input files, then a manifest that contains their generation."""
     table = listing_of(files)
-    name = f"_inputs-{len(manifest.generations):04d}.parquet"
+    name = f"_inputs-{len(manifest.generations):04d}-{manifest.run[:8]}.parquet"
     size = unit_bytes or usual_unit_bytes(files)
     units = split_into_units(files, unit_bytes=size, limit=manifest.limit, first_number=manifest.num_units)
     generation = Generation(
@@ -281,7 +308,7 @@ def _add_generation(
     remove(location, SUMMARY)
     commit_table(location, name, table)
     manifest = replace(manifest, generations=(*manifest.generations, generation))
-    commit_json(location, MANIFEST, manifest.to_json())
+    commit(location, MANIFEST, manifest.to_json())
     return manifest
 
 
@@ -327,10 +354,11 @@ def _types(columns: pa.Schema) -> dict[str, str]:
     return {column.name: str(column.type) for column in columns}
 
 
-def _others(location: str) -> list[str]:
+def _others(location: str, mark: str) -> list[str]:
+    """Return the jobs that use the folder now, without the one with this mark."""
     found = []
     for name in list_names(location):
-        if name.startswith("_running-"):
+        if name.startswith("_running-") and name != mark:
             with suppress(OSError, ValueError):
                 content = read_json(location, name)
                 if time.time() - content["time"] < 3 * HEARTBEAT_SECONDS and not _is_dead(content):

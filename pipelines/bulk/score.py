@@ -13,12 +13,21 @@ from pipelines.bulk.job import CheckedJob, ScoreJob, check_job
 from pipelines.bulk.progress import RunTotals
 from pipelines.bulk.publish import publish
 from pipelines.bulk.replaced import remove_replaced_rows
-from pipelines.bulk.run_folder import SUMMARY, Run, finished_summary, heartbeat, open_run, read_counts, sweep
+from pipelines.bulk.run_folder import (
+    SUMMARY,
+    Run,
+    check_same_run,
+    finished_summary,
+    heartbeat,
+    open_run,
+    read_counts,
+    sweep,
+)
 from pipelines.bulk.summary import Counts, ScoreSummary, summarize
 from pipelines.bulk.unit import UnitScorer, load_scorer
 from pipelines.errors import JobError
 from pipelines.progress import repeated
-from pipelines.storage.locations import commit_json, list_names, shown
+from pipelines.storage.locations import commit_json, list_names, make_folder, shown
 from pipelines.storage.shards import WorkUnit, group_units
 from pipelines.text.stage import TokenizedUnit
 
@@ -46,24 +55,42 @@ def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
     If the output folder contains an unfinished run, it is resumed. A finished run is not changed.
     """
     job = checked.job
-    run = open_run(
-        job.output,
-        checked.files,
-        checked.carried,
-        checked.identity,
-        input=job.input,
-        unit_bytes=job.score.unit_bytes,
-        overwrite=job.score.overwrite,
-        append=job.score.append,
-        replace_changed=job.score.replace_changed,
-        snapshot=checked.snapshot,
-    )
-    summary = finished_summary(run)
-    if summary is not None:
-        logger.info("nothing to do: all %s units of %s are done", f"{run.num_units:,}", shown(job.output))
-        if job.score.table is not None:
-            publish(run, job.score.table)
+    make_folder(job.output)
+    with heartbeat(job.output) as mark:
+        run = open_run(
+            job.output,
+            checked.files,
+            checked.carried,
+            checked.identity,
+            input=job.input,
+            unit_bytes=job.score.unit_bytes,
+            overwrite=job.score.overwrite,
+            append=job.score.append,
+            replace_changed=job.score.replace_changed,
+            snapshot=checked.snapshot,
+            mark=mark.name,
+        )
+        summary = finished_summary(run)
+        if summary is not None:
+            logger.info("nothing to do: all %s units of %s are done", f"{run.num_units:,}", shown(job.output))
+            if job.score.table is not None:
+                publish(run, job.score.table)
+            return summary
+        if mark.others:
+            logger.warning(
+                "another job writes to this folder (%s): both do the same work, and the result is correct",
+                mark.others[0],
+            )
+        totals = _score_rest(checked, run, score_units)
+        check_same_run(run)
+        summary = _finish(checked, run, totals)
+        sweep(run.location, mark.name)
         return summary
+
+
+def _score_rest(checked: CheckedJob, run: Run, score_units: ScoreUnits) -> RunTotals:
+    """Score the units that are not finished. Returns the counts of all units."""
+    job = checked.job
     totals = RunTotals(run, checked.decision, job.score.max_errors)
     if run.finished:
         logger.info("resuming: %s of %s units are done", f"{len(run.finished):,}", f"{run.num_units:,}")
@@ -74,17 +101,12 @@ def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
         "%s files, %s rows, %s units to do -> %s",
         f"{run.num_files:,}", f"{run.num_rows:,}", f"{left:,}", shown(job.output),
     )  # fmt: skip
-    with heartbeat(job.output) as others:
-        if others:
-            logger.warning(
-                "another job writes to this folder (%s): both do the same work, and the result is correct", others[0]
-            )
-        units = (unit for units in run.generations for unit in units if unit.output_name not in run.finished)
-        with totals.progress, repeated(totals.show):
-            for counts in score_units(checked, units):
-                totals.add(counts)
+    units = (unit for units in run.generations for unit in units if unit.output_name not in run.finished)
+    with totals.progress, repeated(totals.show):
+        for counts in score_units(checked, units):
+            totals.add(counts)
     totals.add_finished(remove_replaced_rows(run, checked.decision, prefix=job.score.prefix))
-    return _finish(checked, run, totals)
+    return totals
 
 
 def score_units_here(checked: CheckedJob, units: Iterator[WorkUnit]) -> Iterator[Counts]:
@@ -134,5 +156,4 @@ def _finish(checked: CheckedJob, run: Run, totals: RunTotals) -> ScoreSummary:
     for warning in summary.warnings:
         logger.warning("%s", warning)
     commit_json(run.location, SUMMARY, summary.to_json())
-    sweep(run.location)
     return summary

@@ -6,6 +6,7 @@ store is one atomic upload.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import posixpath
@@ -218,6 +219,30 @@ def commit_json(location: str, name: str, content: dict[str, Any]) -> None:
     commit_bytes(location, name, (json.dumps(content, indent=2) + "\n").encode())
 
 
+def commit_new_json(location: str, name: str, content: dict[str, Any]) -> None:
+    """Write a JSON file atomically, unless there is one: of several processes, only one can create it.
+
+    Raises:
+        FileExistsError: The file exists. If the answer of an object store was lost, this process may have created it.
+    """
+    filesystem, folder = filesystem_of(location)
+    target, encoded = posixpath.join(folder, name), (json.dumps(content, indent=2) + "\n").encode()
+    if isinstance(filesystem, LocalFileSystem):
+        retried(lambda: _commit_locally(target, encoded, replace=_link))
+        return
+    has_condition = (
+        {filesystem.protocol} & {"s3"} if isinstance(filesystem.protocol, str) else "s3" in filesystem.protocol
+    )
+
+    def create() -> None:
+        filesystem.invalidate_cache()
+        if filesystem.exists(target):
+            raise FileExistsError(f"{shown(location)}/{name} exists")
+        filesystem.pipe_file(target, encoded, **({"mode": "create"} if has_condition else {}))
+
+    retried(create)
+
+
 def commit_bytes(location: str, name: str, content: bytes | memoryview) -> None:
     """Write a file atomically: readers see all of the content or none of it, even if the writer is killed."""
     filesystem, folder = filesystem_of(location)
@@ -238,7 +263,23 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
             os.close(descriptor)
 
 
-def _commit_locally(target: str, content: bytes | memoryview) -> None:
+def _link(partial: str, target: str) -> None:
+    """Give a file its name. Raises FileExistsError if another file has this name."""
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a filesystem without links
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if os.path.exists(target):
+            raise FileExistsError(f"{target} exists") from error
+        os.replace(partial, target)
+
+
+def _commit_locally(
+    target: str, content: bytes | memoryview, *, replace: Callable[[str, str], None] = os.replace
+) -> None:
     folder, name = posixpath.split(target)
     partial = posixpath.join(folder, f".{name}.{uuid.uuid4().hex}")
     try:
@@ -246,11 +287,10 @@ def _commit_locally(target: str, content: bytes | memoryview) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, target)
-    except OSError:
+        replace(partial, target)
+    finally:
         if os.path.exists(partial):
             os.unlink(partial)
-        raise
 
 
 def make_folder(location: str) -> None:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.bulk import run_folder
+from pipelines.bulk import score as score_module
 from pipelines.bulk.job import check_job
 from pipelines.bulk.score import score_here as score
 from pipelines.errors import DataError, JobError, OutputError, SettingsError
@@ -211,18 +212,18 @@ def test_output_inside_the_input_is_left_out(spam_folder, tmp_path, emails):
 @pytest.mark.parametrize(
     ("name", "content"),
     [("_manifest.json", b""), ("_manifest.json", b"[]"), ("_manifest.json", b'{"format_version": 2}'),
-     ("_inputs-0000.parquet", None), ("_inputs-0000.parquet", b""),
-     ("_inputs-0000.parquet", b"PAR1" + b"\xff" * 40 + b"\x14\x00\x00\x00PAR1")],
+     ("_inputs-0000-*.parquet", None), ("_inputs-0000-*.parquet", b""),
+     ("_inputs-0000-*.parquet", b"PAR1" + b"\xff" * 40 + b"\x14\x00\x00\x00PAR1")],
 )  # fmt: skip
 def test_damaged_run_is_named_and_can_be_overwritten(spam_folder, tmp_path, emails, name, content):
     (tmp_path / "in").mkdir()
     pq.write_table(emails.slice(0, 9), tmp_path / "in" / "a.parquet")
     score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
-    if content is None:
-        (tmp_path / "out" / name).unlink()
-    else:
-        (tmp_path / "out" / name).write_bytes(content)
-    with pytest.raises(OutputError, match=rf"{name} in --output .* is damaged or missing; add --overwrite"):
+    (file,) = (tmp_path / "out").glob(name)
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(OutputError, match=rf"{file.name} in --output .* is damaged or missing; add --overwrite"):
         score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))
     assert score(score_job(spam_folder, tmp_path / "in", tmp_path / "out", overwrite=True)).rows_out == 9
 
@@ -255,12 +256,12 @@ def test_full_disk_stops_job_and_next_resumes(spam_folder, tmp_path, emails, mon
     monkeypatch.setattr(locations, "FIRST_PAUSE_SECONDS", 0.001)
     written, original = [], locations._commit_locally
 
-    def full_after_two(target, content):
+    def full_after_two(target, content, **options):
         if "part-" in target:
             written.append(target)
             if len(written) > 2:
                 raise OSError(28, "No space left on device")
-        original(target, content)
+        original(target, content, **options)
 
     monkeypatch.setattr(locations, "_commit_locally", full_after_two)
     settings = {"unit_bytes": 1}
@@ -324,6 +325,62 @@ def test_second_job_on_same_output_warns(spam_folder, tmp_path, emails, log_line
     assert any(f"another job writes to this folder (process {os.getpid()} on" in line for line in log_lines)
     assert not list((tmp_path / "out").glob("_running-*"))
     assert len(read_scored(tmp_path / "out")) == 12
+
+
+def test_of_two_first_starts_one_begins_the_run(spam_folder, tmp_path, emails, monkeypatch):
+    """The other one comes to the folder between the first one's look at it and its manifest."""
+    (tmp_path / "in").mkdir()
+    pq.write_table(emails.slice(0, 8), tmp_path / "in" / "a.parquet")
+    jobs = [score_job(spam_folder, tmp_path / "in", tmp_path / "out", prefix=prefix) for prefix in ("", "m_")]
+    commit, others, calls = run_folder.commit_new_json, [], []
+
+    def late(location, name, content):
+        calls.append(name)
+        if len(calls) == 1:
+            others.append(score(jobs[1]))
+        commit(location, name, content)
+
+    monkeypatch.setattr(run_folder, "commit_new_json", late)
+    with pytest.raises(OutputError, match="prefix was 'm_' and is now ''"):
+        score(jobs[0])
+    assert "m_score" in read_scored(tmp_path / "out").column_names
+    assert len(list((tmp_path / "out").glob("_inputs-*"))) >= 1
+    assert score(jobs[1]).rows_out == others[0].rows_out == 8
+    del calls[:]
+    jobs = [score_job(spam_folder, tmp_path / "in", tmp_path / "same")] * 2
+    assert score(jobs[0]).rows_out == 8, "the same job may be started twice"
+    assert len(calls) == 2
+    assert len(read_scored(tmp_path / "same")) == 8
+
+
+def test_overwrite_waits_for_no_gap(spam_folder, tmp_path, emails, monkeypatch):
+    """From its first write on, a job is seen by others; a run that was replaced all the same is an error."""
+    (tmp_path / "in").mkdir()
+    pq.write_table(emails.slice(0, 8), tmp_path / "in" / "a.parquet")
+    job = score_job(spam_folder, tmp_path / "in", tmp_path / "out")
+    other = score_job(spam_folder, tmp_path / "in", tmp_path / "out", prefix="m_", overwrite=True)
+    original = score_module.open_run
+
+    def opened(*args, **options):
+        monkeypatch.setattr(score_module, "open_run", original)
+        with pytest.raises(OutputError, match="--overwrite would remove files of a job that runs now"):
+            score(other)
+        return original(*args, **options)
+
+    monkeypatch.setattr(score_module, "open_run", opened)
+    assert score(job).rows_out == 8
+    rest = score_module._score_rest
+
+    def replaced(*args):
+        monkeypatch.setattr(score_module, "_score_rest", rest)
+        monkeypatch.setattr(run_folder, "_others", lambda *_: [])
+        score(other)
+        return rest(*args)
+
+    monkeypatch.setattr(score_module, "_score_rest", replaced)
+    (tmp_path / "out" / "_summary.json").unlink()
+    with pytest.raises(JobError, match="another job has replaced the run"):
+        score(job)
 
 
 @pytest.mark.timeout(600)
