@@ -10,14 +10,10 @@ written last.
 from __future__ import annotations
 
 import json
-import os
-import socket
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,12 +47,12 @@ from pipelines.storage.locations import (
     retried,
     shown,
 )
+from pipelines.storage.marks import HEARTBEAT_SECONDS, others_of
 from pipelines.storage.shards import OUTPUT_NAME, InputFile, WorkUnit, WorkUnits, split_into_units, usual_unit_bytes
 
 SUMMARY = "_summary.json"
 COUNTS_METADATA = b"pipelines.part"
 """Key in a scored file's schema metadata. The value is the `Counts` of its unit, as JSON."""
-HEARTBEAT_SECONDS = 15.0
 FOOTER_THREADS = 32
 
 
@@ -198,46 +194,9 @@ def finished_summary(run: Run) -> ScoreSummary | None:
         return None
 
 
-@dataclass(frozen=True)
-class Mark:
-    """The mark of a running job in its output folder."""
-
-    name: str
-    others: Sequence[str]
-    """The other jobs that used the folder when this one began."""
-
-
-@contextmanager
-def heartbeat(location: str) -> Iterator[Mark]:
-    """Mark the folder as in use by a running job inside the context."""
-    name = f"_running-{uuid.uuid4().hex}.json"
-    content = {"host": socket.gethostname(), "pid": os.getpid()}
-    stop = threading.Event()
-
-    def beat() -> None:
-        with suppress(OSError):  # the mark is only for other jobs; if the folder is broken, committing a unit fails
-            commit_json(location, name, {**content, "time": time.time()})
-
-    def keep_beating() -> None:
-        while not stop.wait(HEARTBEAT_SECONDS):
-            beat()
-
-    beat()
-    others = _others(location, name)
-    thread = threading.Thread(target=keep_beating, daemon=True, name="heartbeat")
-    thread.start()
-    try:
-        yield Mark(name, others)
-    finally:
-        stop.set()
-        thread.join()
-        with suppress(OSError):  # an old mark is removed by the next job
-            remove(location, name)
-
-
 def sweep(location: str, mark: str) -> None:
     """Remove incomplete files and marks of killed jobs. Does nothing while another job uses the folder."""
-    if not _others(location, mark):
+    if not others_of(location, mark):
         for name in list_names(location):
             if name.startswith((".part-", "._", "_running-")) and name != mark:
                 remove(location, name)
@@ -266,7 +225,7 @@ def _clear(location: str, names: Mapping[str, int], mark: str) -> None:
     Raises:
         OutputError: Another job writes to the folder now, or files of the run are part of a table.
     """
-    others = _others(location, mark)
+    others = others_of(location, mark)
     if others:
         raise OutputError(
             f"--overwrite would remove files of a job that runs now ({others[0]}) and writes to {shown(location)}; "
@@ -352,28 +311,3 @@ def _check_columns(location: str, manifest: Manifest, columns: pa.Schema) -> Non
 
 def _types(columns: pa.Schema) -> dict[str, str]:
     return {column.name: str(column.type) for column in columns}
-
-
-def _others(location: str, mark: str) -> list[str]:
-    """Return the jobs that use the folder now, without the one with this mark."""
-    found = []
-    for name in list_names(location):
-        if name.startswith("_running-") and name != mark:
-            with suppress(OSError, ValueError):
-                content = read_json(location, name)
-                if time.time() - content["time"] < 3 * HEARTBEAT_SECONDS and not _is_dead(content):
-                    found.append(f"process {content['pid']} on {content['host']}")
-    return found
-
-
-def _is_dead(content: Mapping[str, Any]) -> bool:
-    """Whether a heartbeat comes from an ended process of this machine. Other machines' processes count as running."""
-    if content["host"] != socket.gethostname():
-        return False
-    try:
-        os.kill(content["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # it runs under another user
-        return False
-    return False

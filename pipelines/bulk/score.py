@@ -18,7 +18,6 @@ from pipelines.bulk.run_folder import (
     Run,
     check_same_run,
     finished_summary,
-    heartbeat,
     open_run,
     read_counts,
     sweep,
@@ -28,6 +27,7 @@ from pipelines.bulk.unit import UnitScorer, load_scorer
 from pipelines.errors import JobError
 from pipelines.progress import repeated
 from pipelines.storage.locations import commit_json, list_names, make_folder, shown
+from pipelines.storage.marks import heartbeat
 from pipelines.storage.shards import WorkUnit, group_units
 from pipelines.text.stage import TokenizedUnit
 

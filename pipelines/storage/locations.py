@@ -175,12 +175,18 @@ def list_names(location: str) -> dict[str, int]:
     return {posixpath.basename(entry["name"]): int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
 
 
-def is_empty(location: str) -> bool:
-    """Return whether a folder is empty or does not exist. In an object store, a folder without files does not exist."""
+def is_empty(location: str, *, besides: str = "") -> bool:
+    """Return whether a folder is empty or does not exist. In an object store, a folder without files does not exist.
+
+    Args:
+        location: The folder.
+        besides: Start of the names of files that do not count. Empty: every file counts.
+    """
     filesystem, path = filesystem_of(location)
     filesystem.invalidate_cache()
     try:
-        return not retried(lambda: filesystem.ls(path))
+        names = [posixpath.basename(str(name)) for name in retried(lambda: filesystem.ls(path, detail=False))]
+        return not [name for name in names if not (besides and name.startswith(besides))]
     except FileNotFoundError:
         return True
 

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from pipelines.storage.text_files import Format
 
+MOST_UNIT_ROWS = 200_000
+"""Maximum number of rows of a unit, whatever a footer claims about their size."""
 SMALLEST_UNIT_BYTES = 64 * 2**10
 USUAL_UNIT_BYTES = 64 * 2**20
 USUAL_NUM_UNITS = 2_000
@@ -166,13 +168,15 @@ def split_into_units(
     size = unit_bytes or usual_unit_bytes(files)
     spans: list[tuple[int, int, int, int, int]] = []
     offsets = [0]
-    filled = 0
+    filled = rows = 0
     for span, span_bytes in _limited(_split_row_groups(files, size), limit):
-        if filled and filled + span_bytes > size:
+        num_rows = span[4] - span[3]
+        if filled and (filled + span_bytes > size or rows + num_rows > MOST_UNIT_ROWS):
             offsets.append(len(spans))
-            filled = 0
+            filled = rows = 0
         spans.append(span)
         filled += max(span_bytes, 1)
+        rows += num_rows
     if spans:
         offsets.append(len(spans))
     return WorkUnits(files, np.asarray(spans, np.int64).reshape(-1, 5), np.asarray(offsets, np.int64), first_number)
@@ -201,7 +205,7 @@ def _split_row_groups(files: Sequence[InputFile], size: int) -> Iterator[tuple[t
     for index, file in enumerate(files):
         first_row = 0
         for number, (rows, group_bytes) in enumerate(zip(file.row_group_rows, file.row_group_bytes, strict=True)):
-            pieces = max(1, min(rows, -(-group_bytes // size)))
+            pieces = max(1, min(rows, max(-(-group_bytes // size), -(-rows // MOST_UNIT_ROWS))))
             bounds = [rows * piece // pieces for piece in range(pieces + 1)]
             for start, stop in itertools.pairwise(bounds):
                 if stop > start:

@@ -33,6 +33,7 @@ from pipelines.storage.locations import (
     shown,
     sync_folder,
 )
+from pipelines.storage.marks import MARK
 
 FOLDER = "checkpoints"
 CHECKSUMS_FILE = "checksums.json"
@@ -204,7 +205,7 @@ def open_training(output: str, identity: Mapping[str, Any]) -> bool:
     if PIPELINE_FILE in names and RUN_FILE in names:  # the run was killed after its model was finished
         with suppress(OSError):  # the folder is refused below in any case
             remove_all(output)
-    if not is_empty(output):
+    if not is_empty(output, besides=MARK):
         raise OutputError(f"--output {shown(output)} is not empty; give a new folder, or remove it first")
     try:
         commit_json(output, RUN_FILE, dict(identity))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipelines.decisions.calibration import check_calibration
 from pipelines.decisions.labels import encode_labels, find_labels
 from pipelines.decisions.metrics import parse_objective
-from pipelines.errors import DataError, JobError, PipelinesError, SettingsError
+from pipelines.errors import DataError, JobError, OutputError, PipelinesError, SettingsError
 from pipelines.fields import parse
 from pipelines.model.lora import LORA_SETTINGS
 from pipelines.model.scorer import plan_of
@@ -34,7 +34,8 @@ from pipelines.settings import (
 )
 from pipelines.storage.columns import text_schema
 from pipelines.storage.labels import LabelColumn, check_label_columns, read_label_column
-from pipelines.storage.locations import absolute, shown
+from pipelines.storage.locations import absolute, make_folder, shown
+from pipelines.storage.marks import HEARTBEAT_SECONDS, heartbeat
 from pipelines.storage.shards import InputFile, fingerprint, split_into_units, usual_unit_bytes
 from pipelines.text.stage import TokenizeStage
 from pipelines.text.windows import leads_with_space
@@ -147,14 +148,28 @@ def train_here(job: TrainJob) -> TrainSummary:
 
 @contextmanager
 def opened_run(job: TrainJob) -> Iterator[CheckedTrainJob]:
-    """Check a job, and begin or resume its output folder. If a new run fails before a checkpoint, remove the folder."""
+    """Check a job, and begin or resume its output folder, which no other job may use at the same time."""
     checked = check_job(job)
+    make_folder(job.paths.output)
+    with heartbeat(job.paths.output) as mark:
+        if mark.others:
+            raise OutputError(
+                f"another training writes to --output {shown(job.paths.output)} now ({mark.others[0]}); wait for it, "
+                f"or give a new folder. A killed job counts as running for {3 * HEARTBEAT_SECONDS:g} s"
+            )
+        with _begun(job, checked):
+            yield checked
+
+
+@contextmanager
+def _begun(job: TrainJob, checked: CheckedTrainJob) -> Iterator[None]:
+    """Begin or resume the run. If a new run fails before a checkpoint, remove the folder."""
     is_new = not open_training(job.paths.output, _identity(checked))
     labels = ", ".join(checked.spec.decision.labels) or "regression"
     num_valid = 0 if checked.valid is None else len(checked.valid.targets)
     logger.info("%s training rows, %s valid; %s", f"{len(checked.train.targets):,}", f"{num_valid:,}", labels)
     try:
-        yield checked
+        yield
     except PipelinesError:
         if is_new and not steps_of(job.paths.output):  # no checkpoint to resume from
             remove_folder(job.paths.output)

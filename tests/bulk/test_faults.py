@@ -313,7 +313,7 @@ def test_memory_filesystem_needs_replicas_0(spam_folder, emails):
 
 
 def test_second_job_on_same_output_warns(spam_folder, tmp_path, emails, log_lines):
-    from pipelines.bulk.run_folder import heartbeat
+    from pipelines.storage.marks import heartbeat
 
     (tmp_path / "in").mkdir()
     pq.write_table(emails.slice(0, 12), tmp_path / "in" / "a.parquet")
@@ -373,7 +373,7 @@ def test_overwrite_waits_for_no_gap(spam_folder, tmp_path, emails, monkeypatch):
 
     def replaced(*args):
         monkeypatch.setattr(score_module, "_score_rest", rest)
-        monkeypatch.setattr(run_folder, "_others", lambda *_: [])
+        monkeypatch.setattr(run_folder, "others_of", lambda *_: [])
         score(other)
         return rest(*args)
 

@@ -118,7 +118,7 @@ def test_conflicting_columns_are_refused_early(spam_folder, tmp_path):
     (tmp_path / "in").mkdir()
     for name, ids in (("a", [1]), ("b", ["x"])):
         pq.write_table(pa.table({"id": ids, "text": ["t"]}), tmp_path / "in" / f"{name}.parquet")
-    with pytest.raises(DataError, match=r"columns of .*b\.parquet do not fit"):
+    with pytest.raises(DataError, match=r"a column of .*b\.parquet does not fit"):
         score(job(spam_folder, tmp_path / "in", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     assert score(job(spam_folder, tmp_path / "in", tmp_path / "out", keep=[])).rows_out == 2, "the suggested remedy"

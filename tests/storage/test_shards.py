@@ -369,3 +369,13 @@ def test_sizes_are_those_of_decoded_columns(tmp_path, name, read):
     decoded = table.select(read or table.column_names)
     assert len(file.row_group_bytes) == 3
     assert sum(file.row_group_bytes) == pytest.approx(decoded.nbytes, rel=0.5)
+
+
+@pytest.mark.parametrize("groups", [(10**8,), (3,) * 10**5, (150_000, 150_000, 1)])
+def test_units_have_a_limited_number_of_rows(groups):
+    """A footer may claim any number of rows in a few bytes."""
+    file = shards.InputFile("a", "a", 9, "", pa.schema([]), groups, (1,) * len(groups))
+    units = shards.split_into_units([file])
+    rows = np.add.reduceat(units.spans[:, 4] - units.spans[:, 3], units.offsets[:-1])
+    assert rows.max() <= shards.MOST_UNIT_ROWS
+    assert rows.sum() == sum(groups) == units.num_rows

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 from pipelines.errors import JobError, OutputError
 from pipelines.model_folder import local_folder, read_model_folder
 from pipelines.training import checkpoints
+from pipelines.training import job as job_module
 from pipelines.training.checkpoints import STATE_FILE, fetch_newest, open_training, publish, remove_all
 from pipelines.training.fit import fit
 from pipelines.training.job import train_here
@@ -231,3 +233,27 @@ def test_run_goes_back_to_the_older_checkpoint(stopped_run, training_data, tmp_p
     resumed = train_here(train_job(training_data, output, **settings))
     assert "resuming from step 3" in log_lines
     np.testing.assert_allclose(resumed.losses, whole.losses, rtol=1e-5)
+
+
+def test_two_trainings_into_one_folder(training_data, tmp_path, monkeypatch):
+    """The second one is refused while the first one works, and may follow it when it was killed."""
+    first = train_job(training_data, tmp_path / "out", limit=10)
+    second = train_job(training_data, tmp_path / "out", limit=10, seed=3)
+    original = job_module.fit
+
+    def fit_later(*args):
+        monkeypatch.setattr(job_module, "fit", original)
+        with pytest.raises(OutputError, match=r"another training writes to --output .* now \(process \d+ on"):
+            train_here(second)
+        return original(*args)
+
+    monkeypatch.setattr(job_module, "fit", fit_later)
+    train_here(first)
+    assert read_model_folder(tmp_path / "out").decision.labels == ("ham", "spam")
+    assert not list((tmp_path / "out").glob("_running-*"))
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    mark = {"host": socket.gethostname(), "pid": 2**22 + 1, "time": time.time()}
+    (killed / "_running-x.json").write_text(json.dumps(mark))
+    train_here(train_job(training_data, killed, limit=10))
+    assert read_model_folder(killed).decision.kind == "binary"
