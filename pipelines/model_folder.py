@@ -50,6 +50,8 @@ TOKENIZER_FILES = (
     "spm.model",
     "tokenizer.model",
 )
+SHARD_INDEX = "model.safetensors.index.json"
+"""File that says which weight is in which of several files."""
 RUN_FILE = "_run.json"
 """A training run that is not finished has this file in its output folder."""
 ADAPTER_CONFIG = "adapter_config.json"
@@ -256,6 +258,7 @@ def check_weights(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise ModelFolderError(f"{path} has no config.json, so it is not a Hugging Face model folder")
     if any(path.glob("*.safetensors")):
+        _check_shards(path)
         return
     pickles = [file.name for pattern in PICKLES for file in sorted(path.glob(pattern))]
     if pickles:
@@ -266,14 +269,61 @@ def check_weights(path: Path) -> None:
     raise ModelFolderError(f"{path} has no *.safetensors weights")
 
 
+def _check_shards(path: Path) -> None:
+    """Raise ModelFolderError if the index of sharded weights names a file that is not in the folder."""
+    file = path / SHARD_INDEX
+    if not file.is_file():
+        return
+    try:
+        names = set(json.loads(file.read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFolderError(f"{file} cannot be read: {error!r}; copy the folder again") from error
+    wrong = [name for name in names if Path(str(name)).name != name or not (path / name).is_file()]
+    if wrong:
+        raise ModelFolderError(f"{file} names {wrong[0]!r}, which is not a file in the folder; copy the folder again")
+
+
+def verify_weights(folder: ModelFolder) -> None:
+    """Check that weights and tokenizer are those with which the folder was finished.
+
+    The files are hashed once in each process, and again if they change.
+
+    Raises:
+        ModelFolderError: They have changed, or pipeline.json has no hash.
+    """
+    if not (folder.path / PIPELINE_FILE).is_file():  # a Hugging Face classifier: its hash is that of now
+        return
+    if _hash_of_now(folder.path) != folder.weights_hash:
+        raise ModelFolderError(
+            f"the weights or the tokenizer in {folder.path} are not those of its {PIPELINE_FILE}: they have changed "
+            f"since the folder was finished; copy the whole folder again, or train or convert again"
+        )
+
+
+def _hash_of_now(path: Path) -> str:
+    """Return `hash_weights`, from memory if no file has changed since it was computed."""
+    files = tuple((name, (path / name).stat()) for name in _hashed_names(path))
+    key = tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in files)
+    if _HASHES.get(path, (None, ""))[0] != key:
+        _HASHES[path] = (key, hash_weights(path))
+    return _HASHES[path][1]
+
+
+_HASHES: dict[Path, tuple[object, str]] = {}
+"""The hashes that this process has computed, with the sizes and times of the files."""
+
+
 def hash_weights(path: Path) -> str:
     """Return the SHA-256 over names and contents of config.json, the weights and the tokenizer files."""
-    names = {file.name for file in path.glob("*.safetensors")} | {"config.json"}
-    names |= {name for name in TOKENIZER_FILES if (path / name).is_file()}
     digest = hashlib.sha256()
-    for name in sorted(names):
+    for name in _hashed_names(path):
         digest.update(f"{name}\0{file_sha256(path / name)}\n".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _hashed_names(path: Path) -> list[str]:
+    names = {file.name for file in path.glob("*.safetensors")} | {"config.json"}
+    return sorted(names | {name for name in (*TOKENIZER_FILES, SHARD_INDEX) if (path / name).is_file()})
 
 
 def local_folder(location: str) -> Path:

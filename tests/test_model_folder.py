@@ -6,8 +6,9 @@ import fsspec
 import pytest
 
 from pipelines.errors import DataError, ModelFolderError
+from pipelines.model.scorer import Scorer
 from pipelines.model_folder import ModelFolder, hash_weights, read_model_folder, seal, write_pipeline_file
-from pipelines.settings import DecisionSettings, WindowSettings
+from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
 
 
 @pytest.fixture
@@ -126,4 +127,43 @@ def test_impossible_temperature_is_refused(spam_folder, tmp_path, temperature):
     file = tmp_path / "model" / "pipeline.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": temperature}))
     with pytest.raises(ModelFolderError, match=r"pipeline\.json"):
+        read_model_folder(tmp_path / "model")
+
+
+CHANGES = {
+    "weights": lambda path: change_byte(path / "model.safetensors"),
+    "config": lambda path: (path / "config.json").write_text((path / "config.json").read_text() + " "),
+    "tokenizer": lambda path: (path / "tokenizer.json").write_text((path / "tokenizer.json").read_text() + " "),
+    "one more file": lambda path: shutil.copy(path / "model.safetensors", path / "more.safetensors"),
+    "no hash": lambda path: change_json(path / "pipeline.json", weights_hash=""),
+}
+
+
+def change_byte(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def change_json(file, **values):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_weights_are_refused(spam_folder, tmp_path, name):
+    shutil.copytree(spam_folder.path, tmp_path / "model")
+    Scorer.load(tmp_path / "model", compute=ComputeSettings(device="cpu"))
+    CHANGES[name](tmp_path / "model")
+    with pytest.raises(ModelFolderError, match=r"are not those of its pipeline\.json: they have changed since"):
+        Scorer.load(tmp_path / "model", compute=ComputeSettings(device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"weight_map": {"a": "../model.safetensors"}}', '{"weight_map": {"a": "/etc/passwd"}}',
+                '{"weight_map": {"a": "gone.safetensors"}}', '{"weight_map": {"a": 7}}'],
+)  # fmt: skip
+def test_index_of_shards_stays_in_the_folder(spam_folder, tmp_path, content):
+    shutil.copytree(spam_folder.path, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelFolderError, match=r"model\.safetensors\.index\.json"):
         read_model_folder(tmp_path / "model")

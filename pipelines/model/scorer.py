@@ -22,7 +22,7 @@ from pipelines.decisions.labels import Decisions, activate, decide, resolve_thre
 from pipelines.errors import DataError
 from pipelines.model.weights import vocabulary_of
 from pipelines.model.window_model import SHORTEST_STEP, WindowModel, load_model
-from pipelines.model_folder import ModelFolder, read_model_folder
+from pipelines.model_folder import ModelFolder, read_model_folder, verify_weights
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
 from pipelines.storage.columns import check_text_column, string_array
 from pipelines.storage.tables import as_table
@@ -170,6 +170,7 @@ class Scorer:
             SettingsError: The settings do not fit the model or this machine.
         """
         folder = location if isinstance(location, ModelFolder) else read_model_folder(fspath(location))
+        verify_weights(folder)
         decision = resolve_thresholds(thresholds, folder.decision)
         tokenizer = load_tokenizer(folder.path, lead_space=leads_with_space(folder.windows, folder.model_type))
         model = load_model(

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.model.scorer import Scorer
-from pipelines.model_folder import read_model_folder, write_pipeline_file
+from pipelines.model_folder import read_model_folder, seal, write_pipeline_file
 from pipelines.settings import ComputeSettings
 from tests.tiny import DECISIONS
 
@@ -131,6 +131,7 @@ def test_mismatched_weights_and_labels_are_refused(folders, tmp_path):
     weights = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
     kept = {name: value for name, value in weights.items() if not name.startswith("classifier")}
     safetensors.torch.save_file(kept, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    seal(folder)
     with pytest.raises(ModelFolderError, match=r"lacks weights of the classifier \(classifier\.bias"):
         Scorer.load(str(tmp_path / "model"))
 
