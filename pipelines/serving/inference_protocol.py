@@ -65,7 +65,10 @@ def texts_of_tensors(body: bytes, header_length: str | None) -> tuple[str | None
     if "text_pair" in columns:
         both = zip(columns["text"], columns["text_pair"], strict=True)
         found = [Pair(text=text, text_pair=text_pair) for text, text_pair in both]
-    return request.get("id"), found
+    request_id = request.get("id")
+    if request_id is not None and not (isinstance(request_id, str) and request_id.isprintable()):
+        raise DataError("`id` must be a string without control characters and lone surrogates")
+    return request_id, found
 
 
 def answered(

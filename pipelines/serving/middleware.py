@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
+MOST_DIGITS = 18
+"""Digits of a content length that is believed. A longer one is counted as the body arrives."""
+
+
 class Guard:
     """ASGI middleware around all routes."""
 
@@ -60,7 +64,8 @@ class Guard:
             await JSONResponse(content, 401, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
         announced = headers.get("content-length", "0")
-        size, body = await _read(receive, int(announced) if announced.isdecimal() else 0, self._max_body_bytes)
+        digits = announced if announced.isdecimal() and len(announced) <= MOST_DIGITS else "0"
+        size, body = await _read(receive, int(digits), self._max_body_bytes)
         if size > self._max_body_bytes:
             problem = f"the body has {size} bytes; at most {self._max_body_bytes}"
             content = ErrorResponse(error=problem, error_type="too_large").model_dump()

@@ -78,3 +78,13 @@ def test_inputs_of_all_shapes():
     with pytest.raises(DataError, match="may be a pair or a batch"):
         read(inputs=["a", "b", "c"], reads_pairs=True)
     assert texts_of_moderation(ModerationRequest(input="a")) == ["a"]
+
+
+@pytest.mark.parametrize("request_id", ["\ud800", float("nan"), float("inf"), 7, [], {"a": 1}, True, "a\nb", "\x00"])
+def test_ids_that_cannot_be_repeated_are_refused(request_id):
+    tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}
+    body = json.dumps({"id": request_id, "inputs": [tensor]}).encode()
+    with pytest.raises(DataError, match="`id` must be a string"):
+        texts_of_tensors(body, None)
+    for right in ("x-1", "", "ü 😀", None):
+        assert texts_of_tensors(json.dumps({"id": right, "inputs": [tensor]}).encode(), None)[0] == right
