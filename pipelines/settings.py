@@ -178,7 +178,7 @@ class ScorePaths:
     model: str
     """Model folder written by `pipelines train`, or its URL. Also a Hugging Face classifier, or its name on the Hub."""
     input: str
-    """File, folder or glob with the rows to score: Parquet, JSON Lines or CSV."""
+    """File, folder or glob with the rows to score: Parquet, JSON Lines or CSV. Also a Delta or Iceberg table."""
     output: str
     """New folder for the scored Parquet files."""
 

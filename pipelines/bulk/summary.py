@@ -111,6 +111,8 @@ class ScoreSummary:
         """Return the content of `_summary.json`. Regression has no histograms and no positive rates."""
         content = {**dataclasses.asdict(self), "labels": list(self.labels), "warnings": list(self.warnings)}
         del content["output"]
+        if not self.table:
+            del content["table"]
         if not self.labels:
             del content["histograms"], content["positive_rates"]
         return content

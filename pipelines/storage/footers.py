@@ -72,7 +72,7 @@ def read_footers(
         files = [_of_table(file, snapshot, location) for file in files]
     bad = [file for file in files if file.error is not None]
     if bad and (not lenient or len(bad) == len(files)):
-        names = {"parquet": "Parquet", "json": "JSON Lines", "csv": "CSV"}
+        names = {"parquet": "Parquet", "json": "JSON Lines", "csv": "CSV", "tsv": "TSV"}
         raise DataError(f"{bad[0].url} is not a readable {names[bad[0].format]} file: {bad[0].error}")
     return files
 

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
-from pipelines.errors import OutputError, SettingsError
-from pipelines.storage.locations import DELTA, ICEBERG, filesystem_of, shown
+from pipelines.errors import DataError, OutputError, SettingsError
+from pipelines.storage.locations import DELTA, ICEBERG, filesystem_of, shown, store_errors
 
 DELTA_LOG = "_delta_log"
 
@@ -75,9 +75,10 @@ def snapshot_of(location: str, version: str | None = None) -> Snapshot | None:
         from pipelines.storage import iceberg
 
         return iceberg.snapshot(location, version)
-    filesystem, path = filesystem_of(location)
-    if not filesystem.isdir(f"{path.rstrip('/')}/{DELTA_LOG}"):
-        return None
+    with store_errors(DataError, f"{shown(location)} cannot be read"):
+        filesystem, path = filesystem_of(location)
+        if not filesystem.isdir(f"{path.rstrip('/')}/{DELTA_LOG}"):
+            return None
     from pipelines.storage import delta
 
     return delta.snapshot(location, version)

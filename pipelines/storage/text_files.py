@@ -29,9 +29,9 @@ from pipelines.errors import DataError
 from pipelines.storage.columns import string_array, type_at
 from pipelines.storage.locations import WatchedFile
 
-Format = Literal["parquet", "json", "csv"]
+Format = Literal["parquet", "json", "csv", "tsv"]
 SUFFIXES: dict[str, Format] = {
-    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv",
 }  # fmt: skip
 """Formats by the end of a file's name. `.gz` or `.zst` may follow it."""
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -94,7 +94,7 @@ def scan(filesystem: AbstractFileSystem, path: str, kind: Format, *, texts: Coll
     Args:
         filesystem: Filesystem of the file.
         path: Path within it.
-        kind: "json" or "csv".
+        kind: "json", "csv" or "tsv".
         texts: Columns of a CSV file that are texts, also where they look like numbers.
 
     Raises:
@@ -159,7 +159,7 @@ class TextReader:
 
         Args:
             path: Path of the file.
-            kind: "json" or "csv".
+            kind: "json", "csv" or "tsv".
             schema: Schema of the file, as `scan` found it.
             group: Number of the group, and the offset of its first byte.
             rows: Start and stop.
@@ -282,7 +282,7 @@ def _opened(filesystem: AbstractFileSystem, path: str) -> _File:
 
 
 def _source(file: _File, kind: Format, start: int = 0) -> _Source:
-    return _JsonLines(file, start) if kind == "json" else _CsvRows(file)
+    return _JsonLines(file, start) if kind == "json" else _CsvRows(file, "\t" if kind == "tsv" else None)
 
 
 class _JsonLines:
@@ -319,12 +319,13 @@ class _JsonLines:
 class _CsvRows:
     """CSV with a header. Texts in quotes may contain line breaks. Empty lines are no rows."""
 
-    def __init__(self, file: _File) -> None:
+    def __init__(self, file: _File, delimiter: str | None) -> None:
+        """Read the header. If delimiter is None, it is the one that the header has most often."""
         self.position = 0
         lines = file.lines(0)
         first = next(lines, b"").removeprefix(UTF8_MARK)
         header = first.decode("utf-8", "surrogateescape")
-        delimiter = max(DELIMITERS, key=lambda mark: header.count(mark))
+        delimiter = delimiter or max(DELIMITERS, key=lambda mark: header.count(mark))
         self._reader = csv.reader(self._decoded(itertools.chain([first], lines)), delimiter=delimiter, strict=True)
         try:
             names = next(self._reader, [])
@@ -470,7 +471,7 @@ def _has_bytes(text: str) -> bool:
 
 def _column(values: list[Any], kind: pa.DataType, of: Format) -> tuple[pa.Array, int]:
     """Return values in a type, and how many of them do not fit it and are null."""
-    if of == "csv" and not pa.types.is_string(kind):
+    if of != "json" and not pa.types.is_string(kind):
         values = [_parsed(value, kind) for value in values]
     try:
         return (_strings(values) if pa.types.is_string(kind) else pa.array(values, kind)), 0
