@@ -237,3 +237,31 @@ def test_tables_on_s3(spam_folder, source, emails, monkeypatch, request):
     again = score(score_job(spam_folder, "s3://lake/table", "s3://lake/again", text_column="id", prefix="m_"))
     assert again.rows_out == 12
     assert json.loads(filesystem.cat("lake/table/run/_summary.json"))["table"].startswith("delta:s3://lake/table at")
+
+
+@pytest.mark.usefixtures("flaky_s3")
+def test_iceberg_on_s3(spam_folder, source, emails, monkeypatch, tmp_path):
+    """Data files and metadata on a server that refuses every fifth request, the catalog in a SQLite file."""
+    import os
+
+    import pyiceberg.catalog
+    import s3fs
+    from pyiceberg.utils.config import Config
+
+    settings = {"TYPE": "sql", "URI": f"sqlite:///{tmp_path}/s3.db", "WAREHOUSE": "s3://berg/warehouse",
+                "S3__ENDPOINT": os.environ["AWS_ENDPOINT_URL"], "S3__ACCESS_KEY_ID": os.environ["AWS_ACCESS_KEY_ID"],
+                "S3__SECRET_ACCESS_KEY": os.environ["AWS_SECRET_ACCESS_KEY"], "S3__REGION": "us-east-1"}  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(f"PYICEBERG_CATALOG__STORE__{name}", value)
+    monkeypatch.setattr(pyiceberg.catalog, "_ENV_CONFIG", Config())
+    s3fs.S3FileSystem().mkdir("berg")
+    catalog = pyiceberg.catalog.load_catalog("store")
+    catalog.create_namespace("mail")
+    catalog.create_table("mail.raw", schema=emails.schema).append(emails.slice(0, 12))
+    name = "iceberg:store.mail.scored"
+    job = score_job(spam_folder, "iceberg:store.mail.raw", "s3://berg/run", table=name)
+    assert score(job).rows_out == 12
+    score(job)
+    table = catalog.load_table("mail.scored")
+    assert len(table.metadata.snapshots) == 1
+    assert sorted(table.scan().to_arrow()["id"].to_pylist()) == sorted(emails["id"].to_pylist()[:12])
