@@ -10,6 +10,7 @@ from pipelines.decisions.metrics import count_distinct, tie_warning
 from pipelines.model.precision import InFloat32, head_of
 from pipelines.model.scorer import Scorer
 from pipelines.model.window_model import WindowModel
+from pipelines.model_folder import seal
 from pipelines.settings import ComputeSettings, DecisionSettings
 from tests import tiny
 from tests.model.rows import TEMPLATE
@@ -30,6 +31,7 @@ def test_ranking_of_weak_model(tmp_path, emails, family):
     weights[f"{last}.weight"] *= 1e-3  # it has learned little: logits near -3 that differ in the third digit
     weights[f"{last}.bias"][:] = -3.0
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    seal(folder)
     texts = emails["text"].to_pylist()[:150]
     exact, narrow = scores_of(folder.path, texts, "float32"), scores_of(folder.path, texts, "bfloat16")
     truth = exact > np.median(exact, axis=0)
