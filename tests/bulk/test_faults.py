@@ -384,6 +384,7 @@ def test_overwrite_waits_for_no_gap(spam_folder, tmp_path, emails, monkeypatch):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_fifty_megabyte_document(spam_folder, tmp_path):
     (tmp_path / "in").mkdir()
     long = ("x" * 199 + " ") * (50 * 2**20 // 200)  # each word is one unknown token

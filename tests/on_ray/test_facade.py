@@ -37,6 +37,7 @@ def test_num_workers_matches_single_process(local_ray, tmp_path):
     np.testing.assert_allclose(again.predict(texts)[1], workers.predict(texts)[1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_metric_error_in_worker_is_raised(local_ray, tmp_path):
     def broken(true, predicted):
         raise ZeroDivisionError("no positives")
