@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from pipelines.bulk.job import CheckedJob, ScoreJob, check_job
 from pipelines.bulk.progress import RunTotals
@@ -74,7 +75,8 @@ def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
         if summary is not None:
             logger.info("nothing to do: all %s units of %s are done", f"{run.num_units:,}", shown(job.output))
             if job.score.table is not None:
-                publish(run, job.score.table)
+                summary = replace(summary, table=publish(run, job.score.table))
+                commit_json(run.location, SUMMARY, summary.to_json())
             return summary
         if mark.others:
             logger.warning(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+import time
 from typing import Any
 from urllib.parse import unquote
 
@@ -142,7 +143,7 @@ class DeltaOutput:
                 path=posixpath.join(below, name),
                 size=files.sizes[name],
                 partition_values={},
-                modification_time=0,
+                modification_time=int(time.time() * 1000),
                 data_change=True,
                 stats=json.dumps({"numRecords": files.rows[name]}),
             )

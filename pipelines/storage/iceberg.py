@@ -7,6 +7,7 @@ variables. Data files are read with fsspec, as all inputs are.
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -36,9 +37,13 @@ def snapshot(location: str, version: str | None) -> Snapshot:
     """Return the live files of an Iceberg table (`lakes.snapshot_of`)."""
     table = _load(location, DataError)
     found = table.current_snapshot() if version is None else table.snapshot_by_id(int(version))
+    if found is None and version is None:
+        raise DataError(f"{location} has no rows yet")
     if found is None:
-        wanted = "no snapshot" if version is None else f"no snapshot {version} any more, with which the run began"
-        raise DataError(f"{location} has {wanted}; add rows, or give --overwrite to score its current files")
+        raise DataError(
+            f"{location} does not have the snapshot {version} any more, with which the run in --output began; give a "
+            f"new folder, or --overwrite to score the current rows"
+        )
     try:
         return _live_files(location, table, found)
     except (ValueError, OSError, NotImplementedError) as error:
@@ -87,11 +92,13 @@ class IcebergOutput:
             return
         if table.spec().fields:
             raise OutputError(f"--table {self._name} is partitioned; give another table")
-        names = [column.name for column in table.schema().fields]
-        if sorted(names) != sorted(schema.names):
+        own, given = (
+            {column.name: _plain(column.type) for column in one} for one in (table.schema().as_arrow(), schema)
+        )
+        if own != given:
             raise OutputError(
-                f"--table {self._name} has other columns: {', '.join(names)}; the output has "
-                f"{', '.join(schema.names)}; give another table"
+                f"--table {self._name} has other columns: {_shown(own)}; the output has {_shown(given)}; give another "
+                f"table"
             )
 
     def add(self, output: str, schema: pa.Schema, files: FinishedFiles) -> str:
@@ -104,7 +111,7 @@ class IcebergOutput:
 
         catalog, name = _catalog(self._name, OutputError)
         key, reason = f"pipelines.run.{files.run}", ""
-        with suppress(Exception):  # a race of two processes; a namespace that cannot be made fails below
+        with suppress(Exception):  # two processes at once; if there is no namespace, the commit says so
             catalog.create_namespace_if_not_exists(name.rpartition(".")[0])
         for _ in range(COMMITS):
             table = self._existing()
@@ -124,10 +131,12 @@ class IcebergOutput:
                 return _version(transaction.commit_transaction())
             except (CommitFailedException, TableAlreadyExistsError) as error:
                 reason = first_line(error)
-            except (ValueError, OSError) as error:
-                reason = first_line(error)
-                break
-        raise JobError(
+            except Exception as error:  # those of the catalog's own database or server
+                raise self._failed(first_line(error)) from error
+        raise self._failed(reason)
+
+    def _failed(self, reason: str) -> JobError:
+        return JobError(
             f"the files could not be added to --table {self._name}: {reason}; start the job again to add them"
         )
 
@@ -142,6 +151,31 @@ class IcebergOutput:
             return None
         except Exception as error:
             raise OutputError(f"--table {self._name} cannot be opened: {first_line(error)}") from error
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Return the type that Iceberg makes of an Arrow type."""
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.string()
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return pa.binary()
+    if pa.types.is_int8(kind) or pa.types.is_int16(kind):
+        return pa.int32()
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("us", None if kind.tz is None else "UTC")
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(_plain(kind.value_type))
+    if pa.types.is_map(kind):
+        return pa.map_(_plain(kind.key_type), _plain(kind.item_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([(part.name, _plain(part.type)) for part in kind])
+    return kind
+
+
+def _shown(types: Mapping[str, pa.DataType]) -> str:
+    return ", ".join(f"{name} {kind}" for name, kind in types.items())
 
 
 def _locations(output: str, files: FinishedFiles, before: int) -> list[str]:

@@ -24,7 +24,7 @@ from pipelines.storage.columns import SOURCE_COLUMNS, as_strings, text_column_pr
 from pipelines.storage.footers import INT96_UNIT, check_unchanged, store_failed
 from pipelines.storage.locations import ICEBERG, WatchedFile, filesystem_of, retried
 from pipelines.storage.shards import InputFile, Span, WorkUnit
-from pipelines.storage.text_files import TextReader
+from pipelines.storage.text_files import TextReader, TextRows
 
 BATCH_ROWS, BATCH_BYTES = 4096, 16 * 2**20
 """Maximum number of rows that are decoded at once, and of their bytes in the file, without compression."""
@@ -57,12 +57,13 @@ def read_unit(location: str, unit: WorkUnit, schema: pa.Schema, *, prefix: str =
         The columns of the schema, then the source columns.
 
     Raises:
-        DataError: A row group cannot be read.
+        DataError: A row cannot be read. The message names the first one.
     """
     (rows,) = read_units(location, [unit], schema, prefix=prefix)
-    bad = next((error for error in rows.errors if error is not None), None)
+    bad = next(((row, error) for row, error in enumerate(rows.errors) if error is not None), None)
     if bad is not None:
-        raise DataError(bad)
+        file, number = (rows.table.column(prefix + name)[bad[0]].as_py() for name in SOURCE_COLUMNS)
+        raise DataError(f"{file}, row {number}: {bad[1]}")
     for name, count in rows.values_lost.items():
         raise DataError(f"{count} values of column {name!r} of {unit.spans[0].file.url} cannot be read or converted")
     return rows.table
@@ -101,19 +102,14 @@ def read_units(
         return
     is_in_catalog = location.startswith(ICEBERG)  # then the files name their own place
     filesystem, _ = filesystem_of(first.spans[0].file.url if is_in_catalog else location)
-    reader = _GroupReader(filesystem, schema.names)
-    text_reader = TextReader(filesystem, schema.names, text_columns)
+    readers = _Readers(_GroupReader(filesystem, schema.names), TextReader(filesystem, schema.names, text_columns))
     for unit in itertools.chain([first], units):
         started = time.perf_counter()
         tables: list[pa.Table] = []
         errors: list[str | None] = []
         lost: dict[str, int] = {}
         for span in unit.spans:
-            if span.file.format == "parquet":
-                table, error = _read_span(reader, span, schema, (text_columns, filter_columns), lost)
-                reasons = [error] * len(table)
-            else:
-                table, reasons = _read_text_rows(text_reader, span, schema, (text_columns, filter_columns), lost)
+            table, reasons = _read_span(readers, span, schema, (text_columns, filter_columns), lost)
             row = span.first_row + span.start
             columns = (pa.array([span.file.url] * len(table), pa.string()), pa.array(range(row, row + len(table))))
             for name, column in zip(SOURCE_COLUMNS, columns, strict=True):
@@ -200,78 +196,68 @@ def plain_field(column: pa.Field) -> pa.Field:
 
 
 def _read_span(
-    reader: _GroupReader,
-    span: Span,
-    schema: pa.Schema,
-    needed: tuple[Sequence[str], Sequence[str]],
-    lost: dict[str, int],
-) -> tuple[pa.Table, str | None]:
-    """Return exactly the span's rows in the schema, and an error if they could not be read and are null.
+    readers: _Readers, span: Span, schema: pa.Schema, needed: tuple[Sequence[str], Sequence[str]], lost: dict[str, int]
+) -> tuple[pa.Table, list[str | None]]:
+    """Return exactly the span's rows in the schema, and the error of each row. Rows with an error are null.
 
-    A filesystem that fails is an error of the job, and not of the rows.
-
-    If the columns cannot be read together, the texts are read alone. `lost` counts the lost values of other columns.
+    A filesystem that fails is an error of the job, and not of the rows. `lost` counts the lost values of columns other
+    than the texts.
     """
     assert span.file.schema is not None
     text_columns, filter_columns = needed
     for name in text_columns:
         problem = text_column_problem(span.file.schema, name)
         if problem is not None:
-            return _nothing(span, schema), f"{span.file.url} {problem}"
+            return _nothing(span, schema), [f"{span.file.url} {problem}"] * span.num_rows
+    read = _read_parquet if span.file.format == "parquet" else _read_text
     lost_here: dict[str, int] = {}
-    reason = ""
     try:
-        table = _fitted(retried(lambda: reader.read(span)), span, schema, lost_here)
+        table, errors = read(readers, span, schema, text_columns, lost_here)
+        unknown = next((name for name in filter_columns if name in lost_here), None)
+        if unknown is not None:
+            raise ValueError(f"{lost_here[unknown]} values of {unknown}, which the filter compares, are lost")
     except OSError as error:
         raise store_failed(span.file.url, error) from error
     except (pa.ArrowException, ValueError) as error:
-        reader.close()
-        reason = first_line(error)
-        with suppress(pa.ArrowException, ValueError):
-            table, reason = _fitted(_read_apart(reader, span, text_columns), span, schema, lost_here), ""
-    unknown = [name for name in filter_columns if name in lost_here]
-    if unknown and not reason:
-        reason = f"{lost_here[unknown[0]]} values of {unknown[0]}, which the filter compares, are lost"
-    if reason:
-        return _nothing(span, schema), f"row group {span.row_group} of {span.file.url} cannot be read: {reason}"
-    for name, count in lost_here.items():
-        lost[name] = lost.get(name, 0) + count
-    return table, None
-
-
-def _read_text_rows(
-    reader: TextReader,
-    span: Span,
-    schema: pa.Schema,
-    needed: tuple[Sequence[str], Sequence[str]],
-    lost: dict[str, int],
-) -> tuple[pa.Table, list[str | None]]:
-    """Return the span's rows of a JSON Lines or CSV file in the schema, and the error of each row."""
-    file, (text_columns, filter_columns) = span.file, needed
-    assert file.schema is not None
-    problems = [text_column_problem(file.schema, name) for name in text_columns]
-    reason = next((f"{file.url} {problem}" for problem in problems if problem is not None), "")
-    lost_here: dict[str, int] = {}
-    table, errors = _nothing(span, schema), list[str | None]()
-    if not reason:
-        group = (span.row_group, file.group_starts[span.row_group])
-        try:
-            check_unchanged(reader.filesystem, file)
-            found = retried(lambda: reader.read(file.path, file.format, file.schema, group, (span.start, span.stop)))
-            lost_here = dict(found.values_lost)
-            table, errors = _fitted(found.table, span, schema, lost_here), found.errors
-        except OSError as error:
-            raise store_failed(file.url, error) from error
-        except (pa.ArrowException, ValueError) as error:
-            reason = f"{file.url} cannot be read: {first_line(error)}"
-    unknown = [name for name in filter_columns if name in lost_here]
-    if unknown and not reason:
-        reason = f"{lost_here[unknown[0]]} values of {unknown[0]}, which the filter compares, are lost"
-    if reason:
+        reason = f"row group {span.row_group} of {span.file.url} cannot be read: {first_line(error)}"
         return _nothing(span, schema), [reason] * span.num_rows
     for name, count in lost_here.items():
         lost[name] = lost.get(name, 0) + count
     return table, errors
+
+
+def _read_parquet(
+    readers: _Readers, span: Span, schema: pa.Schema, text_columns: Sequence[str], lost: dict[str, int]
+) -> tuple[pa.Table, list[str | None]]:
+    """Read a span of a Parquet file. If its columns cannot be read together, the texts are read alone."""
+    reader = readers.groups
+    try:
+        table = _fitted(retried(lambda: reader.read(span)), span, schema, lost)
+    except (pa.ArrowException, ValueError) as error:
+        reader.close()
+        lost.clear()
+        try:
+            table = _fitted(_read_apart(reader, span, text_columns), span, schema, lost)
+        except (pa.ArrowException, ValueError):
+            raise error from None
+    return table, [None] * span.num_rows
+
+
+def _read_text(
+    readers: _Readers, span: Span, schema: pa.Schema, _: Sequence[str], lost: dict[str, int]
+) -> tuple[pa.Table, list[str | None]]:
+    """Read a span of a JSON Lines or CSV file."""
+    file, reader = span.file, readers.texts
+    group = (span.row_group, file.group_starts[span.row_group])
+
+    def read() -> TextRows:
+        if not reader.is_open(file.path):
+            check_unchanged(reader.filesystem, file)
+        return reader.read(file.path, file.format, file.schema, group, (span.start, span.stop))
+
+    found = retried(read)
+    lost.update(found.values_lost)
+    return _fitted(found.table, span, schema, lost), found.errors
 
 
 def _read_apart(reader: _GroupReader, span: Span, text_columns: Sequence[str]) -> pa.Table:
@@ -345,6 +331,14 @@ def _cast_value(value: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
 
 def _nothing(span: Span, schema: pa.Schema) -> pa.Table:
     return pa.table([pa.nulls(span.num_rows, column.type) for column in schema], schema=schema)
+
+
+@dataclass(frozen=True)
+class _Readers:
+    """What reads the files of each format."""
+
+    groups: _GroupReader
+    texts: TextReader
 
 
 class _GroupReader:

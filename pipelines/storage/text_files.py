@@ -18,7 +18,7 @@ import posixpath
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -101,7 +101,7 @@ def scan(filesystem: AbstractFileSystem, path: str, kind: Format, *, texts: Coll
         ValueError: The file is not of this format.
         OSError: It cannot be read.
     """
-    with _opened(filesystem, path) as file:
+    with closing(_opened(filesystem, path)) as file:
         source = _source(file, kind)
         learned: _JsonTypes | _CsvTypes = _JsonTypes() if kind == "json" else _CsvTypes(texts)
         learned.add([Row(dict.fromkeys(source.names))])
@@ -186,6 +186,10 @@ class TextReader:
             raise
         return self._table(found, kind, schema)
 
+    def is_open(self, path: str) -> bool:
+        """Whether a file is open."""
+        return self._key is not None and self._key[0] == path
+
     def close(self) -> None:
         """Close the open file."""
         if self._file is not None:
@@ -261,12 +265,6 @@ class _File:
     def close(self) -> None:
         """Close the file."""
         self._raw.close()
-
-    def __enter__(self) -> _File:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _opened(filesystem: AbstractFileSystem, path: str) -> _File:

@@ -1,14 +1,17 @@
 """Helpers for short training runs on tiny models."""
 
 import itertools
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from pipelines.decisions.labels import encode_labels
 from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
 from pipelines.training.corpus import Corpus, LabelledDocuments, UnitLengths
 from pipelines.training.fit import RunSpec, fit, prepare_folder
+from pipelines.training.steps import Stepper
 from tests import tiny
 
 BINARY = DecisionSettings(kind="binary", labels=("ham", "spam"))
@@ -67,3 +70,19 @@ KINDS = {
     "multilabel": MULTILABEL,
     "regression": DecisionSettings(kind="regression"),
 }
+
+
+@contextmanager
+def stopped_at(step):
+    """Training is interrupted before a step, as by Ctrl-C."""
+    original = Stepper.__call__
+
+    def stop(self, data, number):
+        if number == step:
+            raise KeyboardInterrupt
+        return original(self, data, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stepper, "__call__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield

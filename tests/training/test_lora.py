@@ -19,9 +19,9 @@ from pipelines.model_folder import read_model_folder
 from pipelines.settings import ComputeSettings
 from pipelines.simpletransformers.convert import convert
 from pipelines.training.job import train_here
-from pipelines.training.steps import Stepper
 from tests import tiny
 from tests.jobs import train_job
+from tests.training.runs import stopped_at
 
 LORA = {"weight": None, "lora_rank": 4, "learning_rate": 1e-2}
 FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
@@ -73,23 +73,14 @@ def test_finished_folder_is_merged_and_adapter_is_of_peft(trained, emails):
     np.testing.assert_allclose(scores, short, atol=1e-5)
 
 
-def test_interrupted_run_resumes_with_same_weights(bases, training_data, tmp_path, monkeypatch):
+def test_interrupted_run_resumes_with_same_weights(bases, training_data, tmp_path):
     settings = {**LORA, "epochs": 2, "save_steps": 3, "lora_dropout": 0.1, "model": str(bases["qwen3"])}
     train_here(train_job(training_data, tmp_path / "whole", **settings))
-    step = Stepper.__call__
-
-    def stop(self, data, number):
-        if number == 8:
-            raise KeyboardInterrupt
-        return step(self, data, number)
-
-    monkeypatch.setattr(Stepper, "__call__", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(8):
         train_here(train_job(training_data, tmp_path / "out", **settings))
     (newest,) = sorted((tmp_path / "out" / "checkpoints").iterdir())[-1:]
     kept = load_file(newest / "trained.safetensors")
     assert all("lora_" in name or name.startswith("score") for name in kept), "only what is trained is saved"
-    monkeypatch.undo()
     train_here(train_job(training_data, tmp_path / "out", **settings))
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     for name, weight in whole.items():

@@ -21,8 +21,8 @@ from pipelines.training.checkpoints import STATE_FILE, fetch_newest, open_traini
 from pipelines.training.fit import fit
 from pipelines.training.job import train_here
 from pipelines.training.loop import TENSORS_FILE
-from pipelines.training.steps import Stepper
 from tests.jobs import start_command, train_job, train_values
+from tests.training.runs import stopped_at
 
 STEPS = {"epochs": 3, "save_steps": 4, "shuffle_buffer": 30, "weight": None}
 
@@ -198,17 +198,8 @@ def stopped_run(training_data, tmp_path_factory):
     """The output of a run that was stopped with two checkpoints, and its settings."""
     output = tmp_path_factory.mktemp("stopped") / "out"
     settings = {"save_steps": 3, "keep_checkpoints": 2, "epochs": 2}
-    with pytest.MonkeyPatch.context() as patch:
-        step = Stepper.__call__
-
-        def stop(self, data, number):
-            if number == 8:
-                raise KeyboardInterrupt
-            return step(self, data, number)
-
-        patch.setattr(Stepper, "__call__", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_here(train_job(training_data, output, **settings))
+    with stopped_at(8):
+        train_here(train_job(training_data, output, **settings))
     assert checkpoints.steps_of(str(output)) == [3, 6]
     return output, settings
 
