@@ -41,8 +41,8 @@ def check_change(
     if is_table and (change.gone or change.changed):
         first = (change.gone or change.changed)[0]
         raise OutputError(
-            f"--output {shown(location)} cannot be extended: files of its input were rewritten or deleted "
-            f"({first.url}), and it belongs to a table; give a new folder"
+            f"--output {shown(location)} cannot be extended: {first.url} was rewritten or deleted, and the input or "
+            f"the output is a table, in which its rows cannot be replaced; give a new folder"
         )
     append = append or replace_changed
     refused = {

@@ -94,7 +94,7 @@ def test_rows_are_added_once(spam_folder, source, table, emails):
     with pytest.raises(OutputError, match=r"are part of the table .*, so they cannot be removed"):
         score(score_job(spam_folder, source, table.output, table=table.name, overwrite=True))
     (source / "0.parquet").unlink()
-    with pytest.raises(OutputError, match="it belongs to a table"):
+    with pytest.raises(OutputError, match="or the output is a table"):
         score(score_job(spam_folder, source, table.output, append=True))
 
 

@@ -53,7 +53,7 @@ def test_delta_is_scored_at_the_version_of_the_first_start(spam_folder, tmp_path
     assert score(score_job(spam_folder, source, tmp_path / "out", append=True)).rows_out == 8
     assert sorted(read_scored(tmp_path / "out")["id"].to_pylist()) == sorted(emails["id"].to_pylist()[:8])
     deltalake.DeltaTable(source).optimize.compact()
-    with pytest.raises(OutputError, match="files of its input were rewritten or deleted"):
+    with pytest.raises(OutputError, match="was rewritten or deleted, and the input or the output"):
         score(score_job(spam_folder, source, tmp_path / "out", append=True))
     assert score(score_job(spam_folder, source, tmp_path / "out")).rows_out == 8, "the version of the last start"
     assert pipelines.evaluate(spam_folder.path, source, **FLOAT32).rows == 8
@@ -116,7 +116,7 @@ def test_iceberg_gives_live_rows_of_a_snapshot(spam_folder, tmp_path, emails, ca
     with table.update_schema() as change:
         change.delete_column("label")
     assert "label" not in rows_of(name).column_names
-    with pytest.raises(OutputError, match="files of its input were rewritten or deleted"):
+    with pytest.raises(OutputError, match="was rewritten or deleted, and the input or the output"):
         score(score_job(spam_folder, name, tmp_path / "out", append=True))
     with table.update_schema() as change:
         change.rename_column("text", "body")
