@@ -7,6 +7,7 @@ store is one atomic upload.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import posixpath
@@ -33,7 +34,7 @@ FIRST_PAUSE_SECONDS = 0.2
 LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 """Errors that are not retried, because another attempt would fail too."""
 DELTA, ICEBERG = "delta:", "iceberg:"
-"""Starts of the names of tables. A Delta table is also named by its folder."""
+"""Starts of the names of tables in the setting `table`. An Iceberg table that is the input has such a name too."""
 Result = TypeVar("Result")
 
 
@@ -123,7 +124,7 @@ def retried(action: Callable[[], Result]) -> Result:
     raise AssertionError("unreachable")
 
 
-class WatchedFile:
+class WatchedFile(io.RawIOBase):
     """An open file that remembers the error of its filesystem, which is always raised as OSError.
 
     pyarrow raises OSError for two reasons: the filesystem failed, or the content is damaged. Only in the second case is
@@ -132,26 +133,40 @@ class WatchedFile:
 
     def __init__(self, filesystem: AbstractFileSystem, path: str) -> None:
         self.failure: OSError | None = None
+        self._file: Any = None
         self._file = self._watched(filesystem.open, path, "rb")
 
-    def read(self, *args: Any) -> Any:
-        """Read from the file."""
-        return self._watched(self._file.read, *args)
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read at most size bytes, or the rest of the file."""
+        return bytes(self._watched(self._file.read, -1 if size is None else size))
 
     def readinto(self, buffer: Any) -> int:
-        """Read into a buffer."""
-        return int(self._watched(self._file.readinto, buffer))
+        """Read into a buffer. Return the number of bytes, which is 0 at the end."""
+        content = self.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
-    def readline(self, *args: Any) -> Any:
-        """Read a line."""
-        return self._watched(self._file.readline, *args)
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Change the position, and return it."""
+        return int(self._watched(self._file.seek, offset, whence))
 
-    def seek(self, *args: Any) -> int:
-        """Change the position."""
-        return int(self._watched(self._file.seek, *args))
+    def tell(self) -> int:
+        """Return the position."""
+        return int(self._file.tell())
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None and not self.closed:
+            self._file.close()
+        super().close()
 
     def _watched(self, action: Callable[..., Any], *args: Any) -> Any:
         try:

@@ -25,6 +25,7 @@ from pipelines.storage.footers import INT96_UNIT, check_unchanged, store_failed
 from pipelines.storage.locations import ICEBERG, WatchedFile, filesystem_of, retried
 from pipelines.storage.shards import InputFile, Span, WorkUnit
 from pipelines.storage.text_files import TextReader, TextRows
+from pipelines.storage.text_types import known_type
 
 BATCH_ROWS, BATCH_BYTES = 4096, 16 * 2**20
 """Maximum number of rows that are decoded at once, and of their bytes in the file, without compression."""
@@ -102,7 +103,7 @@ def read_units(
         return
     is_in_catalog = location.startswith(ICEBERG)  # then the files name their own place
     filesystem, _ = filesystem_of(first.spans[0].file.url if is_in_catalog else location)
-    readers = _Readers(_GroupReader(filesystem, schema.names), TextReader(filesystem, schema.names, text_columns))
+    readers = _Readers(_GroupReader(filesystem, schema.names), TextReader(filesystem, schema, text_columns))
     for unit in itertools.chain([first], units):
         started = time.perf_counter()
         tables: list[pa.Table] = []
@@ -153,15 +154,34 @@ def together(
         keys = [key for key in file.partitions if key not in here and (wanted is None or key in wanted)]
         own += [pa.field(key, types[key]) for key in keys]
         try:
-            found = pa.unify_schemas([found, pa.schema(own)], promote_options="permissive")
+            found = _unified(found, pa.schema(own), is_inferred=file.format != "parquet")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(
                 f"a column of {file.url} does not fit that of the previous files: {error}; {remedy}"
             ) from error
+    if any(file.format != "parquet" for file in files):
+        found = pa.schema([(column.name, known_type(column.type)) for column in found])
     if names is None:
         return found
     by_name = {column.name: column for column in found}
     return pa.schema([by_name[name] for name in names if name in by_name])
+
+
+def _unified(before: pa.Schema, own: pa.Schema, *, is_inferred: bool) -> pa.Schema:
+    """Return one schema for both. A column whose types were inferred and do not fit becomes a string column."""
+    try:
+        return pa.unify_schemas([before, own], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        if not is_inferred:
+            raise
+    for name in set(before.names) & set(own.names):
+        one, other = before.field(name), own.field(name)
+        try:
+            pa.unify_schemas([pa.schema([one]), pa.schema([other])], promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            before = before.set(before.get_field_index(name), pa.field(name, pa.string()))
+            own = own.set(own.get_field_index(name), pa.field(name, pa.string()))
+    return pa.unify_schemas([before, own], promote_options="permissive")
 
 
 def _partition_types(files: Sequence[InputFile]) -> dict[str, pa.DataType]:

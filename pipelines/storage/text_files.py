@@ -1,7 +1,7 @@
 """Read JSON Lines and CSV files, also compressed with gzip or zstd, with an error for each row that is not valid.
 
 Python's own parsers are used, because they say of each row whether it is valid; a model is slower than they are. A file
-is parsed once when a job starts: its rows are counted, and every row has a say in the types of its columns. If the
+is parsed once when a job starts: its rows are counted, and the types of its columns are inferred from all rows. If the
 values of a column have no common type, it is a string column, and its other values are in it as JSON.
 
 Imports none of torch, transformers and Ray.
@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import posixpath
-import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -25,9 +24,9 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 from fsspec import AbstractFileSystem
 
-from pipelines.errors import DataError
-from pipelines.storage.columns import string_array, type_at
+from pipelines.storage.columns import type_at
 from pipelines.storage.locations import WatchedFile
+from pipelines.storage.text_types import CsvTypes, JsonTypes, column_of, known_type, texts_of
 
 Format = Literal["parquet", "json", "csv", "tsv"]
 SUFFIXES: dict[str, Format] = {
@@ -40,11 +39,8 @@ DELIMITERS = (",", "\t", ";", "|")
 GROUP_BYTES = 32 * 2**20
 """Bytes after which a new group of rows begins in a JSON Lines file without compression. Groups are read apart."""
 MOST_ROW_BYTES = 2**28
-ROWS_AT_ONCE = 4096
-INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
-FLOAT = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
-BOOLEANS = {"true": True, "false": False, "True": True, "False": False}
-csv.field_size_limit(MOST_ROW_BYTES)
+ROWS_AT_ONCE, BYTES_AT_ONCE = 4096, 4 * 2**20
+"""Rows of a scan that are in memory at once, and about how many bytes of them."""
 
 
 @dataclass(frozen=True)
@@ -103,12 +99,12 @@ def scan(filesystem: AbstractFileSystem, path: str, kind: Format, *, texts: Coll
     """
     with closing(_opened(filesystem, path)) as file:
         source = _source(file, kind)
-        learned: _JsonTypes | _CsvTypes = _JsonTypes() if kind == "json" else _CsvTypes(texts)
-        learned.add([Row(dict.fromkeys(source.names))])
+        learned: JsonTypes | CsvTypes = JsonTypes() if kind == "json" else CsvTypes(texts)
+        learned.add([dict.fromkeys(source.names)])
         rows, sizes, starts = [0], [0], [source.position]
         first_error = ""
         is_valid = False
-        while batch := list(itertools.islice(source.raw_rows(), ROWS_AT_ONCE)):
+        for batch in _batches(source):
             for position, _ in batch:
                 if sizes[-1] >= GROUP_BYTES and kind == "json" and not file.is_compressed:
                     starts.append(starts[-1] + sizes[-1])
@@ -119,16 +115,30 @@ def scan(filesystem: AbstractFileSystem, path: str, kind: Format, *, texts: Coll
             parsed = [source.parse(raw) for _, raw in batch]
             is_valid = is_valid or any(row.error is None for row in parsed)
             first_error = first_error or str(parsed[0].error)
-            learned.add(parsed)
+            learned.add([row.values for row in parsed])
     if rows[-1] and not is_valid:
         raise ValueError(f"none of its {sum(rows):,} rows is valid; of the first, {first_error}")
     return TextScan(learned.schema(), tuple(rows), tuple(max(1, size) for size in sizes), tuple(starts))
 
 
+def _batches(source: _Source) -> Iterator[list[tuple[int, Any]]]:
+    """Yield the rows of a source, a limited number of rows and bytes at once."""
+    batch: list[tuple[int, Any]] = []
+    start = source.position
+    for position, raw in source.raw_rows():
+        batch.append((position, raw))
+        if len(batch) >= ROWS_AT_ONCE or position - start >= BYTES_AT_ONCE:
+            yield batch
+            batch, start = [], position
+    if batch:
+        yield batch
+
+
 def read_whole(filesystem: AbstractFileSystem, path: str, kind: Format, *, texts: Collection[str] = ()) -> TextRows:
     """Read all rows of a file. Parameters and errors are those of `scan`."""
     found = scan(filesystem, path, kind, texts=texts)
-    reader = TextReader(filesystem, found.schema.names, ())
+    schema = pa.schema([(column.name, known_type(column.type)) for column in found.schema])
+    reader = TextReader(filesystem, schema)
     groups = [
         reader.read(path, kind, found.schema, (number, start), (0, rows))
         for number, (start, rows) in enumerate(zip(found.group_starts, found.group_rows, strict=True))
@@ -137,16 +147,16 @@ def read_whole(filesystem: AbstractFileSystem, path: str, kind: Format, *, texts
     lost: dict[str, int] = {}
     for name, count in (item for group in groups for item in group.values_lost.items()):
         lost[name] = lost.get(name, 0) + count
-    tables = [group.table.cast(found.schema) for group in groups]
+    tables = [group.table.cast(schema) if len(schema) else group.table for group in groups]
     return TextRows(pa.concat_tables(tables), [error for group in groups for error in group.errors], lost)
 
 
 class TextReader:
     """Reads ranges of rows. A range that follows the previous one is read on from there."""
 
-    def __init__(self, filesystem: AbstractFileSystem, names: Sequence[str], texts: Collection[str]) -> None:
-        """Create a reader of some columns, of which `texts` are read as strings."""
-        self.filesystem, self._names, self._texts = filesystem, names, set(texts)
+    def __init__(self, filesystem: AbstractFileSystem, schema: pa.Schema, texts: Collection[str] = ()) -> None:
+        """Create a reader of columns with their types, of which `texts` must be strings in the file."""
+        self.filesystem, self._schema, self._texts = filesystem, schema, set(texts)
         self._key: tuple[str, int] | None = None
         self._file: _File | None = None
         self._source: _Source | None = None
@@ -201,16 +211,18 @@ class TextReader:
         errors = [row.error for row in rows]
         lost: dict[str, int] = {}
         columns: dict[str, pa.Array] = {}
-        for name in self._names:
-            column_type = type_at(schema, name)
-            if column_type is None:
+        for column in self._schema:
+            name, found = column.name, type_at(schema, column.name)
+            if found is None:
                 continue
             path = [name] if name in schema.names else name.split(".")
             values = [_value_at(row.values, path) for row in rows]
-            if name in self._texts and pa.types.is_string(column_type):
-                columns[name] = _texts(values, errors)
+            if name in self._texts and not pa.types.is_list(found):
+                columns[name] = texts_of(values, errors)
                 continue
-            columns[name], count = _column(values, column_type, kind)
+            columns[name], count = column_of(
+                values, found if name in self._texts else column.type, is_csv=kind != "json"
+            )
             if count:
                 lost[name] = count
         return TextRows(pa.table(columns) if columns else pa.table({"": [None] * len(rows)}), errors, lost)
@@ -225,7 +237,7 @@ class _Source(Protocol):
     """Number of bytes read."""
 
     def raw_rows(self) -> Iterator[tuple[int, Any]]:
-        """Yield the position behind each row, and its content for `parse`. It may be called again, to go on."""
+        """Yield the position behind each row, and its content. A second call continues after the last row."""
 
     def parse(self, raw: Any) -> Row:
         """Return a row."""
@@ -272,11 +284,11 @@ def _opened(filesystem: AbstractFileSystem, path: str) -> _File:
     magic = raw.read(4)
     raw.seek(0)
     if magic.startswith(GZIP):
-        return _File(raw, gzip.GzipFile(fileobj=raw), is_compressed=True)
+        return _File(raw, gzip.GzipFile(fileobj=raw, mode="rb"), is_compressed=True)
     if magic == ZSTD:
         stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
         return _File(raw, io.BufferedReader(stream, 2**20), is_compressed=True)
-    return _File(raw, raw, is_compressed=False)
+    return _File(raw, io.BufferedReader(raw, 2**20), is_compressed=False)
 
 
 def _source(file: _File, kind: Format, start: int = 0) -> _Source:
@@ -311,7 +323,15 @@ class _JsonLines:
             return Row(error=f"the line is not valid JSON ({error.msg} at character {error.pos})")
         except RecursionError:
             return Row(error="the line is not valid JSON (nested too deeply)")
-        return Row(found) if isinstance(found, dict) else Row(error="the line is valid JSON, but not an object")
+        except ValueError:  # Python refuses integers of thousands of digits
+            return Row(error="the line has a number with too many digits")
+        if not isinstance(found, dict):
+            return Row(error="the line is valid JSON, but not an object")
+        try:
+            "".join(found).encode()
+        except UnicodeEncodeError:
+            return Row(error="a name in the line is not valid Unicode")
+        return Row(found)
 
 
 class _CsvRows:
@@ -319,10 +339,13 @@ class _CsvRows:
 
     def __init__(self, file: _File, delimiter: str | None) -> None:
         """Read the header. If delimiter is None, it is the one that the header has most often."""
+        csv.field_size_limit(max(csv.field_size_limit(), MOST_ROW_BYTES))
         self.position = 0
         lines = file.lines(0)
         first = next(lines, b"").removeprefix(UTF8_MARK)
         header = first.decode("utf-8", "surrogateescape")
+        if "\r" in header.rstrip("\r\n"):
+            raise ValueError("its lines end with CR alone; convert its line breaks to LF")
         delimiter = delimiter or max(DELIMITERS, key=lambda mark: header.count(mark))
         self._reader = csv.reader(self._decoded(itertools.chain([first], lines)), delimiter=delimiter, strict=True)
         try:
@@ -365,131 +388,9 @@ class _CsvRows:
         return Row(dict(zip(self.names, raw, strict=True)))
 
 
-class _JsonTypes:
-    """The types of the columns of JSON Lines."""
-
-    def __init__(self) -> None:
-        self._types: dict[str, pa.DataType | None] = {}
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Learn from more rows."""
-        names = dict.fromkeys(name for row in rows for name in row.values)
-        for name in names:
-            before = self._types.get(name, pa.null())
-            self._types[name] = before and _common(before, [row.values.get(name) for row in rows])
-
-    def schema(self) -> pa.Schema:
-        """Return the columns, in the order in which they were first seen."""
-        return pa.schema([(name, _known(kind or pa.string())) for name, kind in self._types.items()])
-
-
-def _common(before: pa.DataType, values: list[Any]) -> pa.DataType | None:
-    """Return a type for values of this and an earlier type, or None if there is none."""
-    try:
-        found = pa.array(values).type
-        both = pa.unify_schemas([pa.schema([("", before)]), pa.schema([("", found)])], promote_options="permissive")
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError):
-        has_text = all(value is None or isinstance(value, str) for value in values)  # with a lone surrogate
-        return pa.string() if has_text and before in (pa.null(), pa.string()) else None
-    return both.field(0).type
-
-
-def _known(kind: pa.DataType) -> pa.DataType:
-    """Return a type without null types inside it: what has no value in any row may be a string."""
-    if pa.types.is_null(kind):
-        return pa.string()
-    if pa.types.is_list(kind):
-        return pa.list_(_known(kind.value_type))
-    if pa.types.is_struct(kind):
-        return pa.struct([(part.name, _known(part.type)) for part in kind])
-    return kind
-
-
-class _CsvTypes:
-    """The types of the columns of CSV: the first of integer, float, Boolean and string that all values have.
-
-    A number that Arrow would print in another way, such as 007, is a string.
-    """
-
-    def __init__(self, texts: Collection[str]) -> None:
-        self._texts = set(texts)
-        self._left: dict[str, list[pa.DataType]] = {}
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Learn from more rows."""
-        for name in dict.fromkeys(name for row in rows for name in row.values):
-            left = self._left.setdefault(name, [] if name in self._texts else [pa.int64(), pa.float64(), pa.bool_()])
-            if left:
-                values = {row.values[name] for row in rows if row.values.get(name)}
-                self._left[name] = [kind for kind in left if all(_is_of(value, kind) for value in values)]
-
-    def schema(self) -> pa.Schema:
-        """Return the columns, in the order of the header."""
-        kinds = {  # all three are left where no row has a value
-            name: left[0] if 0 < len(left) < 3 else pa.string() for name, left in self._left.items()
-        }
-        return pa.schema(list(kinds.items()))
-
-
-def _is_of(value: str, kind: pa.DataType) -> bool:
-    if pa.types.is_boolean(kind):
-        return value in BOOLEANS
-    return (INTEGER if pa.types.is_integer(kind) else FLOAT).fullmatch(value) is not None
-
-
 def _value_at(values: Mapping[str, Any], path: Sequence[str]) -> Any:
     """Return a value, or one inside objects (`meta.text`)."""
     found: Any = values
     for name in path:
         found = found.get(name) if isinstance(found, Mapping) else None
     return found
-
-
-def _texts(values: list[Any], errors: list[str | None]) -> pa.Array:
-    """Return texts as strings. Values that are no texts become errors. Bytes that are not UTF-8 stay as they are."""
-    for row, value in enumerate(values):
-        if value is not None and not isinstance(value, str):
-            errors[row] = errors[row] or f"the text is not a string ({type(value).__name__})"
-            values[row] = None
-    return _strings(values)
-
-
-def _strings(values: list[Any]) -> pa.Array:
-    if any(isinstance(value, str) and not value.isascii() and _has_bytes(value) for value in values):
-        with suppress(UnicodeEncodeError):  # other surrogates, from the escapes of JSON
-            encoded = [None if value is None else value.encode("utf-8", "surrogateescape") for value in values]
-            return pa.array(encoded, pa.binary()).view(pa.string())
-    return string_array(values)
-
-
-def _has_bytes(text: str) -> bool:
-    """Whether a text has bytes that were not UTF-8, as "surrogateescape" marks them."""
-    return any("\udc80" <= character <= "\udcff" for character in text)
-
-
-def _column(values: list[Any], kind: pa.DataType, of: Format) -> tuple[pa.Array, int]:
-    """Return values in a type, and how many of them do not fit it and are null."""
-    if of != "json" and not pa.types.is_string(kind):
-        values = [_parsed(value, kind) for value in values]
-    try:
-        return (_strings(values) if pa.types.is_string(kind) else pa.array(values, kind)), 0
-    except (pa.ArrowException, OverflowError, TypeError, ValueError, DataError):
-        pieces = [_one(value, kind) for value in values]
-    found = pa.concat_arrays(pieces) if pieces else pa.nulls(0, kind)
-    return found, found.null_count - sum(value is None for value in values)
-
-
-def _parsed(value: str | None, kind: pa.DataType) -> Any:
-    if not value:
-        return None
-    if pa.types.is_boolean(kind):
-        return BOOLEANS.get(value, value)
-    return int(value) if pa.types.is_integer(kind) else float(value)
-
-
-def _one(value: Any, kind: pa.DataType) -> pa.Array:
-    if pa.types.is_string(kind) and value is not None and not isinstance(value, str):
-        value = json.dumps(value)
-    with suppress(pa.ArrowException, OverflowError, TypeError, ValueError, DataError):
-        return _strings([value]) if pa.types.is_string(kind) else pa.array([value], kind)
-    return pa.nulls(1, kind)

@@ -6,6 +6,7 @@ import io
 import json
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from hypothesis import HealthCheck, given, settings
@@ -93,7 +94,10 @@ def test_csv_round_trip(tmp_path, rows, suffix, kind, end):
     [
         (["1", "-20", ""], "int64"), (["1", "2.5"], "double"), (["1e5", "-0.1"], "double"), (["007", "1"], "string"),
         (["true", "False", ""], "bool"), (["1", "true"], "string"), (["", ""], "string"), (["2020-01-01"], "string"),
-        (["1234567890123456789012"], "double"), ([".5"], "string"), (["1_000"], "string"), (["nan"], "string"),
+        (["1234567890123456789012"], "string"), ([".5"], "string"), (["1_000"], "string"), (["nan"], "string"),
+        (["9223372036854775807", "-9223372036854775808"], "int64"), (["9223372036854775808"], "string"),
+        (["1278721345678901235", "1.5"], "string"), (["1e400"], "string"), (["1.10", "0.10000000000000001"], "double"),
+        (["9007199254740993", "0.5"], "string"), (["9007199254740992", "0.5"], "double"),
     ],
 )  # fmt: skip
 def test_types_of_csv(tmp_path, values, kind):
@@ -219,3 +223,63 @@ def test_which_files_of_a_folder_are_read(tmp_path, log_lines):
     assert names() == ["e.parquet"]
     assert any(line.startswith("5 JSON Lines or CSV files beside Parquet files are skipped") for line in log_lines)
     assert names("*.jsonl") == ["a.jsonl"]
+
+
+SHARDS = {
+    "nulls": (['{"text": "a", "n": null}', '{"text": "b", "n": 1}'], "int64", [None, 1]),
+    "only nulls": (['{"text": "a", "n": null}', '{"text": "b"}'], "string", [None, None]),
+    "mixed": (['{"text": "a", "n": 1.5}', '{"text": "b", "n": "x"}'], "string", ["1.5", "x"]),
+    "lists": (['{"text": "a", "n": []}', '{"text": "b", "n": [1]}'], "list<item: int64>", [[], [1]]),
+    "empty objects": (
+        ['{"text": "a", "n": {}}', '{"text": "b", "n": {"x": 1}}'],
+        "struct<x: int64>",
+        [{"x": None}, {"x": 1}],
+    ),
+    "empty everywhere": (['{"text": "a", "n": {"m": {}}}', '{"text": "b"}'], "struct<m: string>", [{"m": "{}"}, None]),
+    "csv": (["text,n\na,\n", "text,n\nb,7\n"], "int64", [None, 7]),
+    "csv mixed": (["text,n\na,1.50\n", "text,n\nb,x\n"], "string", ["1.50", "x"]),
+    "csv and json": (["text,n\na,2\n", '{"text": "b", "n": "x"}'], "string", ["2", "x"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_types_of_several_files(tmp_path, name):
+    """A shard may have no value of a column, or values of another type."""
+    contents, kind, expected = SHARDS[name]
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}{'.csv' if content.startswith('text') else '.jsonl'}").write_text(content)
+    files = read_footers(str(tmp_path), ["text"])
+    schema = together(files)
+    assert str(schema.field("n").type).replace("element", "item") == kind
+    rows = list(read_units(str(tmp_path), split_into_units(files), schema, text_columns=["text"]))
+    assert [value for part in rows for value in part.table["n"].to_pylist()] == expected
+    assert not any(part.values_lost for part in rows)
+    pq.write_table(pa.concat_tables([part.table for part in rows]), tmp_path / "written.parquet")
+
+
+def test_lines_that_python_refuses_cost_only_themselves(tmp_path):
+    lines = ['{"text": "a", "n": 1}', '{"text": "b", "n": ' + "9" * 5000 + "}", '{"text": "c", "\\ud800": 1}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    found = read(tmp_path / "a.jsonl")
+    assert found.errors == [
+        None,
+        "the line has a number with too many digits",
+        "a name in the line is not valid Unicode",
+    ]
+    assert found.table.column_names == ["text", "n"]
+
+
+@pytest.mark.usefixtures("flaky_s3")
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_files_in_an_object_store(suffix):
+    import s3fs
+
+    store = s3fs.S3FileSystem()
+    store.makedirs("texts", exist_ok=True)
+    store.pipe_file(f"texts/{suffix}/a.jsonl{suffix}", COMPRESS[suffix](b'{"text": "a"}\n{"text": "b"}\n' * 500))
+    store.pipe_file(f"texts/{suffix}/b.csv{suffix}", COMPRESS[suffix](b'text,n\n"a\nb",1\n' * 1))
+    location = f"s3://texts/{suffix}"
+    files = read_footers(location, ["text"])
+    rows = list(read_units(location, split_into_units(files, unit_bytes=3000), together(files), text_columns=["text"]))
+    assert sum(len(part.table) for part in rows) == 1001
+    assert not any(error for part in rows for error in part.errors)
