@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from pipelines.errors import OutputError
 from pipelines.storage.locations import shown
-from pipelines.storage.shards import InputFile
+from pipelines.storage.shards import InputFile, WorkUnits
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,30 @@ def compare_input(generations: Sequence[Sequence[InputFile]], files: Sequence[In
 
 
 def check_change(
-    location: str, change: InputChange, *, append: bool, replace_changed: bool, is_table: bool = False
+    location: str,
+    change: InputChange,
+    *,
+    append: bool,
+    replace_changed: bool,
+    from_table: bool = False,
+    in_table: bool = False,
 ) -> None:
     """Raise OutputError for a difference that the settings do not allow. The message names the remedy.
 
-    If the input or the output is a table, files that are gone or changed are always refused: a table rewrites its
-    files, and the same rows would be scored twice.
+    Args:
+        location: The output folder.
+        change: The difference.
+        append: Whether files may be new, or gone.
+        replace_changed: Whether files may be changed, too.
+        from_table: Whether the input is a table. It rewrites its files, so the rows of a file that is gone may be in a
+            new one: files that are gone or changed are refused.
+        in_table: Whether the output is part of a table. Rows cannot be removed from it: changed files are refused.
     """
-    if is_table and (change.gone or change.changed):
-        first = (change.gone or change.changed)[0]
+    refused_always = [*(change.gone if from_table else []), *(change.changed if from_table or in_table else [])]
+    if refused_always:
         raise OutputError(
-            f"--output {shown(location)} cannot be extended: {first.url} was rewritten or deleted, and the input or "
-            f"the output is a table, in which its rows cannot be replaced; give a new folder"
+            f"--output {shown(location)} cannot be extended: {refused_always[0].url} was rewritten or deleted, and the "
+            f"{'input' if from_table else 'output'} is a table, in which its rows cannot be replaced; give a new folder"
         )
     append = append or replace_changed
     refused = {
@@ -59,6 +71,23 @@ def check_change(
             f"--output {shown(location)} was begun with another input: {', '.join(problems)}; give a new folder, "
             f"or {remedy}"
         )
+
+
+def check_gone(
+    location: str, gone: Sequence[InputFile], generations: Sequence[WorkUnits], finished: Collection[str]
+) -> None:
+    """Raise OutputError if files are gone whose rows are not all scored: no start of the job could finish the run."""
+    if not gone:
+        return
+    names = {file.url for file in gone}
+    for units in generations:
+        for unit in units:
+            lost = next((span.file.url for span in unit.spans if span.file.url in names), None)
+            if lost is not None and unit.output_name not in finished:
+                raise OutputError(
+                    f"--output {shown(location)} cannot be finished: {lost} is gone, and not all of its rows were "
+                    f"scored; put it back, or give a new folder"
+                )
 
 
 def _same(left: InputFile, right: InputFile) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
-from pipelines.bulk.manifest import RunIdentity, pinned_snapshot
+from pipelines.bulk.manifest import RunIdentity, known_files, pinned_snapshot
 from pipelines.bulk.unit import ReplicaSetup
 from pipelines.classifier_config import read_config, vocabulary_size
 from pipelines.decisions.columns import check_output_columns, output_fields, schema_metadata
@@ -149,7 +149,13 @@ def check_job(job: ScoreJob) -> CheckedJob:
     is_pinned = not (job.score.overwrite or job.score.append or job.score.replace_changed)
     snapshot = snapshot_of(job.input, pinned_snapshot(job.output) if is_pinned else None)
     files = read_footers(
-        job.input, job.data.text_columns, read=read, lenient=True, without=job.output, snapshot=snapshot
+        job.input,
+        job.data.text_columns,
+        read=read,
+        lenient=True,
+        without=job.output,
+        snapshot=snapshot,
+        known={} if job.score.overwrite else known_files(job.output),
     )
     readable = [file for file in files if file.schema is not None]
     if not sum(file.num_rows for file in readable):

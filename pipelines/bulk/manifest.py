@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import OutputError
-from pipelines.storage.locations import commit_json, read_bytes, read_json, shown
+from pipelines.storage.locations import commit_json, read_bytes, read_json, shown, store_errors
 from pipelines.storage.shards import InputFile, fingerprint
 
 MANIFEST = "_manifest.json"
+TABLES = "_tables.json"
+"""File with the names of the tables that have, or soon will have, the run's files."""
 FORMAT_VERSION = 2
 
 
@@ -67,8 +69,6 @@ class Manifest:
     generations: tuple[Generation, ...] = ()
     run: str = ""
     """Id of the run."""
-    tables: tuple[str, ...] = ()
-    """Tables that have, or soon will have, the run's files."""
 
     @property
     def limit(self) -> int | None:
@@ -90,20 +90,18 @@ class Manifest:
             "columns": dict(self.columns),
             "generations": [dataclasses.asdict(generation) for generation in self.generations],
             "run": self.run,
-            "tables": list(self.tables),
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Manifest:
         """Create a manifest from the result of `to_json`."""
-        own = ("format_version", "input", "columns", "generations", "run", "tables")
+        own = ("format_version", "input", "columns", "generations", "run")
         identity = {name: value for name, value in content.items() if name not in own}
         generations = tuple(
             Generation(**{**generation, "replaced": tuple(generation.get("replaced", ()))})
             for generation in content["generations"]
         )
-        run = content.get("run") or generations[0].fingerprint
-        return cls(content["input"], identity, content["columns"], generations, run, tuple(content.get("tables", ())))
+        return cls(content["input"], identity, content["columns"], generations, content.get("run", ""))
 
 
 def read_manifest(location: str) -> Manifest:
@@ -111,7 +109,9 @@ def read_manifest(location: str) -> Manifest:
     try:
         content = read_json(location, MANIFEST)
         if content.get("format_version") == FORMAT_VERSION:
-            return Manifest.from_json(content)
+            manifest = Manifest.from_json(content)
+            # earlier versions gave runs no id: every process must find the same one, and every folder another
+            return manifest if manifest.run else dataclasses.replace(manifest, run=_id_of(location, content))
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise damaged(location, MANIFEST) from error
     raise OutputError(f"{shown(location)} was written by another version of pipelines; give a new folder")
@@ -124,30 +124,50 @@ def damaged(location: str, name: str) -> OutputError:
 
 def pinned_snapshot(location: str) -> str | None:
     """Return the version of the input table with which the run in a folder began. None if there is none."""
+    manifest = _manifest_of(location)
+    return None if manifest is None else manifest.generations[-1].snapshot
+
+
+def _manifest_of(location: str) -> Manifest | None:
+    """Return the manifest of a run, or None if there is none that can be read: this is reported when it is resumed."""
+    with store_errors(OutputError, f"--output {shown(location)} cannot be read"):
+        try:
+            return read_manifest(location)
+        except (OutputError, FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def known_files(location: str) -> dict[str, InputFile]:
+    """Return the input files of the run in a folder by their names. Empty if there is no run that can be read."""
+    manifest = _manifest_of(location)
+    generations = () if manifest is None else manifest.generations
     try:
-        return read_manifest(location).generations[-1].snapshot
-    except (OutputError, OSError):
-        return None
+        return {file.url: file for generation in generations for file in read_listing(location, generation.listing)}
+    except OutputError:  # damaged: reported when the run is resumed
+        return {}
 
 
 def check_not_in_table(location: str, names: Mapping[str, int]) -> None:
     """Raise OutputError if files of the run in a folder are part of a table, and must therefore stay."""
-    tables: tuple[str, ...] = ()
-    if names.get(MANIFEST):
-        with suppress(OutputError):  # damaged: nothing is known of it
-            tables = read_manifest(location).tables
-    if tables:
+    if TABLES in names:
         raise OutputError(
-            f"the files in --output {shown(location)} are part of the table {shown(tables[0])}, so they cannot be "
-            f"removed; give a new folder"
+            f"the files in --output {shown(location)} are part of a table, so they cannot be removed; give a new "
+            f"folder ({TABLES} names the table)"
         )
 
 
-def add_table(location: str, manifest: Manifest, table: str) -> None:
-    """Write down that a table will have the run's files."""
-    if table not in manifest.tables:
-        changed = dataclasses.replace(manifest, tables=(*manifest.tables, table))
-        commit_json(location, MANIFEST, changed.to_json())
+def add_table(location: str, table: str) -> None:
+    """Write down that a table will have the files in a folder."""
+    try:
+        tables = list(read_json(location, TABLES)["tables"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or damaged: its existence is what counts
+        tables = []
+    if table not in tables:
+        commit_json(location, TABLES, {"tables": [*tables, table]})
+
+
+def _id_of(location: str, content: Mapping[str, Any]) -> str:
+    return uuid.uuid5(uuid.NAMESPACE_URL, location.rstrip("/") + json.dumps(content, sort_keys=True)).hex
 
 
 def listing_of(files: Sequence[InputFile]) -> pa.Table:

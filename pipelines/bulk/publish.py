@@ -11,12 +11,11 @@ import logging
 import posixpath
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.bulk.manifest import add_table
 from pipelines.bulk.run_folder import Run, read_counts
 from pipelines.storage.lakes import FinishedFiles, output_table
-from pipelines.storage.locations import filesystem_of, list_names, retried, shown
+from pipelines.storage.locations import filesystem_of, from_parquet, list_names, shown
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +27,19 @@ def publish(run: Run, table: str) -> str:
         OutputError: The table cannot have these files.
         JobError: The commit failed. The next start of the job tries again.
     """
+    target = output_table(table)
+    found = target.find(run.manifest.run, len(run.generations))
+    if found is not None:
+        return f"{shown(table)} at {found}"
     names = [[unit.output_name for unit in units] for units in run.generations]
     flat = [name for generation in names for name in generation]
     rows = dict(zip(flat, (counts.rows_out for counts in read_counts(run.location, flat)), strict=True))
     names = [[name for name in generation if rows[name]] for generation in names]
     if not any(names):
         return f"{shown(table)}: no rows to add"
-    target = output_table(table)
     schema = _schema(run.location, next(name for generation in names for name in generation))
     target.check(run.location, schema)
-    add_table(run.location, run.manifest, table)
+    add_table(run.location, table)
     files = FinishedFiles(run.manifest.run, len(names), names, rows, list_names(run.location))
     found = f"{shown(table)} at {target.add(run.location, schema, files)}"
     logger.info("the rows are in %s", found)
@@ -46,10 +48,5 @@ def publish(run: Run, table: str) -> str:
 
 def _schema(location: str, name: str) -> pa.Schema:
     filesystem, folder = filesystem_of(location)
-
-    def read() -> pa.Schema:
-        with filesystem.open(posixpath.join(folder, name), "rb") as file:
-            return pq.ParquetFile(file).schema_arrow
-
-    schema = retried(read)
+    schema = from_parquet(filesystem, posixpath.join(folder, name), lambda file: file.schema_arrow)
     return pa.schema([column.remove_metadata() for column in schema])

@@ -13,13 +13,12 @@ from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipelines.bulk.run_folder import FOOTER_THREADS, Run, commit_unit, read_counts
 from pipelines.bulk.summary import Counts, count_table
 from pipelines.settings import DecisionSettings
 from pipelines.storage.columns import SOURCE_COLUMNS
-from pipelines.storage.locations import filesystem_of, remove, retried
+from pipelines.storage.locations import filesystem_of, from_parquet, remove
 from pipelines.storage.shards import WorkUnit
 
 
@@ -42,7 +41,8 @@ def _clean(location: str, unit: WorkUnit, decision: DecisionSettings, prefix: st
     (counts,) = read_counts(location, [unit.output_name])
     if counts.rows_in == unit.num_rows:  # an earlier start of the job has done it
         return counts
-    table = _read(location, unit.output_name)
+    filesystem, folder = filesystem_of(location)
+    table = from_parquet(filesystem, posixpath.join(folder, unit.output_name), lambda file: file.read())
     kept = pa.array(sorted({span.file.url for span in unit.spans}), pa.string())
     left = table.filter(pc.is_in(table.column(prefix + SOURCE_COLUMNS[0]), kept))
     counts = replace(
@@ -54,13 +54,3 @@ def _clean(location: str, unit: WorkUnit, decision: DecisionSettings, prefix: st
     )
     commit_unit(location, unit.output_name, left, counts)
     return counts
-
-
-def _read(location: str, name: str) -> pa.Table:
-    filesystem, folder = filesystem_of(location)
-
-    def read() -> pa.Table:
-        with filesystem.open(posixpath.join(folder, name), "rb") as file:
-            return pq.ParquetFile(file).read()
-
-    return retried(read)

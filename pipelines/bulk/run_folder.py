@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipelines.bulk.changes import check_change, compare_input
+from pipelines.bulk.changes import check_change, check_gone, compare_input
 from pipelines.bulk.manifest import (
     MANIFEST,
+    TABLES,
     Generation,
     Manifest,
     RunIdentity,
@@ -40,11 +40,11 @@ from pipelines.storage.locations import (
     commit_new_json,
     commit_table,
     filesystem_of,
+    from_parquet,
     list_names,
     make_folder,
     read_json,
     remove,
-    retried,
     shown,
 )
 from pipelines.storage.marks import HEARTBEAT_SECONDS, others_of
@@ -127,8 +127,8 @@ def open_run(
         mark: Name of the file with which this job marks the folder as in use.
 
     Raises:
-        OutputError: The folder contains another run or other files, and the message names the difference; or overwrite
-            is set, and another job writes to the folder now.
+        OutputError: The folder contains another run or other files, and the message names the difference; or files
+            would be added or removed while another job writes to the folder.
     """
     make_folder(location)
     names = list_names(location)
@@ -147,16 +147,26 @@ def open_run(
     _check_identity(location, manifest, identity)
     generations = [read_listing(location, generation.listing) for generation in manifest.generations]
     change = compare_input(generations, files)
-    is_table = snapshot is not None or bool(manifest.tables)
-    check_change(location, change, append=append, replace_changed=replace_changed, is_table=is_table)
+    check_change(
+        location,
+        change,
+        append=append,
+        replace_changed=replace_changed,
+        from_table=snapshot is not None,
+        in_table=TABLES in names,
+    )
     _check_columns(location, manifest, columns)
     new = [*change.new, *change.changed]
     if new:
-        replaced = [file.url for file in change.changed]
+        _check_is_alone(location, mark, "--append and --replace-changed would change the run of a job that runs now")
+        check_gone(location, change.gone, _units_of(manifest, generations), _finished(names))
+        replaced = [file.url for file in change.changed if file.error is None]
         manifest = _add_generation(location, manifest, new, unit_bytes, replaced=replaced, snapshot=snapshot)
         generations.append(new)
-    units = _units_of(manifest, generations)
-    return Run(location, manifest, units, _finished(units, list_names(location)), len(change.gone))
+    units, finished = _units_of(manifest, generations), _finished(list_names(location))
+    check_gone(location, change.gone, units, finished)
+    done = frozenset(unit.output_name for part in units for unit in part if unit.output_name in finished)
+    return Run(location, manifest, units, done, len(change.gone))
 
 
 def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
@@ -169,12 +179,7 @@ def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
 
 def read_metadata(filesystem: AbstractFileSystem, path: str) -> dict[bytes, bytes]:
     """Read the schema metadata of a Parquet file."""
-
-    def read() -> dict[bytes, bytes]:
-        with filesystem.open(path, "rb") as file:
-            return dict(pq.ParquetFile(file).schema_arrow.metadata or {})
-
-    return retried(read)
+    return from_parquet(filesystem, path, lambda file: dict(file.schema_arrow.metadata or {}))
 
 
 def commit_unit(location: str, name: str, table: pa.Table, counts: Counts) -> None:
@@ -189,7 +194,8 @@ def finished_summary(run: Run) -> ScoreSummary | None:
         return None
     try:
         summary = ScoreSummary.from_json(run.location, read_json(run.location, SUMMARY))
-        return summary if summary.files_gone == run.files_gone else None
+        same = (summary.files_gone, summary.rows_in) == (run.files_gone, run.num_rows)
+        return summary if same else None
     except (ValueError, TypeError, KeyError, AttributeError):  # damaged: it is computed again from the finished files
         return None
 
@@ -203,11 +209,17 @@ def sweep(location: str, mark: str) -> None:
 
 
 def check_same_run(run: Run) -> None:
-    """Raise JobError if another job has replaced the run in the output folder."""
-    if read_manifest(run.location).run != run.manifest.run:
+    """Raise JobError if another job has replaced or extended the run in the output folder."""
+    now = read_manifest(run.location)
+    if now.run != run.manifest.run:
         raise JobError(
             f"another job has replaced the run in {shown(run.location)} while this one was working; start this job "
             f"again with another --output"
+        )
+    if now.generations != run.manifest.generations:
+        raise JobError(
+            f"another job has added files to the run in {shown(run.location)} while this one was working; start this "
+            f"job again to finish it"
         )
 
 
@@ -225,18 +237,22 @@ def _clear(location: str, names: Mapping[str, int], mark: str) -> None:
     Raises:
         OutputError: Another job writes to the folder now, or files of the run are part of a table.
     """
-    others = others_of(location, mark)
-    if others:
-        raise OutputError(
-            f"--overwrite would remove files of a job that runs now ({others[0]}) and writes to {shown(location)}; "
-            f"stop it, or give a new folder. A killed job counts as running for {3 * HEARTBEAT_SECONDS:g} s"
-        )
+    _check_is_alone(location, mark, "--overwrite would remove files of a job that runs now")
     check_not_in_table(location, names)
     if MANIFEST not in names:
         _check_is_empty(location, names)
     own = [name for name in names if OUTPUT_NAME.fullmatch(name) or name.startswith((".part-", "._"))]
     for name in [SUMMARY, *own]:
         remove(location, name)
+
+
+def _check_is_alone(location: str, mark: str, problem: str) -> None:
+    others = others_of(location, mark)
+    if others:
+        raise OutputError(
+            f"{problem} ({others[0]}) and writes to {shown(location)}; wait for it, stop it, or give a new folder. "
+            f"A killed job counts as running for {3 * HEARTBEAT_SECONDS:g} s"
+        )
 
 
 def _remove_listings(location: str, manifest: Manifest, names: Mapping[str, int]) -> None:
@@ -283,10 +299,9 @@ def _units_of(manifest: Manifest, generations: Sequence[Sequence[InputFile]]) ->
     return found
 
 
-def _finished(generations: Sequence[WorkUnits], names: Mapping[str, int]) -> frozenset[str]:
-    if not any(name.startswith("part-") for name in names):
-        return frozenset()
-    return frozenset(unit.output_name for units in generations for unit in units if names.get(unit.output_name))
+def _finished(names: Mapping[str, int]) -> frozenset[str]:
+    """Return the names of files of units. An empty file is not a finished one."""
+    return frozenset(name for name, size in names.items() if size and name.startswith("part-"))
 
 
 def _check_identity(location: str, manifest: Manifest, identity: RunIdentity) -> None:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipelines.bulk.run_folder import commit_unit
 from pipelines.bulk.summary import Counts, count_table
 from pipelines.decisions.columns import error_columns
-from pipelines.errors import JobError, first_line
+from pipelines.errors import JobError, first_line, is_out_of_memory
 from pipelines.settings import ComputeSettings, DecisionSettings
 from pipelines.text.stage import ERROR, IDS, PAIR_IDS, TokenizedUnit, TokenizeStats, documents_of
 from pipelines.text.tokenization import Documents
@@ -146,6 +146,11 @@ class UnitScorer:
             if len(documents) > 1:
                 halves = np.array_split(np.arange(len(documents)), 2)
                 return pa.concat_tables([self._score(documents.take(half)) for half in halves])
+            if is_out_of_memory(error):
+                raise JobError(
+                    f"there is not enough memory to score a single document ({first_line(error)}); finished units are "
+                    f"kept: start the job again with fewer --replicas, a lower --batch-tokens or more memory"
+                ) from error
             return self._error(f"scoring failed: {type(error).__name__}")
 
     def _error(self, error: str) -> pa.Table:

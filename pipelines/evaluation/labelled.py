@@ -38,7 +38,7 @@ from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings
 from pipelines.storage.columns import check_label_column, check_text_column, text_schema, with_fields
 from pipelines.storage.labels import check_label_columns, label_values, read_label_column
 from pipelines.storage.locations import absolute, commit_bytes, make_folder, shown
-from pipelines.storage.rows import read_unit
+from pipelines.storage.rows import read_tables
 from pipelines.storage.shards import InputFile, fingerprint
 
 MEMORY = "the table in memory"
@@ -169,7 +169,7 @@ def labelled_files(location: str, data: DataSettings, decision: DecisionSettings
         fingerprint=fingerprint((file.url, file.size, file.version) for file in found.files),
         num_rows=found.units.num_rows,
         targets=encode_labels(found.values, decision),
-        tables=lambda: (read_unit(location, unit, read) for unit in found.units),
+        tables=lambda: read_tables(location, found.units, read, text_columns=data.text_columns),
         name_of=partial(_name_in_files, found.files),
     )
 

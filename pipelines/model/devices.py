@@ -54,8 +54,3 @@ def resolve_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     fast = any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
     return torch.bfloat16 if fast else torch.float32
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that tensors do not fit into memory, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate" in str(error)

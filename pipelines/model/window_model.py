@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from pipelines.decisions.labels import Scaling
-from pipelines.errors import ModelFolderError, first_line
+from pipelines.errors import ModelFolderError, first_line, is_out_of_memory
 from pipelines.model.batching import token_batches
-from pipelines.model.devices import is_out_of_memory, resolve_device, resolve_dtype, to_device
+from pipelines.model.devices import resolve_device, resolve_dtype, to_device
 from pipelines.model.lora import has_adapter, save_trained, trained_weights
 from pipelines.model.packing import NAME as PACKED
 from pipelines.model.packing import PackedRows, Packing, remove_hooks

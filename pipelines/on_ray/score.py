@@ -69,7 +69,8 @@ def _score_units(checked: CheckedJob, units: Iterator[WorkUnit], *, address: str
             except ray.exceptions.RayError as error:
                 cause = root_cause(error)
                 hint = RESUME_HINT if cause.may_pass else "finished units are kept, for a start after the repair"
-                raise JobError(f"scoring failed: {cause}; {hint}") from error
+                message = f"scoring failed: {cause}"
+                raise JobError(message if "start the job again" in message else f"{message}; {hint}") from error
 
 
 def _score_stage(checked: CheckedJob, units: Sequence[WorkUnit], crash_record: Any) -> Dataset:

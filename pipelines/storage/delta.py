@@ -14,12 +14,12 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
-from pipelines.errors import DataError, JobError, OutputError, SettingsError, first_line
+from pipelines.errors import DataError, JobError, OutputError, PipelinesError, SettingsError, first_line
 from pipelines.storage.lakes import FinishedFiles, Snapshot, is_nanoseconds, refuse_types
 from pipelines.storage.locations import absolute, filesystem_of, shown
 
 READABLE = {"timestampNtz", "v2Checkpoint", "vacuumProtocolCheck"}
-"""Reader features of a table that change nothing for who reads its data files."""
+"""Reader features of a table that do not affect how its data files are read."""
 NO_MAPPING = ("none", None)
 COMMITS = 10
 """Number of attempts to commit, if other writers commit at the same time."""
@@ -72,6 +72,7 @@ class DeltaOutput:
                 f"--output {shown(output)} must be a folder in the table {shown(self._folder)}, because a Delta table "
                 f"has its files below it; for example {shown(self._folder).rstrip('/')}/scored"
             )
+        _check_name(self._folder, SettingsError)
         refuse_types(schema, REFUSED_TYPES, "Delta")
         library = _library(OutputError)
         try:
@@ -91,6 +92,11 @@ class DeltaOutput:
                 f"{_shown(_plain(wanted))}; give another table"
             )
 
+    def find(self, run: str, generation: int) -> str | None:
+        """Return the table's version, if it has this many generations of the run."""
+        table = self._existing()
+        return None if table is None else _version_with(table, run, generation)
+
     def add(self, output: str, schema: pa.Schema, files: FinishedFiles) -> str:
         """Add the files that the table does not have, in one commit with the id of the run.
 
@@ -98,27 +104,28 @@ class DeltaOutput:
         same run has committed.
         """
         library = _library(OutputError)
-        from deltalake.exceptions import DeltaError
+        from deltalake.exceptions import CommitFailedError, DeltaError
 
+        reason = ""
         for _ in range(COMMITS):
             table = self._existing()
-            before = None if table is None else table.transaction_version(files.run)
-            if table is not None and before is not None and before >= files.generation:
-                return f"version {table.version()}"
+            found = None if table is None else _version_with(table, files.run, files.generation)
+            if found is not None:
+                return found
+            before = 0 if table is None else table.transaction_version(files.run) or 0
             try:
-                self._commit(library, table, schema, self._actions(output, files, before or 0), files)
-            except DeltaError as error:
-                reason = error
-                continue
-            except OSError as error:
-                raise JobError(
-                    f"the files could not be added to --table {shown(self._folder)}: {first_line(error)}; start the "
-                    f"job again to add them"
-                ) from error
-            return f"version {library.DeltaTable(self._folder).version()}"
-        raise JobError(
-            f"the files could not be added to --table {shown(self._folder)}: {first_line(reason)}; start the job again "
-            f"to add them"
+                self._commit(library, table, schema, self._actions(output, files, before), files)
+            except (DeltaError, OSError) as error:
+                reason = first_line(error)
+                if isinstance(error, CommitFailedError) or (table is None and self._existing() is not None):
+                    continue  # another writer was quicker
+                raise self._failed(reason) from error
+            return f"version {self._existing().version()}"
+        raise self._failed(reason)
+
+    def _failed(self, reason: str) -> JobError:
+        return JobError(
+            f"the files could not be added to --table {shown(self._folder)}: {reason}; start the job again to add them"
         )
 
     def _existing(self) -> Any:
@@ -170,6 +177,7 @@ class DeltaOutput:
 
 def _open(location: str, version: str | None) -> Any:
     library = _library(DataError)
+    _check_name(location, DataError)
     from deltalake.exceptions import DeltaError
 
     try:
@@ -177,6 +185,20 @@ def _open(location: str, version: str | None) -> Any:
     except (DeltaError, OSError) as error:
         wanted = "" if version is None else f" at version {version}, with which the run in --output began"
         raise DataError(f"the Delta table {shown(location)} cannot be opened{wanted}: {first_line(error)}") from error
+
+
+def _check_name(location: str, error_type: type[PipelinesError]) -> None:
+    """Refuse names that deltalake itself confuses: it reads `a%20b`, and then looks for files in `a b`."""
+    if unquote(location) != location:
+        raise error_type(
+            f"the Delta table {shown(location)} has an escaped character (% and two digits) in its name, which the "
+            f"library deltalake cannot open; rename the folder"
+        )
+
+
+def _version_with(table: Any, run: str, generation: int) -> str | None:
+    """Return the table's version, if it has this many generations of the run."""
+    return f"version {table.version()}" if (table.transaction_version(run) or 0) >= generation else None
 
 
 def _unsupported(table: Any) -> str | None:
@@ -199,7 +221,9 @@ def _place(filesystem: Any, root: str, path: str) -> str:
 
 def _below(folder: str, above: str) -> str | None:
     """Return the path of a folder relative to a folder above it. None if it is not below."""
-    (_, path), (_, root) = filesystem_of(folder), filesystem_of(above)
+    (own, path), (other, root) = filesystem_of(folder), filesystem_of(above)
+    if type(own) is not type(other):
+        return None
     path, root = path.rstrip("/"), root.rstrip("/")
     if path == root:
         return ""

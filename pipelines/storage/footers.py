@@ -6,7 +6,7 @@ Sizes of row groups are estimates of what their columns take in memory, because 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.errors import DataError, JobError, PipelinesError, first_line
+from pipelines.errors import DataError, JobError, first_line
 from pipelines.storage.lakes import Snapshot, snapshot_of
 from pipelines.storage.listing import FOOTER_THREADS, MAGIC, first_bytes, list_entries
 from pipelines.storage.locations import WatchedFile, filesystem_of, retried
@@ -45,6 +45,7 @@ def read_footers(
     lenient: bool = False,
     without: str | None = None,
     snapshot: Snapshot | None = None,
+    known: Mapping[str, InputFile] | None = None,
 ) -> list[InputFile]:
     """Read the footers of all input files in parallel. JSON Lines and CSV files are scanned instead.
 
@@ -55,6 +56,7 @@ def read_footers(
         lenient: Store the error of an unreadable file in `InputFile.error` instead of raising it.
         without: Folder whose files are left out: the output of the job.
         snapshot: Snapshot of the table, if the location is one. By default it is the current one.
+        known: Files of an earlier scan, by url. JSON Lines and CSV files that are unchanged are not scanned again.
 
     Raises:
         DataError: A file cannot be read. If lenient, only if no file can be read.
@@ -67,7 +69,7 @@ def read_footers(
     else:
         filesystem, root, entries = snapshot.filesystem, "", snapshot.entries
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        files = list(pool.map(lambda entry: _read_footer(filesystem, entry, root, text_columns, read), entries))
+        files = list(pool.map(lambda entry: _read_footer(filesystem, entry, root, text_columns, read, known), entries))
     if snapshot is not None:
         files = [_of_table(file, snapshot, location) for file in files]
     bad = [file for file in files if file.error is not None]
@@ -83,6 +85,7 @@ def _read_footer(
     root: str,
     text_columns: Sequence[str],
     read: Collection[str] | None,
+    known_files: Mapping[str, InputFile] | None,
 ) -> InputFile:
     path = str(entry["name"])
     url = path if isinstance(filesystem, LocalFileSystem) else str(filesystem.unstrip_protocol(path))
@@ -94,13 +97,11 @@ def _read_footer(
         "partitions": _partitions(path, root),
     }
     kind = format_of(path)
-    try:
-        if kind is not None and first_bytes(filesystem, path) not in MAGIC:
-            return _scanned(filesystem, known, kind, text_columns)
-    except PipelinesError:
-        raise
-    except Exception as error:  # object stores raise the errors of their own libraries
-        raise store_failed(url, error) from error
+    if kind is not None and not (known["size"] and _is_parquet(filesystem, path, url)):
+        before = (known_files or {}).get(url)
+        if before is not None and (before.size, before.version) == (known["size"], known["version"]):
+            return replace(before, partitions=known["partitions"])
+        return _scanned(filesystem, known, kind, text_columns)
     try:
         metadata, schema, is_encrypted, expansion = retried(lambda: _open_footer(filesystem, path, read))
     except OSError as error:
@@ -114,6 +115,14 @@ def _read_footer(
     sizes = tuple(max(1, int(bytes_of(group, leaves) * expansion)) for group in groups)
     num_nulls = sum(_num_nulls([group.column(number) for number in texts]) for group in groups)
     return InputFile(**known, schema=schema, row_group_rows=rows, row_group_bytes=sizes, num_nulls=num_nulls)
+
+
+def _is_parquet(filesystem: AbstractFileSystem, path: str, url: str) -> bool:
+    """Return whether a file that is named as JSON Lines or CSV is Parquet by its first bytes."""
+    try:
+        return first_bytes(filesystem, path) in MAGIC
+    except Exception as error:  # object stores raise the errors of their own libraries
+        raise store_failed(url, error) from error
 
 
 def _of_table(file: InputFile, snapshot: Snapshot, location: str) -> InputFile:
@@ -130,16 +139,21 @@ def _of_table(file: InputFile, snapshot: Snapshot, location: str) -> InputFile:
     )
     if snapshot.column_names is None:
         return file
-    ids = {column.name: (column.metadata or {}).get(b"PARQUET:field_id") for column in schema}
-    names = {name: snapshot.column_names.get(int(number)) for name, number in ids.items() if number is not None}
+    own_ids = {column.name: (column.metadata or {}).get(b"PARQUET:field_id") for column in schema}
+    ids = {name: snapshot.column_ids.get(name) if own is None else int(own) for name, own in own_ids.items()}
+    if not any(number is not None for number in ids.values()):
+        raise DataError(
+            f"{file.url} has no ids of columns, and {location} has no schema.name-mapping.default; rewrite the table's "
+            f"data files first"
+        )
+    names = {name: snapshot.column_names.get(number) for name, number in ids.items() if number is not None}
     renamed = {name: new for name, new in names.items() if new not in (None, name)}
     if renamed:
         old, new = next(iter(renamed.items()))
         raise DataError(
             f"the column {new!r} of {location} has the name {old!r} in {file.url}; rewrite the table's data files first"
         )
-    known = set(snapshot.column_names.values())
-    return replace(file, schema=pa.schema([column for column in schema if column.name in known]))
+    return replace(file, schema=pa.schema([column for column in schema if names.get(column.name) is not None]))
 
 
 def _scanned(
@@ -191,6 +205,7 @@ def check_unchanged(filesystem: AbstractFileSystem, file: InputFile) -> None:
     if file.partition_schema is not None or not protocols & WITH_VERSIONS:
         return
     place = os.path.realpath(file.path) if isinstance(filesystem, LocalFileSystem) else file.path
+    filesystem.invalidate_cache(place)  # s3fs keeps what it has listed
     entry = filesystem.info(place)
     if (int(entry.get("size") or 0), _version(entry)) != (file.size, file.version):
         raise JobError(
@@ -221,7 +236,7 @@ def _expansion(file: Any, metadata: pq.FileMetaData, read: Collection[str] | Non
         and column.total_uncompressed_size < SHORT_BYTES * column.num_values
     ]
     if short:
-        with suppress(pa.ArrowException, OSError, ValueError):  # damaged: who reads the rows reports it
+        with suppress(pa.ArrowException, OSError, ValueError):  # damaged: reported when the rows are read
             paths = [column.path_in_schema for column in short]
             parquet = pq.ParquetFile(file, read_dictionary=paths, buffer_size=2**16)
             known = set(parquet.schema_arrow.names)

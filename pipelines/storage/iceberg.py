@@ -75,7 +75,9 @@ def _live_files(location: str, table: Any, found: Any) -> Snapshot:
         for file in files
     ]
     columns = {column.field_id: column.name for column in table.schema().fields}
-    return Snapshot(str(found.snapshot_id), filesystem, entries, column_names=columns)
+    mapping = table.name_mapping()
+    ids = {name: one.field_id for one in mapping or () if one.field_id is not None for name in one.names}
+    return Snapshot(str(found.snapshot_id), filesystem, entries, column_names=columns, column_ids=ids)
 
 
 class IcebergOutput:
@@ -101,6 +103,11 @@ class IcebergOutput:
                 f"table"
             )
 
+    def find(self, run: str, generation: int) -> str | None:
+        """Return the table's snapshot, if it has this many generations of the run."""
+        table = self._existing()
+        return None if table is None else _version_with(table, run, generation)
+
     def add(self, output: str, schema: pa.Schema, files: FinishedFiles) -> str:
         """Add the files that the table does not have, in one commit with the id of the run.
 
@@ -110,15 +117,15 @@ class IcebergOutput:
         from pyiceberg.exceptions import CommitFailedException, TableAlreadyExistsError
 
         catalog, name = _catalog(self._name, OutputError)
-        key, reason = f"pipelines.run.{files.run}", ""
+        reason = ""
         with suppress(Exception):  # two processes at once; if there is no namespace, the commit says so
             catalog.create_namespace_if_not_exists(name.rpartition(".")[0])
         for _ in range(COMMITS):
             table = self._existing()
-            before = 0 if table is None else int(table.properties.get(key, 0))
-            if table is not None and before >= files.generation:
-                return _version(table)
-            places = _locations(output, files, before)
+            found = None if table is None else _version_with(table, files.run, files.generation)
+            if found is not None:
+                return found
+            places = _locations(output, files, 0 if table is None else _generations_of(table, files.run))
             try:
                 if table is None:
                     transaction = catalog.create_table_transaction(name, schema=schema)
@@ -127,7 +134,7 @@ class IcebergOutput:
                     table.metadata = table.metadata.model_copy(update={"properties": retries})
                     transaction = table.transaction()
                 transaction.add_files(places, snapshot_properties={"run": files.run}, check_duplicate_files=True)
-                transaction.set_properties(**{key: str(files.generation)})
+                transaction.set_properties(**{_key(files.run): str(files.generation)})
                 return _version(transaction.commit_transaction())
             except (CommitFailedException, TableAlreadyExistsError) as error:
                 reason = first_line(error)
@@ -184,6 +191,20 @@ def _locations(output: str, files: FinishedFiles, before: int) -> list[str]:
     names = [name for generation in files.names[before : files.generation] for name in generation]
     paths = [posixpath.join(folder, name) for name in names]
     return paths if isinstance(filesystem, LocalFileSystem) else [str(filesystem.unstrip_protocol(p)) for p in paths]
+
+
+def _key(run: str) -> str:
+    """Return the property of a table with the number of a run's generations that it has."""
+    return f"pipelines.run.{run}"
+
+
+def _generations_of(table: Any, run: str) -> int:
+    return int(table.properties.get(_key(run), 0))
+
+
+def _version_with(table: Any, run: str, generation: int) -> str | None:
+    """Return the table's snapshot, if it has this many generations of the run."""
+    return _version(table) if _generations_of(table, run) >= generation else None
 
 
 def _version(table: Any) -> str:

@@ -12,7 +12,7 @@ from pipelines.settings import DataSettings, DecisionSettings
 from pipelines.storage.columns import check_label_column, check_text_column
 from pipelines.storage.footers import read_footers
 from pipelines.storage.locations import shown
-from pipelines.storage.rows import read_unit, together
+from pipelines.storage.rows import read_tables, together
 from pipelines.storage.shards import InputFile, WorkUnits, split_into_units
 
 
@@ -48,7 +48,7 @@ def read_label_column(location: str, data: DataSettings) -> LabelColumn:
     if not len(units):
         raise DataError(f"{shown(location)} has no rows")
     schema = together(files, data.target_columns)
-    labels = label_values(pa.concat_tables([read_unit(location, unit, schema) for unit in units]), data)
+    labels = label_values(pa.concat_tables(read_tables(location, units, schema)), data)
     return LabelColumn(files, units, labels)
 
 

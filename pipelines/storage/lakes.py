@@ -33,6 +33,8 @@ class Snapshot:
     partition_schema: pa.Schema = field(default_factory=lambda: pa.schema([]))
     column_names: Mapping[int, str] | None = None
     """Iceberg: the table's columns by their ids. A file may have other names, and columns that were dropped."""
+    column_ids: Mapping[str, int] = field(default_factory=dict)
+    """Iceberg: the ids of columns in files that do not contain ids, by their names there."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ class OutputTable(Protocol):
 
     def check(self, output: str, schema: pa.Schema) -> None:
         """Raise UsageError if files with this schema in the folder `output` cannot become part of the table."""
+
+    def find(self, run: str, generation: int) -> str | None:
+        """Return what to show of the table's version, if the table has this many generations of the run."""
 
     def add(self, output: str, schema: pa.Schema, files: FinishedFiles) -> str:
         """Add files in one commit, unless the table has them. Return what to show of the table's version."""

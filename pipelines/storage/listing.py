@@ -126,12 +126,16 @@ def _followed(
     places = {os.path.realpath(name) for name in found if _is_data(name, root)}
     links = sorted(name for name in entries.keys() - found.keys() if _is_data(name, root))
     again: list[str] = []
+    entered: set[str] = set()
     while links:
         link = links.pop(0)
         target = os.path.realpath(link)
         own = {link: target} if os.path.isfile(target) else {}
-        is_loop = os.path.isdir(target) and _is_below(posixpath.dirname(link), target, filesystem)
+        is_loop = os.path.isdir(target) and (
+            target in entered or _is_below(posixpath.dirname(link), target, filesystem)
+        )
         if os.path.isdir(target) and not is_loop:
+            entered.add(target)
             inside = filesystem.find(target, detail=True)
             names = {f"{link}{name[len(target) :]}": entry for name, entry in inside.items()}
             links += [name for name, entry in names.items() if entry.get("islink") and _is_data(name, root)]
@@ -200,7 +204,7 @@ def _refuse_runs(found: Mapping[str, dict[str, Any]], root: str, filesystem: Abs
     for name in found:
         folder = posixpath.dirname(name)
         is_manifest = posixpath.basename(name) == RUN_MANIFEST and folder.rstrip("/") != root.rstrip("/")
-        if is_manifest and "generations" in _json_keys(filesystem, name):
+        if is_manifest and _json_keys(filesystem, name) & {"generations", "relabelled_from"}:
             raise DataError(
                 f"{folder} in the input is the output of a scoring job; move it out of the input, or name the files to "
                 "score by a glob"
@@ -218,11 +222,14 @@ def _parents(folder: str) -> list[str]:
 
 def _table_at(filesystem: AbstractFileSystem, folder: str) -> str | None:
     """Return the folder if it is a Delta or an Iceberg table."""
-    if filesystem.isdir(posixpath.join(folder, DELTA_LOG)):
-        return folder
-    metadata = posixpath.join(folder, "metadata")
-    if filesystem.isdir(metadata) and any(_is_iceberg(name) for name in filesystem.ls(metadata, detail=False)):
-        return folder
+    try:
+        if filesystem.isdir(posixpath.join(folder, DELTA_LOG)):
+            return folder
+        metadata = posixpath.join(folder, "metadata")
+        if filesystem.isdir(metadata) and any(_is_iceberg(name) for name in filesystem.ls(metadata, detail=False)):
+            return folder
+    except PermissionError:  # a folder above the input, which this user cannot list
+        return None
     return None
 
 

@@ -217,6 +217,16 @@ def read_json(location: str, name: str) -> Any:
     return json.loads(read_bytes(location, name))
 
 
+def from_parquet(filesystem: AbstractFileSystem, path: str, read: Callable[[pq.ParquetFile], Result]) -> Result:
+    """Open a Parquet file, and return what `read` takes from it."""
+
+    def attempt() -> Result:
+        with filesystem.open(path, "rb") as file:
+            return read(pq.ParquetFile(file))
+
+    return retried(attempt)
+
+
 def remove(location: str, name: str) -> None:
     """Remove a file from a folder, if it exists."""
     filesystem, folder = filesystem_of(location)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipelines.errors import DataError, first_line
+from pipelines.errors import DataError, JobError, first_line
 from pipelines.storage.columns import SOURCE_COLUMNS, as_strings, text_column_problem, type_at, with_fields
 from pipelines.storage.footers import INT96_UNIT, check_unchanged, store_failed
 from pipelines.storage.locations import ICEBERG, WatchedFile, filesystem_of, retried
@@ -45,29 +45,31 @@ class Rows:
     """By column: values that are null because they do not fit the column's type, or could not be read."""
 
 
-def read_unit(location: str, unit: WorkUnit, schema: pa.Schema, *, prefix: str = "") -> pa.Table:
-    """Read one unit. A column that a file does not have is null.
-
-    Args:
-        location: Location of the input.
-        unit: Unit to read.
-        schema: Names and types of the columns to read.
-        prefix: Prefix for the names of the source columns.
-
-    Returns:
-        The columns of the schema, then the source columns.
+def read_tables(
+    location: str,
+    units: Iterable[WorkUnit],
+    schema: pa.Schema,
+    *,
+    text_columns: Sequence[str] = (),
+    prefix: str = "",
+) -> Iterator[pa.Table]:
+    """Yield the rows of each unit, as `read_units` does, but raise an error for a row or value that cannot be read.
 
     Raises:
-        DataError: A row cannot be read. The message names the first one.
+        DataError: A row cannot be read. The message names the file and the row.
     """
-    (rows,) = read_units(location, [unit], schema, prefix=prefix)
-    bad = next(((row, error) for row, error in enumerate(rows.errors) if error is not None), None)
-    if bad is not None:
-        file, number = (rows.table.column(prefix + name)[bad[0]].as_py() for name in SOURCE_COLUMNS)
-        raise DataError(f"{file}, row {number}: {bad[1]}")
-    for name, count in rows.values_lost.items():
-        raise DataError(f"{count} values of column {name!r} of {unit.spans[0].file.url} cannot be read or converted")
-    return rows.table
+    units = list(units)
+    found = read_units(location, units, schema, text_columns=text_columns, prefix=prefix)
+    for unit, rows in zip(units, found, strict=True):
+        bad = next(((row, error) for row, error in enumerate(rows.errors) if error is not None), None)
+        if bad is not None:
+            file, number = (rows.table.column(prefix + name)[bad[0]].as_py() for name in SOURCE_COLUMNS)
+            raise DataError(f"{file}, row {number}: {bad[1]}")
+        for name, count in rows.values_lost.items():
+            raise DataError(
+                f"{count} values of column {name!r} of {unit.spans[0].file.url} cannot be read or converted"
+            )
+        yield rows.table
 
 
 def read_units(
@@ -90,8 +92,8 @@ def read_units(
         units: Units to read.
         schema: Names and types of the columns to read.
         text_columns: Columns that every file must have as string columns.
-        filter_columns: Columns without which nobody knows whether a row is wanted. If one of their values is lost, the
-            rows of its row group have an error.
+        filter_columns: Columns that the filter compares. If one of their values is lost, the rows of its row group have
+            an error.
         prefix: Prefix for the names of the source columns.
 
     Yields:
@@ -238,6 +240,11 @@ def _read_span(
             raise ValueError(f"{lost_here[unknown]} values of {unknown}, which the filter compares, are lost")
     except OSError as error:
         raise store_failed(span.file.url, error) from error
+    except MemoryError as error:  # pyarrow's is an ArrowException too
+        raise JobError(
+            f"there is not enough memory to read row group {span.row_group} of {span.file.url}; no row is lost: start "
+            f"the job again with more memory, or with fewer tasks at once (--tokenize-cpus)"
+        ) from error
     except (pa.ArrowException, ValueError) as error:
         reason = f"row group {span.row_group} of {span.file.url} cannot be read: {first_line(error)}"
         return _nothing(span, schema), [reason] * span.num_rows
@@ -253,11 +260,15 @@ def _read_parquet(
     reader = readers.groups
     try:
         table = _fitted(retried(lambda: reader.read(span)), span, schema, lost)
+    except MemoryError:
+        raise
     except (pa.ArrowException, ValueError) as error:
         reader.close()
         lost.clear()
         try:
             table = _fitted(_read_apart(reader, span, text_columns), span, schema, lost)
+        except MemoryError:
+            raise
         except (pa.ArrowException, ValueError):
             raise error from None
     return table, [None] * span.num_rows
@@ -287,10 +298,14 @@ def _read_apart(reader: _GroupReader, span: Span, text_columns: Sequence[str]) -
     table = reader.of(text_columns).read(span).select(list(text_columns))
     for name in reader.names:
         if name not in text_columns:
-            with suppress(pa.ArrowException, ValueError):
+            try:
                 other = reader.of([name]).read(span)
-                if len(other) == len(table) and other.column_names == [name]:
-                    table = table.append_column(name, other.column(0))
+            except MemoryError:
+                raise
+            except (pa.ArrowException, ValueError):  # its values are lost, and counted
+                continue
+            if len(other) == len(table) and other.column_names == [name]:
+                table = table.append_column(name, other.column(0))
     return table
 
 
@@ -298,8 +313,9 @@ def _fitted(table: pa.Table, span: Span, schema: pa.Schema, lost: dict[str, int]
     if len(table) != span.num_rows:
         raise ValueError(f"it has {len(table)} rows from row {span.start} on, but its footer says {span.num_rows}")
     columns = []
-    places = {name: place for place, name in enumerate(table.column_names)}
     own = set(span.file.schema.names)  # type: ignore[union-attr]
+    read = enumerate(table.column_names)  # a table may have dropped a column that is in its file
+    places = {name: place for place, name in read if type_at(span.file.schema, name) is not None}
     for column in schema:
         if column.name in places:
             values, count = cast_values(table.column(places[column.name]), column.type)
@@ -419,10 +435,8 @@ class _GroupReader:
             self._file = WatchedFile(self._filesystem, span.file.path)
             self._parquet = pq.ParquetFile(self._file, buffer_size=2**20, coerce_int96_timestamp_unit=INT96_UNIT)
             self._path = span.file.path
-            schema = self._parquet.schema_arrow
-            known = set(schema.names)
-            found = [name for name in self.names if name in known or type_at(schema, name) is not None]
-            self._columns = found or schema.names[:1]  # at least one, to count rows
+            found = [name for name in self.names if type_at(span.file.schema, name) is not None]
+            self._columns = found or self._parquet.schema_arrow.names[:1]  # at least one, to count rows
         row_bytes = span.file.row_group_bytes[span.row_group] / max(span.file.row_group_rows[span.row_group], 1)
         num_rows = int(min(max(BATCH_BYTES / max(row_bytes, 1), 1), BATCH_ROWS))
         self._batches = iter(

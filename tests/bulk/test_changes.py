@@ -8,11 +8,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.bulk import replaced
+from pipelines.bulk import replaced, run_folder
 from pipelines.bulk import score as score_module
+from pipelines.bulk import unit as unit_module
 from pipelines.bulk.score import score_here as score
-from pipelines.errors import OutputError, SettingsError
+from pipelines.errors import JobError, OutputError, SettingsError
 from pipelines.storage.listing import list_files
+from pipelines.storage.marks import heartbeat
 from tests.jobs import read_scored, score_job
 
 
@@ -171,3 +173,73 @@ def test_a_filter_and_a_prefix(spam_folder, tmp_path, emails):
     expected = score(score_job(spam_folder, source, tmp_path / "anew", **options))
     for name in ("rows_in", "rows_out", "rows_filtered", "positive_rates", "tokens", "windows", "histograms"):
         assert getattr(found, name) == getattr(expected, name)
+
+
+def test_files_that_are_gone_before_they_are_scored(run, emails, monkeypatch):
+    source, out, start = run
+    for number, name in enumerate("ab"):
+        write(emails, source, f"{name}.parquet", 10 * number, 40)
+    commit, commits = unit_module.commit_unit, []
+
+    def dies(*args):
+        if commits:
+            raise Killed
+        commits.append(commit(*args))
+
+    monkeypatch.setattr(unit_module, "commit_unit", dies)
+    with pytest.raises(Killed):
+        start()
+    monkeypatch.undo()
+    (source / "b.parquet").rename(out.parent / "b.parquet")
+    write(emails, source, "c.parquet", 60, 2)
+    before = (out / "_manifest.json").read_bytes()
+    with pytest.raises(OutputError, match=r"cannot be finished: .*b\.parquet is gone, and not all .* put it back"):
+        start()
+    assert (out / "_manifest.json").read_bytes() == before
+    (out.parent / "b.parquet").rename(source / "b.parquet")
+    assert start().rows_out == 82
+
+
+def test_a_changed_file_that_cannot_be_read_keeps_its_rows(run, emails):
+    source, out, start = run
+    for number, name in enumerate("ab"):
+        write(emails, source, f"{name}.parquet", 10 * number, 3)
+    start()
+    before = rows_of(out)
+    (source / "a.parquet").write_bytes(b"PAR1 damaged")
+    summary = start()
+    assert list(summary.files_in_error) == [str(source / "a.parquet")]
+    assert rows_of(out) == before
+    write(emails, source, "a.parquet", 70, 2)
+    assert start().files_in_error == {}
+    assert {name: len(rows) for name, rows in rows_of(out).items()} == {"a.parquet": 2, "b.parquet": 3}
+
+
+def test_files_are_not_added_beside_a_running_job(run, emails):
+    source, out, start = run
+    write(emails, source, "a.parquet", 0, 3)
+    write(emails, source, "b.parquet", 10, 3)
+    start()
+    write(emails, source, "c.parquet", 20, 3)
+    before = (out / "_manifest.json").read_bytes()
+    with heartbeat(str(out)), pytest.raises(OutputError, match=r"change the run of a job that runs now \(process \d+"):
+        start()
+    assert (out / "_manifest.json").read_bytes() == before
+    assert start().rows_out == 9
+
+
+def test_a_job_whose_run_is_extended_while_it_works(run, spam_folder, emails, monkeypatch):
+    """The marks are missed on purpose: the job that knew fewer files must not say that all are done."""
+    source, out, start = run
+    write(emails, source, "a.parquet", 0, 3)
+    job = score_job(spam_folder, source, out)
+    monkeypatch.setattr(run_folder, "others_of", lambda *_: [])
+
+    def extended(checked, units):
+        yield from score_module.score_units_here(checked, units)
+        write(emails, source, "b.parquet", 10, 3)
+        start()
+
+    with pytest.raises(JobError, match=r"another job has added files to the run .* start this job again"):
+        score_module.run_job(score_module.check_job(job), extended)
+    assert start().rows_out == 6

@@ -14,7 +14,7 @@ import pytest
 from pipelines.bulk import publish as publish_module
 from pipelines.bulk import score as score_module
 from pipelines.bulk.score import score_here as score
-from pipelines.errors import JobError, OutputError, SettingsError
+from pipelines.errors import JobError, OutputError, SettingsError, UsageError
 from tests.jobs import read_scored, score_job
 
 
@@ -91,18 +91,49 @@ def test_rows_are_added_once(spam_folder, source, table, emails):
     more = score(score_job(spam_folder, source, table.output, table=table.name, append=True))
     check(table, more, emails, 16)
     assert table.commits() == 2
-    with pytest.raises(OutputError, match=r"are part of the table .*, so they cannot be removed"):
+    with pytest.raises(OutputError, match=r"are part of a table, so they cannot be removed"):
         score(score_job(spam_folder, source, table.output, table=table.name, overwrite=True))
+    (table.output / "_manifest.json").write_text("damaged")
+    with pytest.raises(OutputError, match=r"are part of a table, so they cannot be removed"):
+        score(score_job(spam_folder, source, table.output, overwrite=True))
+
+
+def test_changes_of_the_input_of_a_table(spam_folder, source, table, emails):
+    """Rows cannot be removed from a table. Files that are gone keep their rows, as they do in a folder."""
+    score(score_job(spam_folder, source, table.output, table=table.name))
     (source / "0.parquet").unlink()
-    with pytest.raises(OutputError, match="or the output is a table"):
-        score(score_job(spam_folder, source, table.output, append=True))
+    summary = score(score_job(spam_folder, source, table.output, table=table.name, append=True))
+    check(table, summary, emails, 12)
+    assert (summary.files_gone, table.commits()) == (1, 1)
+    pq.write_table(emails.slice(20, 4), source / "1.parquet")
+    with pytest.raises(OutputError, match="and the output is a table, in which its rows cannot be replaced"):
+        score(score_job(spam_folder, source, table.output, replace_changed=True))
 
 
 def test_table_of_a_run_that_is_finished_already(spam_folder, source, table, emails):
     score(score_job(spam_folder, source, table.output))
     assert not table.exists()
+    manifest = table.output / "_manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "run": ""}))  # as earlier versions wrote it
     summary = score(score_job(spam_folder, source, table.output, table=table.name))
     check(table, summary, emails, 12)
+    again = score(score_job(spam_folder, source, table.output, table=table.name))
+    assert (again.table, table.commits()) == (summary.table, 1)
+    assert json.loads((table.output / "_summary.json").read_text())["table"] == summary.table
+
+
+def test_a_folder_with_odd_characters(spam_folder, source, tmp_path, emails):
+    folder = tmp_path / "a%20b"
+    for options in ({"source": source, "table": f"delta:{folder}"}, {"source": folder}):
+        (folder / "_delta_log").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(UsageError, match=r"a%20b has an escaped character .* rename the folder"):
+            score(score_job(spam_folder, output=folder / "run", **options))
+    folder = tmp_path / "a b#c?d%e+f=g"
+    summary = score(score_job(spam_folder, source, folder / "run", table=f"delta:{folder}"))
+    assert summary.rows_out == len(deltalake.DeltaTable(folder).to_pyarrow_dataset().to_table()) == 12
+    job = score_job(spam_folder, folder, tmp_path / "again", keep=["id"], text_column="predicted_label")
+    assert score(job).rows_out == 12, "and it is read from there"
 
 
 BEFORE = {

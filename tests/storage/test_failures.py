@@ -10,7 +10,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.bulk import score as score_module
 from pipelines.bulk.score import score_here as score
-from pipelines.errors import DataError, JobError
+from pipelines.errors import DataError, JobError, OutputError
+from pipelines.model.scorer import Scorer
+from pipelines.storage import footers, rows
 from pipelines.storage.footers import read_footers
 from pipelines.storage.rows import read_units, together
 from pipelines.storage.shards import split_into_units
@@ -162,3 +164,59 @@ def test_output_that_is_removed_while_a_job_runs(spam_folder, tmp_path):
         score_module.run_job(score_module.check_job(job), removed)
     assert not (tmp_path / "out" / "_summary.json").exists()
     assert score(job).rows_out == len(read_scored(tmp_path / "out")) == 40
+
+
+def test_too_little_memory_to_read_stops_the_job(spam_folder, tmp_path, monkeypatch):
+    write(tmp_path / "in", "parquet")
+    job = score_job(spam_folder, tmp_path / "in", tmp_path / "out", unit_bytes=9000)
+    read, calls = rows._GroupReader._take, []
+
+    def fails(self, count):
+        calls.append(count)
+        if len(calls) > 3:
+            raise pa.ArrowMemoryError("malloc of size 64 failed")
+        return read(self, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows._GroupReader, "_take", fails)
+        with pytest.raises(JobError, match=r"not enough memory to read row group 0 of .*no row is lost"):
+            score(job)
+    assert score(job).rows_in_error == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_to_score_stops_the_job(spam_folder, tmp_path, monkeypatch, error):
+    """Smaller batches are tried first."""
+    write(tmp_path / "in", "parquet")
+    job = score_job(spam_folder, tmp_path / "in", tmp_path / "out", unit_bytes=9000)
+    score_documents, sizes = Scorer.score_documents, []
+
+    def fails(self, documents):
+        sizes.append(len(documents))
+        if len(documents) > most:
+            raise error
+        return score_documents(self, documents)
+
+    monkeypatch.setattr(Scorer, "score_documents", fails)
+    most = 0
+    with pytest.raises(JobError, match="not enough memory to score a single document"):
+        score(job)
+    assert sizes[-1] == 1
+    most = 1
+    assert score(job).rows_in_error == 0
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_restart_does_not_scan_again(spam_folder, tmp_path, monkeypatch, name):
+    (tmp_path / "in").mkdir()
+    lines = ["text", *map(str, range(40))] if name.endswith("csv") else [f'{{"text": "{row}"}}' for row in range(40)]
+    (tmp_path / "in" / name).write_text("\n".join(lines))
+    job = score_job(spam_folder, tmp_path / "in", tmp_path / "out")
+    assert score(job).rows_out == 40
+    next((tmp_path / "out").glob("part-*")).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(footers, "scan", None)
+        assert score(job).rows_out == 40
+    (tmp_path / "in" / name).write_text("\n".join(lines[:-1]))
+    with pytest.raises(OutputError, match="1 input files are changed"):
+        score(job)

@@ -8,6 +8,7 @@ import deltalake
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyiceberg.types import StringType
 
 import pipelines
 from pipelines.bulk.score import score_here as score
@@ -53,7 +54,7 @@ def test_delta_is_scored_at_the_version_of_the_first_start(spam_folder, tmp_path
     assert score(score_job(spam_folder, source, tmp_path / "out", append=True)).rows_out == 8
     assert sorted(read_scored(tmp_path / "out")["id"].to_pylist()) == sorted(emails["id"].to_pylist()[:8])
     deltalake.DeltaTable(source).optimize.compact()
-    with pytest.raises(OutputError, match="was rewritten or deleted, and the input or the output"):
+    with pytest.raises(OutputError, match="was rewritten or deleted, and the input is a table"):
         score(score_job(spam_folder, source, tmp_path / "out", append=True))
     assert score(score_job(spam_folder, source, tmp_path / "out")).rows_out == 8, "the version of the last start"
     assert pipelines.evaluate(spam_folder.path, source, **FLOAT32).rows == 8
@@ -116,9 +117,34 @@ def test_iceberg_gives_live_rows_of_a_snapshot(spam_folder, tmp_path, emails, ca
     with table.update_schema() as change:
         change.delete_column("label")
     assert "label" not in rows_of(name).column_names
-    with pytest.raises(OutputError, match="was rewritten or deleted, and the input or the output"):
+    with pytest.raises(OutputError, match="was rewritten or deleted, and the input is a table"):
         score(score_job(spam_folder, name, tmp_path / "out", append=True))
     with table.update_schema() as change:
         change.rename_column("text", "body")
     with pytest.raises(DataError, match=r"the column 'body' of iceberg:prod\.mail\.raw has the name 'text' in"):
         read_footers(name, ["body"])
+
+
+def test_iceberg_files_without_ids_follow_the_name_mapping(tmp_path, emails, catalog):
+    """Files that were added to a table, and not written by it, have no ids of columns."""
+    catalog.create_namespace("mail")
+    table = catalog.create_table("mail.raw", schema=emails.schema)
+    pq.write_table(emails.slice(0, 4), tmp_path / "own.parquet")
+    table.add_files([str(tmp_path / "own.parquet")])
+    table.append(emails.slice(4, 4))  # a file with ids
+    assert sorted(rows_of("iceberg:prod.mail.raw")["id"].to_pylist()) == sorted(emails["id"].to_pylist()[:8])
+    with table.update_schema() as change:
+        change.delete_column("label")
+    with table.update_schema() as change:
+        change.add_column("label", StringType())
+    found, expected = (one.sort_by("id") for one in (rows_of("iceberg:prod.mail.raw"), table.scan().to_arrow()))
+    assert found.select(["id", "label"]).to_pydict() == expected.select(["id", "label"]).to_pydict()
+    assert found["label"].null_count == 4, "the new column has no values where the old one had an id"
+    with table.update_schema() as change:
+        change.rename_column("text", "body")
+    with pytest.raises(DataError, match=r"the column 'body' .* has the name 'text'"):
+        read_footers("iceberg:prod.mail.raw", ["body"])
+    with table.transaction() as change:
+        change.remove_properties("schema.name-mapping.default")
+    with pytest.raises(DataError, match=r"has no ids of columns, and .* has no schema\.name-mapping\.default"):
+        read_footers("iceberg:prod.mail.raw", ["body"])

@@ -15,7 +15,7 @@ from pipelines.errors import DataError, ModelFolderError, OutputError
 from pipelines.model_folder import local_folder
 from pipelines.storage import footers, locations, shards
 from pipelines.storage.listing import list_files
-from pipelines.storage.rows import read_unit, read_units, together
+from pipelines.storage.rows import read_tables, read_units, together
 
 
 def write(path, rows, *, group=10, start=0):
@@ -46,7 +46,7 @@ def test_every_row_in_exactly_one_unit(tmp_path_factory, unit_bytes, limit):
         write(folder / "b.parquet", 25)
     files = footers.read_footers(str(folder), ["text"])
     units = shards.split_into_units(files, unit_bytes=unit_bytes, limit=limit)
-    rows = [read_unit(str(folder), unit, together(files, ["id"])) for unit in units]
+    rows = list(read_tables(str(folder), units, together(files, ["id"])))
     ids = [value for table in rows for value in table.column("id").to_pylist()]
     assert ids == [*range(100, 107), *range(25)][:limit]
     assert [unit.number for unit in units] == list(range(len(units)))
@@ -112,7 +112,7 @@ def test_missing_columns_and_hive_partitions(data):
     pq.write_table(pa.table({"id": [7], "text": ["x"], "more": [1.5]}), data / "e.parquet")
     files = footers.read_footers(str(data), ["text"])
     (unit,) = shards.split_into_units(files, unit_bytes=10**9)
-    table = read_unit(str(data), unit, together(files), prefix="m_")
+    (table,) = read_tables(str(data), [unit], together(files), prefix="m_")
     assert table.column_names == ["id", "text", "more", "year", "m_source_file", "m_source_row"]
     assert table["more"].drop_null().to_pylist() == [1.5]
     assert [row["year"] for row in table.to_pylist() if "year=" in row["m_source_file"]] == [2026]
@@ -295,7 +295,7 @@ def test_partitions_have_types(tmp_path, values, expected):
         write(tmp_path / f"key={value}" / "a.parquet", 1, group=1)
     files = footers.read_footers(str(tmp_path), ["text"])
     units = shards.split_into_units(files, unit_bytes=10**9)
-    table = pa.concat_tables([read_unit(str(tmp_path), unit, together(files)) for unit in units])
+    table = pa.concat_tables(read_tables(str(tmp_path), units, together(files)))
     assert sorted(table["key"].to_pylist(), key=str) == sorted(expected, key=str)
 
 
@@ -306,7 +306,8 @@ def test_old_times_keep_their_year(tmp_path):
     )
     files = footers.read_footers(str(tmp_path), ["text"])
     (unit,) = shards.split_into_units(files)
-    assert read_unit(str(tmp_path), unit, together(files))["sent"].to_pylist() == times.to_pylist()
+    (table,) = read_tables(str(tmp_path), [unit], together(files))
+    assert table["sent"].to_pylist() == times.to_pylist()
 
 
 def test_links_are_followed_once(tmp_path, log_lines):
@@ -332,6 +333,17 @@ def test_links_are_followed_once(tmp_path, log_lines):
     assert [file.version for file in footers.read_footers(f"{tmp_path}/on*", ["text"])] != [version], (
         "that of the target"
     )
+
+
+def test_links_that_lead_to_each_other_end(tmp_path):
+    for name, other in (("one", "two"), ("two", "one")):
+        (tmp_path / "elsewhere" / name).mkdir(parents=True)
+        write(tmp_path / "elsewhere" / name / f"{name}.parquet", 1, group=1)
+        (tmp_path / "elsewhere" / name / "next").symlink_to(tmp_path / "elsewhere" / other)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "start").symlink_to(tmp_path / "elsewhere" / "one")
+    names = [path.removeprefix(f"{tmp_path}/in/") for path in list_files(str(tmp_path / "in"))]
+    assert names == ["start/next/two.parquet", "start/one.parquet"]
 
 
 @pytest.mark.filterwarnings("ignore")
