@@ -20,7 +20,7 @@ from pipelines.storage.rows import read_units
 from pipelines.storage.shards import WorkUnits, split_into_units
 from pipelines.text.pretrained import load_tokenizer
 from pipelines.text.tokenization import Documents, cut_documents
-from pipelines.text.windows import leads_with_space
+from pipelines.text.windows import leads_with_space, most_tokens_of
 
 SAMPLE_UNITS, SAMPLE_ROWS = 16, 64
 """The sample is the first SAMPLE_ROWS rows of up to SAMPLE_UNITS units, spread evenly over the input."""
@@ -62,6 +62,7 @@ def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
     units = split_into_units(checked.files, unit_bytes=job.score.unit_bytes, limit=job.data.limit)
     table, share = _sample(checked, units)
     tokenizer = load_tokenizer(folder.path, lead_space=leads_with_space(folder.windows, folder.model_type))
+    tokenizer = tokenizer.with_most_tokens(most_tokens_of(folder.windows))
     started = time.perf_counter()
     documents = tokenizer.documents(table, *job.data.text_columns)
     tokenize_seconds = time.perf_counter() - started

@@ -31,7 +31,7 @@ from pipelines.storage.rows import together
 from pipelines.storage.shards import InputFile
 from pipelines.text.pretrained import load_tokenizer
 from pipelines.text.stage import TokenizeStage
-from pipelines.text.windows import leads_with_space
+from pipelines.text.windows import leads_with_space, most_tokens_of
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,7 @@ class CheckedJob:
             keep=tuple(self.carried.names),
             prefix=job.score.prefix,
             lead_space=leads_with_space(folder.windows, folder.model_type),
+            most_tokens=most_tokens_of(folder.windows),
             filter=job.score.filter,
         )
 

@@ -35,6 +35,7 @@ from pipelines.text.windows import (
     count_votes,
     leads_with_space,
     merge_windows,
+    most_tokens_of,
     resolve_plan,
 )
 
@@ -178,6 +179,7 @@ class Scorer:
         )
         tokenizer.check_vocabulary(vocabulary_of(model.module.config), where=str(folder.path))
         plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type, model_limit=model.row_limit)
+        tokenizer = tokenizer.with_most_tokens(most_tokens_of(folder.windows))
         return cls(model, tokenizer, plan, decision, temperature=folder.temperature)
 
     def warm_up(self) -> None:

@@ -92,6 +92,8 @@ class TokenizeStage:
     """Prefix for the names of the source columns."""
     lead_space: bool = False
     """Put a space before each text (`windows.leads_with_space`)."""
+    most_tokens: int | None = None
+    """Tokens of a very long text after which reading stops (`windows.most_tokens_of`)."""
     filter: str | None = None
     """Expression of `storage.filters`. Rows that do not pass are omitted and counted."""
 
@@ -112,7 +114,7 @@ class TokenizeStage:
     def _tokenize(self, rows: Rows) -> pa.Table:
         started = time.perf_counter()
         table, errors = self._filtered(rows)
-        documents = _tokenizer(self.tokenizer_folder, self.lead_space).documents(table, *self.text_columns)
+        documents = self._tokenizer().documents(table, *self.text_columns)
         result = table.select([*self.keep, *(self.prefix + name for name in SOURCE_COLUMNS)])
         result = result.append_column(IDS, documents.tokens.to_arrow())
         if documents.pair_tokens is not None:
@@ -122,6 +124,12 @@ class TokenizeStage:
         seconds = time.perf_counter() - started
         stats = TokenizeStats(len(rows.table), len(rows.table) - len(table), rows.seconds, seconds, rows.values_lost)
         return result.replace_schema_metadata({STATS_METADATA: json.dumps(dataclasses.asdict(stats))})
+
+    def _tokenizer(self) -> Tokenizer:
+        """Return the tokenizer. It is loaded once per process, and again if its files change."""
+        folder = _local(self.tokenizer_folder)
+        changed = max(file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file())
+        return _loaded(folder, changed, self.lead_space).with_most_tokens(self.most_tokens)
 
     def _filtered(self, rows: Rows) -> tuple[pa.Table, list[str | None]]:
         """Return the rows that pass the filter, and their errors. Rows that could not be read are kept."""
@@ -136,13 +144,6 @@ def documents_of(table: pa.Table) -> Documents:
     """Return the documents of a tokenized table."""
     pair = Tokens.from_arrow(table.column(PAIR_IDS)) if PAIR_IDS in table.column_names else None
     return Documents(Tokens.from_arrow(table.column(IDS)), pair, table.column(ERROR).to_pylist())
-
-
-def _tokenizer(location: str, lead_space: bool) -> Tokenizer:
-    """Return the tokenizer of a model folder. It is loaded once per process, and again if its files change."""
-    folder = _local(location)
-    changed = max(file.stat().st_mtime_ns for file in folder.iterdir() if file.is_file())
-    return _loaded(folder, changed, lead_space)
 
 
 def _local(location: str) -> Path:

@@ -1,7 +1,7 @@
 """Tokenize texts, and assemble the input rows of the model from token ids.
 
-The Rust tokenizer tokenizes each whole text once, without truncation, padding or special tokens. What it adds around a
-text is in its `Template`.
+The Rust tokenizer tokenizes each whole text once, without truncation, padding or special tokens (very long texts: see
+`pieces`). What it adds around a text is in its `Template`.
 
 Data flow: `Tokenizer.documents` -> `Documents` -> `cut_documents` -> `CutDocuments` -> `assemble` -> `InputRows`,
 which `pipelines.model` runs.
@@ -13,6 +13,7 @@ Shapes: D documents, W windows, T tokens of all of them together (ragged: flat v
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -28,14 +29,15 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.storage.columns import read_texts
+from pipelines.text import pieces
 from pipelines.text.template import Template, choose_pad, template_of
 from pipelines.text.windows import WindowPlan, Windows, plan_windows
 
 Ids = NDArray[np.int32]
 EncodeTexts = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 """Function that returns the token ids of each text, without special tokens."""
-CHARACTERS_PER_CALL = 4 * 2**20
-"""Approximate number of characters per call of the Rust tokenizer. Its encodings need about 100 bytes per token."""
+CHARACTERS_PER_CALL = 2**20
+"""Approximate number of characters per call of the Rust tokenizer. Its encodings need about 500 bytes per token."""
 SMALLEST_SHARE = 0.5
 """A tokenizer with fewer tokens than this share of the model's vocabulary does not belong to the model."""
 
@@ -184,6 +186,7 @@ class Tokenizer:
         self._rust = rust
         self._lead_space = lead_space
         self._vocabulary = vocabulary
+        self._most_tokens: int | None = None
         self.template = template
 
     def __getstate__(self) -> dict[str, Any]:
@@ -273,15 +276,31 @@ class Tokenizer:
             self._encode_texts, self.template, self._rust, lead_space=lead_space, vocabulary=self._vocabulary
         )
 
-    def encode(self, texts: Sequence[str]) -> Tokens:
+    def with_most_tokens(self, most_tokens: int | None) -> Tokenizer:
+        """Return the same tokenizer that stops to read a very long text after this many tokens. None: never.
+
+        Texts of up to `pieces.PIECE_CHARACTERS`, and pairs, are read as a whole all the same.
+        """
+        other = copy.copy(self)
+        other._most_tokens = most_tokens
+        return other
+
+    def encode(self, texts: Sequence[str], *, are_pairs: bool = False) -> Tokens:
         """Return the ids of whole texts. The texts must be valid Unicode (no lone surrogates)."""
-        pieces: list[Ids] = []
+        found: list[Ids] = []
         lengths: list[int] = []
+        most = None if are_pairs else self._most_tokens
         for batch in _batches_of_characters(texts):
-            encoded = self._encode_texts([self._led(text) for text in batch] if self._lead_space else batch)
+            led = [self._led(text) for text in batch] if self._lead_space else batch
+            if len(led) == 1 and len(led[0]) > pieces.PIECE_CHARACTERS and self._rust is not None:
+                parts = [piece.ids for piece in pieces.tokenize(self._rust, led[0], most_tokens=most)]
+                found += parts
+                lengths.append(sum(map(len, parts)))
+                continue
+            encoded = self._encode_texts(led)
             lengths += map(len, encoded)
-            pieces.append(np.fromiter(itertools.chain.from_iterable(encoded), np.int32, sum(map(len, encoded))))
-        ids = np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+            found.append(np.fromiter(itertools.chain.from_iterable(encoded), np.int32, sum(map(len, encoded))))
+        ids = np.concatenate(found) if found else np.zeros(0, np.int32)
         return Tokens(ids, offsets_of(np.asarray(lengths, np.int64)))
 
     def documents(self, table: pa.Table, text_column: str, text_pair_column: str | None = None) -> Documents:
@@ -293,7 +312,8 @@ class Tokenizer:
         errors = [first or second for first, second in zip(texts.errors, pairs.errors, strict=True)]
         kept = [[text if error is None else "" for text, error in zip(side, errors, strict=True)]
                 for side in (texts.texts, pairs.texts)]  # fmt: skip
-        return self._checked(Documents(self.encode(kept[0]), self.encode(kept[1]), errors))
+        first, second = (self.encode(side, are_pairs=True) for side in kept)
+        return self._checked(Documents(first, second, errors))
 
     def _checked(self, documents: Documents) -> Documents:
         """Give an error to documents whose input rows would be empty: no tokens, and no special tokens around them."""
@@ -314,9 +334,10 @@ class Tokenizer:
         if self._rust is None:
             raise ModelFolderError("this model's tokenizer is Python-only and does not provide character positions")
         led = self._led(text)
-        encoding = self._rust.encode(led, add_special_tokens=False)
-        spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        return np.maximum(spans - (len(led) - len(text)), 0)
+        placed = pieces.tokenize(self._rust, led, most_tokens=self._most_tokens)
+        spans = np.concatenate([piece.spans for piece in placed])
+        moved: NDArray[np.int64] = np.maximum(spans - (len(led) - len(text)), 0)
+        return moved
 
     def _led(self, text: str) -> str:
         return f" {text}" if self._lead_space and not text.startswith(" ") else text
@@ -431,9 +452,15 @@ def _rust_ids(rust: RustTokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _batches_of_characters(texts: Sequence[str]) -> list[Sequence[str]]:
-    """Split texts into consecutive batches of about CHARACTERS_PER_CALL characters and at least one text."""
-    ends = np.cumsum([len(text) for text in texts], dtype=np.int64) // CHARACTERS_PER_CALL
-    starts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist(), len(texts)] if len(texts) else []
+    """Split texts into consecutive batches of about CHARACTERS_PER_CALL characters. A very long text has its own."""
+    if not texts:
+        return []
+    length_D = np.asarray([len(text) for text in texts], np.int64)
+    is_long_D = length_D > pieces.PIECE_CHARACTERS
+    is_first_D = np.diff(np.cumsum(length_D) // CHARACTERS_PER_CALL, prepend=-1) > 0
+    is_first_D[is_long_D] = True
+    is_first_D[1:] |= is_long_D[:-1]
+    starts = [*np.flatnonzero(is_first_D).tolist(), len(texts)]
     return [texts[start:stop] for start, stop in itertools.pairwise(starts)]
 
 

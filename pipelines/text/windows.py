@@ -115,6 +115,12 @@ def resolve_plan(
     return WindowPlan(max_length, budget, step, settings.sliding_window, simpletransformers, settings.max_windows)
 
 
+def most_tokens_of(settings: WindowSettings) -> int | None:
+    """Return how many tokens from the start of a text are enough for its windows. None: all of them are needed."""
+    most = settings.max_windows if settings.sliding_window else 1
+    return None if most is None else most * (settings.max_length or DEFAULT_MAX_LENGTH) + 1
+
+
 def leads_with_space(settings: WindowSettings, model_type: str) -> bool:
     """Return whether a space is put before each text.
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.errors import ModelFolderError, SettingsError
-from pipelines.text import tokenization
+from pipelines.text import pieces, tokenization
 from pipelines.text.template import template_of
 from pipelines.text.tokenization import (
     Template,
@@ -46,6 +46,24 @@ def test_stored_truncation_and_padding_are_ignored(rust, folder, emails):
     assert tokens.num_tokens_D.tolist() == [len(whole), len(rust.encode("short", add_special_tokens=False).ids)]
     assert tokens.ids[: len(whole)].tolist() == whole
     assert len(whole) > 1000
+
+
+def test_long_texts_are_read_in_pieces_and_no_further_than_needed(folder, emails, monkeypatch):
+    text = "\n".join(emails["text"].to_pylist()[:30])
+    tokenizer = Tokenizer.load(folder)
+    whole = tokenizer.encode(["short", text, "short", text, text])
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 5000)
+    monkeypatch.setattr(pieces, "SHARED_CHARACTERS", 500)
+    parts = tokenizer.encode(["short", text, "short", text, text])
+    np.testing.assert_array_equal(whole.ids, parts.ids)
+    np.testing.assert_array_equal(whole.offsets, parts.offsets)
+    np.testing.assert_array_equal(tokenizer.character_spans(text)[:, 0], sorted(tokenizer.character_spans(text)[:, 0]))
+    few = tokenizer.with_most_tokens(100)
+    (first,) = few.encode([text]).num_tokens_D
+    assert 100 <= first < 0.5 * whole.num_tokens_D[1]
+    np.testing.assert_array_equal(few.encode([text]).ids, parts.take(np.array([1])).ids[:first])
+    table = pa.table({"a": [text], "b": [text]})
+    assert few.documents(table, "a", "b").num_tokens_D[0] == 2 * whole.num_tokens_D[1], "pairs are read as a whole"
 
 
 def test_split_encode_calls_give_same_tokens(folder, emails, monkeypatch):
