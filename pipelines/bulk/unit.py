@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from pipelines.bulk.summary import Counts, count_table
 from pipelines.decisions.columns import error_columns
 from pipelines.errors import JobError, first_line, is_out_of_memory
 from pipelines.settings import ComputeSettings, DecisionSettings
+from pipelines.text.attempts import Attempts, NoAttempts
 from pipelines.text.stage import ERROR, IDS, PAIR_IDS, TokenizedUnit, TokenizeStats, documents_of
 from pipelines.text.tokenization import Documents
 
@@ -49,43 +50,6 @@ class DocumentScorer(Protocol):
 
     def results(self, scores: Any, *, prefix: str = "") -> pa.Table:
         """Return the output columns, one row per document."""
-
-
-@dataclass(frozen=True)
-class RowsToScore:
-    """How the rows of a unit are scored, given the crashes of earlier attempts."""
-
-    ranges: Sequence[tuple[int, int]]
-    """Row ranges [start, stop) that are scored one after another."""
-    deadly: Sequence[int] = ()
-    """Rows that are not scored, because the process crashed each time it scored them."""
-
-
-class Attempts(Protocol):
-    """Records which rows are being scored, so that they are known if the process dies."""
-
-    def begin(self, unit: int, num_rows: int) -> RowsToScore:
-        """Record that scoring of the unit starts with its first range. Returns how its rows are scored."""
-
-    def begin_range(self, unit: int, rows: tuple[int, int]) -> None:
-        """Record that scoring of another range of the unit starts."""
-
-    def end(self, unit: int) -> None:
-        """Record that all rows of the unit are scored."""
-
-
-class NoAttempts:
-    """`Attempts` that records nothing, for a job in a single process."""
-
-    def begin(self, unit: int, num_rows: int) -> RowsToScore:
-        """Return all rows as one range."""
-        return RowsToScore([(0, num_rows)])
-
-    def begin_range(self, unit: int, rows: tuple[int, int]) -> None:
-        """Do nothing."""
-
-    def end(self, unit: int) -> None:
-        """Do nothing."""
 
 
 class BrokenDeviceError(JobError):

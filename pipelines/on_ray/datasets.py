@@ -16,6 +16,7 @@ from ray.data import DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import Block, BlockMetadata
 
 from pipelines.storage.shards import WorkUnit, group_units
+from pipelines.text.attempts import Attempts
 from pipelines.text.stage import TokenizedUnit, TokenizeStage
 
 TOKENIZE_CPUS = 1.0
@@ -25,9 +26,11 @@ TOKENIZE_CPUS = 1.0
 class UnitDatasource(Datasource):
     """Ray Data source that reads and tokenizes work units."""
 
-    def __init__(self, stage: TokenizeStage, tasks: Sequence[Sequence[WorkUnit]]) -> None:
+    def __init__(
+        self, stage: TokenizeStage, tasks: Sequence[Sequence[WorkUnit]], attempts: Attempts | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._stage, self._tasks = stage, tasks
+        self._stage, self._tasks, self._attempts = stage, tasks, attempts
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Return None: the size is unknown before tokenizing."""
@@ -35,26 +38,28 @@ class UnitDatasource(Datasource):
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
         """Return one read task per group of units. The parallelism that Ray proposes is ignored."""
-        return [_read_task(self._stage, units) for units in self._tasks]
+        return [_read_task(self._stage, units, self._attempts) for units in self._tasks]
 
 
-def tokenized_units(stage: TokenizeStage, units: Iterable[WorkUnit], **ray_remote_args: Any) -> Dataset:
-    """Return a dataset with one row and one block per unit."""
+def tokenized_units(
+    stage: TokenizeStage, units: Iterable[WorkUnit], *, attempts: Attempts | None = None, **ray_remote_args: Any
+) -> Dataset:
+    """Return a dataset with one row and one block per unit. `attempts` finds rows that kill their process."""
     context = DataContext.get_current().copy()
     context.target_max_block_size = 1  # every row is a block of its own
     context.enable_progress_bars = False
     tasks = group_units(units)
     options = {"num_cpus": TOKENIZE_CPUS, **ray_remote_args}
     with DataContext.current(context):  # the dataset keeps it; the caller's own context is unchanged
-        source = UnitDatasource(stage, tasks)
+        source = UnitDatasource(stage, tasks, attempts)
         dataset: Dataset = ray.data.read_datasource(source, override_num_blocks=len(tasks), **options)
     return dataset
 
 
-def _read_task(stage: TokenizeStage, units: Sequence[WorkUnit]) -> ReadTask:
+def _read_task(stage: TokenizeStage, units: Sequence[WorkUnit], attempts: Attempts | None) -> ReadTask:
     def read() -> Iterable[Block]:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # there is already one of these processes per core
-        for unit, table in zip(units, stage(units), strict=True):
+        for unit, table in zip(units, stage(units, attempts), strict=True):
             yield TokenizedUnit(unit.number, unit.output_name, table).to_row()
 
     metadata = BlockMetadata(num_rows=len(units), size_bytes=None, exec_stats=None, input_files=None)

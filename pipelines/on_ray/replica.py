@@ -1,7 +1,8 @@
 """The actor of a scoring job: it has one model, and scores and commits units.
 
-A unit that kills its actor several times is halved repeatedly, until the rows that cause this are isolated. These rows
-get an error. The actor `CrashRecord` survives the replicas and records which rows they are scoring.
+A unit that kills its process several times is halved repeatedly, until the rows that cause this are isolated. These
+rows get an error. The actor `CrashRecord` survives the processes and records which rows they are scoring. Another one
+records which rows are being tokenized.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from pipelines.bulk.unit import BrokenDeviceError, ReplicaSetup, RowsToScore, UnitScorer, load_scorer
+from pipelines.bulk.unit import BrokenDeviceError, ReplicaSetup, UnitScorer, load_scorer
 from pipelines.settings import DecisionSettings
+from pipelines.text.attempts import RowsToTry
 from pipelines.text.stage import TokenizedUnit
 from pipelines.text.tokenization import Documents
 
@@ -37,42 +39,42 @@ class _UnitRecord:
 
 
 class CrashRecord:
-    """Records which rows of which unit are being scored. A unit that begins again without an end has crashed."""
+    """Records which rows of which unit are being worked on. A unit that begins again without an end has crashed."""
 
     def __init__(self) -> None:
         self._units: dict[int, _UnitRecord] = {}
 
-    def begin(self, unit: int, num_rows: int) -> RowsToScore:
-        """Record that scoring of the unit starts with its first range. Returns how its rows are scored."""
+    def begin(self, unit: int, num_rows: int) -> RowsToTry:
+        """Record that the first range of the unit begins. Returns how its rows are worked on."""
         record = self._units.setdefault(unit, _UnitRecord([(0, num_rows)]))
         if record.current is not None:
             record.crashes += 1
             if record.crashes > CRASHES_BEFORE_HALVING:
                 _halve(record)
         record.current = record.ranges[0] if record.ranges else None
-        return RowsToScore(tuple(record.ranges), tuple(record.deadly))
+        return RowsToTry(tuple(record.ranges), tuple(record.deadly))
 
     def begin_range(self, unit: int, rows: tuple[int, int]) -> None:
-        """Record that scoring of another range starts. Ignored if this actor was restarted after the unit began."""
+        """Record that another range begins. Ignored if this actor was restarted after the unit began."""
         if unit in self._units:
             self._units[unit].current = rows
 
     def end(self, unit: int) -> None:
-        """Record that all rows of the unit are scored."""
+        """Record that all rows of the unit are done."""
         self._units.pop(unit, None)
 
 
 CrashRecordActor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(CrashRecord)
 
 
-class _RemoteAttempts:
-    """`bulk.unit.Attempts` that calls the `CrashRecord` actor of a job."""
+class RemoteAttempts:
+    """`Attempts` that calls a `CrashRecord` actor."""
 
     def __init__(self, record: Any) -> None:
         self._record = record
 
-    def begin(self, unit: int, num_rows: int) -> RowsToScore:
-        rows: RowsToScore = ray.get(self._record.begin.remote(unit, num_rows))
+    def begin(self, unit: int, num_rows: int) -> RowsToTry:
+        rows: RowsToTry = ray.get(self._record.begin.remote(unit, num_rows))
         return rows
 
     def begin_range(self, unit: int, rows: tuple[int, int]) -> None:
@@ -127,7 +129,7 @@ class ScoreUnits:
 
 def _unit_scorer(setup: ReplicaSetup, crash_record: Any) -> UnitScorer:
     scorer = load_scorer(setup) if setup.via_serve is None else ServeScorer(setup.via_serve, setup.decision)
-    return UnitScorer(setup, scorer, None if crash_record is None else _RemoteAttempts(crash_record))
+    return UnitScorer(setup, scorer, None if crash_record is None else RemoteAttempts(crash_record))
 
 
 class _IdleClock:

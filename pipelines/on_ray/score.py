@@ -22,7 +22,7 @@ from pipelines.errors import JobError
 from pipelines.on_ray.cluster import check_resources, connected, root_cause, uses_gpus
 from pipelines.on_ray.datasets import tokenized_units
 from pipelines.on_ray.nodes import check_nodes
-from pipelines.on_ray.replica import COUNTS, CrashRecordActor, ScoreUnits
+from pipelines.on_ray.replica import COUNTS, CrashRecordActor, RemoteAttempts, ScoreUnits
 from pipelines.storage.shards import WorkUnit
 
 ACTOR_CPUS = 0.5
@@ -57,10 +57,10 @@ def _score_units(checked: CheckedJob, units: Iterator[WorkUnit], *, address: str
         first = next(file.url for file in checked.files if file.error is None)
         check_nodes(model=job.model, files={"input": first}, output=job.output)
         _check_resources(job)
-        crash_record = CrashRecordActor.remote()
+        crash_record, tokenize_record = CrashRecordActor.remote(), CrashRecordActor.remote()
         while wave := list(itertools.islice(units, UNITS_PER_WAVE)):
             try:
-                dataset = _score_stage(checked, wave, crash_record)
+                dataset = _score_stage(checked, wave, crash_record, RemoteAttempts(tokenize_record))
                 batches: Iterable[Any] = dataset.iter_batches(
                     batch_size=None, batch_format="pyarrow", prefetch_batches=0
                 )
@@ -73,7 +73,9 @@ def _score_units(checked: CheckedJob, units: Iterator[WorkUnit], *, address: str
                 raise JobError(message if "start the job again" in message else f"{message}; {hint}") from error
 
 
-def _score_stage(checked: CheckedJob, units: Sequence[WorkUnit], crash_record: Any) -> Dataset:
+def _score_stage(
+    checked: CheckedJob, units: Sequence[WorkUnit], crash_record: Any, tokenizing: RemoteAttempts
+) -> Dataset:
     """Build the dataset: tasks that tokenize, then a pool of actors, each with a GPU or a share of the cores."""
     settings = checked.job.score
     gpus = _gpus_per_replica(checked.job)
@@ -84,6 +86,7 @@ def _score_stage(checked: CheckedJob, units: Sequence[WorkUnit], crash_record: A
     dataset = tokenized_units(
         checked.stage,
         units,
+        attempts=tokenizing,
         num_cpus=settings.tokenize_cpus,
         **_placement(settings.tokenize_resources, settings.tokenize_labels),
     )

@@ -7,6 +7,7 @@ unit into one row of an Arrow table, in which it travels between processes.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,15 +15,18 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 
+from pipelines.errors import JobError
 from pipelines.model_folder import is_hub_name, local_folder
 from pipelines.storage.columns import SOURCE_COLUMNS
 from pipelines.storage.filters import kept_rows, parse_filter
 from pipelines.storage.rows import Rows, read_units
 from pipelines.storage.shards import WorkUnit
+from pipelines.text.attempts import Attempts, NoAttempts
 from pipelines.text.pretrained import load_tokenizer
-from pipelines.text.tokenization import Documents, Tokenizer, Tokens
+from pipelines.text.tokenization import Documents, Tokenizer, Tokens, concat_documents
 
 UNIT, NAME, TABLE = "unit", "name", "table"
 """Columns of `TokenizedUnit.to_row`: the unit's number, its output name, and its table in Arrow's stream format."""
@@ -97,24 +101,32 @@ class TokenizeStage:
     filter: str | None = None
     """Expression of `storage.filters`. Rows that do not pass are omitted and counted."""
 
-    def __call__(self, units: Iterable[WorkUnit]) -> Iterator[pa.Table]:
-        """Yield the table of each unit: kept columns, source columns, then IDS, PAIR_IDS (pairs only), ERROR."""
+    def __call__(self, units: Iterable[WorkUnit], attempts: Attempts | None = None) -> Iterator[pa.Table]:
+        """Yield the table of each unit: kept columns, source columns, then IDS, PAIR_IDS (pairs only), ERROR.
+
+        Args:
+            units: Units to read and tokenize.
+            attempts: Records which rows are being worked on. Rows that killed their process get an error.
+        """
         compared = parse_filter(self.filter)[1] if self.filter else []
+        guard = attempts or NoAttempts()
+        units, read_ahead = itertools.tee(units)
         found = read_units(
             self.location,
-            units,
+            _begun(read_ahead, guard),
             self.schema,
             text_columns=self.text_columns,
             filter_columns=compared,
             prefix=self.prefix,
         )
-        for rows in found:
-            yield self._tokenize(rows)
+        for unit, rows in zip(units, found, strict=True):
+            guard.end(_reading(unit))
+            yield self._tokenize(rows, unit.number, guard)
 
-    def _tokenize(self, rows: Rows) -> pa.Table:
+    def _tokenize(self, rows: Rows, number: int, attempts: Attempts) -> pa.Table:
         started = time.perf_counter()
         table, errors = self._filtered(rows)
-        documents = self._tokenizer().documents(table, *self.text_columns)
+        documents = self._documents(table, number, attempts)
         result = table.select([*self.keep, *(self.prefix + name for name in SOURCE_COLUMNS)])
         result = result.append_column(IDS, documents.tokens.to_arrow())
         if documents.pair_tokens is not None:
@@ -124,6 +136,21 @@ class TokenizeStage:
         seconds = time.perf_counter() - started
         stats = TokenizeStats(len(rows.table), len(rows.table) - len(table), rows.seconds, seconds, rows.values_lost)
         return result.replace_schema_metadata({STATS_METADATA: json.dumps(dataclasses.asdict(stats))})
+
+    def _documents(self, table: pa.Table, number: int, attempts: Attempts) -> Documents:
+        """Tokenize the rows of a unit, without those that killed their process before."""
+        rows = attempts.begin(number, len(table))
+        parts: dict[int, Documents] = {}
+        for place, (start, stop) in enumerate(rows.ranges):
+            if place:
+                attempts.begin_range(number, (start, stop))
+            parts[start] = self._tokenizer().documents(table.slice(start, stop - start), *self.text_columns)
+        attempts.end(number)
+        for row in rows.deadly:
+            nothing = Tokens(np.zeros(0, np.int32), np.zeros(2, np.int64))
+            error = "the process died several times while it tokenized this row"
+            parts[row] = Documents(nothing, nothing if len(self.text_columns) > 1 else None, [error])
+        return concat_documents([parts[start] for start in sorted(parts)])
 
     def _tokenizer(self) -> Tokenizer:
         """Return the tokenizer. It is loaded once per process, and again if its files change."""
@@ -138,6 +165,27 @@ class TokenizeStage:
         passed = kept_rows(rows.table, self.filter).to_pylist()
         kept = [number for number, ok in enumerate(passed) if ok or rows.errors[number] is not None]
         return rows.table.take(pa.array(kept, pa.int64())), [rows.errors[number] for number in kept]
+
+
+def _begun(units: Iterable[WorkUnit], attempts: Attempts) -> Iterator[WorkUnit]:
+    """Yield the units. Each is recorded when it is about to be read.
+
+    Raises:
+        JobError: The process died each time it read the unit.
+    """
+    for unit in units:
+        if attempts.begin(_reading(unit), 1).deadly:
+            names = ", ".join(dict.fromkeys(span.file.url for span in unit.spans))
+            raise JobError(
+                f"the process died several times while it read rows of {names}; leave the file out of the input, or "
+                f"write it anew"
+            )
+        yield unit
+
+
+def _reading(unit: WorkUnit) -> int:
+    """Return the number under which the reading of a unit is recorded."""
+    return -1 - unit.number
 
 
 def documents_of(table: pa.Table) -> Documents:

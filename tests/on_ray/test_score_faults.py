@@ -1,19 +1,24 @@
 """Faults that occur only with separate processes."""
 
 import os
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
 
-from pipelines.bulk.unit import RowsToScore
+from pipelines.bulk import job as job_module
+from pipelines.bulk.job import check_job
 from pipelines.errors import JobError
 from pipelines.on_ray import replica
 from pipelines.on_ray import score as score_module
 from pipelines.on_ray.cluster import root_cause
 from pipelines.on_ray.replica import CrashRecord, ScoreUnits
 from pipelines.on_ray.score import score
+from pipelines.storage.shards import split_into_units
+from pipelines.text.attempts import RowsToTry
+from pipelines.text.stage import TokenizeStage
 from tests import tiny
 from tests.jobs import read_scored, score_job
 
@@ -58,6 +63,49 @@ def test_row_that_kills_its_process_gets_error(local_ray, tmp_path, emails, monk
     assert "died several times while it scored this row" in rows[5]["error"]
 
 
+class DeadlyStage(TokenizeStage):
+    """A stage whose process dies when it tokenizes a text, or reads a file."""
+
+    def _tokenizer(self):
+        tokenizer = super()._tokenizer()
+        documents = tokenizer.documents
+
+        def dies(table, *names):
+            if "a deadly one" in table["text"].to_pylist():
+                os._exit(1)
+            return documents(table, *names)
+
+        tokenizer.documents = dies
+        return tokenizer
+
+
+@pytest.mark.timeout(600)
+def test_row_that_kills_its_tokenizing_process_gets_error(local_ray, spam_folder, tmp_path, monkeypatch):
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    texts = [f"good text number {number}" for number in range(16)]
+    texts[5] = "a deadly one"
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": texts}), tmp_path / "in" / "a.parquet", row_group_size=8)
+    monkeypatch.setattr(job_module, "TokenizeStage", DeadlyStage)
+    monkeypatch.setattr(replica, "CRASHES_BEFORE_HALVING", 0)
+    summary = score(score_job(spam_folder, tmp_path / "in", tmp_path / "out", replicas=1))
+    rows = read_scored(tmp_path / "out").to_pylist()
+    assert len(rows) == summary.rows_out == 16
+    assert [row["source_row"] for row in rows if row["error"]] == [5]
+    assert "died several times while it tokenized this row" in rows[5]["error"]
+
+
+def test_a_unit_whose_reading_kills_its_process_stops_the_job(spam_folder, tmp_path):
+    """Which of its rows is to blame cannot be found, so none becomes an error."""
+    pq.write_table(pa.table({"text": ["a", "b"]}), tmp_path / "a.parquet")
+    checked = check_job(score_job(spam_folder, tmp_path / "a.parquet", tmp_path / "out"))
+    units, record = list(split_into_units(checked.files)), CrashRecord()
+    for _ in range(replica.CRASHES_BEFORE_HALVING + 1):
+        record.begin(-1, 1)  # and the process dies
+    with pytest.raises(JobError, match=r"died several times while it read rows of .*a\.parquet; leave the file out"):
+        list(checked.stage(units, record))
+
+
 def test_crashing_range_is_halved():
     record = CrashRecord()
     deadly_rows, is_done = {3, 10}, False
@@ -79,7 +127,7 @@ def test_crashing_range_is_halved():
     assert crashes <= replica.CRASHES_BEFORE_HALVING + 2 * 5 + 1
     record.end(7)
     record.begin_range(7, (3, 6))
-    assert record.begin(7, 12) == RowsToScore(((0, 12),)), "a range must not replace a whole unit"
+    assert record.begin(7, 12) == RowsToTry(((0, 12),)), "a range must not replace a whole unit"
 
 
 def fails(kind):
