@@ -38,10 +38,13 @@ from pipelines.version import VERSION
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorResponse, "description": "The API key is missing or wrong."},
     404: {"model": ErrorResponse, "description": "This server has one model, and it has another name."},
+    408: {"model": ErrorResponse, "description": "The body did not arrive in time."},
     413: {"model": ErrorResponse, "description": "The body is too large."},
     422: {"model": ErrorResponse, "description": "The request does not fit the schema or a limit."},
     424: {"model": ErrorResponse, "description": "The model failed on this batch."},
     429: {"model": ErrorResponse, "description": "Too many tokens wait; see Retry-After."},
+    503: {"model": ErrorResponse, "description": "Too many requests at once; see Retry-After."},
+    504: {"model": ErrorResponse, "description": "The request took too long."},
 }
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -63,6 +66,8 @@ def build_api(predictor: Predictor, *, replica: str = "local") -> FastAPI:
         Guard,
         api_keys=predictor.settings.api_keys,
         max_body_bytes=predictor.settings.max_body_bytes,
+        body_timeout_s=predictor.settings.body_timeout_s,
+        request_timeout_s=predictor.settings.request_timeout_s,
         metrics=predictor.metrics,
     )
     api.add_exception_handler(RequestError, _answer_request_error)

@@ -1,33 +1,63 @@
-"""Middleware around all routes: it checks API keys and body sizes, measures times, and counts responses."""
+"""Middleware around all routes: it checks API keys, limits requests and their bodies, measures times, and counts.
+
+A client that announces a body and does not send it holds a place. So probes and GET read no body, there are deadlines,
+and if too many bodies are awaited, the one that has been awaited longest is given up.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from pipelines.serving.auth import is_admitted
+from pipelines.serving.auth import OPEN_PATHS, is_admitted
 from pipelines.serving.schema import ErrorResponse
 from pipelines.serving.timings import Metrics, begin_timings
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-
+MOST_REQUESTS = 1000
+"""Requests at once in a replica. Ray Serve gives it no more."""
+KEPT_FOR_PROBES = 100
+"""Of these, how many are only for probes, so that they are answered when the server is full."""
+MOST_BODIES = 256
+"""Bodies that are awaited at once."""
+MOST_BODY_BYTES = 64 * 2**20
+"""Bytes of bodies that are awaited at once, or one body of the maximum size."""
 MOST_DIGITS = 18
 """Digits of a content length that is believed. A longer one is counted as the body arrives."""
+
+
+class Refused(Exception):
+    """A request that is answered before its route sees it."""
+
+    def __init__(self, status: int, error_type: str, message: str, **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.error_type, self.headers = status, error_type, headers
 
 
 class Guard:
     """ASGI middleware around all routes."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], max_body_bytes: int, metrics: Metrics) -> None:
-        self._app, self._api_keys = app, api_keys
-        self._max_body_bytes, self._metrics = max_body_bytes, metrics
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: Sequence[str],
+        max_body_bytes: int,
+        metrics: Metrics,
+        body_timeout_s: float = 30,
+        request_timeout_s: float = 300,
+    ) -> None:
+        self._app, self._api_keys, self._metrics = app, api_keys, metrics
+        self._request_timeout_s = request_timeout_s
+        self._bodies = Bodies(max_body_bytes, min(body_timeout_s, request_timeout_s))
+        self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or refuse the request. Response headers contain its times."""
@@ -45,7 +75,7 @@ class Guard:
             await send(message)
 
         try:
-            await self._guarded(scope, receive, send_timed)
+            await self._answered(scope, receive, send_timed)
         except ClientDisconnect:
             status = 499
         except asyncio.CancelledError:
@@ -55,43 +85,123 @@ class Guard:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.count_request(route, status, timings)
 
+    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or say why not."""
+        is_started = False
+
+        async def send_once(message: Message) -> None:
+            nonlocal is_started
+            is_started = True
+            await send(message)
+
+        try:
+            async with asyncio.timeout(self._request_timeout_s) as deadline:
+                await self._guarded(scope, receive, send_once)
+        except Refused as refused:
+            content = ErrorResponse(error=str(refused), error_type=refused.error_type).model_dump()
+            headers = {name.replace("_", "-"): value for name, value in refused.headers.items()}
+            await JSONResponse(content, refused.status, headers=headers)(scope, receive, send)
+        except TimeoutError:
+            if is_started or not deadline.expired():
+                raise
+            problem = f"the request has taken {self._request_timeout_s:g} s (request_timeout_s)"
+            content = ErrorResponse(error=problem, error_type="timeout").model_dump()
+            await JSONResponse(content, 504)(scope, receive, send)
+
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a request without a valid key before its body is read, and a body that is too large."""
+        """Refuse a request without a valid key before its body is read; or one too many, or a body too large."""
         headers = Headers(scope=scope)
         if not is_admitted(headers, scope["path"], self._api_keys):
             message = "the API key is missing or wrong; send Authorization: Bearer KEY"
-            content = ErrorResponse(error=message, error_type="unauthorized").model_dump()
-            await JSONResponse(content, 401, headers={"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            raise Refused(401, "unauthorized", message, WWW_Authenticate="Bearer")
+        if scope["path"] in OPEN_PATHS or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, _after(receive, b""), send)
             return
-        announced = headers.get("content-length", "0")
-        digits = announced if announced.isdecimal() and len(announced) <= MOST_DIGITS else "0"
-        size, body = await _read(receive, int(digits), self._max_body_bytes)
-        if size > self._max_body_bytes:
-            problem = f"the body has {size} bytes; at most {self._max_body_bytes}"
-            content = ErrorResponse(error=problem, error_type="too_large").model_dump()
-            await JSONResponse(content, 413)(scope, receive, send)
-            return
-        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive_again() -> Message:
-            return whole.pop() if whole else await receive()
-
-        await self._app(scope, receive_again, send)
+        if self._running >= MOST_REQUESTS - KEPT_FOR_PROBES:
+            problem = f"{self._running} requests are running; try again later"
+            raise Refused(503, "overloaded", problem, Retry_After="1")
+        self._running += 1
+        try:
+            body = await self._bodies.read(receive, headers.get("content-length", ""))
+            await self._app(scope, _after(receive, body), send)
+        finally:
+            self._running -= 1
 
 
-async def _read(receive: Receive, announced: int, limit: int) -> tuple[int, bytes]:
-    """Return the size of the body, announced or counted, and the body. Reading stops when the limit is exceeded.
+class Bodies:
+    """Reads the bodies of requests within limits of time, number and size."""
 
-    Raises ClientDisconnect if the client disconnects before the end of the body.
-    """
-    if announced > limit:
-        return announced, b""
-    size, chunks, has_more = 0, [], True
-    while has_more and size <= limit:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        chunk = message.get("body", b"")
-        size, has_more = size + len(chunk), message.get("more_body", False)
-        chunks.append(chunk)
-    return size, b"".join(chunks)
+    def __init__(self, max_bytes: int, timeout_s: float) -> None:
+        self._max_bytes, self._timeout_s = max_bytes, timeout_s
+        self._awaited: dict[asyncio.Timeout, int] = {}
+        """Deadlines of the bodies that are awaited, the oldest first, with the bytes that are here."""
+
+    async def read(self, receive: Receive, announced: str) -> bytes:
+        """Return a body.
+
+        Args:
+            receive: Receives the messages of the request.
+            announced: The content-length in the headers, or anything else, which is ignored.
+
+        Raises:
+            Refused: It is too large, or does not arrive in time.
+            ClientDisconnect: The client went away.
+        """
+        is_number = announced.isascii() and announced.isdecimal() and len(announced) <= MOST_DIGITS
+        self._check_size(int(announced) if is_number else 0)
+        if len(self._awaited) >= MOST_BODIES:
+            self._give_up_oldest()
+        try:
+            async with asyncio.timeout(self._timeout_s) as deadline:
+                self._awaited[deadline] = 0
+                return await self._chunks(receive, deadline)
+        except TimeoutError:
+            message = "the body did not arrive in time; send it at once, with a content-length that is its size"
+            raise Refused(408, "timeout", message, Connection="close") from None
+        finally:
+            self._awaited.pop(deadline, None)
+
+    async def _chunks(self, receive: Receive, deadline: asyncio.Timeout) -> bytes:
+        chunks, has_more = [], True
+        while has_more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            chunks.append(message.get("body", b""))
+            has_more = message.get("more_body", False)
+            size = self._awaited.get(deadline, 0) + len(chunks[-1])
+            self._check_size(size)
+            self._awaited[deadline] = size
+            while sum(self._awaited.values()) > max(MOST_BODY_BYTES, self._max_bytes) and self._give_up_oldest(
+                deadline
+            ):
+                await asyncio.sleep(0)
+        return b"".join(chunks)
+
+    def _check_size(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise Refused(413, "too_large", f"the body has {size} bytes; at most {self._max_bytes}")
+
+    def _give_up_oldest(self, own: asyncio.Timeout | None = None) -> bool:
+        """Let the deadline of the body that has been awaited longest pass. Returns whether there is another one."""
+        oldest = next((one for one in self._awaited if one is not own), None)
+        if oldest is None:
+            return False
+        del self._awaited[oldest]
+        oldest.reschedule(asyncio.get_running_loop().time())
+        return True
+
+
+def _after(receive: Receive, body: bytes) -> Callable[[], Awaitable[Message]]:
+    """Return what gives the whole body, and then waits for the client to disconnect."""
+    whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        if whole:
+            return whole.pop()
+        while True:  # parts of a body that nobody reads
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return message
+
+    return receive_again

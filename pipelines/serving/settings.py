@@ -63,6 +63,10 @@ class ServeSettings:
     """GPUs per replica. Default: 1 with device=cuda, or with device=auto if the cluster has a GPU now; else 0."""
     max_body_bytes: int = 4 * 2**20
     """Maximum size of a request body in bytes. The answer to a larger one is HTTP 413."""
+    body_timeout_s: float = 30.0
+    """Maximum time in which the body of a request must arrive, in seconds. The answer to a later one is HTTP 408."""
+    request_timeout_s: float = 300.0
+    """Maximum time of a request in seconds, its body and its waiting included. The answer after it is HTTP 504."""
     max_documents: int = 256
     """Maximum number of documents in one request. The answer to more is HTTP 422."""
     max_document_tokens: int = 200_000
@@ -85,5 +89,7 @@ class ServeSettings:
         for name in ("max_body_bytes", "max_documents", "max_document_tokens", "max_queued_tokens",
                      "target_queued_tokens"):  # fmt: skip
             check_range(self, name, getattr(self, name), low=1)
+        for name in ("body_timeout_s", "request_timeout_s"):
+            check_range(self, name, getattr(self, name), low=0.1)
         for name in ("upscale_delay_s", "downscale_delay_s", "gpus_per_replica"):
             check_range(self, name, getattr(self, name), low=0)

@@ -1,7 +1,9 @@
 import asyncio
+import json
 
 import pytest
 
+from pipelines.serving import middleware
 from pipelines.serving.middleware import Guard
 
 
@@ -19,7 +21,7 @@ class Counts:
 def ask(messages, *, headers=(), limit=10, answer=None, counts=None):
     """Send messages through the guard. Return the messages read, sent and left, and the counted statuses."""
     read, sent, counts, left = [], [], counts or Counts(), list(messages)
-    scope = {"type": "http", "path": "/", "headers": list(headers)}
+    scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": list(headers)}
 
     async def application(scope, receive, send):
         if answer is not None:
@@ -88,3 +90,87 @@ def test_exceptions_are_counted(error, status):
     with pytest.raises(error):
         ask([part(b"", False)], answer=error(), counts=counts)
     assert counts.seen == [status]
+
+
+class Server:
+    """A guard whose clients send what they are told to."""
+
+    def __init__(self, **options):
+        self.counts = Counts()
+        self.guard = Guard(self.answer, api_keys=(), max_body_bytes=10**6, metrics=self.counts, **options)
+        self.pause = 0
+
+    async def answer(self, scope, receive, send):
+        await asyncio.sleep(self.pause)
+        body = (await receive())["body"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    async def ask(self, *parts, path="/v1/predict", method="POST"):
+        """Send the parts of a body, and then nothing more. Returns the status and the answer."""
+        left, sent = [part(content, True) for content in parts[:-1]] + [part(p, False) for p in parts[-1:]], []
+
+        async def receive():
+            if left and left[0]["body"] is not None:
+                return left.pop(0)
+            await asyncio.sleep(100)
+
+        async def send(message):
+            sent.append(message)
+
+        await self.guard({"type": "http", "method": method, "path": path, "headers": []}, receive, send)
+        return sent[0]["status"], sent[1]["body"]
+
+
+def test_probes_are_answered_beside_half_open_requests():
+    """1,000 clients announce a body and send nothing. Everything else is answered at once."""
+
+    async def run():
+        server = Server()
+        attack = [asyncio.create_task(server.ask(None, path=path)) for path in ["/v1/predict", "/health"] * 500]
+        await asyncio.sleep(0.05)
+        async with asyncio.timeout(1):
+            assert (await server.ask(b"x")) == (200, b"x")
+            assert (await server.ask(path="/health", method="GET"))[0] == 200
+            assert (await server.ask(b"x" * 10, b"y", path="/v1/predict"))[0] == 200
+        await asyncio.sleep(0)
+        statuses = [task.result()[0] for task in attack if task.done()]
+        assert statuses.count(200) == 500, "a body of a probe is not awaited"
+        assert set(statuses) == {200, 408}
+        for task in attack:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_bodies_that_take_too_long_and_too_much_memory(monkeypatch):
+    async def run():
+        assert (await Server(body_timeout_s=0.05).ask(b"1", None))[0] == 408
+        server = Server()
+        monkeypatch.setattr(middleware, "MOST_BODY_BYTES", 10**6)
+        slow = [asyncio.create_task(server.ask(b"x" * 300_000, None)) for _ in range(6)]
+        await asyncio.sleep(0.05)
+        assert [task.done() for task in slow] == [True] * 3 + [False] * 3, "the oldest are given up"
+        assert (await server.ask(b"y" * 900_000))[0] == 200
+        for task in slow:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_requests_that_run_too_long_and_too_many():
+    async def run():
+        slow = Server(request_timeout_s=0.05)
+        slow.pause = 10
+        status, body = await slow.ask(b"x")
+        assert (status, json.loads(body)["error_type"]) == (504, "timeout")
+        server = Server()
+        server.pause = 0.2
+        running = [asyncio.create_task(server.ask(b"x")) for _ in range(1000)]
+        await asyncio.sleep(0.05)
+        assert (await server.ask(path="/readyz", method="GET"))[0] == 200
+        statuses = [status for status, _ in await asyncio.gather(*running)]
+        assert (statuses.count(200), statuses.count(503)) == (900, 100)
+        assert (await server.ask(b"x"))[0] == 200
+
+    asyncio.run(run())

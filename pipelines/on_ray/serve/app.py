@@ -17,6 +17,7 @@ from pipelines.on_ray.serve.metrics import RayMetrics
 from pipelines.serving.api import build_api
 from pipelines.serving.auth import check_exposure
 from pipelines.serving.job import ServeJob, check_job
+from pipelines.serving.middleware import MOST_REQUESTS
 from pipelines.serving.predictor import Predictor
 from pipelines.text.tokenization import Documents
 
@@ -74,7 +75,7 @@ def application(job: ServeJob) -> Application:
         **({"num_replicas": fewest} if autoscaling is None else {"autoscaling_config": autoscaling}),
         user_config={"thresholds": job.serve.thresholds},
         logging_config=LoggingConfig(encoding="JSON"),
-        max_ongoing_requests=1000,
+        max_ongoing_requests=MOST_REQUESTS,
         ray_actor_options={"num_cpus": 1, "num_gpus": num_gpus},
         health_check_period_s=5,
     ).bind(job)

@@ -4,6 +4,7 @@ import html
 import random
 import re
 import shutil
+import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,25 @@ def test_predict_job_and_endpoint_agree(server, spam_folder, emails, tmp_path, l
             assert here[row]["predicted_label"] == job[row]["predicted_label"] == online[row]["label"]
         for name in ("num_tokens", "num_windows", "truncated"):
             assert here[row][name] == job[row][name] == online[row][name]
+
+
+def test_half_open_requests_stop_nobody(server):
+    """1,000 clients without a key, who announce a body and do not send it: to a probe, and to a route."""
+    port = server.base_url.port
+    sockets = []
+    try:
+        for path in ["/health", "/v1/predict"] * 500:
+            one = socket.create_connection(("127.0.0.1", port))
+            sockets.append(one)
+            one.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n".encode())
+        time.sleep(1)
+        for ask in (lambda: server.get("/health"), lambda: predict(server, inputs=["short"])):
+            started_at = time.monotonic()
+            assert ask().status_code == 200
+            assert time.monotonic() - started_at < 5, "it takes milliseconds on a quiet machine"
+    finally:
+        for one in sockets:
+            one.close()
 
 
 @pytest.mark.slow
