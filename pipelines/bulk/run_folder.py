@@ -143,6 +143,32 @@ def open_run(
             manifest = _add_generation(location, manifest, files, unit_bytes, snapshot=snapshot, commit=commit)
             _remove_listings(location, manifest, names)
             return Run(location, manifest, _units_of(manifest, [list(files)]), frozenset())
+    return _resumed(
+        location,
+        files,
+        columns,
+        identity,
+        unit_bytes,
+        append=append,
+        replace_changed=replace_changed,
+        snapshot=snapshot,
+        mark=mark,
+    )
+
+
+def _resumed(
+    location: str,
+    files: Sequence[InputFile],
+    columns: pa.Schema,
+    identity: RunIdentity,
+    unit_bytes: int | None,
+    *,
+    append: bool,
+    replace_changed: bool,
+    snapshot: str | None,
+    mark: str,
+) -> Run:
+    """Resume the run in a folder. Parameters and errors are those of `open_run`."""
     manifest = read_manifest(location)
     _check_identity(location, manifest, identity)
     generations = [read_listing(location, generation.listing) for generation in manifest.generations]
@@ -153,13 +179,13 @@ def open_run(
         append=append,
         replace_changed=replace_changed,
         from_table=snapshot is not None,
-        in_table=TABLES in names,
+        in_table=TABLES in list_names(location),
     )
     _check_columns(location, manifest, columns)
     new = [*change.new, *change.changed]
     if new:
         _check_is_alone(location, mark, "--append and --replace-changed would change the run of a job that runs now")
-        check_gone(location, change.gone, _units_of(manifest, generations), _finished(names))
+        check_gone(location, change.gone, _units_of(manifest, generations), _finished(list_names(location)))
         replaced = [file.url for file in change.changed if file.error is None]
         manifest = _add_generation(location, manifest, new, unit_bytes, replaced=replaced, snapshot=snapshot)
         generations.append(new)

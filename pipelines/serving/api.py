@@ -32,6 +32,7 @@ from pipelines.serving.protocols import (
     texts_of_inference,
     texts_of_moderation,
 )
+from pipelines.serving.reference import reference_page
 from pipelines.serving.schema import ErrorResponse, Pair, PredictRequest, PredictResponse, without_none
 from pipelines.version import VERSION
 
@@ -46,6 +47,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorResponse, "description": "Too many requests at once; see Retry-After."},
     504: {"model": ErrorResponse, "description": "The request took too long."},
 }
+FIELDS = {
+    "body",
+    *(
+        name
+        for model in (PredictRequest, Pair, InferenceRequest, ClassifyRequest, ModerationRequest)
+        for name in model.model_fields
+    ),
+}
+"""Names of fields in messages."""
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -61,7 +71,7 @@ def build_api(predictor: Predictor, *, replica: str = "local") -> FastAPI:
         predictor: The model with its queue.
         replica: Name of this process, which /info returns.
     """
-    api = FastAPI(title="pipelines", version=VERSION, docs_url="/docs", redoc_url=None)
+    api = FastAPI(title="pipelines", version=VERSION, docs_url=None, redoc_url=None)
     api.add_middleware(
         Guard,
         api_keys=predictor.settings.api_keys,
@@ -76,6 +86,13 @@ def build_api(predictor: Predictor, *, replica: str = "local") -> FastAPI:
     for routes in (_own_routes, _hub_routes, _classify_routes, _inference_protocol_routes):
         api.include_router(routes(predictor))
     api.include_router(_operating_routes(predictor, replica))
+    page = reference_page(api.openapi())
+
+    @api.get("/docs", include_in_schema=False)
+    async def show_reference() -> Response:
+        """The routes of this server."""
+        return Response(page, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
+
     return api
 
 
@@ -127,6 +144,7 @@ def _hub_routes(predictor: Predictor) -> APIRouter:
     @routes.post("/models/{name:path}", responses=ERRORS)
     async def predict_as_hub(name: str, body: InferenceRequest) -> Response:
         """Hugging Face's route. The answer is always nested."""
+        _check_name(predictor, name)
         return await infer(body.model_copy(update={"parameters": body.parameters or {}}), is_nested=True)
 
     return routes
@@ -159,10 +177,7 @@ def _classify_routes(predictor: Predictor) -> APIRouter:
 def _inference_protocol_routes(predictor: Predictor) -> APIRouter:
     """Routes of the Open Inference Protocol, which clients of KServe and Triton use."""
     routes = APIRouter(prefix="/v2")
-
-    def check_name(name: str) -> None:
-        if name != predictor.name:
-            raise RequestError(404, "route", f"this server has one model, {predictor.name}")
+    check_name = partial(_check_name, predictor)
 
     @routes.post("/models/{name}/infer", responses=ERRORS)
     @routes.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
@@ -231,6 +246,11 @@ def _operating_routes(predictor: Predictor, replica: str) -> APIRouter:
     return routes
 
 
+def _check_name(predictor: Predictor, name: str) -> None:
+    if name != predictor.name:
+        raise RequestError(404, "route", f"this server has one model, {predictor.name}")
+
+
 def _check_health(predictor: Predictor) -> None:
     if not predictor.is_alive:
         raise RequestError(503, "unhealthy", "the batcher stopped; this replica will be replaced")
@@ -265,7 +285,10 @@ async def _answer_http_exception(_: Request, error: Exception) -> Response:
 
 
 async def _answer_validation_error(_: Request, error: Exception) -> Response:
-    """Answer a body that does not fit the schema. The message does not contain the input."""
+    """Answer a body that does not fit the schema. The message contains nothing of it, not even its field names."""
     assert isinstance(error, RequestValidationError)
-    problems = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+    problems = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"] if isinstance(part, int) or part in FIELDS)
+        problems.append(f"{place}: {item['msg']}")
     return _error(422, "validation", "; ".join(problems[:3]))

@@ -131,7 +131,7 @@ def _texts(tensor: dict[str, Any], rest: bytes) -> tuple[list[str], bytes]:
             raise DataError("a tensor's `data` must be a flat list of strings")
         return data, rest
     if not isinstance(size, int) or not 0 <= size <= len(rest):
-        raise DataError(f"a tensor has binary_data_size {size!r}, but {len(rest)} bytes remain")
+        raise DataError(f"a tensor's binary_data_size must be a number of bytes, at most the {len(rest)} that remain")
     return _unpacked(rest[:size]), rest[size:]
 
 

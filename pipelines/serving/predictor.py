@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.decisions.labels import resolve_thresholds
+from pipelines.decisions.labels import resolve_thresholds, thresholds_by_label
 from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.fields import parse, parse_range
 from pipelines.model.scorer import DocumentScores, Scorer
@@ -135,7 +135,9 @@ class Predictor:
         try:
             return resolve_thresholds(given, self.decision)
         except SettingsError as error:
-            raise RequestError(422, "validation", str(error)) from error
+            names = ", ".join(thresholds_by_label(self.decision)) or "none, because this kind has no thresholds"
+            message = f"thresholds must be a number from 0 to 1, one for each label, or by label; labels: {names}"
+            raise RequestError(422, "validation", message) from error
 
     async def predict(
         self, inputs: list[str | Pair], decision: DecisionSettings | None = None, *, with_windows: bool = False

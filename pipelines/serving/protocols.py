@@ -95,7 +95,7 @@ def texts_of_moderation(body: ModerationRequest) -> list[str | Pair]:
     texts: list[str | Pair] = []
     for part in body.input:
         if isinstance(part, TextPart) and part.text is None:
-            raise DataError(f"an input of type {part.type!r} has no text; send only inputs with a text")
+            raise DataError("an input has no text; send only inputs with a text")
         texts.append(part if isinstance(part, str) else str(part.text))
     return texts
 

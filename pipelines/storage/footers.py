@@ -69,7 +69,11 @@ def read_footers(
     else:
         filesystem, root, entries = snapshot.filesystem, "", snapshot.entries
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        files = list(pool.map(lambda entry: _read_footer(filesystem, entry, root, text_columns, read, known), entries))
+        files = list(
+            pool.map(
+                lambda entry: _read_footer(filesystem, entry, root, text_columns, read=read, known_files=known), entries
+            )
+        )
     if snapshot is not None:
         files = [_of_table(file, snapshot, location) for file in files]
     bad = [file for file in files if file.error is not None]
@@ -84,6 +88,7 @@ def _read_footer(
     entry: dict[str, Any],
     root: str,
     text_columns: Sequence[str],
+    *,
     read: Collection[str] | None,
     known_files: Mapping[str, InputFile] | None,
 ) -> InputFile:

@@ -59,8 +59,8 @@ def test_request_thresholds(api):
         (b'{"inputs":"hello"}', 422, "inputs"),
         (b'{"inputs":[1]}', 422, "inputs"),
         (b'{"inputs":["a"],"treshold":1}', 422, "Extra inputs"),
-        (b'{"inputs":["a"],"thresholds":[0.1,0.2]}', 422, "needs 1"),
-        (b'{"inputs":["a"],"thresholds":{"eggs":0.1}}', 422, "allowed labels: spam"),
+        (b'{"inputs":["a"],"thresholds":[0.1,0.2]}', 422, "one for each label"),
+        (b'{"inputs":["a"],"thresholds":{"eggs":0.1}}', 422, "by label; labels: spam"),
         (b'{"inputs":["a"],"thresholds":2}', 422, "thresholds"),
         (b'{"inputs":["\\ud800"]}', 422, "lone surrogate"),
         (b'{"inputs":["a",{"text":"a","text_pair":"b"}]}', 422, "in separate requests"),
@@ -83,10 +83,29 @@ def test_bad_request_status_and_message(api, content, status, message):
 def test_bad_request_is_not_echoed(api):
     secret = "the-patient-is-called"
     for body in ({"inputs": secret}, {"inputs": [{"text": secret, "more": secret}]}, {"inputs": [[secret]]},
-                 {"inputs": ["a"], "thresholds": secret}):  # fmt: skip
+                 {"inputs": ["a"], "thresholds": secret}, {"inputs": ["a"], "thresholds": {secret: 0.5}},
+                 {"inputs": ["a"], secret: 1}, {"inputs": [{"text": "a", secret: 1}]}):  # fmt: skip
         answer = api.predict(**body)
         assert answer.status_code == 422
         assert secret not in answer.text
+    tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": secret}}
+    bodies = {
+        "/v1/moderations": {"input": [{"type": secret}]},
+        "/v2/models/spam/infer": {"inputs": [tensor]},
+        "/classify": {"input": {secret: secret}},
+        "/predict": {"inputs": "a", "parameters": secret},
+    }
+    for path, body in bodies.items():
+        answer = api.post(path, json=body)
+        assert answer.status_code == 422
+        assert secret not in answer.text
+
+
+def test_other_models_are_not_found(api):
+    for path, body in (("/models/other", {"inputs": "a"}), ("/v2/models/other/infer", {})):
+        answer = api.post(path, json=body)
+        assert answer.status_code == 404
+        assert answer.json()["error"] == "this server has one model, spam"
 
 
 def test_missing_or_wrong_key_is_401(api):
@@ -126,6 +145,10 @@ def test_health_readiness_info_and_docs(api, spam_folder):
     assert info["packed"] is True
     assert info["limits"]["max_documents"] == 40
     assert "/v1/predict" in api.get("/openapi.json").json()["paths"]
+    page = api.get("/docs").text
+    assert "POST /v1/predict" in page
+    assert "list of string or Pair" in page
+    assert not re.search(r"<script|https?://|src=", page), "it needs no network"
 
 
 def test_page_needs_no_key_and_loads_nothing(api):
@@ -179,5 +202,5 @@ def test_long_text_is_not_truncated(api, truth):
 
 
 def test_protocol_routes_need_key(api):
-    for route in ("/predict", "/models/x", "/classify", "/v1/classify", "/v1/moderations"):
+    for route in ("/predict", "/models/spam", "/classify", "/v1/classify", "/v1/moderations"):
         assert api.post(route, json={"inputs": "a", "input": "a"}, headers={}).status_code == 401

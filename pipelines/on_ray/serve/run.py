@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import signal
+import socket
+import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 
 import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import LoggingConfig
 
-from pipelines.errors import JobError
+from pipelines.errors import JobError, SettingsError, first_line
 from pipelines.on_ray.cluster import connected, root_cause
 from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.serve.app import application
@@ -33,7 +39,8 @@ def run_server(job: ServeJob, *, address: str | None = None) -> None:
     check_proxy(job.serve.proxy)
     check_job(job)
     stop = threading.Event()
-    with connected(address):
+    is_here = not (address or os.environ.get("RAY_ADDRESS") or ray.is_initialized())
+    with own_port(job.serve.host, job.serve.port) if is_here else nullcontext(), connected(address):
         check_nodes(model=job.model)
         is_deployed = False
         try:
@@ -58,9 +65,42 @@ def run_server(job: ServeJob, *, address: str | None = None) -> None:
                     serve.delete(APPLICATION)
 
 
+@contextmanager
+def own_port(host: str, port: int) -> Iterator[None]:
+    """Keep other servers of this package from a port of this machine, and check that nothing listens on it.
+
+    The proxies open it with SO_REUSEPORT: two of them would both print that they are ready, and get requests at random.
+
+    Raises:
+        SettingsError: The port is in use, or cannot be opened.
+    """
+    with socket.socket(socket.AF_UNIX) as lock:  # released by Linux when this process ends, however it ends
+        try:
+            if port and sys.platform == "linux":
+                lock.bind(f"\0ray-text-classification:{port}")
+            if port:
+                _probe(host, port)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise SettingsError(f"the server cannot listen on {host}:{port}: {first_line(error)}") from error
+            remedy = f"stop the server there, or give another one, such as --port {port + 1}"
+            raise SettingsError(f"port {port} of {host} is in use; {remedy}") from error
+        yield
+
+
+def _probe(host: str, port: int) -> None:
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as probe:  # without SO_REUSEPORT, unlike the proxies
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing do not count
+        probe.bind(address)
+
+
 def start_proxies(settings: ServeSettings) -> str:
     """Start Ray Serve, and return its address in words. If the cluster already has a Serve, that one is used."""
     if serve.status().proxies:
         return f"the address of the Serve that already runs on this cluster, not on {settings.host}:{settings.port}"
-    serve.start(http_options={"host": settings.host, "port": settings.port})
+    serve.start(
+        http_options={"host": settings.host, "port": settings.port},
+        logging_config=LoggingConfig(encoding="JSON"),  # a request's id cannot imitate other fields of a line
+    )
     return f"http://{settings.host}:{settings.port}"

@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
@@ -21,11 +22,13 @@ from pipelines.errors import SettingsError
 from pipelines.model.scorer import Scorer
 from pipelines.model_folder import ModelFolder, seal
 from pipelines.on_ray.score import score
+from pipelines.on_ray.serve.run import own_port
 from pipelines.serving.auth import check_exposure
 from pipelines.serving.settings import ServeSettings
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
 from pipelines.storage.listing import list_files
 from tests import tiny
+from tests.jobs import free_port
 from tests.on_ray.serve.servers import predict, started
 
 pytestmark = pytest.mark.ray
@@ -56,6 +59,26 @@ def test_predict_job_and_endpoint_agree(server, spam_folder, emails, tmp_path, l
             assert here[row]["predicted_label"] == job[row]["predicted_label"] == online[row]["label"]
         for name in ("num_tokens", "num_windows", "truncated"):
             assert here[row][name] == job[row][name] == online[row][name]
+
+
+def test_a_port_that_is_in_use(spam_folder):
+    """By a server that would share it, by one that would not, and by another start at the same moment."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        command = [sys.executable, "-m", "pipelines", "serve", str(spam_folder.path), "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert f"port {port} of 127.0.0.1 is in use; stop the server there, or give another one" in done.stderr
+    port = free_port()
+    with own_port("127.0.0.1", port), pytest.raises(SettingsError, match="is in use"), own_port("0.0.0.0", port):
+        pass
+    with own_port("127.0.0.1", port):
+        pass
+    with pytest.raises(SettingsError, match=r"cannot listen on 192\.0\.2\.7"), own_port("192.0.2.7", port):
+        pass
 
 
 def test_half_open_requests_stop_nobody(server):
