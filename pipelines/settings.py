@@ -375,6 +375,8 @@ class ScoreSettings:
     """Score the input files that were added after the run in the output folder started. Rows of removed files stay."""
     replace_changed: bool = False
     """As append, and score changed input files again. The new rows replace the old ones."""
+    retry_errors: bool = False
+    """Score again the finished units that have rows in error, for example after a repair of the model or machine."""
     table: str | None = None
     (
         "Add the finished files to a table in one commit: delta:FOLDER (the output must be below it), or "

@@ -195,6 +195,24 @@ def _resumed(
     return Run(location, manifest, units, done, len(change.gone))
 
 
+def without_errors(run: Run, mark: str) -> Run:
+    """Return the run with only those units finished that have no rows in error. The others are scored again.
+
+    Their files stay until new ones replace them.
+
+    Raises:
+        OutputError: Another job writes to the folder now, or files of the run are part of a table.
+    """
+    names = sorted(run.finished)
+    bad = {name for name, counts in zip(names, read_counts(run.location, names), strict=True) if counts.rows_in_error}
+    if not bad:
+        return run
+    _check_is_alone(run.location, mark, "--retry-errors would replace files of a job that runs now")
+    check_not_in_table(run.location, list_names(run.location))
+    remove(run.location, SUMMARY)  # from now on it does not fit the files
+    return replace(run, finished=run.finished - bad)
+
+
 def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
     """Read the counts of finished files from their footers."""
     filesystem, folder = filesystem_of(location)

@@ -22,6 +22,7 @@ from pipelines.bulk.run_folder import (
     open_run,
     read_counts,
     sweep,
+    without_errors,
 )
 from pipelines.bulk.summary import Counts, ScoreSummary, summarize
 from pipelines.bulk.unit import UnitScorer, load_scorer
@@ -71,6 +72,8 @@ def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
             snapshot=checked.snapshot,
             mark=mark.name,
         )
+        if job.score.retry_errors:
+            run = without_errors(run, mark.name)
         summary = finished_summary(run)
         if summary is not None:
             logger.info("nothing to do: all %s units of %s are done", f"{run.num_units:,}", shown(job.output))

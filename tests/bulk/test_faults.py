@@ -15,10 +15,13 @@ import pytest
 
 from pipelines.bulk import run_folder
 from pipelines.bulk import score as score_module
+from pipelines.bulk import unit as unit_module
 from pipelines.bulk.job import check_job
 from pipelines.bulk.score import score_here as score
 from pipelines.errors import DataError, JobError, OutputError, SettingsError
+from pipelines.model.scorer import Scorer
 from pipelines.storage.footers import read_footers
+from pipelines.storage.marks import heartbeat
 from pipelines.storage.shards import split_into_units
 from tests.jobs import read_scored, score_job
 
@@ -129,6 +132,42 @@ def test_scoring_exception_affects_only_its_row(spam_folder, tmp_path, emails, m
     assert summary.rows_in_error == 1
     rows = read_scored(tmp_path / "out").to_pylist()
     assert [row["source_row"] for row in rows if row["error"] == "scoring failed: ValueError"] == [worst]
+
+
+def test_units_with_errors_are_scored_again(spam_folder, tmp_path, emails, monkeypatch):
+    (tmp_path / "in").mkdir()
+    pq.write_table(emails.slice(0, 12), tmp_path / "in" / "a.parquet", row_group_size=4)
+    job = score_job(spam_folder, tmp_path / "in", tmp_path / "out", unit_bytes=10)
+    again = score_job(spam_folder, tmp_path / "in", tmp_path / "out", unit_bytes=10, retry_errors=True)
+    commit, committed = unit_module.commit_unit, []
+    monkeypatch.setattr(unit_module, "commit_unit", lambda *args: committed.append(args[1]) or commit(*args))
+
+    def fails(self, documents):
+        if len(committed) in (2, 3):
+            raise ValueError
+        return whole(self, documents)
+
+    whole = Scorer.score_documents
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "score_documents", fails)
+        before = score(job)
+    assert before.rows_in_error == 2
+    assert score(job) == before, "errors are kept unless they are to be tried again"
+    with (
+        heartbeat(str(tmp_path / "out")),
+        pytest.raises(OutputError, match="--retry-errors would replace files of a job"),
+    ):
+        score(again)
+    del committed[:]
+    with monkeypatch.context() as patch:
+        patch.setattr(unit_module, "commit_unit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            score(again)
+    assert not (tmp_path / "out" / "_summary.json").exists()
+    assert read_scored(tmp_path / "out")["error"].drop_null().length() == 2, "the old files are still there"
+    summary = score(again)
+    assert (len(committed), summary.rows_in_error, summary.rows_out) == (2, 0, 12)
+    assert score(again) == summary
 
 
 def test_broken_gpu_ends_the_job_and_not_the_process(spam_folder, tmp_path, emails, monkeypatch):

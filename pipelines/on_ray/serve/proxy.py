@@ -8,8 +8,12 @@ from typing import Literal
 from pipelines.errors import SettingsError
 
 HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-LOG_BUFFER = {"RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "100"}
-"""Number of log lines that are written at once. The 1000 of throughput mode block a replica's loop for 50 ms."""
+DEFAULTS = {
+    # Log lines that are written at once. The 1000 of throughput mode block a replica's loop for 50 ms.
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "100",
+    # Seconds after which a silent client is cut, such as one that sends no complete headers. Ray's default is an hour.
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "300",
+}
 
 
 def prepare_proxy(proxy: str) -> None:
@@ -19,7 +23,7 @@ def prepare_proxy(proxy: str) -> None:
     """
     if proxy == "haproxy":
         os.environ.update(HAPROXY)
-        for name, value in LOG_BUFFER.items():
+        for name, value in DEFAULTS.items():
             os.environ.setdefault(name, value)
 
 
