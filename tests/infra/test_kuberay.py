@@ -20,7 +20,7 @@ from pipelines.errors import SettingsError
 from pipelines.fields import parse
 from pipelines.on_ray.serve.app import build
 from pipelines.on_ray.serve.autoscaling import autoscaling_of
-from pipelines.on_ray.serve.proxy import HAPROXY, LOG_BUFFER
+from pipelines.on_ray.serve.proxy import DEFAULTS, HAPROXY
 from pipelines.serving.job import ServeJob
 from pipelines.settings import DataSettings, ScoreSettings
 from pipelines.training.job import TrainJob
@@ -166,7 +166,7 @@ def test_serve_config_fits_schema(rendered):
         for container in spec["containers"]:
             if container["name"] in ("ray-head", "ray-worker"):
                 given = {variable["name"]: variable["value"] for variable in container["env"]}
-                assert (HAPROXY | LOG_BUFFER).items() <= given.items()
+                assert (HAPROXY | DEFAULTS).items() <= given.items()
     assert autoscaling_of(job.serve).max_replicas == 8
     assert application["deployments"][0]["name"] == "predictor"
     for place in ("", "http_options", "applications.0", "applications.0.deployments.0"):
