@@ -141,13 +141,24 @@ def evaluate(
     )
 
 
-def tune(model: Location, data: Any, *, objective: str = "f1", **settings: Any) -> TuneResult:
+def tune(
+    model: Location,
+    data: Any,
+    *,
+    objective: str = "f1",
+    confidence: float | None = None,
+    joint: bool = False,
+    **settings: Any,
+) -> TuneResult:
     """Tune the thresholds of a model folder on labelled data, and write them into the folder.
 
     Args:
         model: Local model folder.
         data: Labelled file, folder or glob (Parquet, JSON Lines, CSV); or a table in memory.
         objective: f1, fbeta=B, precision=P or recall=R.
+        confidence: Promise the precision or recall on new documents with this confidence. A label for which the data
+            shows no such threshold is never assigned (precision) or always (recall).
+        joint: Whether the confidence is that of all labels together.
         **settings: Settings by name, such as label_column="group", limit=1000, device="cpu".
 
     Raises:
@@ -160,7 +171,7 @@ def tune(model: Location, data: Any, *, objective: str = "f1", **settings: Any) 
 
     data, settings = _labelled(data, settings)
     columns, compute = parse(settings, DataSettings, ComputeSettings)
-    return tune_folder(_path(model), data, columns, compute, objective=objective)
+    return tune_folder(_path(model), data, columns, compute, objective=objective, confidence=confidence, joint=joint)
 
 
 def convert(

@@ -144,8 +144,18 @@ def _tune(options: argparse.Namespace) -> int:
     from pipelines.evaluation.labelled import tune_folder
 
     data, compute = parse(_values(options), *EVALUATE_GROUPS)
-    result = tune_folder(options.model, options.data, data, compute, objective=options.objective)
-    _print(options, result.to_json(), result.to_json())
+    result = tune_folder(
+        options.model,
+        options.data,
+        data,
+        compute,
+        objective=options.objective,
+        confidence=options.confidence,
+        joint=options.joint,
+    )
+    content = result.to_json()
+    shown = {name: value for name, value in content.items() if name != "guarantees"}
+    _print(options, content, {**shown, **result.promises})
     return ROWS_IN_ERROR if result.rows_in_error else DONE
 
 
@@ -268,6 +278,14 @@ def _add_labelled(commands: Any) -> None:
             )
         if name == "tune":
             command.add_argument("--objective", default="f1", help="f1 (default), fbeta=B, precision=P or recall=R")
+            command.add_argument(
+                "--confidence",
+                type=float,
+                metavar="C",
+                help="promise the precision or recall on new documents, with this confidence (0.95). A label for which "
+                "the data shows no such threshold is never assigned (precision) or always (recall), and is named",
+            )
+            command.add_argument("--joint", action="store_true", help="the confidence is that of all labels together")
         _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "label_columns", "limit"))
 
 

@@ -78,6 +78,8 @@ class ModelFolder:
     """Score histograms of the validation data, by label (from `metrics.histograms_of`)."""
     reads_pairs: bool | None = None
     """Whether the model was trained on pairs of texts. None if this is unknown."""
+    guarantees: Mapping[str, Any] = field(default_factory=dict)
+    """What `tune --confidence` promises of the thresholds (`guarantees.Guarantees`). Empty without promises."""
     tokenizer: str = OWN_TOKENIZER
     """How the tokenizer is opened: from the tokenizer.json that this package wrote, or as transformers opens it."""
 
@@ -123,6 +125,7 @@ class ModelFolder:
             **self._settings(),
             "metrics": dict(self.metrics),
             "histograms": dict(self.histograms),
+            "guarantees": dict(self.guarantees),
             "reads_pairs": self.reads_pairs,
             "tokenizer": self.tokenizer,
             "weights_hash": self.weights_hash,
@@ -167,6 +170,7 @@ def read_model_folder(location: str | Path) -> ModelFolder:
             content["weights_hash"],
             content.get("histograms", {}),
             content.get("reads_pairs"),
+            content.get("guarantees", {}),
             content.get("tokenizer", OWN_TOKENIZER),
         )
     except (ValueError, KeyError, TypeError, SettingsError) as error:

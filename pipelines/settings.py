@@ -18,6 +18,8 @@ from pipelines.fields import check_range, check_types, parse_range
 Kind = Literal["binary", "multiclass", "multilabel", "regression"]
 Merge = Literal["mean", "vote", "max"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+NEVER = 2.0
+"""Threshold of a label that is never assigned, because no threshold keeps what was promised for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -448,7 +450,8 @@ def check_decision(decision: DecisionSettings) -> None:
     if kind in ("multiclass", "regression"):
         raise SettingsError(f"kind {kind} takes no thresholds; they are for binary and multilabel")
     for value in thresholds if isinstance(thresholds, tuple) else (thresholds,):
-        check_range(decision, "thresholds", value, low=0, high=1)
+        if value != NEVER:
+            check_range(decision, "thresholds", value, low=0, high=1)
     expected = 1 if kind == "binary" else len(decision.labels)
     if isinstance(thresholds, tuple) and decision.labels and len(thresholds) != expected:
         raise SettingsError(f"thresholds has {len(thresholds)} values; kind {kind} with these labels needs {expected}")

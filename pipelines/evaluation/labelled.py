@@ -20,12 +20,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.decisions.guarantees import Guarantees, check_confidence, guarantee_thresholds
 from pipelines.decisions.labels import Decisions, decide, encode_labels
 from pipelines.decisions.metrics import (
+    Tuned,
     count_distinct,
     evaluate,
     histograms_of,
-    parse_objective,
     tie_warning,
     tune_thresholds,
 )
@@ -130,6 +131,8 @@ class TuneResult:
     """Labels with too few positives for a threshold of their own."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Metrics with the new thresholds."""
+    guarantees: Mapping[str, Any] = field(default_factory=dict)
+    """What is promised of the thresholds, if a confidence was given (`guarantees.Guarantees`)."""
 
     def __repr__(self) -> str:
         tuned = zip(self.labels, self.thresholds, strict=True)
@@ -138,7 +141,13 @@ class TuneResult:
             *(f"  {name} {value:.4g}" for name, value in tuned),
         ]
         lines += [f"  {name} {_number(value)}" for name, value in self.metrics.items() if name != "per_label"]
+        lines += [f"  {name}: {text}" for name, text in self.promises.items()]
         return "\n".join(lines)
+
+    @property
+    def promises(self) -> dict[str, str]:
+        """What is promised of each label's threshold, in words. Empty without promises."""
+        return _promises(self.guarantees)
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as `pipelines tune --json` prints it."""
@@ -151,6 +160,7 @@ class TuneResult:
             "untuned": list(self.untuned),
             "missed": list(self.missed),
             "pooled": list(self.pooled),
+            **({"guarantees": dict(self.guarantees)} if self.guarantees else {}),
             **self.metrics,
         }
 
@@ -281,7 +291,14 @@ def evaluate_folder(
 
 
 def tune_folder(
-    model: str, source: str | pa.Table, data: DataSettings, compute: ComputeSettings, *, objective: str = "f1"
+    model: str,
+    source: str | pa.Table,
+    data: DataSettings,
+    compute: ComputeSettings,
+    *,
+    objective: str = "f1",
+    confidence: float | None = None,
+    joint: bool = False,
 ) -> TuneResult:
     """Tune thresholds for the objective, and replace the folder's pipeline.json.
 
@@ -291,29 +308,31 @@ def tune_folder(
         data: Which columns are read, and how many rows.
         compute: How the forward pass runs.
         objective: f1, fbeta=B, precision=P or recall=R.
+        confidence: Probability with which the precision or recall holds on new documents. None promises nothing.
+        joint: Whether the confidence is that of all labels together.
 
     Raises:
         UsageError: The folder is not local, its kind has no thresholds, or the data does not fit.
     """
-    parse_objective(objective)
-    if "://" in model:
-        raise ModelFolderError(f"{shown(model)} is a URL; tune a local folder and upload it")
-    if not os.access(Path(model).expanduser(), os.W_OK):
-        raise ModelFolderError(
-            f"{shown(model)} is not a folder that can be written to; make one: pipelines convert {shown(model)} NEW"
-        )
-    folder = _open_for(model, data)
-    if folder.decision.kind not in ("binary", "multilabel"):
-        raise SettingsError(
-            f"thresholds are for kinds binary and multilabel; {shown(model)} is of kind {folder.decision.kind}, "
-            "which has no thresholds"
-        )
+    check_confidence(objective, confidence)
+    if joint and confidence is None:
+        raise SettingsError("joint is for a confidence; give one, such as --confidence 0.95")
+    folder = _open_to_tune(model, data)
     scored = score_labelled(folder, _labelled(source, data, folder.decision), data, compute)
-    tuned = tune_thresholds(scored.targets, scored.scores_DL, folder.decision, objective)
+    tuned: Tuned | Guarantees
+    if confidence is None:
+        tuned = tune_thresholds(scored.targets, scored.scores_DL, folder.decision, objective)
+    else:
+        tuned = guarantee_thresholds(
+            scored.targets, scored.scores_DL, folder.decision, objective=objective, confidence=confidence, joint=joint
+        )
     decision = tuned.applied_to(folder.decision)
+    guarantees = tuned.to_json() if isinstance(tuned, Guarantees) else {}
     metrics = evaluate(scored.targets, scored.scores_DL, decide(scored.scores_DL, decision), decision)
     histograms = histograms_of(scored.scores_DL, decision)
-    write_pipeline_file(replace(folder, decision=decision, metrics=metrics, histograms=histograms))
+    write_pipeline_file(
+        replace(folder, decision=decision, metrics=metrics, histograms=histograms, guarantees=guarantees)
+    )
     for line in tuned.remarks(objective):
         logger.warning("%s", line)
     return TuneResult(
@@ -327,7 +346,25 @@ def tune_folder(
         missed=tuned.missed,
         pooled=tuned.pooled,
         metrics=metrics,
+        guarantees=guarantees,
     )
+
+
+def _open_to_tune(model: str, data: DataSettings) -> ModelFolder:
+    """Open a folder that can be written to, and whose kind has thresholds."""
+    if "://" in model:
+        raise ModelFolderError(f"{shown(model)} is a URL; tune a local folder and upload it")
+    if not os.access(Path(model).expanduser(), os.W_OK):
+        raise ModelFolderError(
+            f"{shown(model)} is not a folder that can be written to; make one: pipelines convert {shown(model)} NEW"
+        )
+    folder = _open_for(model, data)
+    if folder.decision.kind not in ("binary", "multilabel"):
+        raise SettingsError(
+            f"thresholds are for kinds binary and multilabel; {shown(model)} is of kind {folder.decision.kind}, "
+            "which has no thresholds"
+        )
+    return folder
 
 
 def _open_for(model: str, data: DataSettings) -> ModelFolder:
@@ -370,6 +407,7 @@ def _page(
             "rows per second": scored.num_rows / seconds,
             "tokens per second": tokens / seconds,
         },
+        "Promises": _promises(folder.guarantees),
         "Model": {"weights_hash": folder.weights_hash, **asdict(decision), **asdict(folder.windows)},
     }
     data = ReportData(
@@ -382,9 +420,24 @@ def _page(
         num_tokens_D=scored.num_tokens_D,
         name_of=lambda row: labelled.name_of(int(scored.row_D[row])),
         text_of=None if texts is None else lambda row: str(texts[row]),
-        facts=facts,
+        facts={name: values for name, values in facts.items() if values},
     )
     return render(data)
+
+
+def _promises(guarantees: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is promised of each label's threshold, in words."""
+    if not guarantees:
+        return {}
+    name = guarantees["objective"]
+    whose = "all labels together" if guarantees["joint"] else "each label"
+    found = {name: f"with confidence {guarantees['confidence']:g} for {whose}"}
+    for label, one in guarantees["labels"].items():
+        if one["holds"]:
+            found[label] = f"at least {one['bound']:.4f} ({one['right']} of {one['documents']} valid documents)"
+        else:
+            found[label] = f"no threshold: {one['positives']} positives, and at least {one['needed']} are needed"
+    return found
 
 
 def _number(value: Any) -> str:

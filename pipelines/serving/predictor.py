@@ -99,6 +99,7 @@ class Predictor:
             "model_hash": self.folder.weights_hash,
             "settings_hash": self.folder.settings_hash,
             "decision": asdict(self.decision),
+            "guarantees": self.folder.guarantees if self.decision == self.folder.decision else {},
             "windows": asdict(self.folder.windows),
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),

@@ -1,6 +1,7 @@
 """Evaluation and tuning of a model folder: the report page and the result objects."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,7 +10,8 @@ import pytest
 from pipelines.cli import main
 from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.evaluation.labelled import evaluate_folder, tune_folder
-from pipelines.settings import ComputeSettings, DataSettings
+from pipelines.model_folder import read_model_folder
+from pipelines.settings import NEVER, ComputeSettings, DataSettings
 from tests.jobs import FLOAT32
 
 COMPUTE = ComputeSettings(**FLOAT32)
@@ -53,3 +55,34 @@ def test_tune_refuses_url_and_multiclass(folders, source):
         tune_folder("s3://models/spam", str(source), DataSettings(), COMPUTE)
     with pytest.raises(SettingsError, match="is of kind multiclass, which has no thresholds"):
         tune_folder(str(folders["multiclass"].path), str(source), DataSettings(), COMPUTE)
+
+
+def test_promises_are_written_shown_and_forgotten(source, folders, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(folders["binary"].path, folder)
+    command = ["tune", folder, "--data", source, "--set", "dtype=float32"]
+    options = ["--objective", "recall=0.8", "--confidence", "0.9", "--joint"]
+    found = run(capsys, *command, *options, "--json", code=3)
+    kept = read_model_folder(folder).guarantees
+    assert found["guarantees"] == kept
+    assert (kept["objective"], kept["confidence"], kept["joint"], kept["rows"]) == ("recall=0.8", 0.9, True, 59)
+    assert {label: one["threshold"] for label, one in kept["labels"].items()} == dict(
+        zip(["spam"], found["thresholds"], strict=True)
+    )
+    main(list(map(str, [*command, *options])))
+    assert "recall=0.8: with confidence 0.9 for all labels together" in capsys.readouterr().out
+    main(
+        ["evaluate", str(folder), "--data", str(source), "--set", "dtype=float32", "--report", str(tmp_path / "r.html")]
+    )
+    assert "with confidence 0.9 for all labels together" in (tmp_path / "r.html").read_text()
+    capsys.readouterr()
+    strict = ["--objective", "precision=0.999", "--confidence", "0.99"]
+    assert set(run(capsys, *command, *strict, "--json", code=3)["thresholds"]) == {NEVER}
+    main(
+        ["evaluate", str(folder), "--data", str(source), "--set", "dtype=float32", "--report", str(tmp_path / "r.html")]
+    )
+    capsys.readouterr()
+    assert "guarantees" not in run(capsys, *command, "--json", code=3)
+    assert read_model_folder(folder).guarantees == {}
+    assert main([*map(str, command), "--confidence", "0.9"]) == 2
+    assert "confidence is for objective precision=P or recall=R" in capsys.readouterr().err
