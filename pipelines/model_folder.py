@@ -173,7 +173,7 @@ def read_model_folder(location: str | Path) -> ModelFolder:
             content.get("guarantees", {}),
             content.get("tokenizer", OWN_TOKENIZER),
         )
-    except (ValueError, KeyError, TypeError, SettingsError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, SettingsError) as error:
         raise ModelFolderError(f"{file} cannot be read: {error!r}; it may have been edited by hand") from error
 
 

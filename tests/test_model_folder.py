@@ -1,14 +1,18 @@
 import json
+import math
 import shutil
+import socket
 from dataclasses import replace
 
 import fsspec
 import pytest
 
-from pipelines.errors import DataError, ModelFolderError
+from pipelines.errors import DataError, ModelFolderError, PipelinesError
 from pipelines.model.scorer import Scorer
 from pipelines.model_folder import ModelFolder, hash_weights, read_model_folder, seal, write_pipeline_file
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
+
+FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
 
 
 @pytest.fixture
@@ -167,3 +171,56 @@ def test_index_of_shards_stays_in_the_folder(spam_folder, tmp_path, content):
     (tmp_path / "model" / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ModelFolderError, match=r"model\.safetensors\.index\.json"):
         read_model_folder(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [
+        ("pipeline.json", ("decision",), "x"),
+        ("pipeline.json", ("windows",), []),
+        ("pipeline.json", ("windows", "stride"), 1e308),
+        ("pipeline.json", ("decision", "labels"), {"a": 1}),
+        ("pipeline.json", ("temperature",), {}),
+        ("config.json", ("hidden_size",), 0),
+        ("config.json", ("num_attention_heads",), [[]]),
+        ("config.json", ("dtype",), math.nan),
+        ("config.json", ("vocab_size",), -1),
+        ("config.json", ("max_position_embeddings",), 1),
+        ("config.json", ("model_type",), None),
+        ("config.json", ("pad_token_id",), 10**12),
+        ("tokenizer.json", ("post_processor", "single", 0, "SpecialToken", "id"), "x"),
+        ("tokenizer.json", ("model", "vocab"), []),
+        ("tokenizer_config.json", ("unk_token",), {"a": 1}),
+        ("tokenizer.json", ("pre_tokenizer", "type"), 1),
+    ],
+)
+def test_folders_with_wrong_values_are_refused(spam_folder, tmp_path, name, place, value):
+    def spoil(content):
+        for part in place[:-1]:
+            content = content[part]
+        content[place[-1]] = value
+
+    with pytest.raises(PipelinesError):
+        Scorer.load(changed(spam_folder, tmp_path, name, spoil), compute=FLOAT32)
+
+
+def changed(original, tmp_path, name, change):
+    """A copy of a folder with a changed file, and with a hash that fits, as a folder has that its maker broke."""
+    folder = tmp_path / "model"
+    shutil.copytree(original.path, folder)
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+    if name != "pipeline.json":
+        pipeline = json.loads((folder / "pipeline.json").read_text())
+        (folder / "pipeline.json").write_text(json.dumps({**pipeline, "weights_hash": hash_weights(folder)}))
+    return folder
+
+
+def test_attention_of_the_config_fetches_no_code(spam_folder, tmp_path, monkeypatch):
+    """transformers fetches a kernel from the Hub for a name such as this one."""
+    kernel = "kernels-community/flash-attn"
+    more = {"attn_implementation": kernel, "_attn_implementation": kernel}
+    folder = changed(spam_folder, tmp_path, "config.json", lambda content: content.update(more))
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a connection"))
+    assert Scorer.load(folder, compute=FLOAT32).model.module.config._attn_implementation != kernel

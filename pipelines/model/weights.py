@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,10 @@ PROBLEM_TYPES = {
     "regression": "regression",
 }
 POOLER = ".pooler."
+logger = logging.getLogger(__name__)
 OPENING_ERRORS = (
-    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, AssertionError,
-    SafetensorError, StrictDataclassError,
+    OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, AssertionError,
+    ArithmeticError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
 """Errors of transformers when it opens a config or weights that it cannot use."""
 ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
@@ -113,6 +115,28 @@ def load_module(
     )
 
 
+def safe_config(name: str, **values: Any) -> Any:
+    """Read the config of a folder or of a name on the Hugging Face Hub. No code of it runs.
+
+    An attention that names a repository of the Hub is not used: transformers would fetch its code and run it.
+
+    Args:
+        name: Folder, or name on the Hugging Face Hub.
+        values: Values that replace those of the config.
+
+    Raises:
+        Exception: One of OPENING_ERRORS, if the config cannot be used.
+    """
+    config = AutoConfig.from_pretrained(name, **values, trust_remote_code=False)
+    attention = config._attn_implementation
+    if "/" in json.dumps(attention):
+        logger.warning(
+            "%s: its config.json asks for the attention %s, which is code of others; not used", name, attention
+        )
+        config._attn_implementation = None
+    return config
+
+
 def new_classifier(
     name: str, decision: DecisionSettings, *, pad_id: int, settings: TrainSettings
 ) -> tuple[nn.Module, bool]:
@@ -149,7 +173,7 @@ def _load_pretrained(
     torch.manual_seed(settings.seed)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            config = safe_config(name)
         own_labels = list(class_labels(config))
         set_labels(config, decision)
         _set_attention_dropout(config, settings.attention_dropout)
@@ -222,7 +246,7 @@ def num_labels_of(adapter: Adapter) -> int | None:
         ModelFolderError: The adapter or the config of its model cannot be read.
     """
     try:
-        outputs = _output_weights(AutoConfig.from_pretrained(adapter.base, trust_remote_code=False))
+        outputs = _output_weights(safe_config(adapter.base))
     except OPENING_ERRORS as error:
         raise ModelFolderError(_unusable(str(adapter.folder), adapter.base, error)) from error
     return next((shape[0] for name, shape in adapter.shapes().items() if name in outputs), None)
@@ -275,7 +299,7 @@ def describe(name: str, *, attention_dropout: float | None = None) -> Pretrained
         check_weights(Path(base))
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+            config = safe_config(base)
     except OPENING_ERRORS as error:
         raise ModelFolderError(_unusable(name, base, error)) from error
     _set_attention_dropout(config, attention_dropout)

@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from pipelines.decisions.labels import Scaling
 from pipelines.errors import ModelFolderError, first_line, is_out_of_memory
@@ -40,7 +39,15 @@ from pipelines.model.probes import (
     find_padding_side,
     packed_if_equal,
 )
-from pipelines.model.weights import OPENING_ERRORS, load_module, pad_token_of, row_limit, save_module, set_pad_token
+from pipelines.model.weights import (
+    OPENING_ERRORS,
+    load_module,
+    pad_token_of,
+    row_limit,
+    safe_config,
+    save_module,
+    set_pad_token,
+)
 from pipelines.model_folder import check_weights
 from pipelines.settings import ComputeSettings
 from pipelines.text.pretrained import quiet_transformers, uses_type_ids
@@ -363,7 +370,7 @@ def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_
     check_weights(path)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            config = safe_config(str(path))
         set_pad_token(config, template.pad_id)
         module, found = load_module(str(path), config)
     except OPENING_ERRORS as error:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from pipelines.classifier_config import class_names, decision_of, is_classifier, read_config
 from pipelines.errors import ModelFolderError, OutputError, SettingsError, first_line
@@ -28,6 +28,7 @@ from pipelines.model.weights import (
     new_classifier,
     num_labels_of,
     row_limit,
+    safe_config,
     save_module,
     set_labels,
     set_pad_token,
@@ -93,7 +94,7 @@ def _convert(old: str, folder: Path, kind: Kind | None, labels: Sequence[str] | 
     old = str(local_folder(old))
     config = read_config(Path(old))
     try:
-        opened = AutoConfig.from_pretrained(old, trust_remote_code=False)
+        opened = safe_config(str(old))
     except OPENING_ERRORS as error:
         raise ModelFolderError(f"{old}: its config.json cannot be used: {first_line(error)}") from error
     tokenizer = save_tokenizer(old, folder)
@@ -166,7 +167,7 @@ def _settings_of_adapter(adapter: Adapter, kind: Kind | None) -> tuple[WindowSet
         return saved
     config: dict[str, Any] = {"num_labels": num_labels}  # another head's names, in its model's config, are not its own
     if num_labels is None:
-        config = AutoConfig.from_pretrained(adapter.base, trust_remote_code=False).to_dict()
+        config = safe_config(adapter.base).to_dict()
     if saved is not None and len(saved[1].labels) > 1:
         config = {"id2label": dict(enumerate(saved[1].labels))}
     return WindowSettings(), _decision(config, str(adapter.folder), kind)

@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.fields import plain
 from pipelines.model.devices import resolve_device
-from pipelines.model.weights import OPENING_ERRORS
+from pipelines.model.weights import OPENING_ERRORS, safe_config
 from pipelines.model_folder import PIPELINE_FILE, check_weights, read_model_folder
 from pipelines.simpletransformers.arguments import MODEL_ARGS, ClassificationArgs
 from pipelines.simpletransformers.translate import saved_args
@@ -136,7 +134,7 @@ def open_config(model_type: str, model_name: str, num_labels: int | None, args: 
         values["num_labels"] = num_labels
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(model_name, **values, trust_remote_code=False)
+            config = safe_config(model_name, **values)
     except OPENING_ERRORS as error:
         if Path(model_name).is_dir():
             raise ModelFolderError(f"{model_name}: its config.json cannot be used: {first_line(error)}") from error

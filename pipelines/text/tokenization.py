@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as RustTokenizer
 
-from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.storage.columns import read_texts
 from pipelines.text import pieces
 from pipelines.text.template import Template, choose_pad, template_of
@@ -224,7 +225,8 @@ class Tokenizer:
         rust.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
         rust.encode_special_tokens = bool(config.get("split_special_tokens"))
-        template = template_of(rust, pad_left=config.get("padding_side") == "left")
+        with _panics(f"{path} is damaged"):
+            template = template_of(rust, pad_left=config.get("padding_side") == "left")
         names = ("pad_token", "eos_token", "bos_token", "unk_token")
         named = [rust.token_to_id(_content(config.get(name))) for name in names]
         if padding:
@@ -293,11 +295,13 @@ class Tokenizer:
         for batch in _batches_of_characters(texts):
             led = [self._led(text) for text in batch] if self._lead_space else batch
             if len(led) == 1 and len(led[0]) > pieces.PIECE_CHARACTERS and self._rust is not None:
-                parts = [piece.ids for piece in pieces.tokenize(self._rust, led[0], most_tokens=most)]
+                with _panics("the tokenizer cannot read a text"):
+                    parts = [piece.ids for piece in pieces.tokenize(self._rust, led[0], most_tokens=most)]
                 found += parts
                 lengths.append(sum(map(len, parts)))
                 continue
-            encoded = self._encode_texts(led)
+            with _panics("the tokenizer cannot read a text"):
+                encoded = self._encode_texts(led)
             lengths += map(len, encoded)
             found.append(np.fromiter(itertools.chain.from_iterable(encoded), np.int32, sum(map(len, encoded))))
         ids = np.concatenate(found) if found else np.zeros(0, np.int32)
@@ -447,6 +451,17 @@ def _longest_first(first_D: NDArray[np.int64], second_D: NDArray[np.int64], room
     return np.where(first_D <= second_D, kept_shorter_D, kept_longer_D)
 
 
+@contextmanager
+def _panics(message: str) -> Iterator[None]:
+    """Raise ModelFolderError for a panic of the Rust library, which is no Exception in Python."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelFolderError(f"{message}: the library tokenizers failed ({first_line(error)})") from error
+
+
 def _rust_ids(rust: RustTokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in rust.encode_batch_fast(list(texts), add_special_tokens=False)]
 
@@ -473,4 +488,4 @@ def _read_json(path: Path) -> dict[str, object]:
 
 def _content(token: object) -> str:
     """Return the text of a special token in tokenizer_config.json: a string, a mapping with a content, or nothing."""
-    return str(token["content"]) if isinstance(token, dict) else str(token or "")
+    return str((token.get("content") if isinstance(token, dict) else token) or "")

@@ -56,11 +56,11 @@ def test_ray_data_corpus_matches_local_corpus(training_data, tmp_path, emails, i
 class Late(TokenizeStage):
     """Makes all units except the first few wait for a file."""
 
-    def __call__(self, units):
+    def __call__(self, units, attempts=None):
         from pathlib import Path
 
         gate = Path(self.tokenizer_folder)
-        for unit, table in zip(units, super().__call__(units), strict=True):
+        for unit, table in zip(units, super().__call__(units, attempts), strict=True):
             if len(list(gate.glob("begun-*"))) > 5:
                 while not (gate / "open").exists():
                     time.sleep(0.05)
