@@ -43,6 +43,7 @@ def deadly(words):
     return Deadly
 
 
+@pytest.mark.slow  # half a minute; the next test does the same while rows are tokenized
 @pytest.mark.timeout(600)
 def test_row_that_kills_its_process_gets_error(local_ray, tmp_path, emails, monkeypatch):
     folder = tmp_path / "model"
