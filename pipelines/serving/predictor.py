@@ -1,6 +1,7 @@
 """`Predictor`: texts in, predictions out, within the server's limits. Opens no socket and imports no Ray.
 
-Blocking work does not run on the event loop: tokenizing and the forward pass each have a thread.
+Blocking work does not run on the event loop: the forward pass has a thread, and tokenizing has two, so that short texts
+do not wait for long ones.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from pipelines.version import VERSION
 
 INLINE_BYTES = 2**16
 """Texts up to this size are split into words on the event loop, which is faster than a switch to a thread."""
+MOST_LONG_BYTES = 16 * 2**20
+"""Bytes of longer texts that may wait to be tokenized, or one request of the maximum size. Further ones get 429."""
 FULL_COLLECTION = 1000
 """Number of collections of the middle generation before a full garbage collection. With Python's default of 10, a full
 collection stops the event loop for 0.2 s every two seconds while hundreds of requests wait. Nearly all objects of a
@@ -61,6 +64,8 @@ class Predictor:
         self.settings = job.serve
         self._scorer = scorer
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._tokenizing_long = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
+        self._long_bytes = 0
         self._busy_before, self._asked_at = 0.0, time.perf_counter()
         self._batcher = Batcher(
             scorer,
@@ -88,6 +93,7 @@ class Predictor:
         """Finish the current forward pass, and stop."""
         await self._batcher.close()
         self._tokenizing.shutdown(wait=True)
+        self._tokenizing_long.shutdown(wait=True)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -150,11 +156,12 @@ class Predictor:
         """
         scores, texts = await self._score(inputs)
         decision = decision or self.decision
+        lane = self._lane(sum(map(len, texts)) if with_windows else 0)
         try:
-            predictions = await self._in_tokenizer(predictions_of, self._scorer, decision, scores, with_windows, texts)
+            predictions = await _in(lane, predictions_of, self._scorer, decision, scores, with_windows, texts)
         except ModelFolderError as error:  # a tokenizer that gives no character positions
             raise RequestError(422, "validation", str(error)) from error
-        await self._in_tokenizer(self.metrics.count_predictions, predictions)
+        await _in(self._tokenizing, self.metrics.count_predictions, predictions)
         usage = Usage(num_tokens=int(scores.num_tokens_D.sum()), num_windows=int(scores.num_windows_D.sum()))
         return predictions, usage
 
@@ -172,9 +179,7 @@ class Predictor:
         timings = current_timings()
         await self._refuse_early(table)
         with timings.tokenizing():
-            documents: Documents = await self._in_tokenizer(
-                self._scorer.tokenizer.documents, table, *table.column_names
-            )
+            documents = await self._tokenized(table)
         longest, most = int(documents.num_tokens_D.max()), self.settings.max_document_tokens
         if longest > most:
             raise RequestError(422, "validation", f"an input has {longest} tokens; at most {most}")
@@ -203,25 +208,52 @@ class Predictor:
         return table
 
     async def _refuse_early(self, table: pa.Table) -> None:
-        """Refuse a request before tokenizing if the queue certainly has no room: a word has at least one token."""
+        """Refuse a request before tokenizing if it certainly breaks a limit: a word has at least one token."""
         plan = self._scorer.plan
         reads_all = plan.sliding and plan.max_windows is None and table.num_columns == 1
-        if not reads_all or self._batcher.queued_tokens < self.settings.max_queued_tokens // 2:
+        is_quick, has_room = (
+            table.nbytes < INLINE_BYTES,
+            self._batcher.queued_tokens < self.settings.max_queued_tokens // 2,
+        )
+        if not reads_all or (is_quick and has_room):
             return
         texts = table.column(0).to_pylist()
 
-        def count() -> int:
-            return sum(len(text.split()) for text in texts)
+        def count() -> list[int]:
+            return [len(text.split()) for text in texts]
 
-        is_quick = table.nbytes < INLINE_BYTES
         words = count() if is_quick else await asyncio.get_running_loop().run_in_executor(None, count)
+        longest, most = max(words), self.settings.max_document_tokens
+        if longest > most:
+            raise RequestError(422, "validation", f"an input has at least {longest} tokens; at most {most}")
         try:
-            self._batcher.check_room(words)
+            self._batcher.check_room(sum(words))
         except QueueFullError as error:
             raise RequestError(429, "overloaded", str(error)) from error
 
-    async def _in_tokenizer(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function, *arguments)
+    async def _tokenized(self, table: pa.Table) -> Documents:
+        """Tokenize texts. Raises RequestError if too many long ones wait already."""
+        size = int(table.nbytes)
+        lane = self._lane(size)
+        long_bytes = 0 if lane is self._tokenizing else size
+        most = max(MOST_LONG_BYTES, self.settings.max_body_bytes)
+        if long_bytes and self._long_bytes + long_bytes > most:
+            problem = f"{self._long_bytes:,} bytes of long texts wait to be tokenized, and the limit is {most:,}"
+            raise RequestError(429, "overloaded", f"{problem}; try again later")
+        self._long_bytes += long_bytes
+        try:
+            documents: Documents = await _in(lane, self._scorer.tokenizer.documents, table, *table.column_names)
+        finally:
+            self._long_bytes -= long_bytes
+        return documents
+
+    def _lane(self, size: int) -> ThreadPoolExecutor:
+        """Return the thread for texts of this size."""
+        return self._tokenizing if size < INLINE_BYTES else self._tokenizing_long
+
+
+async def _in(lane: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(lane, function, *arguments)
 
 
 def _load(folder: ModelFolder, compute: ComputeSettings) -> Scorer:

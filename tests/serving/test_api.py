@@ -3,11 +3,15 @@
 import hashlib
 import itertools
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from pipelines.errors import SettingsError
+from pipelines.serving import predictor
 from pipelines.serving.auth import check_exposure
 from pipelines.serving.settings import ServeSettings
 from tests.serving.keys import KEYS
@@ -204,3 +208,40 @@ def test_long_text_is_not_truncated(api, truth):
 def test_protocol_routes_need_key(api):
     for route in ("/predict", "/models/spam", "/classify", "/v1/classify", "/v1/moderations"):
         assert api.post(route, json={"inputs": "a", "input": "a"}, headers={}).status_code == 401
+
+
+def test_short_texts_do_not_wait_for_long_ones(api, monkeypatch):
+    """Long texts have a thread of their own to be tokenized, and only so many bytes of them may wait."""
+    release, began = threading.Event(), threading.Event()
+    tokenizer = api.predictor._scorer.tokenizer
+    documents = tokenizer.documents
+
+    def slow(table, *names):
+        if table.nbytes >= predictor.INLINE_BYTES:
+            began.set()
+            assert release.wait(60)
+        return documents(table, *names)
+
+    monkeypatch.setattr(tokenizer, "documents", slow)
+    monkeypatch.setattr(predictor, "MOST_LONG_BYTES", 1000)
+    long = "word" * 20_000
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(api.predict, inputs=[long])
+        try:
+            assert began.wait(60)
+            assert api.predict(inputs=["short"]).status_code == 200
+            monkeypatch.setattr(api.predictor, "settings", replace(api.predictor.settings, max_body_bytes=10**5))
+            refused = api.predict(inputs=[long])
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert "bytes of long texts wait to be tokenized" in refused.json()["error"]
+        finally:
+            release.set()
+        assert waiting.result().status_code == 200
+    assert api.predict(inputs=[long]).status_code == 200
+
+
+def test_too_many_words_are_refused_before_they_are_tokenized(api, monkeypatch):
+    monkeypatch.setattr(api.predictor._scorer.tokenizer, "documents", lambda *_: pytest.fail("tokenized"))
+    answer = api.predict(inputs=["word " * 20_000])
+    assert answer.status_code == 422
+    assert "an input has at least 20000 tokens; at most 5000" in answer.json()["error"]
