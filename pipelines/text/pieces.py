@@ -21,11 +21,12 @@ from tokenizers import Tokenizer as RustTokenizer
 PIECE_CHARACTERS = 2**18
 """Characters of a piece. A shorter text is tokenized at once."""
 SHARED_CHARACTERS = 2**11
-"""Characters that two pieces share."""
+"""Characters that two pieces share, or more, if these are fewer than SHARED_TOKENS tokens."""
+SHARED_TOKENS = 64
 LONGEST_PIECE = 2
 """Pieces that are joined while there is no space at which they agree."""
-AGREEING_TOKENS, DISTINCT_TOKENS = 8, 4
-"""Tokens in a row in which two pieces must agree, and how many of them must differ: equal ones may agree by chance."""
+AGREEING_TOKENS = 8
+"""Tokens on each side of a seam in which two pieces must agree."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def tokenize(rust: RustTokenizer, text: str, *, most_tokens: int | None = None) 
     held = _of_range(rust, text, 0, end)
     while end < len(text) and (most_tokens is None or num_done < most_tokens):
         shared = int(np.searchsorted(held.spans[:, 0], end - SHARED_CHARACTERS))
+        shared = min(shared, len(held.ids) - SHARED_TOKENS)
         seam = None
         if 0 < shared < len(held.ids):
             start = int(held.spans[shared, 0])  # a token begins here: rows of equal tokens have the same rhythm in both
@@ -60,7 +62,7 @@ def tokenize(rust: RustTokenizer, text: str, *, most_tokens: int | None = None) 
             is_long = end - begin >= LONGEST_PIECE * PIECE_CHARACTERS
             seam = _seam(text, held[shared:], following, needs_space=not is_long)
         if seam is None:  # the piece becomes longer
-            end += PIECE_CHARACTERS
+            end += end - begin  # twice as long each time: a text without any seam costs three times as much at most
             held = _of_range(rust, text, begin, end)[skipped:]
             continue
         yield held[: shared + seam[0]]
@@ -95,9 +97,7 @@ def _seam(text: str, before: PlacedTokens, after: PlacedTokens, *, needs_space: 
     for start, stop in sorted(agreeing, key=lambda part: part[0] - part[1]):
         middle = (start + stop) // 2
         for token in sorted(range(start + AGREEING_TOKENS, stop - AGREEING_TOKENS + 1), key=lambda t: abs(t - middle)):
-            near = {row[0] for row in rows[0][token - AGREEING_TOKENS : token + AGREEING_TOKENS]}
-            is_varied = len(near) >= DISTINCT_TOKENS
-            if (is_varied and _begins_word(text, rows[0][token][1])) if needs_space else True:
+            if not needs_space or _begins_word(text, rows[0][token][1]):
                 return token, int(places[token])
     return None
 

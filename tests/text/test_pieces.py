@@ -91,6 +91,23 @@ def test_pieces_have_the_tokens_of_the_whole_text(made, emails, kind, parts):
     assert len(part) >= min(len(ids), 500)
 
 
+@pytest.mark.parametrize("text", [("x" * 199 + " ") * 3000, "x" * 500_000, " " * 500_000, "= " * 250_000])
+def test_texts_without_a_seam_cost_little_more(made, text, monkeypatch):
+    """Few tokens, or none, or equal ones: pieces become longer, each time twice as long."""
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 40_000)
+    monkeypatch.setattr(pieces, "SHARED_CHARACTERS", 500)
+    read, characters = pieces._of_range, []
+
+    def counted(rust, whole, start, stop):
+        characters.append(min(stop, len(whole)) - start)
+        return read(rust, whole, start, stop)
+
+    monkeypatch.setattr(pieces, "_of_range", counted)
+    found = [token for piece in pieces.tokenize(made["wordpiece"], text) for token in piece.ids.tolist()]
+    assert found == whole(made["wordpiece"], text)[0]
+    assert sum(characters) < 5 * len(text)
+
+
 MEASURE = """
 import resource, sys
 from pathlib import Path
