@@ -28,6 +28,7 @@ from pipelines.bulk.summary import Counts, ScoreSummary, summarize
 from pipelines.bulk.unit import UnitScorer, load_scorer
 from pipelines.errors import JobError
 from pipelines.progress import repeated
+from pipelines.storage.footers import no_memory
 from pipelines.storage.locations import commit_json, list_names, make_folder, shown
 from pipelines.storage.marks import heartbeat
 from pipelines.storage.shards import WorkUnit, group_units
@@ -120,11 +121,15 @@ def score_units_here(checked: CheckedJob, units: Iterator[WorkUnit]) -> Iterator
     scorer = UnitScorer(setup, load_scorer(setup))
     while wave := list(itertools.islice(units, UNITS_PER_WAVE)):
         for group in group_units(wave):
-            for unit, table in zip(group, stage(group), strict=True):
-                try:
-                    yield scorer.score_unit(TokenizedUnit(unit.number, unit.output_name, table))
-                except OSError as error:
-                    raise JobError(f"{shown(checked.job.output)} cannot be written: {error}; {RESUME_HINT}") from error
+            try:
+                for unit, table in zip(group, stage(group), strict=True):
+                    try:
+                        yield scorer.score_unit(TokenizedUnit(unit.number, unit.output_name, table))
+                    except OSError as error:
+                        message = f"{shown(checked.job.output)} cannot be written: {error}; {RESUME_HINT}"
+                        raise JobError(message) from error
+            except MemoryError as error:
+                raise no_memory("to score a unit") from error
 
 
 def _finish(checked: CheckedJob, run: Run, totals: RunTotals) -> ScoreSummary:

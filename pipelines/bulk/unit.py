@@ -113,7 +113,7 @@ class UnitScorer:
             if is_out_of_memory(error):
                 raise JobError(
                     f"there is not enough memory to score a single document ({first_line(error)}); finished units are "
-                    f"kept: start the job again with fewer --replicas, a lower --batch-tokens or more memory"
+                    f"kept: start the job again with fewer --replicas, --set batch_tokens=4096 or more memory"
                 ) from error
             return self._error(f"scoring failed: {type(error).__name__}")
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.decisions.labels import resolve_thresholds
-from pipelines.decisions.metrics import parse_objective
+from pipelines.decisions.metrics import parse_objective, with_thresholds
 from pipelines.errors import SettingsError
 from pipelines.settings import NEVER, DecisionSettings
 
@@ -78,8 +78,6 @@ class Guarantees:
         """Labels without a promise."""
         return tuple(label for label, one in self.labels.items() if not one.holds)
 
-    untuned = pooled = ()
-
     def to_json(self) -> dict[str, Any]:
         """Return the content of pipeline.json's field `guarantees`."""
         return asdict(self)
@@ -120,12 +118,7 @@ def guarantee_thresholds(
         SettingsError: The kind has no thresholds, or objective and confidence do not fit.
     """
     name, share = check_confidence(objective, confidence)
-    if decision.kind not in ("binary", "multilabel"):
-        raise SettingsError(f"kind {decision.kind} has no thresholds; binary and multilabel do")
-    if decision.kind == "binary":
-        labels, targets, scores_DL = decision.labels[1:], targets[:, None], scores_DL[:, 1:]
-    else:
-        labels = decision.labels
+    labels, targets, scores_DL = with_thresholds(targets, scores_DL, decision)
     risk = (1 - confidence) / (len(labels) if joint else 1)
     find = _precision_threshold if name == "precision" else _recall_threshold
     found = {

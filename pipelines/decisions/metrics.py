@@ -275,12 +275,7 @@ def tune_thresholds(
         SettingsError: The kind has no thresholds, or the objective is unknown.
     """
     goal = parse_objective(objective)
-    if decision.kind not in ("binary", "multilabel"):
-        raise SettingsError(f"kind {decision.kind} has no thresholds to tune; binary and multilabel do")
-    if decision.kind == "binary":
-        labels, targets, scores_DL = decision.labels[1:], targets[:, None], scores_DL[:, 1:]
-    else:
-        labels = decision.labels
+    labels, targets, scores_DL = with_thresholds(targets, scores_DL, decision)
     current = thresholds_by_label(decision)
     thresholds: list[float] = []
     untuned: list[str] = []
@@ -305,6 +300,23 @@ def tune_thresholds(
     positives = int((targets == 1).sum())
     few = positives if len(labels) == 1 and positives < FEWEST_POSITIVES else 0
     return Tuned(tuple(thresholds), tuple(untuned), tuple(missed), tuple(pooled), few)
+
+
+def with_thresholds(
+    targets: NDArray[np.generic], scores_DL: NDArray[np.float32], decision: DecisionSettings
+) -> tuple[tuple[str, ...], NDArray[np.generic], NDArray[np.float32]]:
+    """Return the labels that have a threshold, with their targets (D, L) and scores (D, L).
+
+    A binary classifier has a threshold only for its positive label.
+
+    Raises:
+        SettingsError: The kind has no thresholds.
+    """
+    if decision.kind not in ("binary", "multilabel"):
+        raise SettingsError(f"kind {decision.kind} has no thresholds to tune; binary and multilabel do")
+    if decision.kind == "binary":
+        return decision.labels[1:], targets[:, None], scores_DL[:, 1:]
+    return decision.labels, targets, scores_DL
 
 
 def _best_threshold(

@@ -342,9 +342,9 @@ def tune_folder(
         labels=folder.decision.labels[-len(tuned.thresholds) :],
         thresholds=tuned.thresholds,
         thresholds_before=folder.decision.thresholds,
-        untuned=tuned.untuned,
+        untuned=tuned.untuned if isinstance(tuned, Tuned) else (),
         missed=tuned.missed,
-        pooled=tuned.pooled,
+        pooled=tuned.pooled if isinstance(tuned, Tuned) else (),
         metrics=metrics,
         guarantees=guarantees,
     )

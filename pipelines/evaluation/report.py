@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pipelines.decisions.labels import Decisions, thresholds_by_label
 from pipelines.decisions.metrics import EXACT_SCORES, HISTOGRAM_BINS, SCORE_DECIMALS, confusion_matrix
 from pipelines.evaluation.plots import MOST_POINTS, histogram_plot, line_plot
-from pipelines.settings import DecisionSettings
+from pipelines.settings import NEVER, DecisionSettings
 
 MOST_DOCUMENTS = 10
 CALIBRATION_BINS = 10
@@ -175,10 +175,13 @@ def _label(data: ReportData, column: int) -> str:
         ),
         histogram_plot(f"scores: {label} (blue), others (orange)", counts),
     ]
-    grid = sorted({round(0.1 * step, 1) for step in range(1, 10)} | ({threshold} if threshold is not None else set()))
+    marked = threshold if threshold != NEVER else None
+    grid = sorted({round(0.1 * step, 1) for step in range(1, 10)} | ({marked} if marked is not None else set()))
     rounded = f"<p>Scores were rounded to 1e-{SCORE_DECIMALS} for the curves.</p>" * (len(score_D) > EXACT_SCORES)
-    note = "" if threshold is None else f"<p>The dot and the bold row mark the current threshold, {threshold:.4g}.</p>"
-    costs = _rows(threshold_costs(positive_D, score_D, grid), bold=None if threshold is None else grid.index(threshold))
+    note = "" if marked is None else f"<p>The dot and the bold row mark the current threshold, {marked:.4g}.</p>"
+    if threshold == NEVER:
+        note = "<p>The label is never assigned, because no threshold keeps what was promised for it.</p>"
+    costs = _rows(threshold_costs(positive_D, score_D, grid), bold=None if marked is None else grid.index(marked))
     return _section(heading, f"<div class=plots>{''.join(plots)}</div>{rounded}{note}{costs}")
 
 

@@ -111,6 +111,8 @@ def _read_footer(
         metadata, schema, is_encrypted, expansion = retried(lambda: _open_footer(filesystem, path, read))
     except OSError as error:
         raise store_failed(url, error) from error
+    except MemoryError as error:  # pyarrow's is an ArrowException too
+        raise no_memory(f"to open {url}") from error
     except (pa.ArrowException, ValueError, TypeError, KeyError) as error:
         return InputFile(**known, schema=None, error=first_line(error))
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
@@ -169,6 +171,8 @@ def _scanned(
         found = retried(lambda: scan(filesystem, known["path"], kind, texts=text_columns))
     except OSError as error:
         raise store_failed(known["url"], error) from error
+    except MemoryError as error:
+        raise no_memory(f"to read {known['url']}") from error
     except ValueError as error:
         return InputFile(**known, schema=None, error=first_line(error), format=kind)
     return InputFile(
@@ -202,6 +206,11 @@ def store_failed(url: str, error: BaseException) -> JobError:
     """Return the error of a job whose filesystem failed: this is no fault of the data."""
     reason = first_line(error) if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
     return JobError(f"{url} could not be read: {reason}; no row is lost: start the job again when the storage works")
+
+
+def no_memory(purpose: str) -> JobError:
+    """Return the error of a job for which an allocation failed: this is no fault of the data."""
+    return JobError(f"there is not enough memory {purpose}; no row is lost: start the job again with more memory")
 
 
 def check_unchanged(filesystem: AbstractFileSystem, file: InputFile) -> None:

@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipelines.errors import DataError, JobError, first_line
+from pipelines.errors import DataError, first_line
 from pipelines.storage.columns import SOURCE_COLUMNS, as_strings, text_column_problem, type_at, with_fields
-from pipelines.storage.footers import INT96_UNIT, check_unchanged, store_failed
+from pipelines.storage.footers import INT96_UNIT, check_unchanged, no_memory, store_failed
 from pipelines.storage.locations import ICEBERG, WatchedFile, filesystem_of, retried
 from pipelines.storage.shards import InputFile, Span, WorkUnit
 from pipelines.storage.text_files import TextReader, TextRows
@@ -58,8 +58,8 @@ def read_tables(
     Raises:
         DataError: A row cannot be read. The message names the file and the row.
     """
-    units = list(units)
-    found = read_units(location, units, schema, text_columns=text_columns, prefix=prefix)
+    units, read_ahead = itertools.tee(units)
+    found = read_units(location, read_ahead, schema, text_columns=text_columns, prefix=prefix)
     for unit, rows in zip(units, found, strict=True):
         bad = next(((row, error) for row, error in enumerate(rows.errors) if error is not None), None)
         if bad is not None:
@@ -241,10 +241,7 @@ def _read_span(
     except OSError as error:
         raise store_failed(span.file.url, error) from error
     except MemoryError as error:  # pyarrow's is an ArrowException too
-        raise JobError(
-            f"there is not enough memory to read row group {span.row_group} of {span.file.url}; no row is lost: start "
-            f"the job again with more memory, or with fewer tasks at once (--tokenize-cpus)"
-        ) from error
+        raise no_memory(f"to read row group {span.row_group} of {span.file.url}") from error
     except (pa.ArrowException, ValueError) as error:
         reason = f"row group {span.row_group} of {span.file.url} cannot be read: {first_line(error)}"
         return _nothing(span, schema), [reason] * span.num_rows

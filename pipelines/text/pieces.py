@@ -23,10 +23,13 @@ PIECE_CHARACTERS = 2**18
 SHARED_CHARACTERS = 2**11
 """Characters that two pieces share, or more, if these are fewer than SHARED_TOKENS tokens."""
 SHARED_TOKENS = 64
+"""Tokens that two pieces share at least."""
 LONGEST_PIECE = 2
 """Pieces that are joined while there is no space at which they agree."""
 AGREEING_TOKENS = 8
 """Tokens on each side of a seam in which two pieces must agree."""
+COMPARED_TOKENS = 4096
+"""Tokens of each piece that are compared at most."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def _seam(text: str, before: PlacedTokens, after: PlacedTokens, *, needs_space: 
         after: The tokens of the next piece.
         needs_space: Whether the token must be the first one of a word.
     """
-    rows = [np.column_stack([one.ids, one.spans])[: 2 * SHARED_CHARACTERS].tolist() for one in (before, after)]
+    rows = [np.column_stack([one.ids, one.spans])[:COMPARED_TOKENS].tolist() for one in (before, after)]
     known = {tuple(row): place for place, row in enumerate(rows[1])}
     places = np.asarray([known.get(tuple(row), -1) for row in rows[0]], np.int64)
     steps = np.flatnonzero((places[1:] != places[:-1] + 1) | (places[1:] < 0)) + 1
@@ -104,5 +107,5 @@ def _seam(text: str, before: PlacedTokens, after: PlacedTokens, *, needs_space: 
 
 def _begins_word(text: str, place: int) -> bool:
     """Whether a word begins at a place in a text, or the space in front of it, which some tokens contain."""
-    is_space, was_space = text[place].isspace(), text[place - 1 : place].isspace()
+    is_space, was_space = text[place : place + 1].isspace(), text[place - 1 : place].isspace()
     return is_space != was_space

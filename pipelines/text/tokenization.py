@@ -274,9 +274,9 @@ class Tokenizer:
 
     def with_lead_space(self, lead_space: bool) -> Tokenizer:
         """Return the same tokenizer with another lead_space."""
-        return Tokenizer(
-            self._encode_texts, self.template, self._rust, lead_space=lead_space, vocabulary=self._vocabulary
-        )
+        other = copy.copy(self)
+        other._lead_space = lead_space
+        return other
 
     def with_most_tokens(self, most_tokens: int | None) -> Tokenizer:
         """Return the same tokenizer that stops to read a very long text after this many tokens. None: never.
@@ -338,8 +338,10 @@ class Tokenizer:
         if self._rust is None:
             raise ModelFolderError("this model's tokenizer is Python-only and does not provide character positions")
         led = self._led(text)
-        placed = pieces.tokenize(self._rust, led, most_tokens=self._most_tokens)
-        spans = np.concatenate([piece.spans for piece in placed])
+        with _panics("the tokenizer cannot read a text"):
+            spans = np.concatenate(
+                [one.spans for one in pieces.tokenize(self._rust, led, most_tokens=self._most_tokens)]
+            )
         moved: NDArray[np.int64] = np.maximum(spans - (len(led) - len(text)), 0)
         return moved
 

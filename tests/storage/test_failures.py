@@ -16,6 +16,7 @@ from pipelines.storage import footers, rows
 from pipelines.storage.footers import read_footers
 from pipelines.storage.rows import read_units, together
 from pipelines.storage.shards import split_into_units
+from pipelines.text.tokenization import Tokenizer
 from tests.jobs import read_scored, score_job
 
 
@@ -220,3 +221,25 @@ def test_a_restart_does_not_scan_again(spam_folder, tmp_path, monkeypatch, name)
     (tmp_path / "in" / name).write_text("\n".join(lines[:-1]))
     with pytest.raises(OutputError, match="1 input files are changed"):
         score(job)
+
+
+@pytest.mark.parametrize(("name", "owner"), [("a.parquet", "pq.ParquetFile"), ("a.jsonl", "scan"), ("a.csv", "scan")])
+def test_too_little_memory_to_open_a_file_stops_the_job(tmp_path, monkeypatch, name, owner):
+    """It is not a file in error, whose rows are left out."""
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / name)
+    if not name.endswith("parquet"):
+        (tmp_path / name).write_text('{"text": "a"}\n' if name.endswith("jsonl") else "text\na\n")
+
+    def fails(*_args, **_options):
+        raise pa.ArrowMemoryError("malloc of size 64 failed")
+
+    monkeypatch.setattr(f"pipelines.storage.footers.{owner}", fails)
+    with pytest.raises(JobError, match=rf"not enough memory to (open|read) .*{name}; no row is lost"):
+        read_footers(str(tmp_path), ["text"], lenient=True)
+
+
+def test_too_little_memory_to_tokenize_stops_the_job(spam_folder, tmp_path, monkeypatch):
+    write(tmp_path / "in", "parquet")
+    monkeypatch.setattr(Tokenizer, "documents", lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(JobError, match="not enough memory to score a unit; no row is lost"):
+        score(score_job(spam_folder, tmp_path / "in", tmp_path / "out"))

@@ -89,10 +89,10 @@ def own_port(host: str, port: int) -> Iterator[None]:
 
 
 def _probe(host: str, port: int) -> None:
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind) as probe:  # without SO_REUSEPORT, unlike the proxies
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing do not count
-        probe.bind(address)
+    for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        with socket.socket(family, kind) as probe:  # without SO_REUSEPORT, unlike the proxies
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing do not count
+            probe.bind(address)
 
 
 def start_proxies(settings: ServeSettings) -> str:
