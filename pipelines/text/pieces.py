@@ -56,6 +56,9 @@ def tokenize(rust: RustTokenizer, text: str, *, most_tokens: int | None = None) 
     end = PIECE_CHARACTERS
     held = _of_range(rust, text, 0, end)
     while end < len(text) and (most_tokens is None or num_done < most_tokens):
+        if not _reaches_end(held, text, end):  # the places are wrong, so there is nothing by which to join pieces
+            held = _of_range(rust, text, begin, len(text))[skipped:]
+            break
         shared = int(np.searchsorted(held.spans[:, 0], end - SHARED_CHARACTERS))
         shared = min(shared, len(held.ids) - SHARED_TOKENS)
         seam = None
@@ -79,6 +82,14 @@ def _of_range(rust: RustTokenizer, text: str, start: int, stop: int) -> PlacedTo
     encoding = rust.encode(text[start:stop], add_special_tokens=False)
     spans = np.asarray(encoding.offsets, np.int64).reshape(-1, 2) + start
     return PlacedTokens(np.asarray(encoding.ids, np.int32), spans)
+
+
+def _reaches_end(held: PlacedTokens, text: str, end: int) -> bool:
+    """Whether there are no letters and digits behind the last token of a piece.
+
+    A tokenizer that splits characters into bytes and does not split words first gives places that are too low.
+    """
+    return not any(map(str.isalnum, text[held.spans[-1, 1] if len(held.ids) else end : end]))
 
 
 def _seam(text: str, before: PlacedTokens, after: PlacedTokens, *, needs_space: bool) -> tuple[int, int] | None:

@@ -67,7 +67,8 @@ def whole(rust, text):
 PARTS = st.one_of(
     st.tuples(st.just("email"), st.integers(0, 59), st.integers(1, 4)),
     st.tuples(st.sampled_from(["a", "ab ", " ", "\n", "=", "-=", "é", "e\u0301", "👩\u200d👧", "漢字", "\u00a0\t", "0",
-                               "</s>", "[SEP]", "▁", "ﬁ", "x" * 90 + " "]), st.integers(1, 3000), st.just(0)),
+                               "</s>", "[SEP]", "▁", "ﬁ", "x" * 90 + " ", "a\u200bb\u00ad c "]),
+              st.integers(1, 3000), st.just(0)),
     st.tuples(st.text(max_size=80), st.integers(1, 9), st.just(0)),
 )  # fmt: skip
 
