@@ -31,6 +31,11 @@ ORDERS = (1, 3)
 """Precision: each order begins at the first threshold with this many times the fewest documents of a test. The first
 finds thresholds of labels with few documents, the second survives some errors among the highest scores."""
 
+MOST_GROWTH = 1000
+"""How many times as many documents are considered, to say how many are needed."""
+FEWEST_COUNTED = 10
+"""Documents at a threshold from which its precision or recall is taken as a hint of how many are needed."""
+
 
 @dataclass(frozen=True)
 class LabelGuarantee:
@@ -48,8 +53,16 @@ class LabelGuarantee:
     """Of these, the assigned positives."""
     positives: int
     """Positives among the valid documents."""
-    needed: int
-    """Fewest documents with which a test can succeed, if all of them are right."""
+    needed: int | None
+    """If no threshold was found: about how many positives would do, if they are like the valid ones. None if more of
+    them do not help, because no threshold has the precision or recall on the valid documents themselves."""
+
+    @property
+    def shortage(self) -> str:
+        """Why no threshold was found, in words."""
+        if self.needed is None:
+            return "none has it on these documents themselves, so ask for less"
+        return f"{self.positives} positives are too few, about {self.needed} like these would do"
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,8 @@ class Guarantees:
         """Return the warnings about labels without a promise, one line each."""
         fate = "never" if objective.startswith("precision") else "always"
         return [
-            f"no threshold of {label!r} has {objective} with confidence {self.confidence:g}: the label is {fate} "
-            f"assigned; it has {one.positives} positives, and at least {one.needed} are needed"
+            f"no threshold of {label!r} has {objective} with confidence {self.confidence:g}: {one.shortage}; until "
+            f"then the label is {fate} assigned"
             for label, one in self.labels.items()
             if not one.holds
         ]
@@ -164,11 +177,13 @@ def _precision_threshold(
         num_passed = _num_passed(passes_G[: begin + 1][::-1])
         ends += [begin - num_passed + 1] if num_passed else []
     if not ends:
-        return LabelGuarantee(NEVER, False, None, 0, 0, positives, needed)
+        return LabelGuarantee(
+            NEVER, False, None, 0, 0, positives, _needed(right_G, chosen_G, share, order_risk, positives=positives)
+        )
     place = min(ends)
     right, chosen = int(right_G[place]), int(chosen_G[place])
     bound = _lower_bound(right, chosen, order_risk)
-    return LabelGuarantee(float(GRID_G[place]), True, bound, chosen, right, positives, needed)
+    return LabelGuarantee(float(GRID_G[place]), True, bound, chosen, right, positives, None)
 
 
 def _recall_threshold(
@@ -176,14 +191,31 @@ def _recall_threshold(
 ) -> LabelGuarantee:
     _, right_G = _counts(positive_D, score_D)
     positives = int(positive_D.sum())
-    needed = fewest_documents(share, risk)
-    passes_G = _p_values(right_G, np.full(len(GRID_G), positives), share) <= risk
+    of_G = np.full(len(GRID_G), positives)
+    passes_G = _p_values(right_G, of_G, share) <= risk
     place = _num_passed(passes_G) - 1
     if place < 0:
+        needed = _needed(right_G, of_G, share, risk, positives=positives)
         return LabelGuarantee(0.0, False, None, positives, positives, positives, needed)
     right = int(right_G[place])
     bound = _lower_bound(right, positives, risk)
-    return LabelGuarantee(float(GRID_G[place]), True, bound, positives, right, positives, needed)
+    return LabelGuarantee(float(GRID_G[place]), True, bound, positives, right, positives, None)
+
+
+def _needed(
+    right_G: NDArray[np.int64], of_G: NDArray[np.int64], share: float, risk: float, *, positives: int
+) -> int | None:
+    """Return with how many positives a test would succeed, if all counts grew alike. None if it never would."""
+    fewest = fewest_documents(share, risk)
+    if positives < FEWEST_COUNTED:
+        return fewest
+    is_counted_G = of_G >= FEWEST_COUNTED
+    right_G, of_G = right_G[is_counted_G], of_G[is_counted_G]
+    for factor in np.geomspace(1, MOST_GROWTH, 60):
+        counts = np.rint(right_G * factor).astype(np.int64), np.rint(of_G * factor).astype(np.int64)
+        if (_p_values(*counts, share) <= risk).any():
+            return max(math.ceil(positives * float(factor)), fewest)
+    return None
 
 
 def _num_passed(passes: NDArray[np.bool_]) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.decisions.guarantees import Guarantees, check_confidence, guarantee_thresholds
+from pipelines.decisions.guarantees import Guarantees, LabelGuarantee, check_confidence, guarantee_thresholds
 from pipelines.decisions.labels import Decisions, decide, encode_labels
 from pipelines.decisions.metrics import (
     Tuned,
@@ -436,7 +436,7 @@ def _promises(guarantees: Mapping[str, Any]) -> dict[str, str]:
         if one["holds"]:
             found[label] = f"at least {one['bound']:.4f} ({one['right']} of {one['documents']} valid documents)"
         else:
-            found[label] = f"no threshold: {one['positives']} positives, and at least {one['needed']} are needed"
+            found[label] = f"no threshold: {LabelGuarantee(**one).shortage}"
     return found
 
 

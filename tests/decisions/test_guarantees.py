@@ -89,9 +89,31 @@ def test_labels_with_too_few_documents_are_named_and_abstain():
         assert positive_DL.all() if word == "always" else not positive_DL.any()
         needed = found.labels["b"].needed
         assert found.remarks(objective)[1] == (
-            f"no threshold of 'b' has {objective} with confidence 0.95: the label is {word} assigned; it has 0 "
-            f"positives, and at least {needed} are needed"
+            f"no threshold of 'b' has {objective} with confidence 0.95: 0 positives are too few, about {needed} like "
+            f"these would do; until then the label is {word} assigned"
         )
+
+
+def test_needed_positives_are_enough_and_not_far_too_many():
+    """As many positives as a label is said to need give it a threshold in most draws; a third of them does not."""
+    rng = np.random.default_rng(5)
+    for objective in ("precision=0.9", "recall=0.9"):
+        few = [guarantee_thresholds(*documents(rng, 70), SPAM, objective=objective, confidence=0.95).labels["spam"]
+               for _ in range(40)]  # fmt: skip
+        needed = [one.needed for one in few if not one.holds and one.needed is not None]
+        assert len(needed) > 10
+        found = [guarantee_thresholds(*documents(rng, round(factor * np.median(needed) / 0.3)), SPAM,
+                                      objective=objective, confidence=0.95).labels["spam"].holds
+                 for factor in (3, 1 / 3) for _ in range(40)]  # fmt: skip
+        assert np.mean(found[:40]) > 0.8
+        assert np.mean(found[40:]) < 0.4
+
+
+def test_a_model_that_is_too_weak_is_told_so():
+    targets, scores = documents(np.random.default_rng(6), 5_000, apart=0.1)
+    one = guarantee_thresholds(targets, scores, SPAM, objective="precision=0.95", confidence=0.95).labels["spam"]
+    assert (one.holds, one.needed) == (False, None)
+    assert one.shortage == "none has it on these documents themselves, so ask for less"
 
 
 def test_joint_promises_are_stricter():
