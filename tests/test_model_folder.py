@@ -191,6 +191,8 @@ def test_index_of_shards_stays_in_the_folder(spam_folder, tmp_path, content):
         ("tokenizer.json", ("post_processor", "single", 0, "SpecialToken", "id"), "x"),
         ("tokenizer.json", ("model", "vocab"), []),
         ("tokenizer_config.json", ("unk_token",), {"a": 1}),
+        ("tokenizer.json", ("padding",), "x"),
+        ("tokenizer.json", ("post_processor", "pair"), []),
         ("tokenizer.json", ("pre_tokenizer", "type"), 1),
     ],
 )
@@ -224,3 +226,22 @@ def test_attention_of_the_config_fetches_no_code(spam_folder, tmp_path, monkeypa
     folder = changed(spam_folder, tmp_path, "config.json", lambda content: content.update(more))
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a connection"))
     assert Scorer.load(folder, compute=FLOAT32).model.module.config._attn_implementation != kernel
+
+
+def test_hugging_face_folders_with_wrong_values_are_refused(spam_folder, tmp_path):
+    """Without pipeline.json, transformers opens the tokenizer."""
+    folder = changed(spam_folder, tmp_path, "tokenizer.json", lambda content: content.update(padding="x"))
+    (folder / "pipeline.json").unlink()
+    with pytest.raises(ModelFolderError, match="PaddingParams"):
+        Scorer.load(folder, compute=FLOAT32)
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_an_error_of_ours(spam_folder, tmp_path):
+    def without_unknown(content):
+        content["model"]["vocab"]["removed"] = content["model"]["vocab"].pop("[UNK]")
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "[UNK]"]
+
+    folder = changed(spam_folder, tmp_path, "tokenizer.json", without_unknown)
+    scorer = Scorer.load(folder, compute=FLOAT32)
+    with pytest.raises(ModelFolderError, match="the tokenizer cannot read a text: WordPiece error"):
+        scorer.predict(["漢字"])

@@ -243,6 +243,8 @@ class Predictor:
         self._long_bytes += long_bytes
         try:
             documents: Documents = await _in(lane, self._scorer.tokenizer.documents, table, *table.column_names)
+        except ModelFolderError as error:
+            raise RequestError(424, "inference", "the tokenizer cannot read a text") from error
         finally:
             self._long_bytes -= long_bytes
         return documents

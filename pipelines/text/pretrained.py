@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import ModelFolderError, SettingsError, first_line
+from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.model_folder import opens_as_transformers
 from pipelines.text.template import Template
-from pipelines.text.tokenization import Tokenizer
+from pipelines.text.tokenization import Tokenizer, library_errors
 
 SENTENCES = ("Some words, and the number 1,234.", "café naïve  two spaces\n中文")
 """Texts of which a tokenizer must make the same tokens before and after it is saved."""
@@ -172,14 +172,10 @@ _QUIET = _Quiet()
 
 
 def _open(name: str, otherwise: str, **options: Any) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise ModelFolderError(f"{otherwise}: {first_line(error)}") from error
+    with library_errors(otherwise), quiet_transformers():
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
 
 
 def _python_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -28,7 +28,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as RustTokenizer
 
-from pipelines.errors import ModelFolderError, SettingsError, first_line
+from pipelines.errors import ModelFolderError, PipelinesError, SettingsError, first_line
 from pipelines.storage.columns import read_texts
 from pipelines.text import pieces
 from pipelines.text.template import Template, choose_pad, template_of
@@ -225,7 +225,7 @@ class Tokenizer:
         rust.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
         rust.encode_special_tokens = bool(config.get("split_special_tokens"))
-        with _panics(f"{path} is damaged"):
+        with library_errors(f"{path} is damaged"):
             template = template_of(rust, pad_left=config.get("padding_side") == "left")
         names = ("pad_token", "eos_token", "bos_token", "unk_token")
         named = [rust.token_to_id(_content(config.get(name))) for name in names]
@@ -295,12 +295,12 @@ class Tokenizer:
         for batch in _batches_of_characters(texts):
             led = [self._led(text) for text in batch] if self._lead_space else batch
             if len(led) == 1 and len(led[0]) > pieces.PIECE_CHARACTERS and self._rust is not None:
-                with _panics("the tokenizer cannot read a text"):
+                with library_errors("the tokenizer cannot read a text"):
                     parts = [piece.ids for piece in pieces.tokenize(self._rust, led[0], most_tokens=most)]
                 found += parts
                 lengths.append(sum(map(len, parts)))
                 continue
-            with _panics("the tokenizer cannot read a text"):
+            with library_errors("the tokenizer cannot read a text"):
                 encoded = self._encode_texts(led)
             lengths += map(len, encoded)
             found.append(np.fromiter(itertools.chain.from_iterable(encoded), np.int32, sum(map(len, encoded))))
@@ -338,7 +338,7 @@ class Tokenizer:
         if self._rust is None:
             raise ModelFolderError("this model's tokenizer is Python-only and does not provide character positions")
         led = self._led(text)
-        with _panics("the tokenizer cannot read a text"):
+        with library_errors("the tokenizer cannot read a text"):
             spans = np.concatenate(
                 [one.spans for one in pieces.tokenize(self._rust, led, most_tokens=self._most_tokens)]
             )
@@ -454,14 +454,20 @@ def _longest_first(first_D: NDArray[np.int64], second_D: NDArray[np.int64], room
 
 
 @contextmanager
-def _panics(message: str) -> Iterator[None]:
-    """Raise ModelFolderError for a panic of the Rust library, which is no Exception in Python."""
+def library_errors(message: str) -> Iterator[None]:
+    """Raise ModelFolderError for errors of a tokenizer's library. A panic of the Rust library is no Exception.
+
+    Args:
+        message: What could not be done.
+    """
     try:
         yield
+    except (PipelinesError, MemoryError):
+        raise
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelFolderError(f"{message}: the library tokenizers failed ({first_line(error)})") from error
+        raise ModelFolderError(f"{message}: {first_line(error)}") from error
 
 
 def _rust_ids(rust: RustTokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipelines.errors import SettingsError
+from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.serving import predictor
 from pipelines.serving.auth import check_exposure
 from pipelines.serving.settings import ServeSettings
@@ -245,3 +245,12 @@ def test_too_many_words_are_refused_before_they_are_tokenized(api, monkeypatch):
     answer = api.predict(inputs=["word " * 20_000])
     assert answer.status_code == 422
     assert "an input has at least 20000 tokens; at most 5000" in answer.json()["error"]
+
+
+def test_a_tokenizer_that_fails_is_no_500(api, monkeypatch):
+    def fails(*_):
+        raise ModelFolderError("the tokenizer cannot read a text: secret")
+
+    monkeypatch.setattr(api.predictor._scorer.tokenizer, "documents", fails)
+    answer = api.predict(inputs=["a"])
+    assert (answer.status_code, answer.json()["error"]) == (424, "the tokenizer cannot read a text")
