@@ -211,10 +211,8 @@ class Predictor:
         """Refuse a request before tokenizing if it certainly breaks a limit: a word has at least one token."""
         plan = self._scorer.plan
         reads_all = plan.sliding and plan.max_windows is None and table.num_columns == 1
-        is_quick, has_room = (
-            table.nbytes < INLINE_BYTES,
-            self._batcher.queued_tokens < self.settings.max_queued_tokens // 2,
-        )
+        is_quick = table.nbytes < INLINE_BYTES
+        has_room = self._batcher.queued_tokens < self.settings.max_queued_tokens // 2
         if not reads_all or (is_quick and has_room):
             return
         texts = table.column(0).to_pylist()

@@ -89,10 +89,20 @@ def own_port(host: str, port: int) -> Iterator[None]:
 
 
 def _probe(host: str, port: int) -> None:
-    for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        with socket.socket(family, kind) as probe:  # without SO_REUSEPORT, unlike the proxies
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that are closing do not count
-            probe.bind(address)
+    """Raise OSError if a port is in use at one of a host's addresses, or if this machine has none of them."""
+    addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    others = []
+    for family, kind, _, _, address in addresses:
+        try:
+            with socket.socket(family, kind) as probe:  # without SO_REUSEPORT, unlike the proxies
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that close do not count
+                probe.bind(address)
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+            others.append(error)  # localhost may have an address that this machine does not use
+    if len(others) == len(addresses):
+        raise others[0]
 
 
 def start_proxies(settings: ServeSettings) -> str:

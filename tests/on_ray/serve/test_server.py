@@ -77,6 +77,13 @@ def test_a_port_that_is_in_use(spam_folder):
         pass
     with own_port("127.0.0.1", port):
         pass
+    with own_port("localhost", port):  # whatever addresses it has here
+        pass
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(SettingsError, match="is in use"), own_port("localhost", port):
+            pass
     with pytest.raises(SettingsError, match=r"cannot listen on 192\.0\.2\.7"), own_port("192.0.2.7", port):
         pass
 
