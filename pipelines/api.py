@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 
 from pipelines.errors import SettingsError
 from pipelines.fields import parse
-from pipelines.settings import ComputeSettings, DataSettings, Kind
+from pipelines.settings import CalibrationMethod, ComputeSettings, DataSettings, Kind
 from pipelines.storage.tables import as_table, is_location, single_label_column
 
 if TYPE_CHECKING:
     from pipelines.bulk.job import ScoreJob
     from pipelines.bulk.summary import ScoreSummary
-    from pipelines.evaluation.labelled import EvaluationResult, TuneResult
+    from pipelines.evaluation.labelled import EvaluationResult
+    from pipelines.evaluation.tuning import TuneResult
     from pipelines.model_folder import ModelFolder
     from pipelines.training.fit import TrainSummary
     from pipelines.training.job import TrainJob
@@ -148,6 +149,7 @@ def tune(
     objective: str = "f1",
     confidence: float | None = None,
     joint: bool = False,
+    calibrate: CalibrationMethod | None = None,
     **settings: Any,
 ) -> TuneResult:
     """Tune the thresholds of a model folder on labelled data, and write them into the folder.
@@ -159,6 +161,8 @@ def tune(
         confidence: Promise the precision or recall on new documents with this confidence. A label for which the data
             shows no such threshold is never assigned (precision) or always (recall).
         joint: Whether the confidence is that of all labels together.
+        calibrate: Calibrate the scores before: none, temperature, or per_label (Platt scaling). None keeps the
+            calibration of the folder.
         **settings: Settings by name, such as label_column="group", limit=1000, device="cpu".
 
     Raises:
@@ -167,11 +171,12 @@ def tune(
     Example:
         >>> pipelines.tune("runs/spam", "valid/", objective="precision=0.99")
     """
-    from pipelines.evaluation.labelled import tune_folder
+    from pipelines.evaluation.tuning import TuneOptions, tune_folder
 
     data, settings = _labelled(data, settings)
     columns, compute = parse(settings, DataSettings, ComputeSettings)
-    return tune_folder(_path(model), data, columns, compute, objective=objective, confidence=confidence, joint=joint)
+    options = TuneOptions(objective, confidence, joint, calibrate)
+    return tune_folder(_path(model), data, columns, compute, options)
 
 
 def convert(

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, get_args
 
 from pipelines.api import run_scoring, run_training
 from pipelines.config_file import parse_yaml, read_config
@@ -22,6 +22,7 @@ from pipelines.fields import field_help, parse
 from pipelines.progress import show_logs
 from pipelines.serving.settings import ServePaths, ServeSettings
 from pipelines.settings import (
+    CalibrationMethod,
     ComputeSettings,
     DataSettings,
     DecisionSettings,
@@ -141,18 +142,11 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _tune(options: argparse.Namespace) -> int:
-    from pipelines.evaluation.labelled import tune_folder
+    from pipelines.evaluation.tuning import TuneOptions, tune_folder
 
     data, compute = parse(_values(options), *EVALUATE_GROUPS)
-    result = tune_folder(
-        options.model,
-        options.data,
-        data,
-        compute,
-        objective=options.objective,
-        confidence=options.confidence,
-        joint=options.joint,
-    )
+    wanted = TuneOptions(options.objective, options.confidence, options.joint, options.calibrate)
+    result = tune_folder(options.model, options.data, data, compute, wanted)
     content = result.to_json()
     shown = {name: value for name, value in content.items() if name != "guarantees"}
     _print(options, content, {**shown, **result.promises})
@@ -286,6 +280,12 @@ def _add_labelled(commands: Any) -> None:
                 "the data shows no such threshold is never assigned (precision) or always (recall), and is named",
             )
             command.add_argument("--joint", action="store_true", help="the confidence is that of all labels together")
+            command.add_argument(
+                "--calibrate",
+                choices=get_args(CalibrationMethod),
+                help="calibrate the scores before: by a temperature, also by a scale and a bias per label, or not at "
+                "all (default: as the folder does)",
+            )
         _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "label_columns", "limit"))
 
 

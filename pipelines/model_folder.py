@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import os
 import posixpath
 import re
@@ -30,7 +29,7 @@ from filelock import FileLock
 from pipelines.classifier_config import class_names, decision_of, is_classifier, read_config
 from pipelines.errors import DataError, ModelFolderError, SettingsError, first_line
 from pipelines.fields import parse
-from pipelines.settings import DecisionSettings, WindowSettings
+from pipelines.settings import UNCALIBRATED, Calibration, DecisionSettings, WindowSettings
 from pipelines.storage.locations import absolute, filesystem_of, retried, shown, store_errors, sync_folder
 
 PIPELINE_FILE = "pipeline.json"
@@ -56,6 +55,8 @@ RUN_FILE = "_run.json"
 """A training run that is not finished has this file in its output folder."""
 ADAPTER_CONFIG = "adapter_config.json"
 """A folder with this file contains a LoRA adapter of peft."""
+CALIBRATION = ("temperature", "scales", "biases")
+"""Names in pipeline.json of what is in `Calibration`."""
 ASIDE = ".saving-"
 """Start of the name of a folder with files that are being saved. It is left behind if the process is killed."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -71,7 +72,7 @@ class ModelFolder:
     path: Path
     windows: WindowSettings
     decision: DecisionSettings
-    temperature: float = 1.0
+    calibration: Calibration = UNCALIBRATED
     metrics: Mapping[str, Any] = field(default_factory=dict)
     weights_hash: str = ""
     histograms: Mapping[str, Any] = field(default_factory=dict)
@@ -92,6 +93,16 @@ class ModelFolder:
     def settings_hash(self) -> str:
         """Hash of all settings that change a result. It does not include the weights."""
         return _sha256(json.dumps(self._settings(), sort_keys=True).encode())
+
+    def guarantees_of(self, decision: DecisionSettings) -> Mapping[str, Any]:
+        """Return what is promised of the thresholds of a decision. A warning says if they are not the folder's."""
+        if self.guarantees and decision != self.decision:
+            logger.warning(
+                "%s promises %s for its own thresholds; other thresholds are used, for which nothing is promised",
+                self.path.name, self.guarantees["objective"],
+            )  # fmt: skip
+            return {}
+        return self.guarantees
 
     def check_texts(self, *, are_pairs: bool) -> None:
         """Check that the model was trained on the same kind of texts.
@@ -115,8 +126,12 @@ class ModelFolder:
         return {
             "windows": dataclasses.asdict(self.windows),
             "decision": dataclasses.asdict(self.decision),
-            "temperature": self.temperature,
+            **self._calibration(),
         }
+
+    def _calibration(self) -> dict[str, Any]:
+        """Return the calibration as in pipeline.json. Scales and biases are there only if there are some."""
+        return {name: value for name, value in dataclasses.asdict(self.calibration).items() if value != ()}
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of pipeline.json."""
@@ -158,14 +173,14 @@ def read_model_folder(location: str | Path) -> ModelFolder:
             )
         (windows,) = parse(content["windows"], WindowSettings)
         (decision,) = parse(content["decision"], DecisionSettings)
-        temperature = float(content["temperature"])
-        if not 0 < temperature < math.inf:
-            raise ModelFolderError(f"{file}: temperature is {temperature} and must be a number above 0; tune again")
+        (calibration,) = parse({name: content[name] for name in CALIBRATION if name in content}, Calibration)
+        if calibration.scales and len(calibration.scales) != decision.num_labels:
+            raise SettingsError(f"there are {len(calibration.scales)} scales and {decision.num_labels} labels")
         return ModelFolder(
             path,
             windows,
             decision,
-            temperature,
+            calibration,
             content["metrics"],
             content["weights_hash"],
             content.get("histograms", {}),

@@ -17,6 +17,7 @@ from pipelines.fields import check_range, check_types, parse_range
 
 Kind = Literal["binary", "multiclass", "multilabel", "regression"]
 Merge = Literal["mean", "vote", "max"]
+CalibrationMethod = Literal["none", "temperature", "per_label"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 NEVER = 2.0
 """Threshold of a label that is never assigned, because no threshold keeps what was promised for it."""
@@ -81,6 +82,30 @@ class DecisionSettings:
     def num_labels(self) -> int:
         """Number of logits: one per label, or 1 for regression."""
         return 1 if self.kind == "regression" else len(self.labels)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How logits become probabilities: of logit / temperature * scale + bias, softmax (multilabel: sigmoid)."""
+
+    temperature: float = 1.0
+    """Divides all logits."""
+    scales: tuple[float, ...] = ()
+    """One factor per label. Empty means 1 for all labels."""
+    biases: tuple[float, ...] = ()
+    """One number per label. Empty means 0 for all labels."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for scale in (self.temperature, *self.scales):
+            check_range(self, "temperature or scale", scale, above=0)
+        for bias in self.biases:
+            check_range(self, "bias", bias)
+        if len(self.scales) != len(self.biases):
+            raise SettingsError(f"there are {len(self.scales)} scales and {len(self.biases)} biases")
+
+
+UNCALIBRATED = Calibration()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,10 +313,10 @@ class TrainSettings:
     """Whether a lower metric is better. Default: true for loss, eval_loss, mae, rmse, fp and fn, else false."""
     objective: str = "f1"
     """Objective of the thresholds tuned on valid: f1, fbeta=B, precision=P or recall=R, as in `pipelines tune`."""
-    calibrate: bool = False
+    calibrate: CalibrationMethod = "none"
     (
-        "Fit a temperature on valid, so that a score of 0.9 is right in about 9 of 10 cases. "
-        "The temperature divides the window logits."
+        "Fit on valid how logits become scores, so that a score of 0.9 is right in about 9 of 10 cases: temperature "
+        "divides all logits by one number, per_label also fits a scale and a bias for each label (Platt scaling)."
     )
     evaluate_each_epoch: bool = True
     """Evaluate on valid at the end of each epoch."""

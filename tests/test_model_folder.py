@@ -10,7 +10,7 @@ import pytest
 from pipelines.errors import DataError, ModelFolderError, PipelinesError
 from pipelines.model.scorer import Scorer
 from pipelines.model_folder import ModelFolder, hash_weights, read_model_folder, seal, write_pipeline_file
-from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
+from pipelines.settings import Calibration, ComputeSettings, DecisionSettings, WindowSettings
 
 FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
 
@@ -23,7 +23,7 @@ def folder(tmp_path):
     (path / "model.safetensors").write_bytes(b"weights")
     (path / "tokenizer.json").write_text("{}")
     decision = DecisionSettings(kind="binary", labels=("ham", "spam"), thresholds=(0.25,))
-    return seal(ModelFolder(path, WindowSettings(max_length=128, stride=4), decision, 1.5, {"mcc": 0.5}))
+    return seal(ModelFolder(path, WindowSettings(max_length=128, stride=4), decision, Calibration(1.5), {"mcc": 0.5}))
 
 
 def test_sealed_folder_round_trip(folder):
@@ -53,9 +53,11 @@ def test_url_is_fetched(folder, tmp_path, monkeypatch):
     read = read_model_folder("memory://models/spam")
     assert read.weights_hash == folder.weights_hash
     assert hash_weights(read.path) == folder.weights_hash
-    write_pipeline_file(replace(folder, temperature=2.5))
+    write_pipeline_file(replace(folder, calibration=Calibration(2.5)))
     fsspec.filesystem("memory").put_file(str(folder.path / "pipeline.json"), "/models/spam/pipeline.json")
-    assert read_model_folder("memory://models/spam").temperature == 2.5, "changed files of equal size are fetched"
+    assert read_model_folder("memory://models/spam").calibration.temperature == 2.5, (
+        "changed files of equal size are fetched"
+    )
     with pytest.raises(ModelFolderError, match="is empty or does not exist"):
         read_model_folder("memory://models/none")
 

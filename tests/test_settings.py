@@ -16,7 +16,7 @@ from pipelines.settings import (
     WindowSettings,
 )
 
-GROUPS = [group for group in vars(settings).values() if dataclasses.is_dataclass(group)]
+GROUPS = [group for group in vars(settings).values() if isinstance(group, type) and dataclasses.is_dataclass(group)]
 
 
 @pytest.mark.parametrize(

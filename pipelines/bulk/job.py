@@ -121,6 +121,7 @@ class CheckedJob:
             weights_hash=folder.weights_hash,
             settings_hash=folder.settings_hash,
             prefix=job.score.prefix,
+            guarantees=folder.guarantees,
         )
         return ReplicaSetup(
             job.model,
@@ -142,7 +143,8 @@ def check_job(job: ScoreJob) -> CheckedJob:
     """
     folder = read_model_folder(job.model)
     folder.check_texts(are_pairs=job.data.text_pair_column is not None)
-    folder = replace(folder, decision=resolve_thresholds(job.score.thresholds, folder.decision))
+    decision = resolve_thresholds(job.score.thresholds, folder.decision)
+    folder = replace(folder, decision=decision, guarantees=folder.guarantees_of(decision))
     load_tokenizer(folder.path).check_vocabulary(vocabulary_size(read_config(folder.path)), where=shown(job.model))
     if not job.is_local and "memory://" in (job.input[:9], job.output[:9]):
         raise SettingsError("memory:// exists only in this process; add --replicas 0 to score without Ray")

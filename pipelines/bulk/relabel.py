@@ -21,7 +21,13 @@ import pyarrow.parquet as pq
 from pipelines.bulk.manifest import MANIFEST
 from pipelines.bulk.run_folder import COUNTS_METADATA, SUMMARY, commit_unit, read_counts, read_metadata
 from pipelines.bulk.summary import Counts, ScoreSummary, count_table, sum_counts, summarize
-from pipelines.decisions.columns import DECISION_METADATA, PREFIX_METADATA, decided_columns, decision_metadata
+from pipelines.decisions.columns import (
+    DECISION_METADATA,
+    GUARANTEES_METADATA,
+    PREFIX_METADATA,
+    decided_columns,
+    decision_metadata,
+)
 from pipelines.decisions.labels import decide, resolve_thresholds, thresholds_by_label
 from pipelines.errors import DataError, OutputError, SettingsError
 from pipelines.fields import parse
@@ -51,8 +57,13 @@ def relabel(scored: str, output: str, thresholds: Thresholds) -> ScoreSummary:
     if MANIFEST in marks and SUMMARY not in marks:
         raise DataError(f"{shown(scored)} contains an unfinished run; finish it with the command that began it")
     files = list_files(scored, also_in_tables=True)
-    old, prefix = _read_decision(scored, files[0])
+    old, prefix, has_promise = _read_decision(scored, files[0])
     decision = resolve_thresholds(thresholds, old)
+    if has_promise and decision != old:
+        logger.warning(
+            "a precision or recall was promised for the thresholds of %s; nothing is promised for the new ones",
+            shown(scored),
+        )
     names = [posixpath.basename(path) for path in files]
     if len(set(names)) < len(names):
         raise DataError(f"{shown(scored)} contains files of the same name in several folders; relabel them one by one")
@@ -82,14 +93,15 @@ def _open_output(scored: str, output: str, decision: DecisionSettings, names: li
     return {name for name in names if name not in here}
 
 
-def _read_decision(scored: str, path: str) -> tuple[DecisionSettings, str]:
+def _read_decision(scored: str, path: str) -> tuple[DecisionSettings, str, bool]:
+    """Return the decision of a scored file, its prefix, and whether something was promised of its thresholds."""
     metadata = read_metadata(filesystem_of(scored)[0], path)
     if DECISION_METADATA not in metadata:
         raise DataError(f"{path} was not written by `pipelines score`; give the output folder of a scoring job")
     (decision,) = parse(json.loads(metadata[DECISION_METADATA]), DecisionSettings)
     if decision.kind not in ("binary", "multilabel"):
         raise SettingsError(f"thresholds are for kinds binary and multilabel; {shown(scored)} is {decision.kind}")
-    return decision, metadata[PREFIX_METADATA].decode()
+    return decision, metadata[PREFIX_METADATA].decode(), GUARANTEES_METADATA in metadata
 
 
 def _relabel_file(scored: str, path: str, *, output: str, decision: DecisionSettings, prefix: str) -> None:
@@ -103,6 +115,8 @@ def _relabel_file(scored: str, path: str, *, output: str, decision: DecisionSett
     for field, column in decided_columns(decisions, decision, bad_D, prefix=prefix):
         place = table.schema.get_field_index(field.name)
         table = table.set_column(place, field, column)
+    if metadata[DECISION_METADATA] != decision_metadata(decision)[DECISION_METADATA]:
+        metadata.pop(GUARANTEES_METADATA, None)
     table = table.replace_schema_metadata({**metadata, **decision_metadata(decision)})
     before = Counts.from_json(json.loads(metadata[COUNTS_METADATA]))
     counts = replace(

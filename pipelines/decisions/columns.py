@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from pipelines.settings import DecisionSettings
 from pipelines.storage.columns import SOURCE_COLUMNS
 
 DECISION_METADATA, PREFIX_METADATA = b"pipelines.decision", b"pipelines.prefix"
+GUARANTEES_METADATA = b"pipelines.guarantees"
 """Keys in the schema metadata of a scored file."""
 
 
@@ -120,11 +122,20 @@ def error_columns(errors: Sequence[str | None], *, decision: DecisionSettings, p
 
 
 def schema_metadata(
-    decision: DecisionSettings, *, weights_hash: str, settings_hash: str, prefix: str = ""
+    decision: DecisionSettings,
+    *,
+    weights_hash: str,
+    settings_hash: str,
+    prefix: str = "",
+    guarantees: Mapping[str, Any] | None = None,
 ) -> dict[bytes, bytes]:
-    """Return the schema metadata of a scored file: hashes of model and settings, prefix, and decision settings."""
+    """Return the schema metadata of a scored file.
+
+    It has the hashes of model and settings, the prefix, the decision settings, and what is promised of the thresholds.
+    """
     hashes = {b"pipelines.weights_hash": weights_hash.encode(), b"pipelines.settings_hash": settings_hash.encode()}
-    return {**hashes, PREFIX_METADATA: prefix.encode(), **decision_metadata(decision)}
+    promises = {GUARANTEES_METADATA: json.dumps(dict(guarantees)).encode()} if guarantees else {}
+    return {**hashes, PREFIX_METADATA: prefix.encode(), **promises, **decision_metadata(decision)}
 
 
 def decision_metadata(decision: DecisionSettings) -> dict[bytes, bytes]:

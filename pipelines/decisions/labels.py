@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.errors import DataError, SettingsError
-from pipelines.settings import DecisionSettings, Kind
+from pipelines.settings import UNCALIBRATED, Calibration, DecisionSettings, Kind
+from pipelines.text.windows import merge_windows
 
 DEFAULT_THRESHOLD = 0.5
 """Default threshold of a label."""
@@ -104,20 +105,42 @@ def encode_labels(column: pa.ChunkedArray, decision: DecisionSettings) -> NDArra
     return _label_ids(values, decision.labels)
 
 
-def activate(logits_WL: NDArray[np.floating], kind: Kind, temperature: float = 1.0) -> NDArray[np.float32]:
+def activate(
+    logits_WL: NDArray[np.floating], kind: Kind, calibration: Calibration = UNCALIBRATED
+) -> NDArray[np.float32]:
     """Convert logits to probabilities.
 
-    binary and multiclass use softmax, and multilabel uses sigmoid. The temperature divides the logits first. For
+    The calibration changes the logits first. Then binary and multiclass use softmax, and multilabel uses sigmoid. For
     regression, the logits are returned unchanged.
     """
     if kind == "regression":
         return np.asarray(logits_WL, dtype=np.float32)
-    logits = np.asarray(logits_WL, dtype=np.float64) / temperature
+    logits = np.asarray(logits_WL, dtype=np.float64) / calibration.temperature
+    if calibration.scales:
+        logits = logits * calibration.scales + calibration.biases
     if kind == "multilabel":
         halves = np.exp(-np.abs(logits))  # at most 1: no overflow for large negative logits
         return np.asarray(np.where(logits >= 0, 1.0, halves) / (1.0 + halves), dtype=np.float32)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
     return np.asarray(powers / powers.sum(axis=1, keepdims=True), dtype=np.float32)
+
+
+def merged_scores(
+    logits_WL: NDArray[np.float32],
+    offsets: NDArray[np.int64],
+    decision: DecisionSettings,
+    calibration: Calibration = UNCALIBRATED,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the merged scores of documents (D, L), and the scores of their windows (W, L).
+
+    Args:
+        logits_WL: Logits of windows.
+        offsets: Document d owns the windows from offsets[d] up to but excluding offsets[d + 1].
+        decision: Decision settings.
+        calibration: How logits are changed before they become probabilities.
+    """
+    window_scores_WL = activate(logits_WL, decision.kind, calibration)
+    return merge_windows(window_scores_WL, offsets, "max" if decision.merge == "max" else "mean"), window_scores_WL
 
 
 def resolve_thresholds(

@@ -1,4 +1,4 @@
-"""Score labelled data in this process, to evaluate a model folder or to tune its thresholds.
+"""Score labelled data in this process, and evaluate a model folder.
 
 Shapes: D documents, L labels.
 """
@@ -7,33 +7,29 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import posixpath
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.decisions.guarantees import Guarantees, LabelGuarantee, check_confidence, guarantee_thresholds
+from pipelines.decisions.calibration import WindowLogits
+from pipelines.decisions.guarantees import LabelGuarantee
 from pipelines.decisions.labels import Decisions, decide, encode_labels
 from pipelines.decisions.metrics import (
-    Tuned,
     count_distinct,
     evaluate,
-    histograms_of,
     tie_warning,
-    tune_thresholds,
 )
-from pipelines.errors import DataError, ModelFolderError, SettingsError
+from pipelines.errors import DataError
 from pipelines.evaluation.report import ReportData, render
-from pipelines.model.scorer import Scorer
-from pipelines.model_folder import ModelFolder, read_model_folder, write_pipeline_file
+from pipelines.model.scorer import DocumentScores, Scorer
+from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.progress import Progress
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings
 from pipelines.storage.columns import check_label_column, check_text_column, text_schema, with_fields
@@ -75,6 +71,8 @@ class LabelledScores:
     targets: NDArray[np.generic]
     num_rows: int
     """Number of rows of the input."""
+    windows: WindowLogits
+    """Logits of the windows of the scored rows."""
     texts: pa.ChunkedArray | None = None
     """Texts of the scored rows, if they were requested."""
 
@@ -102,67 +100,14 @@ class EvaluationResult:
 
     def __repr__(self) -> str:
         lines = [f"EvaluationResult of {self.model}: {self.rows:,} rows, {self.rows_in_error:,} in error"]
-        lines += [f"  {name:<12} {_number(value)}" for name, value in self.metrics.items() if name != "per_label"]
+        lines += [f"  {name:<12} {shown_number(value)}" for name, value in self.metrics.items() if name != "per_label"]
         for label, values in self.metrics.get("per_label", {}).items():
-            lines.append(f"  {label}: " + ", ".join(f"{name} {_number(value)}" for name, value in values.items()))
+            lines.append(f"  {label}: " + ", ".join(f"{name} {shown_number(value)}" for name, value in values.items()))
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as `pipelines evaluate --json` prints it."""
         return {"rows": self.rows, "rows_in_error": self.rows_in_error, **self.metrics}
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """Thresholds that were tuned and written into a model folder."""
-
-    model: str
-    rows_in_error: int
-    objective: str
-    labels: tuple[str, ...]
-    """Labels of the thresholds."""
-    thresholds: tuple[float, ...]
-    thresholds_before: float | tuple[float, ...] | None
-    untuned: tuple[str, ...] = ()
-    """Labels that keep their old threshold, because all rows have them or no row has them."""
-    missed: tuple[str, ...] = ()
-    """Labels for which no threshold reaches the objective."""
-    pooled: tuple[str, ...] = ()
-    """Labels with too few positives for a threshold of their own."""
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    """Metrics with the new thresholds."""
-    guarantees: Mapping[str, Any] = field(default_factory=dict)
-    """What is promised of the thresholds, if a confidence was given (`guarantees.Guarantees`)."""
-
-    def __repr__(self) -> str:
-        tuned = zip(self.labels, self.thresholds, strict=True)
-        lines = [
-            f"TuneResult of {self.model} for {self.objective}",
-            *(f"  {name} {value:.4g}" for name, value in tuned),
-        ]
-        lines += [f"  {name} {_number(value)}" for name, value in self.metrics.items() if name != "per_label"]
-        lines += [f"  {name}: {text}" for name, text in self.promises.items()]
-        return "\n".join(lines)
-
-    @property
-    def promises(self) -> dict[str, str]:
-        """What is promised of each label's threshold, in words. Empty without promises."""
-        return _promises(self.guarantees)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the result as `pipelines tune --json` prints it."""
-        before = self.thresholds_before
-        return {
-            "rows_in_error": self.rows_in_error,
-            "objective": self.objective,
-            "thresholds": list(self.thresholds),
-            "thresholds_before": list(before) if isinstance(before, tuple) else before,
-            "untuned": list(self.untuned),
-            "missed": list(self.missed),
-            "pooled": list(self.pooled),
-            **({"guarantees": dict(self.guarantees)} if self.guarantees else {}),
-            **self.metrics,
-        }
 
 
 def labelled_files(location: str, data: DataSettings, decision: DecisionSettings) -> LabelledInput:
@@ -239,6 +184,7 @@ def score_labelled(
     if not good_D.any():
         raise DataError(f"{labelled.source} has no row with a text that can be scored")
     votes = [scores.votes_DL for scores in scored if scores.votes_DL is not None]
+    targets = labelled.targets[good_D]
     scores_DL = np.concatenate([scores.scores_DL for scores in scored])[good_D]
     warning = tie_warning(count_distinct(scores_DL, folder.decision))
     if warning is not None:
@@ -248,10 +194,21 @@ def score_labelled(
         np.concatenate(votes)[good_D] if votes else None,
         np.concatenate([scores.num_tokens_D for scores in scored])[good_D],
         np.flatnonzero(good_D),
-        labelled.targets[good_D],
+        targets,
         num_rows=len(good_D),
+        windows=_window_logits(scored, good_D, targets),
         texts=pa.concat_tables(kept).column(0).filter(pa.array(good_D)) if kept else None,
     )
+
+
+def _window_logits(
+    scored: list[DocumentScores], good_D: NDArray[np.bool_], targets: NDArray[np.generic]
+) -> WindowLogits:
+    """Return the window logits of the documents without an error."""
+    counts_D = np.concatenate([scores.windows.num_windows_D for scores in scored])
+    logits_WL = np.concatenate([scores.window_logits_WL for scores in scored])
+    offsets = np.concatenate([[0], np.cumsum(counts_D[good_D])])
+    return WindowLogits(logits_WL[np.repeat(good_D, counts_D)], offsets, targets)
 
 
 def evaluate_folder(
@@ -277,8 +234,8 @@ def evaluate_folder(
         UsageError: Model, data and settings do not fit together. Nothing was scored.
     """
     started = time.monotonic()
-    folder = _open_for(model, data)
-    labelled = _labelled(source, data, folder.decision)
+    folder = open_for(model, data)
+    labelled = labelled_input(source, data, folder.decision)
     scored = score_labelled(folder, labelled, data, compute, keep_texts=bool(report and report_texts))
     metrics = evaluate(scored.targets, scored.scores_DL, scored.decide(folder.decision), folder.decision)
     if report:
@@ -290,90 +247,15 @@ def evaluate_folder(
     return EvaluationResult(shown(model), scored.num_rows, scored.rows_in_error, metrics, report)
 
 
-def tune_folder(
-    model: str,
-    source: str | pa.Table,
-    data: DataSettings,
-    compute: ComputeSettings,
-    *,
-    objective: str = "f1",
-    confidence: float | None = None,
-    joint: bool = False,
-) -> TuneResult:
-    """Tune thresholds for the objective, and replace the folder's pipeline.json.
-
-    Args:
-        model: Local model folder.
-        source: Labelled file, folder or glob; or a table in memory.
-        data: Which columns are read, and how many rows.
-        compute: How the forward pass runs.
-        objective: f1, fbeta=B, precision=P or recall=R.
-        confidence: Probability with which the precision or recall holds on new documents. None promises nothing.
-        joint: Whether the confidence is that of all labels together.
-
-    Raises:
-        UsageError: The folder is not local, its kind has no thresholds, or the data does not fit.
-    """
-    check_confidence(objective, confidence)
-    if joint and confidence is None:
-        raise SettingsError("joint is for a confidence; give one, such as --confidence 0.95")
-    folder = _open_to_tune(model, data)
-    scored = score_labelled(folder, _labelled(source, data, folder.decision), data, compute)
-    tuned: Tuned | Guarantees
-    if confidence is None:
-        tuned = tune_thresholds(scored.targets, scored.scores_DL, folder.decision, objective)
-    else:
-        tuned = guarantee_thresholds(
-            scored.targets, scored.scores_DL, folder.decision, objective=objective, confidence=confidence, joint=joint
-        )
-    decision = tuned.applied_to(folder.decision)
-    guarantees = tuned.to_json() if isinstance(tuned, Guarantees) else {}
-    metrics = evaluate(scored.targets, scored.scores_DL, decide(scored.scores_DL, decision), decision)
-    histograms = histograms_of(scored.scores_DL, decision)
-    write_pipeline_file(
-        replace(folder, decision=decision, metrics=metrics, histograms=histograms, guarantees=guarantees)
-    )
-    for line in tuned.remarks(objective):
-        logger.warning("%s", line)
-    return TuneResult(
-        model=shown(model),
-        rows_in_error=scored.rows_in_error,
-        objective=objective,
-        labels=folder.decision.labels[-len(tuned.thresholds) :],
-        thresholds=tuned.thresholds,
-        thresholds_before=folder.decision.thresholds,
-        untuned=tuned.untuned if isinstance(tuned, Tuned) else (),
-        missed=tuned.missed,
-        pooled=tuned.pooled if isinstance(tuned, Tuned) else (),
-        metrics=metrics,
-        guarantees=guarantees,
-    )
-
-
-def _open_to_tune(model: str, data: DataSettings) -> ModelFolder:
-    """Open a folder that can be written to, and whose kind has thresholds."""
-    if "://" in model:
-        raise ModelFolderError(f"{shown(model)} is a URL; tune a local folder and upload it")
-    if not os.access(Path(model).expanduser(), os.W_OK):
-        raise ModelFolderError(
-            f"{shown(model)} is not a folder that can be written to; make one: pipelines convert {shown(model)} NEW"
-        )
-    folder = _open_for(model, data)
-    if folder.decision.kind not in ("binary", "multilabel"):
-        raise SettingsError(
-            f"thresholds are for kinds binary and multilabel; {shown(model)} is of kind {folder.decision.kind}, "
-            "which has no thresholds"
-        )
-    return folder
-
-
-def _open_for(model: str, data: DataSettings) -> ModelFolder:
+def open_for(model: str, data: DataSettings) -> ModelFolder:
+    """Read a model folder for labelled data. Raises DataError if it is for pairs and the data is not, or vice versa."""
     folder = read_model_folder(model)
     folder.check_texts(are_pairs=data.text_pair_column is not None)
     return folder
 
 
-def _labelled(source: str | pa.Table, data: DataSettings, decision: DecisionSettings) -> LabelledInput:
+def labelled_input(source: str | pa.Table, data: DataSettings, decision: DecisionSettings) -> LabelledInput:
+    """Open labelled files, or a labelled table in memory."""
     if isinstance(source, str):
         return labelled_files(source, data, decision)
     return labelled_table(source, data, decision)
@@ -407,7 +289,7 @@ def _page(
             "rows per second": scored.num_rows / seconds,
             "tokens per second": tokens / seconds,
         },
-        "Promises": _promises(folder.guarantees),
+        "Promises": promises_of(folder.guarantees),
         "Model": {"weights_hash": folder.weights_hash, **asdict(decision), **asdict(folder.windows)},
     }
     data = ReportData(
@@ -425,7 +307,7 @@ def _page(
     return render(data)
 
 
-def _promises(guarantees: Mapping[str, Any]) -> dict[str, str]:
+def promises_of(guarantees: Mapping[str, Any]) -> dict[str, str]:
     """Return what is promised of each label's threshold, in words."""
     if not guarantees:
         return {}
@@ -440,5 +322,6 @@ def _promises(guarantees: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _number(value: Any) -> str:
+def shown_number(value: Any) -> str:
+    """Return a metric as it is shown to people."""
     return "undefined" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

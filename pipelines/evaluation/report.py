@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.decisions.calibration import reliability
 from pipelines.decisions.labels import Decisions, thresholds_by_label
 from pipelines.decisions.metrics import EXACT_SCORES, HISTOGRAM_BINS, SCORE_DECIMALS, confusion_matrix
 from pipelines.evaluation.plots import MOST_POINTS, histogram_plot, line_plot
 from pipelines.settings import NEVER, DecisionSettings
 
 MOST_DOCUMENTS = 10
-CALIBRATION_BINS = 10
 
 
 @dataclass(frozen=True)
@@ -125,25 +125,6 @@ def threshold_costs(
     return rows
 
 
-def calibration(positive_D: NDArray[np.bool_], score_D: NDArray[np.float32]) -> tuple[NDArray[np.float64], float]:
-    """Compare scores with observed frequencies, in ten bins of equal width.
-
-    Args:
-        positive_D: Whether the label holds for each document, (D,).
-        score_D: Score of the label, (D,), from 0 to 1.
-
-    Returns:
-        Mean score, share of positives and count of each bin that is not empty, (bins, 3); and the expected calibration
-        error (ECE).
-    """
-    bin_D = np.minimum((score_D * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    count = np.bincount(bin_D, minlength=CALIBRATION_BINS).astype(float)
-    score = np.bincount(bin_D, weights=score_D, minlength=CALIBRATION_BINS) / np.maximum(count, 1)
-    share = np.bincount(bin_D, weights=positive_D, minlength=CALIBRATION_BINS) / np.maximum(count, 1)
-    error = float((np.abs(score - share) * count).sum() / max(count.sum(), 1))
-    return np.stack([score, share, count], axis=1)[count > 0], error
-
-
 def _shown_labels(decision: DecisionSettings) -> Sequence[int]:
     """Return the labels that have curves, by index. For kind binary, this is only the positive label."""
     return [1] if decision.kind == "binary" else range(len(decision.labels))
@@ -164,7 +145,7 @@ def _label(data: ReportData, column: int) -> str:
     threshold = thresholds_by_label(data.decision).get(label)
     found = curve(positive_D, score_D)
     mark = None if threshold is None else int(np.searchsorted(-found["threshold"], -threshold, side="right")) - 1
-    points, error = calibration(positive_D, score_D)
+    points, error = reliability(positive_D, score_D)
     bins = np.linspace(0, 1, HISTOGRAM_BINS + 1)
     counts = [np.histogram(score_D[chosen], bins)[0] for chosen in (positive_D, ~positive_D)]
     plots = [

@@ -18,12 +18,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.decisions.columns import result_columns
-from pipelines.decisions.labels import Decisions, activate, decide, resolve_thresholds
+from pipelines.decisions.labels import Decisions, decide, merged_scores, resolve_thresholds
 from pipelines.errors import DataError
 from pipelines.model.weights import vocabulary_of
 from pipelines.model.window_model import SHORTEST_STEP, WindowModel, load_model
 from pipelines.model_folder import ModelFolder, read_model_folder, verify_weights
-from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
+from pipelines.settings import UNCALIBRATED, Calibration, ComputeSettings, DecisionSettings, WindowSettings
 from pipelines.storage.columns import check_text_column, string_array
 from pipelines.storage.tables import as_table
 from pipelines.text.pretrained import load_tokenizer
@@ -34,7 +34,6 @@ from pipelines.text.windows import (
     concat_windows,
     count_votes,
     leads_with_space,
-    merge_windows,
     most_tokens_of,
     resolve_plan,
 )
@@ -133,13 +132,13 @@ class Scorer:
         plan: WindowPlan,
         decision: DecisionSettings,
         *,
-        temperature: float = 1.0,
+        calibration: Calibration = UNCALIBRATED,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.plan = plan
         self.decision = decision
-        self.temperature = temperature
+        self.calibration = calibration
 
     def __repr__(self) -> str:
         model, decision = self.model, self.decision
@@ -180,7 +179,7 @@ class Scorer:
         tokenizer.check_vocabulary(vocabulary_of(model.module.config), where=str(folder.path))
         plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type, model_limit=model.row_limit)
         tokenizer = tokenizer.with_most_tokens(most_tokens_of(folder.windows))
-        return cls(model, tokenizer, plan, decision, temperature=folder.temperature)
+        return cls(model, tokenizer, plan, decision, calibration=folder.calibration)
 
     def warm_up(self) -> None:
         """Run one text of each possible row length, so that no short request waits until a kernel is compiled."""
@@ -211,7 +210,7 @@ class Scorer:
         logits_WL = np.where(finite_W[:, None], logits_WL, np.float32(0))
         single = self.decision.kind in ("binary", "multiclass")
         votes_DL = count_votes(logits_WL, offsets) if single else None
-        scored = _scores_of(logits_WL, offsets, self.decision, self.temperature)
+        scored = merged_scores(logits_WL, offsets, self.decision, self.calibration)
         return DocumentScores(scored[0], votes_DL, cut.windows, logits_WL, scored[1], documents.num_tokens_D, errors)
 
     def decide(self, scores: DocumentScores, decision: DecisionSettings | None = None) -> Decisions:
@@ -266,18 +265,10 @@ class Scorer:
         return self.score_table(table, "text", "text_pair" if "text_pair" in table.column_names else None)
 
 
-def rescored(scores: DocumentScores, decision: DecisionSettings, temperature: float) -> DocumentScores:
-    """Return the same logits, merged under another decision and temperature."""
-    merged, of_windows = _scores_of(scores.window_logits_WL, scores.windows.offsets, decision, temperature)
+def rescored(scores: DocumentScores, decision: DecisionSettings, calibration: Calibration) -> DocumentScores:
+    """Return the same logits, merged under another decision and calibration."""
+    merged, of_windows = merged_scores(scores.window_logits_WL, scores.windows.offsets, decision, calibration)
     return replace(scores, scores_DL=merged, window_scores_WL=of_windows)
-
-
-def _scores_of(
-    logits_WL: NDArray[np.float32], offsets: NDArray[np.int64], decision: DecisionSettings, temperature: float
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the merged scores of documents, and the scores of their windows."""
-    window_scores_WL = activate(logits_WL, decision.kind, temperature)
-    return merge_windows(window_scores_WL, offsets, "max" if decision.merge == "max" else "mean"), window_scores_WL
 
 
 def plan_of(

@@ -105,7 +105,7 @@ class Predictor:
             "model_hash": self.folder.weights_hash,
             "settings_hash": self.folder.settings_hash,
             "decision": asdict(self.decision),
-            "guarantees": self.folder.guarantees if self.decision == self.folder.decision else {},
+            "guarantees": self._guarantees,
             "windows": asdict(self.folder.windows),
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
@@ -128,6 +128,7 @@ class Predictor:
     def set_thresholds(self, thresholds: float | tuple[float, ...] | Mapping[str, float] | None) -> None:
         """Use other thresholds from now on. Raises SettingsError if they do not fit the labels."""
         self.decision = resolve_thresholds(thresholds, self.folder.decision)
+        self._guarantees = self.folder.guarantees_of(self.decision)
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Use the thresholds in Ray Serve's user_config. Raises SettingsError if it contains anything else."""

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from pipelines.decisions.calibration import fit_temperature
+from pipelines.decisions.calibration import WindowLogits, calibration_error, fit_calibration
 from pipelines.decisions.labels import Decisions, Scaling, decide
 from pipelines.decisions.metrics import count_distinct, evaluate, histograms_of, tie_warning, tune_thresholds
 from pipelines.errors import JobError
@@ -31,7 +31,14 @@ from pipelines.model.scorer import DocumentScores, Scorer, concat_scores, plan_o
 from pipelines.model.weights import describe, new_classifier
 from pipelines.model.window_model import WindowModel
 from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
-from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
+from pipelines.settings import (
+    UNCALIBRATED,
+    Calibration,
+    ComputeSettings,
+    DecisionSettings,
+    TrainSettings,
+    WindowSettings,
+)
 from pipelines.storage.locations import shown
 from pipelines.text.pretrained import save_tokenizer, uses_type_ids
 from pipelines.text.tokenization import Tokenizer
@@ -84,7 +91,7 @@ class TrainSummary:
     """Index of the best evaluation."""
     stopped_early: bool
     thresholds: float | tuple[float, ...] | None
-    temperature: float
+    calibration: Calibration
     valid: Mapping[str, Any]
     """Metrics of the finished model on valid. Empty without valid."""
     workers: int
@@ -110,7 +117,7 @@ class _Result:
     """The decision of the finished model, and its metrics and scores on valid."""
 
     decision: DecisionSettings
-    temperature: float = 1.0
+    calibration: Calibration = UNCALIBRATED
     metrics: Mapping[str, Any] = field(default_factory=dict)
     histograms: Mapping[str, Any] = field(default_factory=dict)
     scores: DocumentScores | None = None
@@ -268,23 +275,28 @@ def _save_checkpoint(loop: TrainLoop, model: WindowModel, checkpoints: Checkpoin
 
 
 def _tune_decision(spec: RunSpec, valid: Corpus, scores: DocumentScores, best_metrics: Mapping[str, Any]) -> _Result:
-    """Fit the temperature and tune the thresholds on the scores of the best evaluation, if the settings say so."""
-    decision, temperature = spec.decision, 1.0
+    """Calibrate and tune the thresholds on the scores of the best evaluation, if the settings say so."""
+    decision, calibration, errors = spec.decision, UNCALIBRATED, {}
     warning = tie_warning(count_distinct(scores.scores_DL, decision))
     if warning is not None:
         _log_once("warning: %s", warning)
-    if spec.train.calibrate:
-        temperature = fit_temperature(scores.window_logits_WL, scores.windows.offsets, valid.targets, decision)
-        _log_once("temperature %.3f", temperature)
-        scores = rescored(scores, decision, temperature)
+    if spec.train.calibrate != "none":
+        errors["calibration_error_before"] = calibration_error(valid.targets, scores.scores_DL, decision)
+        found = WindowLogits(scores.window_logits_WL, scores.windows.offsets, valid.targets)
+        fitted = fit_calibration(spec.train.calibrate, found, decision)
+        for line in fitted.remarks:
+            _log_once("%s", line)
+        calibration = fitted.calibration
+        scores = rescored(scores, decision, calibration)
+        errors["calibration_error"] = calibration_error(valid.targets, scores.scores_DL, decision)
     if _has_tunable_thresholds(decision):
         tuned = tune_thresholds(valid.targets, scores.scores_DL, decision, spec.train.objective)
         for line in tuned.remarks(spec.train.objective):
             _log_once("%s", line)
         decision = tuned.applied_to(decision)
     decisions = decide(scores.scores_DL, decision, scores.votes_DL)
-    metrics = {**best_metrics, **evaluate(valid.targets, scores.scores_DL, decisions, decision)}
-    return _Result(decision, temperature, metrics, histograms_of(scores.scores_DL, decision), scores)
+    metrics = {**best_metrics, **evaluate(valid.targets, scores.scores_DL, decisions, decision), **errors}
+    return _Result(decision, calibration, metrics, histograms_of(scores.scores_DL, decision), scores)
 
 
 def _has_tunable_thresholds(decision: DecisionSettings) -> bool:
@@ -310,7 +322,7 @@ def _write_folder(
             folder,
             replace(spec.windows, max_length=scorer.plan.max_length),
             result.decision,
-            result.temperature,
+            result.calibration,
             metrics=result.metrics,
             histograms=result.histograms,
             reads_pairs=has_pairs,
@@ -392,7 +404,7 @@ def _summary(
         best=state.best,
         stopped_early=state.stopped,
         thresholds=result.decision.thresholds,
-        temperature=result.temperature,
+        calibration=result.calibration,
         valid=result.metrics,
         workers=world_size(),
         packed=packed,

@@ -234,8 +234,7 @@ def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, set
         raise SettingsError(
             f"objective={settings.objective!r} tunes thresholds, and kind {decision.kind} has no thresholds"
         )
-    if settings.calibrate:
-        check_calibration(decision)
+    check_calibration(settings.calibrate, decision)
     if decision.kind in ("binary", "multiclass") and len(np.unique(targets)) < 2:
         only = decision.labels[int(targets[0])]
         raise DataError(f"every training row has the label {only!r}: a classifier needs at least two")

@@ -11,7 +11,7 @@ import pytest
 
 from pipelines import cli
 from pipelines.bulk.drift import compare
-from pipelines.model_folder import write_pipeline_file
+from pipelines.model_folder import read_model_folder, write_pipeline_file
 from pipelines.storage.listing import list_files
 from tests.jobs import read_scored
 
@@ -47,6 +47,32 @@ def test_relabel_matches_scoring_with_thresholds(folders, source, tmp_path, caps
     assert list(limits.values()) == ([median] if kind == "binary" else [0.3, 0.6, median])
     again = ("relabel", tmp_path / "scored", "--thresholds", "0.1", "--output", tmp_path / "new", "--json")
     assert "contains another run; give a new folder" in run(capsys, *again, code=2)
+
+
+def test_other_thresholds_end_a_promise(folders, source, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(folders["binary"].path, folder)
+    promised = {"objective": "recall=0.9", "confidence": 0.95, "joint": False, "rows": 50, "labels": {}}
+    found = replace(read_model_folder(folder), guarantees=promised)
+    write_pipeline_file(replace(found, path=folder, decision=replace(found.decision, thresholds=(0.4,))))
+
+    def promise_in(name):
+        metadata = pq.read_schema(list_files(str(tmp_path / name))[0]).metadata
+        return json.loads(metadata.get(b"pipelines.guarantees", b"null"))
+
+    def warned(*arguments):
+        assert cli.main([str(argument) for argument in arguments]) == 3
+        return "nothing is promised" in capsys.readouterr().err
+
+    common = ("--input", source, "--replicas", 0, "--set", "dtype=float32")
+    assert not warned("score", folder, *common, "--output", tmp_path / "scored")
+    assert promise_in("scored") == promised
+    assert warned("score", folder, *common, "--output", tmp_path / "other", "--set", "thresholds=0.6")
+    assert promise_in("other") is None
+    assert warned("relabel", tmp_path / "scored", "--thresholds", "0.7", "--output", tmp_path / "new")
+    assert promise_in("new") is None
+    assert not warned("relabel", tmp_path / "scored", "--thresholds", "[0.4]", "--output", tmp_path / "same")
+    assert promise_in("same") == promised
 
 
 def test_relabel_in_an_object_store(folders, source, tmp_path, capsys):

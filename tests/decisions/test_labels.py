@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pipelines.decisions.labels import activate, decide, encode_labels, find_labels, resolve_thresholds
 from pipelines.errors import DataError, SettingsError
-from pipelines.settings import DecisionSettings
+from pipelines.settings import Calibration, DecisionSettings
 from pipelines.text.windows import count_votes, merge_windows
 
 BINARY = DecisionSettings(kind="binary", labels=("ham", "spam"), merge="vote")
@@ -92,13 +92,13 @@ def test_multiclass_abstains_below():
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=6, max_size=6), st.floats(0.1, 10))
 def test_activations_are_probabilities(values, temperature):
     logits_WL = np.array(values, dtype=np.float32).reshape(2, 3)
-    softmax = activate(logits_WL, "multiclass", temperature)
+    softmax = activate(logits_WL, "multiclass", Calibration(temperature))
     np.testing.assert_allclose(softmax.sum(axis=1), 1, rtol=1e-5)
-    sigmoid = activate(logits_WL, "multilabel", temperature)
+    sigmoid = activate(logits_WL, "multilabel", Calibration(temperature))
     with np.errstate(over="ignore"):
         reference = 1 / (1 + np.exp(-logits_WL.astype(np.float64) / temperature))
     np.testing.assert_allclose(sigmoid, reference, rtol=1e-6, atol=1e-30)
-    np.testing.assert_array_equal(activate(logits_WL, "regression", temperature), logits_WL)
+    np.testing.assert_array_equal(activate(logits_WL, "regression", Calibration(temperature)), logits_WL)
 
 
 def column(values, kind=None):

@@ -9,9 +9,10 @@ import pytest
 
 from pipelines.cli import main
 from pipelines.errors import DataError, ModelFolderError, SettingsError
-from pipelines.evaluation.labelled import evaluate_folder, tune_folder
+from pipelines.evaluation.labelled import evaluate_folder
+from pipelines.evaluation.tuning import TuneOptions, tune_folder
 from pipelines.model_folder import read_model_folder
-from pipelines.settings import NEVER, ComputeSettings, DataSettings
+from pipelines.settings import NEVER, UNCALIBRATED, ComputeSettings, DataSettings
 from tests.jobs import FLOAT32
 
 COMPUTE = ComputeSettings(**FLOAT32)
@@ -52,9 +53,25 @@ def test_files_and_table_give_same_metrics(folders, source):
 
 def test_tune_refuses_url_and_multiclass(folders, source):
     with pytest.raises(ModelFolderError, match="is a URL; tune a local folder"):
-        tune_folder("s3://models/spam", str(source), DataSettings(), COMPUTE)
+        tune_folder("s3://models/spam", str(source), DataSettings(), COMPUTE, TuneOptions())
     with pytest.raises(SettingsError, match="is of kind multiclass, which has no thresholds"):
-        tune_folder(str(folders["multiclass"].path), str(source), DataSettings(), COMPUTE)
+        tune_folder(str(folders["multiclass"].path), str(source), DataSettings(), COMPUTE, TuneOptions())
+
+
+def test_tune_calibrates(folders, source, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(folders["binary"].path, folder)
+    command = ["tune", folder, "--data", source, "--set", "dtype=float32", "--json"]
+    found = run(capsys, *command, "--calibrate", "per_label", code=3)
+    assert 0 <= found["calibration_error"] != found["calibration_error_before"]
+    assert read_model_folder(folder).calibration.scales
+    kept = run(capsys, *command, code=3)
+    assert kept["thresholds"] == found["thresholds"]
+    assert "calibration_error" not in kept
+    assert run(capsys, "evaluate", *command[1:], code=3)["f1_score"] == kept["f1_score"]
+    reset = run(capsys, *command, "--calibrate", "none", code=3)
+    assert reset["calibration_error"] == pytest.approx(found["calibration_error_before"])
+    assert read_model_folder(folder).calibration == UNCALIBRATED
 
 
 def test_promises_are_written_shown_and_forgotten(source, folders, tmp_path, capsys):

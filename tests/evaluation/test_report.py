@@ -9,7 +9,7 @@ from sklearn.metrics import precision_recall_curve, precision_score, recall_scor
 
 import pipelines.evaluation.report as report
 from pipelines.decisions.labels import decide
-from pipelines.evaluation.report import ReportData, calibration, curve, render, threshold_costs
+from pipelines.evaluation.report import ReportData, curve, render, threshold_costs
 from pipelines.settings import DecisionSettings
 
 HEAD = {"html", "head", "meta", "title", "style"}
@@ -53,16 +53,6 @@ def test_threshold_costs(scored):
         assert row["recall"] == pytest.approx(recall_score(positive_D, taken_D))
         assert row["taken"] == pytest.approx(taken_D.mean())
         assert row["false positives"] + row["false negatives"] == (taken_D != positive_D).sum()
-
-
-def test_calibration_error():
-    rng = np.random.default_rng(1)
-    score_D = rng.random(200_000).astype(np.float32)
-    points, error = calibration(rng.random(200_000) < score_D, score_D)
-    assert error < 0.01
-    np.testing.assert_allclose(points[:, 0], points[:, 1], atol=0.02)
-    _, error = calibration(np.zeros(1000, bool), np.full(1000, 0.8, np.float32))
-    assert error == pytest.approx(0.8)
 
 
 class Tags(html.parser.HTMLParser):

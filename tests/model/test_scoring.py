@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.model.scorer import Scorer
 from pipelines.model_folder import read_model_folder, seal, write_pipeline_file
-from pipelines.settings import ComputeSettings
+from pipelines.settings import Calibration, ComputeSettings
 from tests.tiny import DECISIONS
 
 FLOAT32 = ComputeSettings(dtype="float32", device="cpu")
@@ -109,7 +109,7 @@ def test_threshold_overrides(folders):
 
 def test_temperature_divides_logits(folders):
     folder = folders["binary"]
-    hot = Scorer.load(replace(folder, temperature=4.0), compute=FLOAT32)
+    hot = Scorer.load(replace(folder, calibration=Calibration(4.0)), compute=FLOAT32)
     cold = Scorer.load(folder, compute=FLOAT32)
     log_odds = [np.diff(np.log(s.predict(["text"]).to_pylist()[0]["scores"]))[0] for s in (hot, cold)]
     assert log_odds[1] == pytest.approx(4 * log_odds[0], rel=1e-3)

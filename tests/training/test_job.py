@@ -71,14 +71,14 @@ def test_ineffective_settings_are_refused(training_data, tmp_path):
     numbers = tmp_path / "numbers.parquet"
     pq.write_table(pa.table({"text": ["a", "b"], "label": [1.0, 2.0]}), numbers)
     for kind, settings, message in (
-        ("regression", {"calibrate": True, "train": str(numbers), "valid": str(numbers)}, "needs probabilities"),
+        ("regression", {"calibrate": "per_label", "train": str(numbers), "valid": str(numbers)}, "needs probabilities"),
         ("multiclass", {"objective": "precision=0.9"}, "kind multiclass has no thresholds"),
         ("binary", {"objective": "precision"}, "is none of: f1, fbeta=B"),
     ):
         with pytest.raises(SettingsError, match=message):
             train_here(train_job(training_data, tmp_path / "out", kind=kind, weight=None, **settings))
-    with pytest.raises(SettingsError, match="calibrate=True needs validation data"):
-        train_here(train_job(training_data, tmp_path / "out", valid=None, calibrate=True))
+    with pytest.raises(SettingsError, match="calibrate='temperature' needs validation data"):
+        train_here(train_job(training_data, tmp_path / "out", valid=None, calibrate="temperature"))
     assert not (tmp_path / "out").exists()
 
 

@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file
 
-from pipelines.decisions.calibration import fit_temperature, log_loss
+from pipelines.decisions.calibration import WindowLogits, log_loss
 from pipelines.errors import JobError, SettingsError
 from pipelines.model.scorer import Scorer
 from pipelines.model.weights import describe
 from pipelines.model.window_model import WindowModel
 from pipelines.model_folder import read_model_folder
-from pipelines.settings import DecisionSettings, TrainSettings
+from pipelines.settings import Calibration, DecisionSettings, TrainSettings
 from pipelines.text.tokenization import Documents, Tokens
 from pipelines.training.checkpoints import steps_of
 from pipelines.training.corpus import Corpus, UnitLengths
@@ -21,7 +21,7 @@ from pipelines.training.losses import LOSSES
 from pipelines.training.optimization import make_optimizer, make_schedule
 from pipelines.training.state import BestMetric
 from tests import tiny
-from tests.training.runs import BINARY, FLOAT32, KINDS, MULTICLASS, MULTILABEL, in_units, make_job, run
+from tests.training.runs import BINARY, FLOAT32, KINDS, MULTILABEL, in_units, make_job, run
 
 
 def learning_rates(num_steps=20, **settings):
@@ -227,32 +227,19 @@ def test_activation_checkpointing_matches(tmp_path, emails, family):
 
 
 def test_calibration_minimizes_log_loss(tmp_path, emails, log_lines):
-    job, train, valid = make_job(tmp_path, emails, epochs=6, calibrate=True)
+    job, train, valid = make_job(tmp_path, emails, epochs=6, calibrate="temperature")
     summary = run(job, train, valid)
     folder = read_model_folder(job.output)
-    assert folder.temperature == summary.temperature
+    assert folder.calibration == summary.calibration
+    assert summary.valid["calibration_error"] < 1 > summary.valid["calibration_error_before"]
     assert any(line.startswith("temperature ") for line in log_lines)
     scored = Scorer.load(folder, compute=FLOAT32).score_documents(valid.documents)
-    losses = [
-        log_loss(scored.window_logits_WL, scored.windows.offsets, valid.targets, BINARY, temperature)
-        for temperature in (folder.temperature, folder.temperature * 0.9, folder.temperature * 1.1, 1.0)
-    ]
+    found, best = WindowLogits(scored.window_logits_WL, scored.windows.offsets, valid.targets), folder.calibration
+    temperatures = (best.temperature, best.temperature * 0.9, best.temperature * 1.1, 1.0)
+    losses = [log_loss(found, BINARY, Calibration(temperature)) for temperature in temperatures]
     assert losses[0] == min(losses)
     true_scores = scored.scores_DL[np.arange(len(valid.targets)), valid.targets]
     assert -np.log(np.maximum(true_scores, 1e-7)).mean() == pytest.approx(losses[0], rel=1e-5)
-
-
-def test_fit_temperature_recovers_known_value():
-    rng = np.random.default_rng(0)
-    logits_WL = rng.normal(0, 2, (20_000, 3)).astype(np.float32)
-    chances = np.exp(logits_WL / 1.7)
-    chances /= chances.sum(axis=1, keepdims=True)
-    targets = (chances.cumsum(axis=1) < rng.random((20_000, 1))).sum(axis=1)
-    assert fit_temperature(logits_WL, np.arange(20_001), targets, MULTICLASS) == pytest.approx(1.7, rel=0.05)
-    both = (1 / (1 + np.exp(-logits_WL / 0.6)) > rng.random(logits_WL.shape)).astype(np.float32)
-    assert fit_temperature(logits_WL, np.arange(20_001), both, MULTILABEL) == pytest.approx(0.6, rel=0.05)
-    with pytest.raises(SettingsError, match="kind regression has none"):
-        fit_temperature(logits_WL[:, :1], np.arange(20_001), chances[:, 0], KINDS["regression"])
 
 
 def test_non_finite_loss_names_documents(tmp_path, emails):

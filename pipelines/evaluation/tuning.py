@@ -1,0 +1,198 @@
+"""Tune the thresholds of a model folder on labelled data, and calibrate its scores."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.decisions.calibration import calibration_error, fit_calibration
+from pipelines.decisions.guarantees import Guarantees, check_confidence, guarantee_thresholds
+from pipelines.decisions.labels import decide, merged_scores
+from pipelines.decisions.metrics import Tuned, evaluate, histograms_of, tune_thresholds
+from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.evaluation.labelled import (
+    LabelledScores,
+    labelled_input,
+    open_for,
+    promises_of,
+    score_labelled,
+    shown_number,
+)
+from pipelines.fields import check_types
+from pipelines.model_folder import ModelFolder, write_pipeline_file
+from pipelines.settings import CalibrationMethod, ComputeSettings, DataSettings, DecisionSettings
+from pipelines.storage.locations import shown
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What `tune_folder` tunes for."""
+
+    objective: str = "f1"
+    """f1, fbeta=B, precision=P or recall=R."""
+    confidence: float | None = None
+    """Probability with which the precision or recall holds on new documents. None promises nothing."""
+    joint: bool = False
+    """Whether the confidence is that of all labels together."""
+    calibrate: CalibrationMethod | None = None
+    """How scores are calibrated before: none, temperature or per_label. None keeps the calibration of the folder."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_confidence(self.objective, self.confidence)
+        if self.joint and self.confidence is None:
+            raise SettingsError("joint is for a confidence; give one, such as --confidence 0.95")
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """Thresholds that were tuned and written into a model folder."""
+
+    model: str
+    rows_in_error: int
+    objective: str
+    labels: tuple[str, ...]
+    """Labels of the thresholds."""
+    thresholds: tuple[float, ...]
+    thresholds_before: float | tuple[float, ...] | None
+    untuned: tuple[str, ...] = ()
+    """Labels that keep their old threshold, because all rows have them or no row has them."""
+    missed: tuple[str, ...] = ()
+    """Labels for which no threshold reaches the objective."""
+    pooled: tuple[str, ...] = ()
+    """Labels with too few positives for a threshold of their own."""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Metrics with the new thresholds."""
+    guarantees: Mapping[str, Any] = field(default_factory=dict)
+    """What is promised of the thresholds, if a confidence was given (`guarantees.Guarantees`)."""
+
+    def __repr__(self) -> str:
+        tuned = zip(self.labels, self.thresholds, strict=True)
+        lines = [
+            f"TuneResult of {self.model} for {self.objective}",
+            *(f"  {name} {value:.4g}" for name, value in tuned),
+        ]
+        lines += [f"  {name} {shown_number(value)}" for name, value in self.metrics.items() if name != "per_label"]
+        lines += [f"  {name}: {text}" for name, text in self.promises.items()]
+        return "\n".join(lines)
+
+    @property
+    def promises(self) -> dict[str, str]:
+        """What is promised of each label's threshold, in words. Empty without promises."""
+        return promises_of(self.guarantees)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as `pipelines tune --json` prints it."""
+        before = self.thresholds_before
+        return {
+            "rows_in_error": self.rows_in_error,
+            "objective": self.objective,
+            "thresholds": list(self.thresholds),
+            "thresholds_before": list(before) if isinstance(before, tuple) else before,
+            "untuned": list(self.untuned),
+            "missed": list(self.missed),
+            "pooled": list(self.pooled),
+            **({"guarantees": dict(self.guarantees)} if self.guarantees else {}),
+            **self.metrics,
+        }
+
+
+def tune_folder(
+    model: str, source: str | pa.Table, data: DataSettings, compute: ComputeSettings, options: TuneOptions
+) -> TuneResult:
+    """Tune thresholds for the objective, and replace the folder's pipeline.json.
+
+    Args:
+        model: Local model folder.
+        source: Labelled file, folder or glob; or a table in memory.
+        data: Which columns are read, and how many rows.
+        compute: How the forward pass runs.
+        options: What is tuned.
+
+    Raises:
+        UsageError: The folder is not local, its kind has no thresholds, or the data does not fit.
+    """
+    folder = _open_to_tune(model, data)
+    scored = score_labelled(folder, labelled_input(source, data, folder.decision), data, compute)
+    folder, scored, errors = _calibrated(folder, scored, options.calibrate)
+    tuned = _tuned(scored, folder.decision, options)
+    decision = tuned.applied_to(folder.decision)
+    guarantees = tuned.to_json() if isinstance(tuned, Guarantees) else {}
+    decisions = decide(scored.scores_DL, decision)
+    metrics = {**evaluate(scored.targets, scored.scores_DL, decisions, decision), **errors}
+    histograms = histograms_of(scored.scores_DL, decision)
+    write_pipeline_file(
+        replace(folder, decision=decision, metrics=metrics, histograms=histograms, guarantees=guarantees)
+    )
+    for line in tuned.remarks(options.objective):
+        logger.warning("%s", line)
+    return TuneResult(
+        model=shown(model),
+        rows_in_error=scored.rows_in_error,
+        objective=options.objective,
+        labels=folder.decision.labels[-len(tuned.thresholds) :],
+        thresholds=tuned.thresholds,
+        thresholds_before=folder.decision.thresholds,
+        untuned=tuned.untuned if isinstance(tuned, Tuned) else (),
+        missed=tuned.missed,
+        pooled=tuned.pooled if isinstance(tuned, Tuned) else (),
+        metrics=metrics,
+        guarantees=guarantees,
+    )
+
+
+def _tuned(scored: LabelledScores, decision: DecisionSettings, options: TuneOptions) -> Tuned | Guarantees:
+    """Return the thresholds, with promises if there is a confidence."""
+    if options.confidence is None:
+        return tune_thresholds(scored.targets, scored.scores_DL, decision, options.objective)
+    return guarantee_thresholds(
+        scored.targets,
+        scored.scores_DL,
+        decision,
+        objective=options.objective,
+        confidence=options.confidence,
+        joint=options.joint,
+    )
+
+
+def _calibrated(
+    folder: ModelFolder, scored: LabelledScores, method: CalibrationMethod | None
+) -> tuple[ModelFolder, LabelledScores, dict[str, float | None]]:
+    """Return folder and scores with a new calibration, and its error before and after. None changes nothing."""
+    if method is None:
+        return folder, scored, {}
+    decision, found = folder.decision, scored.windows
+    fitted = fit_calibration(method, found, decision)
+    for line in fitted.remarks:
+        logger.info("%s", line)
+    scores_DL, _ = merged_scores(found.logits_WL, found.offsets, decision, fitted.calibration)
+    errors = {
+        "calibration_error_before": calibration_error(scored.targets, scored.scores_DL, decision),
+        "calibration_error": calibration_error(scored.targets, scores_DL, decision),
+    }
+    return replace(folder, calibration=fitted.calibration), replace(scored, scores_DL=scores_DL), errors
+
+
+def _open_to_tune(model: str, data: DataSettings) -> ModelFolder:
+    """Open a folder that can be written to, and whose kind has thresholds."""
+    if "://" in model:
+        raise ModelFolderError(f"{shown(model)} is a URL; tune a local folder and upload it")
+    if not os.access(Path(model).expanduser(), os.W_OK):
+        raise ModelFolderError(
+            f"{shown(model)} is not a folder that can be written to; make one: pipelines convert {shown(model)} NEW"
+        )
+    folder = open_for(model, data)
+    if folder.decision.kind not in ("binary", "multilabel"):
+        raise SettingsError(
+            f"thresholds are for kinds binary and multilabel; {shown(model)} is of kind {folder.decision.kind}, "
+            "which has no thresholds"
+        )
+    return folder
