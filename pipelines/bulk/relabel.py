@@ -125,4 +125,4 @@ def _relabel_file(scored: str, path: str, *, output: str, decision: DecisionSett
         rows_filtered=before.rows_filtered,
         seconds=before.seconds,
     )
-    commit_unit(output, posixpath.basename(path), table, counts)
+    commit_unit(output, posixpath.basename(path), table, counts, replaces=True)

@@ -52,5 +52,4 @@ def _clean(location: str, unit: WorkUnit, decision: DecisionSettings, prefix: st
         values_lost=counts.values_lost,
         seconds=counts.seconds,
     )
-    commit_unit(location, unit.output_name, left, counts)
-    return counts
+    return commit_unit(location, unit.output_name, left, counts, replaces=True)

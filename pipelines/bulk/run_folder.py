@@ -10,8 +10,10 @@ written last.
 from __future__ import annotations
 
 import json
+import logging
+import posixpath
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,6 +25,7 @@ from fsspec import AbstractFileSystem
 from pipelines.bulk.changes import check_change, check_gone, compare_input
 from pipelines.bulk.manifest import (
     MANIFEST,
+    RUN_METADATA,
     TABLES,
     Generation,
     Manifest,
@@ -34,7 +37,7 @@ from pipelines.bulk.manifest import (
     read_manifest,
 )
 from pipelines.bulk.summary import Counts, ScoreSummary
-from pipelines.errors import JobError, OutputError
+from pipelines.errors import JobError, OutputError, first_line
 from pipelines.storage.locations import (
     commit_json,
     commit_new_json,
@@ -54,6 +57,7 @@ SUMMARY = "_summary.json"
 COUNTS_METADATA = b"pipelines.part"
 """Key in a scored file's schema metadata. The value is the `Counts` of its unit, as JSON."""
 FOOTER_THREADS = 32
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -214,11 +218,24 @@ def without_errors(run: Run, mark: str) -> Run:
 
 
 def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
-    """Read the counts of finished files from their footers."""
+    """Read the counts of finished files from their footers.
+
+    Raises:
+        JobError: A file is damaged, or was not written by a scoring job.
+    """
     filesystem, folder = filesystem_of(location)
+
+    def read(name: str) -> Counts:
+        try:
+            return Counts.from_json(json.loads(read_metadata(filesystem, f"{folder}/{name}")[COUNTS_METADATA]))
+        except (pa.ArrowInvalid, KeyError, ValueError) as error:
+            raise JobError(
+                f"{name} in {shown(location)} is damaged ({first_line(error)}); remove it, and start the job again to "
+                f"score its rows"
+            ) from error
+
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        found = pool.map(lambda name: read_metadata(filesystem, f"{folder}/{name}")[COUNTS_METADATA], names)
-        return [Counts.from_json(json.loads(content)) for content in found]
+        return list(pool.map(read, names))
 
 
 def read_metadata(filesystem: AbstractFileSystem, path: str) -> dict[bytes, bytes]:
@@ -226,10 +243,51 @@ def read_metadata(filesystem: AbstractFileSystem, path: str) -> dict[bytes, byte
     return from_parquet(filesystem, path, lambda file: dict(file.schema_arrow.metadata or {}))
 
 
-def commit_unit(location: str, name: str, table: pa.Table, counts: Counts) -> None:
-    """Write a unit's scored file atomically, with its counts in the footer."""
+def commit_unit(location: str, name: str, table: pa.Table, counts: Counts, *, replaces: bool = False) -> Counts:
+    """Write a unit's scored file atomically, with its counts in the footer.
+
+    A file of the same run that is there already stays, unless `replaces` is true: two processes may score a unit, and
+    a table may have the file. A file of another run is replaced.
+
+    Returns:
+        The counts of the file that is there now.
+
+    Raises:
+        JobError: Another job has replaced the run.
+    """
     metadata = {**(table.schema.metadata or {}), COUNTS_METADATA: json.dumps(counts.to_json())}
-    commit_table(location, name, table.replace_schema_metadata(metadata))
+    table = table.replace_schema_metadata(metadata)
+    if not replaces:
+        with suppress(FileExistsError):
+            commit_table(location, name, table, is_new=True)
+            return counts
+        run = table.schema.metadata.get(RUN_METADATA, b"")
+        existing = _metadata_of_part(location, name)
+        if existing.get(RUN_METADATA) == run:
+            return Counts.from_json(json.loads(existing[COUNTS_METADATA]))
+        if read_manifest(location).run != run.decode():
+            raise JobError(f"another job has replaced the run in {shown(location)}; give a new folder")
+    commit_table(location, name, table)
+    return counts
+
+
+def _metadata_of_part(location: str, name: str) -> dict[bytes, bytes]:
+    """Return the metadata of a scored file. Empty if the file is damaged."""
+    filesystem, folder = filesystem_of(location)
+    try:
+        return read_metadata(filesystem, posixpath.join(folder, name))
+    except (pa.ArrowInvalid, FileNotFoundError):
+        return {}
+
+
+def remove_strays(run: Run, names: Collection[str]) -> None:
+    """Remove the files of units that are not in the run: a job that was thought dead wrote them after --overwrite."""
+    own = {unit.output_name for units in run.generations for unit in units}
+    strays = sorted(name for name in names if OUTPUT_NAME.fullmatch(name) and name not in own)
+    if strays:
+        logger.warning("%d files of an earlier run in %s are removed", len(strays), shown(run.location))
+    for name in strays:
+        remove(run.location, name)
 
 
 def finished_summary(run: Run) -> ScoreSummary | None:

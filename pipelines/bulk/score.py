@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import posixpath
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -21,13 +22,15 @@ from pipelines.bulk.run_folder import (
     finished_summary,
     open_run,
     read_counts,
+    remove_strays,
     sweep,
     without_errors,
 )
-from pipelines.bulk.summary import Counts, ScoreSummary, summarize
+from pipelines.bulk.summary import Counts, ScoreSummary, sum_counts, summarize
 from pipelines.bulk.unit import UnitScorer, load_scorer
 from pipelines.errors import JobError
 from pipelines.progress import repeated
+from pipelines.settings import DecisionSettings
 from pipelines.storage.footers import no_memory
 from pipelines.storage.locations import commit_json, list_names, make_folder, shown
 from pipelines.storage.marks import heartbeat
@@ -87,8 +90,11 @@ def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
                 "another job writes to this folder (%s): both do the same work, and the result is correct",
                 mark.others[0],
             )
+        checked = replace(checked, run=run.manifest.run)
         totals = _score_rest(checked, run, score_units)
+        names = list_names(run.location)
         check_same_run(run)
+        remove_strays(run, names)
         summary = _finish(checked, run, totals)
         sweep(run.location, mark.name)
         return summary
@@ -132,16 +138,29 @@ def score_units_here(checked: CheckedJob, units: Iterator[WorkUnit]) -> Iterator
                 raise no_memory("to score a unit") from error
 
 
+def _count_files(run: Run, decision: DecisionSettings) -> Counts:
+    """Add the counts in the files of all units: what is there counts, and not what this process has written.
+
+    Raises:
+        JobError: Files are missing.
+    """
+    names = [unit.output_name for units in run.generations for unit in units]
+    here = list_names(run.location)
+    gone = [name for name in names if not here.get(name)]
+    try:
+        if not gone:
+            return sum_counts(decision, read_counts(run.location, names))
+    except FileNotFoundError as error:
+        gone = [posixpath.basename(str(error.filename or error))]
+    raise JobError(
+        f"{len(gone)} of {run.num_units} files are missing in {shown(run.location)}, such as {gone[0]}: something "
+        f"else removed them while the job ran; start the job again to score their rows"
+    )
+
+
 def _finish(checked: CheckedJob, run: Run, totals: RunTotals) -> ScoreSummary:
     """Check that no row and no file is missing, and write the summary."""
-    names = list_names(run.location)
-    gone = [unit.output_name for units in run.generations for unit in units if not names.get(unit.output_name)]
-    if gone:
-        raise JobError(
-            f"{len(gone)} of {run.num_units} files are missing in {shown(run.location)}, such as {gone[0]}: something "
-            f"else removed them while the job ran; start the job again to score their rows"
-        )
-    total = totals.total
+    total = replace(_count_files(run, checked.decision), seconds=totals.total.seconds)
     if total.rows_in != run.num_rows or total.rows_out + total.rows_filtered != run.num_rows:
         raise JobError(
             f"{run.num_rows} rows in, but {total.rows_out} out and {total.rows_filtered} filtered out in "

@@ -40,6 +40,8 @@ class ReplicaSetup:
     replicas_per_node: int = 1
     via_serve: str | None = None
     """Name of a Serve application that scores instead. The replica then has no model of its own."""
+    replaces: bool = False
+    """Whether units are scored again, so that their files replace those that are there."""
 
 
 class DocumentScorer(Protocol):
@@ -80,7 +82,7 @@ class UnitScorer:
             seconds={"read": stats.read_seconds, "tokenize": stats.tokenize_seconds, "forward": forward_seconds},
         )
         started = time.perf_counter()
-        commit_unit(self._setup.output, unit.output_name, scored, counts)
+        counts = commit_unit(self._setup.output, unit.output_name, scored, counts, replaces=self._setup.replaces)
         return replace(counts, seconds={**counts.seconds, "write": time.perf_counter() - started})
 
     def _results(self, number: int, documents: Documents) -> tuple[pa.Table, float]:

@@ -35,6 +35,10 @@ LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryE
 """Errors that are not retried, because another attempt would fail too."""
 DELTA, ICEBERG = "delta:", "iceberg:"
 """Starts of the names of tables in the setting `table`. An Iceberg table that is the input has such a name too."""
+WITH_CONDITIONS = {"s3", "gs", "gcs"}
+"""Protocols whose filesystems can write a file only if it does not exist (`pipe_file(mode="create")`)."""
+UNFINISHED = "._"
+"""Start of the names of files with state that a killed process did not finish to write, in a local folder."""
 Result = TypeVar("Result")
 
 
@@ -190,18 +194,19 @@ def list_names(location: str) -> dict[str, int]:
     return {posixpath.basename(entry["name"]): int(entry["size"] or 0) for entry in entries if entry["type"] == "file"}
 
 
-def is_empty(location: str, *, besides: str = "") -> bool:
+def is_empty(location: str, *, besides: str) -> bool:
     """Return whether a folder is empty or does not exist. In an object store, a folder without files does not exist.
 
     Args:
         location: The folder.
-        besides: Start of the names of files that do not count. Empty: every file counts.
+        besides: Start of the names of files that do not count. Files that a killed process did not finish do not count
+            either (`commit_bytes`).
     """
     filesystem, path = filesystem_of(location)
     filesystem.invalidate_cache()
     try:
         names = [posixpath.basename(str(name)) for name in retried(lambda: filesystem.ls(path, detail=False))]
-        return not [name for name in names if not (besides and name.startswith(besides))]
+        return not [name for name in names if not name.startswith((besides, UNFINISHED))]
     except FileNotFoundError:
         return True
 
@@ -215,6 +220,13 @@ def read_bytes(location: str, name: str) -> bytes:
 def read_json(location: str, name: str) -> Any:
     """Return the parsed content of a JSON file in a folder."""
     return json.loads(read_bytes(location, name))
+
+
+def exists(location: str, name: str) -> bool:
+    """Return whether a folder has a file of this name. A listing may be older than that."""
+    filesystem, folder = filesystem_of(location)
+    filesystem.invalidate_cache()
+    return bool(retried(lambda: filesystem.exists(posixpath.join(folder, name))))
 
 
 def from_parquet(filesystem: AbstractFileSystem, path: str, read: Callable[[pq.ParquetFile], Result]) -> Result:
@@ -236,12 +248,17 @@ def remove(location: str, name: str) -> None:
         return
 
 
-def commit_table(location: str, name: str, table: pa.Table) -> int:
-    """Write a Parquet file (zstd) atomically, and return its size in bytes."""
+def commit_table(location: str, name: str, table: pa.Table, *, is_new: bool = False) -> int:
+    """Write a Parquet file (zstd) atomically, and return its size in bytes.
+
+    Raises:
+        FileExistsError: is_new is true, and the file exists (`commit_new_bytes`).
+    """
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd")
     content = buffer.getvalue()
-    commit_bytes(location, name, memoryview(content))
+    commit = commit_new_bytes if is_new else commit_bytes
+    commit(location, name, memoryview(content))
     return int(content.size)
 
 
@@ -256,20 +273,32 @@ def commit_new_json(location: str, name: str, content: dict[str, Any]) -> None:
     Raises:
         FileExistsError: The file exists. If the answer of an object store was lost, this process may have created it.
     """
+    if exists(location, name):  # some stores ignore the condition of a request
+        raise FileExistsError(f"{shown(location)}/{name} exists")
+    commit_new_bytes(location, name, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def commit_new_bytes(location: str, name: str, content: bytes | memoryview) -> None:
+    """Write a file atomically, unless there is one.
+
+    In object stores without conditional requests, two processes that write at the same time may both succeed.
+
+    Raises:
+        FileExistsError: The file exists. If the answer of an object store was lost, this process may have created it.
+    """
     filesystem, folder = filesystem_of(location)
-    target, encoded = posixpath.join(folder, name), (json.dumps(content, indent=2) + "\n").encode()
-    if isinstance(filesystem, LocalFileSystem):
-        retried(lambda: _commit_locally(target, encoded, replace=_link))
-        return
-    has_condition = (
-        {filesystem.protocol} & {"s3"} if isinstance(filesystem.protocol, str) else "s3" in filesystem.protocol
-    )
+    target = posixpath.join(folder, name)
+    protocols = {filesystem.protocol} if isinstance(filesystem.protocol, str) else set(filesystem.protocol)
 
     def create() -> None:
-        filesystem.invalidate_cache()
-        if filesystem.exists(target):
+        if isinstance(filesystem, LocalFileSystem):
+            _commit_locally(target, content, is_new=True)
+        elif protocols & WITH_CONDITIONS:
+            filesystem.pipe_file(target, bytes(content), mode="create")
+        elif exists(location, name):
             raise FileExistsError(f"{shown(location)}/{name} exists")
-        filesystem.pipe_file(target, encoded, **({"mode": "create"} if has_condition else {}))
+        else:
+            filesystem.pipe_file(target, bytes(content))
 
     retried(create)
 
@@ -308,9 +337,8 @@ def _link(partial: str, target: str) -> None:
         os.replace(partial, target)
 
 
-def _commit_locally(
-    target: str, content: bytes | memoryview, *, replace: Callable[[str, str], None] = os.replace
-) -> None:
+def _commit_locally(target: str, content: bytes | memoryview, *, is_new: bool = False) -> None:
+    """Write a file under another name, and then give it its name. After a power loss, it is there with its content."""
     folder, name = posixpath.split(target)
     partial = posixpath.join(folder, f".{name}.{uuid.uuid4().hex}")
     try:
@@ -318,10 +346,26 @@ def _commit_locally(
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        replace(partial, target)
+        if is_new:
+            _link(partial, target)
+        else:
+            os.replace(partial, target)
     finally:
         if os.path.exists(partial):
             os.unlink(partial)
+    _sync_names(folder)
+
+
+def _sync_names(folder: str) -> None:
+    """Sync the names of the files in a folder to disk, where the filesystem can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(location: str) -> None:

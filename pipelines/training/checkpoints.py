@@ -24,6 +24,7 @@ from pipelines.errors import JobError, OutputError, first_line
 from pipelines.model_folder import PIPELINE_FILE, RUN_FILE, file_sha256
 from pipelines.storage.locations import (
     commit_json,
+    exists,
     filesystem_of,
     is_empty,
     list_names,
@@ -191,8 +192,8 @@ def open_training(output: str, identity: Mapping[str, Any]) -> bool:
             differences.
     """
     make_folder(output)
-    names = list_names(output)
-    if RUN_FILE in names and PIPELINE_FILE not in names:
+    has_run, has_model = exists(output, RUN_FILE), exists(output, PIPELINE_FILE)
+    if has_run and not has_model:
         before = read_json(output, RUN_FILE)
         changed = {name: value for name, value in identity.items() if before.get(name) != value}
         differences = [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in changed.items()]
@@ -202,10 +203,10 @@ def open_training(output: str, identity: Mapping[str, Any]) -> bool:
                 "use those settings to resume it, or give a new folder"
             )
         return True
-    if PIPELINE_FILE in names and RUN_FILE in names:  # the run was killed after its model was finished
+    if has_model and has_run:  # the run was killed after its model was finished
         with suppress(OSError):  # the folder is refused below in any case
             remove_all(output)
-    if not is_empty(output, besides=MARK):
+    if has_model or not is_empty(output, besides=MARK):
         raise OutputError(f"--output {shown(output)} is not empty; give a new folder, or remove it first")
     try:
         commit_json(output, RUN_FILE, dict(identity))

@@ -181,10 +181,11 @@ def test_files_that_are_gone_before_they_are_scored(run, emails, monkeypatch):
         write(emails, source, f"{name}.parquet", 10 * number, 40)
     commit, commits = unit_module.commit_unit, []
 
-    def dies(*args):
+    def dies(*args, **options):
         if commits:
             raise Killed
-        commits.append(commit(*args))
+        commits.append(commit(*args, **options))
+        return commits[-1]
 
     monkeypatch.setattr(unit_module, "commit_unit", dies)
     with pytest.raises(Killed):

@@ -140,7 +140,9 @@ def test_units_with_errors_are_scored_again(spam_folder, tmp_path, emails, monke
     job = score_job(spam_folder, tmp_path / "in", tmp_path / "out", unit_bytes=10)
     again = score_job(spam_folder, tmp_path / "in", tmp_path / "out", unit_bytes=10, retry_errors=True)
     commit, committed = unit_module.commit_unit, []
-    monkeypatch.setattr(unit_module, "commit_unit", lambda *args: committed.append(args[1]) or commit(*args))
+    monkeypatch.setattr(
+        unit_module, "commit_unit", lambda *args, **options: committed.append(args[1]) or commit(*args, **options)
+    )
 
     def fails(self, documents):
         if len(committed) in (2, 3):
@@ -160,7 +162,7 @@ def test_units_with_errors_are_scored_again(spam_folder, tmp_path, emails, monke
         score(again)
     del committed[:]
     with monkeypatch.context() as patch:
-        patch.setattr(unit_module, "commit_unit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(unit_module, "commit_unit", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             score(again)
     assert not (tmp_path / "out" / "_summary.json").exists()

@@ -1,11 +1,23 @@
-"""Choose the proxy in front of the replicas. Ray Serve reads the choice from the environment at import and start."""
+"""Choose the proxy in front of the replicas. Ray Serve reads the choice from the environment at import and start.
+
+While the model loads, and while a server stops, Ray Serve's own proxy knows no application, and would answer that the
+path does not exist. `Unavailable` answers that the server is not there now. HAProxy has no such place.
+"""
 
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
 
 from pipelines.errors import SettingsError
+from pipelines.serving.schema import ErrorResponse
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 DEFAULTS = {
@@ -16,6 +28,11 @@ DEFAULTS = {
 }
 
 
+MIDDLEWARES = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}.middlewares"}
+"""Variable with the function that returns the middlewares of Ray Serve's own proxy."""
+RETRY_AFTER_SECONDS = 5
+
+
 def prepare_proxy(proxy: str) -> None:
     """Set the environment for the proxy, for this process and a local Ray that it starts.
 
@@ -23,8 +40,42 @@ def prepare_proxy(proxy: str) -> None:
     """
     if proxy == "haproxy":
         os.environ.update(HAPROXY)
-        for name, value in DEFAULTS.items():
-            os.environ.setdefault(name, value)
+    for name, value in (DEFAULTS if proxy == "haproxy" else MIDDLEWARES).items():
+        os.environ.setdefault(name, value)
+
+
+def middlewares() -> list[Middleware]:
+    """Return the middlewares of Ray Serve's own proxy. Ray Serve calls this in each proxy."""
+    return [Middleware(Unavailable)]
+
+
+class Unavailable:
+    """ASGI middleware: answers 503 with Retry-After while there is no application.
+
+    Ray Serve's proxy then answers 404 in plain text. The application's own 404 is JSON.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        is_replaced = False
+
+        async def send_replaced(message: Message) -> None:
+            nonlocal is_replaced
+            if message["type"] == "http.response.start":
+                kind = Headers(raw=message["headers"]).get("content-type", "")
+                is_replaced = message["status"] == 404 and kind.startswith("text/plain")
+            if not is_replaced:
+                await send(message)
+
+        await self._app(scope, receive, send_replaced)
+        if is_replaced:
+            problem = "the server is starting or stopping; try again later"
+            content = ErrorResponse(error=problem, error_type="unavailable").model_dump()
+            headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+            await JSONResponse(content, 503, headers=headers)(scope, receive, send)
 
 
 def check_proxy(proxy: Literal["python", "haproxy"]) -> None:

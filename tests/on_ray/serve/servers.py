@@ -15,9 +15,9 @@ from tests.serving.keys import HASHES, KEYS
 
 
 @contextlib.contextmanager
-def started(folder, *settings):
+def started(folder, *settings, port=None):
     """A client of a server with KEYS. The server must shut down cleanly at the end."""
-    port = free_port()
+    port = port or free_port()
     command = [sys.executable, "-m", "pipelines", "serve", str(folder.path), "--port", str(port)]
     for setting in (f"api_keys=[{','.join(HASHES)}]", *settings):
         command += ["--set", setting]

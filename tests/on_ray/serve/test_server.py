@@ -1,5 +1,6 @@
 """A real server over a real socket. Predict, the job and the endpoint agree (SPEC section 9)."""
 
+import contextlib
 import html
 import random
 import re
@@ -7,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
@@ -120,8 +122,31 @@ def test_haproxy_with_two_replicas(spam_folder):
         assert httpx.get(f"{client.base_url}/info", timeout=30).status_code == 401
 
 
+@contextlib.contextmanager
+def asked_all_the_time(port):
+    """All answers of a server to short requests, from before its start until after its end."""
+    answers, stop = [], threading.Event()
+
+    def ask():
+        while not stop.wait(0.05):
+            with contextlib.suppress(httpx.TransportError):  # nothing listens
+                answers.append(httpx.get(f"http://127.0.0.1:{port}/health", timeout=30))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    yield answers
+    stop.set()
+    thread.join()
+
+
 def test_running_request_finishes_on_shutdown(spam_folder):
-    with ThreadPoolExecutor(1) as pool, started(spam_folder, "dtype=float32", "max_document_tokens=1000000") as client:
+    port = free_port()
+    settings = ("dtype=float32", "max_document_tokens=1000000")
+    with (
+        asked_all_the_time(port) as answers,
+        ThreadPoolExecutor(1) as pool,
+        started(spam_folder, *settings, port=port) as client,
+    ):
         url, headers = f"{client.base_url}/v1/predict", dict(client.headers)
         answer = pool.submit(httpx.post, url, headers=headers, json={"inputs": ["word " * 300_000]}, timeout=60)
         time.sleep(1)
@@ -132,6 +157,11 @@ def test_running_request_finishes_on_shutdown(spam_folder):
     assert prediction["num_tokens"] >= 300_000
     assert not prediction["truncated"]
     assert time.monotonic() - stopping < 60
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert {answer.status_code for answer in refused} == {503}, "while the model loads, and while the server stops"
+    assert all(answer.headers["retry-after"] and answer.json()["error_type"] == "unavailable" for answer in refused)
+    assert answers[0].status_code == 503
+    assert sum(answer.status_code == 200 for answer in answers)
 
 
 def rendered(url):

@@ -1,0 +1,82 @@
+# ruff: noqa: E501  # lines of code, as they are
+"""Plant faults in a copy of the code, one at a time, and count the histories until the simulation finds each.
+
+python -m tests.simulation.planted            # all of them
+python -m tests.simulation.planted no-fsync   # those whose name contains this
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RUN_FOLDER, SCORE = "pipelines/bulk/run_folder.py", "pipelines/bulk/score.py"
+LOCATIONS, CHECKPOINTS = "pipelines/storage/locations.py", "pipelines/training/checkpoints.py"
+FAULTS = {
+    "no-fsync-of-the-content": (LOCATIONS, "            os.fsync(file.fileno())\n", ""),
+    "no-fsync-of-the-name": (LOCATIONS, "    _sync_names(folder)\n\n", "\n"),
+    "written-in-place": (LOCATIONS, 'partial = posixpath.join(folder, f".{name}.{uuid.uuid4().hex}")', "partial = target"),
+    "manifest-not-exclusive": (RUN_FOLDER, "commit_json if overwrite else commit_new_json", "commit_json"),
+    "names-repeat": ("pipelines/storage/shards.py", 'f"part-{self.number:06d}-', 'f"part-{self.number % 2:06d}-{0:012d}" or f"'),
+    "name-without-rows": ("pipelines/storage/shards.py", "json.dumps(rows)", "json.dumps(rows[:0])"),
+    "listing-after-the-manifest": (SCORE, "        names = list_names(run.location)\n        check_same_run(run)\n", "        check_same_run(run)\n        names = list_names(run.location)\n"),
+    "strays-stay": (SCORE, "        remove_strays(run, names)\n", ""),
+    "summary-from-memory": (SCORE, "total = replace(_count_files(run, checked.decision), seconds=totals.total.seconds)", "total = totals.total"),
+    "run-not-checked-at-the-end": (SCORE, "        check_same_run(run)\n", ""),
+    "old-summary-stays": (RUN_FOLDER, "    for name in [SUMMARY, *own]:", "    for name in own:"),
+    "summary-believed": (RUN_FOLDER, "return summary if same else None", "return summary"),
+    "summary-stays-with-new-files": (RUN_FOLDER, "    remove(location, SUMMARY)\n    commit_table(location, name, table)\n", "    commit_table(location, name, table)\n"),
+    "manifest-before-the-listing": (RUN_FOLDER, "    commit_table(location, name, table)\n    manifest = replace(manifest, generations=(*manifest.generations, generation))\n    commit(location, MANIFEST, manifest.to_json())\n", "    manifest = replace(manifest, generations=(*manifest.generations, generation))\n    commit(location, MANIFEST, manifest.to_json())\n    commit_table(location, name, table)\n"),
+    "replaced-rows-stay": (SCORE, "    totals.add_finished(remove_replaced_rows(run, checked.decision, prefix=job.score.prefix))\n", ""),
+    "retry-keeps-the-summary": (RUN_FOLDER, "    remove(location, SUMMARY)  # from now on it does not fit the files\n".replace("location", "run.location"), ""),
+    "table-forgotten-after-a-kill": (SCORE, "            if job.score.table is not None:\n", "            if False:\n"),
+    "nobody-else-is-there": ("pipelines/storage/marks.py", "    return found\n", "    return []\n"),
+    "mark-of-another-host-is-dead": ("pipelines/storage/marks.py", '    if content["host"] != socket.gethostname():\n        return False\n', ""),
+    "any-file-is-ours": (RUN_FOLDER, "if existing.get(RUN_METADATA) == run:", "if existing:"),
+    "last-writer-wins": (RUN_FOLDER, "    if not replaces:\n        with suppress", "    if False:\n        with suppress"),
+    "overwrite-removes-everything": (RUN_FOLDER, 'if OUTPUT_NAME.fullmatch(name) or name.startswith((".part-", "._"))]', "if name not in (MANIFEST, mark)]"),
+    "gone-files-not-checked": (RUN_FOLDER, "    check_gone(location, change.gone, units, finished)\n", ""),
+    "error-swallowed": (LOCATIONS, "            if attempt == ATTEMPTS:\n                raise\n", "            if attempt == ATTEMPTS:\n                return None\n"),
+    "state-not-last": (CHECKPOINTS, "key=lambda file: file.name == last", "key=lambda file: file.name != last"),
+    "no-sync-before-the-last-file": (CHECKPOINTS, "            sync_folder(target)  # the other files must be on the disk before it\n", "            pass\n"),
+    "checksums-not-read": (CHECKPOINTS, '    return f"{wrong[0]} does not have its checksum" if wrong else ""\n', '    return ""\n'),
+    "run-file-by-listing": (CHECKPOINTS, "exists(output, RUN_FILE), exists(output, PIPELINE_FILE)", "RUN_FILE in list_names(output), PIPELINE_FILE in list_names(output)"),
+    "checkpoints-removed-first": ("tests/simulation/train.py", "            publish(folder, output, last=PIPELINE_FILE)\n            remove_all(output)\n", "            remove_all(output)\n            publish(folder, output, last=PIPELINE_FILE)\n"),
+    "unfinished-files-count": (LOCATIONS, "name.startswith((besides, UNFINISHED))", "name.startswith(besides)"),
+}  # fmt: skip
+"""By name: file, what is there, and what is there instead."""
+
+
+def seeds_until_found(fault, most):
+    """Return the first seed whose history breaks a promise with the fault, and the promise. None if there is none."""
+    file, old, new = fault
+    with tempfile.TemporaryDirectory() as copy:
+        for name in ("pipelines", "tests"):
+            shutil.copytree(ROOT / name, Path(copy, name), ignore=shutil.ignore_patterns("__pycache__"))
+        place = Path(copy, file)
+        content = place.read_text()
+        assert content.count(old) == 1, f"{file} has {content.count(old)} times: {old}"
+        place.write_text(content.replace(old, new))
+        command = [sys.executable, "-m", "tests.simulation", "--stop", "--seeds", f"0:{most}"]
+        output = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"seed (\d+): (.*)", output)
+    return None if found is None else (int(found[1]), found[2])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default="")
+    parser.add_argument("--most", type=int, default=4_000, help="histories after which a fault counts as not found")
+    options = parser.parse_args()
+    chosen = {name: fault for name, fault in FAULTS.items() if options.name in name}
+    num_found = 0
+    for name, fault in chosen.items():
+        found = seeds_until_found(fault, options.most)
+        num_found += found is not None
+        result = f"not found in {options.most:,}" if found is None else f"seed {found[0]}: {found[1]}"
+        print(f"{name}: {result}", flush=True)
+    print(f"{num_found} of {len(chosen)} found")

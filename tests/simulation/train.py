@@ -1,0 +1,99 @@
+"""Histories of training: checkpoints, deaths, resumes, the finished folder."""
+
+import json
+import tempfile
+from pathlib import Path
+
+from pipelines.errors import PipelinesError
+from pipelines.model_folder import PIPELINE_FILE
+from pipelines.storage.locations import make_folder
+from pipelines.storage.marks import heartbeat
+from pipelines.training.checkpoints import Checkpoints, fetch_newest, open_training, publish, remove_all
+
+STEPS = 4
+
+
+class TrainHistory:
+    """One history of a training run that saves a checkpoint after each step."""
+
+    def __init__(self, room):
+        self.room, self.dice = room, room.world.random
+        self.saved = 0
+        """Step of the newest checkpoint whose saving has returned since the power last failed."""
+        self.is_finished = False
+
+    def run(self):
+        """Draw a history and check it."""
+        with self.room.entered(None):
+            for _ in range(self.dice.randint(1, 4)):
+                self._launch(self.dice.choice([None, self.dice.randint(1, 20), self.dice.randint(1, 120)]))
+            self.room.calm()
+            for _ in range(3):
+                if self.is_finished:
+                    break
+                self.room.world.now += 300
+                self._launch(None)
+            assert self.is_finished, f"no end without faults: {self.reason}"
+
+    def _launch(self, lives):
+        process = self.room.process("train", lives)
+        self.reason = "it died"
+
+        def work():
+            try:
+                self._train()
+            except (PipelinesError, OSError) as error:
+                self.reason = str(error)
+                self.room.world.log(f"train ends with: {error}")
+                if PIPELINE_FILE in self.room.names() and "is not empty" in str(error):
+                    self._check_finished()  # an earlier start has finished it
+
+        self.room.world.start(process, work)
+        self.room.world.run()
+
+    def _train(self):
+        output = self.room.output
+        make_folder(output)
+        with heartbeat(output), tempfile.TemporaryDirectory() as scratch:
+            open_training(output, {"seed": 1})
+            step = self._resume(Path(scratch))
+            checkpoints = Checkpoints(output, keep=2)
+            while step < STEPS:
+                step += 1
+                self.room.world.call("train", lambda: None)
+                checkpoints.save(step, lambda folder, step=step: _write(folder, step))
+                checkpoints.wait()
+                self.saved = step
+            folder = Path(scratch, "model")
+            folder.mkdir()
+            _write(folder, STEPS)
+            (folder / PIPELINE_FILE).write_text("{}")
+            publish(folder, output, last=PIPELINE_FILE)
+            remove_all(output)
+        self._check_finished()
+
+    def _resume(self, scratch):
+        newest = fetch_newest(self.room.output, scratch)
+        step = 0
+        if newest is not None:
+            state = json.loads((newest / "training_state.json").read_text())
+            step = state["step"]
+            assert (newest / "model.safetensors").read_bytes() == _weights(step), "weights of another step"
+        may_be_older = self.room.world.fail_rate or self.room.store.lag  # a listing that lags shows an older checkpoint
+        assert step >= self.saved or may_be_older, f"resumed at step {step}, and step {self.saved} was saved"
+        return step
+
+    def _check_finished(self):
+        names = self.room.names()
+        assert {PIPELINE_FILE, "model.safetensors", "training_state.json"} <= set(names), f"only {names} are there"
+        assert self.room.content("model.safetensors") == _weights(STEPS), "the model is not the last one"
+        self.is_finished = True
+
+
+def _weights(step):
+    return bytes([step]) * 100
+
+
+def _write(folder, step):
+    (folder / "model.safetensors").write_bytes(_weights(step))
+    (folder / "training_state.json").write_text(json.dumps({"step": step}))
