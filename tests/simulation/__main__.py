@@ -10,6 +10,8 @@ import sys
 import time
 import traceback
 
+import pyarrow as pa
+
 from pipelines.progress import ROOT
 from tests.simulation.histories import broken_promise
 
@@ -24,6 +26,7 @@ def main():
     first, _, last = options.seeds.partition(":")
     seeds = range(int(first), int(last) if last else int(first) + 1)
     ROOT.setLevel(logging.CRITICAL)
+    pa.set_cpu_count(1)  # the files are tiny
     started, failed = time.monotonic(), []
     for seed in seeds:
         problem, trace = broken_promise(seed, trace=options.trace)

@@ -76,7 +76,7 @@ class BulkHistory:
     def run(self):
         """Draw a history and check it."""
         with self.room.entered(self.table):
-            for _ in range(self.dice.randint(1, 3)):
+            for _ in range(self.dice.choice([1, 1, 2, 3])):
                 self._act()
                 self._check_foreign()
             self.room.calm()
@@ -92,36 +92,37 @@ class BulkHistory:
         )
 
     def _act(self):
-        """One thing that people or machines do, with deaths and faults."""
-        deed = self.dice.random()
-        if self.last_good is None or deed < 0.45:
-            self._start(flags={})
-        elif deed < 0.6:
-            self._change_file(f"f{len(self.files)}")
-            self._start(flags={"append": True})
-        elif deed < 0.72:
-            url = self.dice.choice(sorted(self.files))
-            if self.dice.random() < 0.3 and len(self.files) > 1:
-                del self.files[url]
-            else:
-                self._change_file(url)
-            self._start(flags={"replace_changed": True})
-        elif deed < 0.85:
-            self.model = f"m{self.dice.randint(1, 9)}"
-            self._start(flags={"overwrite": True})
-        else:
-            self._start(flags={"retry_errors": True})
+        """Start a job that may die, or two at once: the same one twice, or another one beside it."""
+        flags = self._wish()
+        for number in range(self.dice.choice([1, 1, 2])):
+            lives = self.dice.choice([None, self.dice.randint(1, 15), self.dice.randint(1, 80)])
+            flags = self._wish() if number and self.dice.random() < 0.4 else flags
+            self._launch(f"job{number}", dict(flags), lives)
+        self.room.world.run()
         if self.last_good is not None and self.dice.random() < 0.3:
             name = self.dice.choice(FOREIGN)
             self.foreign[name] = self.dice.randbytes(9)
             self.room.put(name, self.foreign[name])
 
-    def _start(self, flags):
-        """Start one job, or the same job twice at once, that may die."""
-        for number in range(self.dice.choice([1, 1, 1, 2])):
-            lives = self.dice.choice([None, self.dice.randint(1, 15), self.dice.randint(1, 80)])
-            self._launch(f"job{number}", dict(flags), lives)
-        self.room.world.run()
+    def _wish(self):
+        """What somebody wants next: change files or the model, and return the flags of the job for it."""
+        deed = self.dice.random()
+        if self.last_good is None or deed < 0.4:
+            return {}
+        if deed < 0.55:
+            self._change_file(f"f{len(self.files)}")
+            return {"append": True}
+        if deed < 0.7:
+            url = self.dice.choice(sorted(self.files))
+            if self.dice.random() < 0.3 and len(self.files) > 1:
+                del self.files[url]
+            else:
+                self._change_file(url)
+            return {"replace_changed": True}
+        if deed < 0.87:
+            self.model = f"m{self.dice.randint(1, 9)}"
+            return {"overwrite": True}
+        return {"retry_errors": True}
 
     def _finish(self):
         """Without faults, the last wish must come true in a few starts."""
@@ -225,8 +226,9 @@ class BulkHistory:
         for name in self.room.names():
             if not name.startswith("part-") or name in self.foreign:
                 continue
-            table = pq.read_table(io.BytesIO(self.room.content(name)))
-            for row in table.select(["source_file", "source_row", "version", "model", "scores", "error"]).to_pylist():
+            names = ["source_file", "source_row", "version", "model", "scores", "error"]
+            table = pq.ParquetFile(io.BytesIO(self.room.content(name))).read(names, use_threads=False)
+            for row in table.to_pylist():
                 here[row["source_file"], row["source_row"], row["version"], row["model"]] += 1
                 in_error += row["error"] is not None
                 if row["error"] is None:

@@ -40,7 +40,7 @@ class Room:
             world.on_power_loss = self.disk.lose_power
         self.output = f"{self._scratch.name}/out" if self.is_local else "sim://bucket/out"
         world.fail_rate, world.lost_answer_rate = dice.choice([(0, 0), (0.02, 0.01), (0.1, 0.05)])
-        world.freeze_rate = dice.choice([0, 0, 0.005])
+        world.freeze_rate = dice.choice([0, 0, 0.005, 0.02])
 
     def calm(self):
         """From now on nothing fails any more."""

@@ -14,6 +14,13 @@ class KilledError(BaseException):
     """The process is dead. No `except Exception` may catch this."""
 
 
+def closed_gate():
+    """Return a lock that is held. `release` lets one `acquire` through, whoever calls it."""
+    gate = threading.Lock()
+    gate.acquire()
+    return gate
+
+
 class Process:
     """A process on a host. All its threads die together."""
 
@@ -31,7 +38,7 @@ class Turn:
 
     def __init__(self, process, target, name):
         self.process, self.name = process, name
-        self.go = threading.Semaphore(0)
+        self.go = closed_gate()
         self.wake = 0.0
         self.condition = None
         self.is_done = False
@@ -67,7 +74,7 @@ class World:
         self.now = 1_000_000.0
         self.skew = {host: self.random.choice([0.0, 0.0, self.random.uniform(-20, 20)]) for host in ("a", "b")}
         self.turns, self.current = [], None
-        self.back = threading.Semaphore(0)
+        self.back = closed_gate()
         self.counts = Counter()
         self.trace = [] if trace else None
         self._pids = 100

@@ -1,7 +1,7 @@
 """Choose the proxy in front of the replicas. Ray Serve reads the choice from the environment at import and start.
 
-While the model loads, and while a server stops, Ray Serve's own proxy knows no application, and would answer that the
-path does not exist. `Unavailable` answers that the server is not there now. HAProxy has no such place.
+`ProxyGuard` mends two answers of Ray Serve's own proxy: 404 while the model loads or the server stops, and 500 for a
+header that is not UTF-8. HAProxy has no such place.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def prepare_proxy(proxy: str) -> None:
 
 def middlewares() -> list[Middleware]:
     """Return the middlewares of Ray Serve's own proxy. Ray Serve calls this in each proxy."""
-    return [Middleware(Unavailable)]
+    return [Middleware(ProxyGuard)]
 
 
-class Unavailable:
-    """ASGI middleware: answers 503 with Retry-After while there is no application.
+class ProxyGuard:
+    """ASGI middleware: answers 503 with Retry-After without an application, and drops headers that are not UTF-8.
 
-    Ray Serve's proxy then answers 404 in plain text. The application's own 404 is JSON.
+    Without an application, Ray Serve's proxy answers 404 in plain text. The application's own 404 is JSON.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -70,12 +70,22 @@ class Unavailable:
             if not is_replaced:
                 await send(message)
 
+        if "headers" in scope:
+            scope = {**scope, "headers": [pair for pair in scope["headers"] if all(map(_is_text, pair))]}
         await self._app(scope, receive, send_replaced)
         if is_replaced:
             problem = "the server is starting or stopping; try again later"
             content = ErrorResponse(error=problem, error_type="unavailable").model_dump()
             headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
             await JSONResponse(content, 503, headers=headers)(scope, receive, send)
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def check_proxy(proxy: Literal["python", "haproxy"]) -> None:
