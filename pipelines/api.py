@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pipelines.training.job import TrainJob
 
 Location = str | os.PathLike[str]
-TABLE_SETTINGS = ("thresholds", "keep", "prefix")
+TABLE_SETTINGS = ("thresholds", "keep", "prefix", "early_exit")
 """The settings of a scoring job that also apply to a table in memory."""
 
 
@@ -150,6 +150,7 @@ def tune(
     confidence: float | None = None,
     joint: bool = False,
     calibrate: CalibrationMethod | None = None,
+    early_exit: float | None = None,
     **settings: Any,
 ) -> TuneResult:
     """Tune the thresholds of a model folder on labelled data, and write them into the folder.
@@ -163,6 +164,8 @@ def tune(
         joint: Whether the confidence is that of all labels together.
         calibrate: Calibrate the scores before: none, temperature, or per_label (Platt scaling). None keeps the
             calibration of the folder.
+        early_exit: Instead of tuning thresholds, fit when to stop reading a text, such that this share of documents
+            (0.99) gets the label of a full read. Setting early_exit=certified of score and serve uses it.
         **settings: Settings by name, such as label_column="group", limit=1000, device="cpu".
 
     Raises:
@@ -175,7 +178,7 @@ def tune(
 
     data, settings = _labelled(data, settings)
     columns, compute = parse(settings, DataSettings, ComputeSettings)
-    options = TuneOptions(objective, confidence, joint, calibrate)
+    options = TuneOptions(objective, confidence, joint, calibrate, early_exit)
     return tune_folder(_path(model), data, columns, compute, options)
 
 
@@ -248,10 +251,12 @@ def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) 
     keep = [name for name in names if name not in texts] if scoring.keep is None else list(scoring.keep)
     folder = read_model_folder(_path(model))
     folder.check_texts(are_pairs=len(texts) == 2)
-    outputs = [column.name for column in output_fields(folder.decision, prefix=scoring.prefix)]
+    has_early_exit = scoring.early_exit != "off"
+    fields = output_fields(folder.decision, prefix=scoring.prefix, early_exit=has_early_exit)
+    outputs = [column.name for column in fields]
     check_output_columns(names, keep, outputs, prefix=scoring.prefix)
     table = table if data.limit is None else table.slice(0, data.limit)
-    scorer = Scorer.load(_path(model), compute=compute, thresholds=scoring.thresholds)
+    scorer = Scorer.load(_path(model), compute=compute, thresholds=scoring.thresholds, early_exit=scoring.early_exit)
     results = scorer.results(
         scorer.score_documents(scorer.tokenizer.documents(with_fields(table, texts), *texts)), prefix=scoring.prefix
     )

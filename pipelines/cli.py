@@ -145,7 +145,7 @@ def _tune(options: argparse.Namespace) -> int:
     from pipelines.evaluation.tuning import TuneOptions, tune_folder
 
     data, compute = parse(_values(options), *EVALUATE_GROUPS)
-    wanted = TuneOptions(options.objective, options.confidence, options.joint, options.calibrate)
+    wanted = TuneOptions(options.objective, options.confidence, options.joint, options.calibrate, options.early_exit)
     result = tune_folder(options.model, options.data, data, compute, wanted)
     content = result.to_json()
     shown = {name: value for name, value in content.items() if name != "guarantees"}
@@ -285,6 +285,13 @@ def _add_labelled(commands: Any) -> None:
                 choices=get_args(CalibrationMethod),
                 help="calibrate the scores before: by a temperature, also by a scale and a bias per label, or not at "
                 "all (default: as the folder does)",
+            )
+            command.add_argument(
+                "--early-exit",
+                type=float,
+                metavar="SHARE",
+                help="instead of thresholds, fit when to stop reading a text, such that this share of documents (0.99) "
+                "gets the label of a full read, with --confidence (0.95); score --early-exit certified uses it",
             )
         _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "label_columns", "limit"))
 

@@ -81,6 +81,8 @@ class ModelFolder:
     """Whether the model was trained on pairs of texts. None if this is unknown."""
     guarantees: Mapping[str, Any] = field(default_factory=dict)
     """What `tune --confidence` promises of the thresholds (`guarantees.Guarantees`). Empty without promises."""
+    early_exit: Mapping[str, Any] = field(default_factory=dict)
+    """The margin of `tune --early-exit` (`early_exit.Margin`). Empty without one."""
     tokenizer: str = OWN_TOKENIZER
     """How the tokenizer is opened: from the tokenizer.json that this package wrote, or as transformers opens it."""
 
@@ -141,6 +143,7 @@ class ModelFolder:
             "metrics": dict(self.metrics),
             "histograms": dict(self.histograms),
             "guarantees": dict(self.guarantees),
+            "early_exit": dict(self.early_exit),
             "reads_pairs": self.reads_pairs,
             "tokenizer": self.tokenizer,
             "weights_hash": self.weights_hash,
@@ -186,6 +189,7 @@ def read_model_folder(location: str | Path) -> ModelFolder:
             content.get("histograms", {}),
             content.get("reads_pairs"),
             content.get("guarantees", {}),
+            content.get("early_exit", {}),
             content.get("tokenizer", OWN_TOKENIZER),
         )
     except (ValueError, KeyError, TypeError, AttributeError, SettingsError) as error:

@@ -18,6 +18,7 @@ from pipelines.fields import check_range, check_types, parse_range
 Kind = Literal["binary", "multiclass", "multilabel", "regression"]
 Merge = Literal["mean", "vote", "max"]
 CalibrationMethod = Literal["none", "temperature", "per_label"]
+EarlyExit = Literal["off", "exact", "certified"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 NEVER = 2.0
 """Threshold of a label that is never assigned, because no threshold keeps what was promised for it."""
@@ -409,6 +410,11 @@ class ScoreSettings:
         "Add the finished files to a table in one commit: delta:FOLDER (the output must be below it), or "
         "iceberg:CATALOG.NAMESPACE.TABLE. It is created if it does not exist."
     )
+    early_exit: EarlyExit = "off"
+    (
+        "Read a text only until its label is sure. exact: labels are those of a full read. certified: by the margin of "
+        "`pipelines tune --early-exit`. The scores are those of the windows read."
+    )
     via_serve: str | None = None
     """Name of a running Serve application that scores the rows. The job then starts no replicas of its own."""
     tokenize_cpus: float = 1.0
@@ -440,6 +446,8 @@ class ScoreSettings:
             )
         if self.via_serve is not None and self.replicas is not None and high == 0:
             raise SettingsError("replicas=0 scores in this process and via_serve in an application; set only one")
+        if self.via_serve is not None and self.early_exit != "off":
+            raise SettingsError("via_serve scores as the application does; set early_exit there")
         check_range(self, "gpus_per_replica", self.gpus_per_replica, low=0)
         check_range(self, "unit_bytes", self.unit_bytes, low=1)
 

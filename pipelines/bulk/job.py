@@ -17,6 +17,7 @@ from pipelines.bulk.manifest import RUN_METADATA, RunIdentity, known_files, pinn
 from pipelines.bulk.unit import ReplicaSetup
 from pipelines.classifier_config import read_config, vocabulary_size
 from pipelines.decisions.columns import check_output_columns, output_fields, schema_metadata
+from pipelines.decisions.early_exit import margin_of
 from pipelines.decisions.labels import resolve_thresholds
 from pipelines.errors import DataError, SettingsError
 from pipelines.fields import parse
@@ -97,7 +98,16 @@ class CheckedJob:
             keep=job.score.keep,
             prefix=job.score.prefix,
             dtype=job.compute.dtype,
+            early_exit=self.early_exit_in_words,
         )
+
+    @property
+    def early_exit_in_words(self) -> str:
+        """How documents stop early. Jobs for which it differs find other scores."""
+        mode, fitted = self.job.score.early_exit, self.folder.early_exit
+        if mode != "certified":
+            return mode
+        return f"certified, margin {fitted['margin']:g}, {fitted['order']}, first {fitted['first']}"
 
     @property
     def stage(self) -> TokenizeStage:
@@ -124,6 +134,7 @@ class CheckedJob:
             settings_hash=folder.settings_hash,
             prefix=job.score.prefix,
             guarantees=folder.guarantees,
+            early_exit=self.early_exit_in_words,
         )
         return ReplicaSetup(
             job.model,
@@ -135,6 +146,7 @@ class CheckedJob:
             replicas_per_node=replicas_per_node,
             via_serve=job.score.via_serve,
             replaces=job.score.retry_errors,
+            early_exit=job.score.early_exit,
         )
 
 
@@ -147,7 +159,13 @@ def check_job(job: ScoreJob) -> CheckedJob:
     folder = read_model_folder(job.model)
     folder.check_texts(are_pairs=job.data.text_pair_column is not None)
     decision = resolve_thresholds(job.score.thresholds, folder.decision)
-    folder = replace(folder, decision=decision, guarantees=folder.guarantees_of(decision))
+    margin = margin_of(folder, decision, job.score.early_exit)
+    folder = replace(
+        folder,
+        decision=decision,
+        guarantees=folder.guarantees_of(decision),
+        early_exit={} if margin is None else margin.to_json(),
+    )
     load_tokenizer(folder.path).check_vocabulary(vocabulary_size(read_config(folder.path)), where=shown(job.model))
     if not job.is_local and "memory://" in (job.input[:9], job.output[:9]):
         raise SettingsError("memory:// exists only in this process; add --replicas 0 to score without Ray")
@@ -169,7 +187,7 @@ def check_job(job: ScoreJob) -> CheckedJob:
     _check_text_columns(job, readable)
     carried, read = _columns(job, readable, folder.decision)
     if job.score.table is not None:
-        outputs = output_fields(folder.decision, prefix=job.score.prefix)
+        outputs = _outputs(job, folder.decision)
         columns = [column.remove_metadata() for column in (*carried, *outputs)]
         output_table(job.score.table).check(job.output, pa.schema(columns))
     return CheckedJob(job, folder, files, carried, read, None if snapshot is None else snapshot.version)
@@ -188,12 +206,16 @@ def _check_text_columns(job: ScoreJob, files: Sequence[InputFile]) -> None:
             logger.warning("all rows of %d of %d files will have errors, such as: %s", len(bad), len(problems), bad[0])
 
 
+def _outputs(job: ScoreJob, decision: DecisionSettings) -> list[pa.Field]:
+    return output_fields(decision, prefix=job.score.prefix, early_exit=job.score.early_exit != "off")
+
+
 def _columns(job: ScoreJob, files: Sequence[InputFile], decision: DecisionSettings) -> tuple[pa.Schema, pa.Schema]:
     """Return the schemas of the columns that are copied and of those that are read."""
     names = list(dict.fromkeys(name for file in files for name in file.column_names))
     texts = job.data.text_columns
     keep = [name for name in names if name not in texts] if job.score.keep is None else list(job.score.keep)
-    outputs = [column.name for column in output_fields(decision, prefix=job.score.prefix)]
+    outputs = [column.name for column in _outputs(job, decision)]
     check_output_columns(names, keep, outputs, prefix=job.score.prefix)
     compared = parse_filter(job.score.filter)[1] if job.score.filter else []
     unknown = [name for name in compared if name not in names]

@@ -37,10 +37,14 @@ class RunIdentity:
     keep: tuple[str, ...] | None
     prefix: str
     dtype: str
+    early_exit: str = "off"
 
     def to_json(self) -> dict[str, Any]:
         """Return the identity as JSON content, which has no tuples."""
-        return {**dataclasses.asdict(self), "keep": None if self.keep is None else list(self.keep)}
+        content = {**dataclasses.asdict(self), "keep": None if self.keep is None else list(self.keep)}
+        if self.early_exit == "off":  # as in runs of versions without it
+            del content["early_exit"]
+        return content
 
 
 @dataclass(frozen=True)

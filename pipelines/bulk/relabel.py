@@ -23,6 +23,7 @@ from pipelines.bulk.run_folder import COUNTS_METADATA, SUMMARY, commit_unit, rea
 from pipelines.bulk.summary import Counts, ScoreSummary, count_table, sum_counts, summarize
 from pipelines.decisions.columns import (
     DECISION_METADATA,
+    EARLY_EXIT_METADATA,
     GUARANTEES_METADATA,
     PREFIX_METADATA,
     decided_columns,
@@ -99,6 +100,11 @@ def _read_decision(scored: str, path: str) -> tuple[DecisionSettings, str, bool]
     if DECISION_METADATA not in metadata:
         raise DataError(f"{path} was not written by `pipelines score`; give the output folder of a scoring job")
     (decision,) = parse(json.loads(metadata[DECISION_METADATA]), DecisionSettings)
+    if EARLY_EXIT_METADATA in metadata:
+        raise SettingsError(
+            f"{shown(scored)} was scored with early_exit={metadata[EARLY_EXIT_METADATA].decode()}: its texts were read "
+            "until their labels were sure for the thresholds of then; score again with other thresholds"
+        )
     if decision.kind not in ("binary", "multilabel"):
         raise SettingsError(f"thresholds are for kinds binary and multilabel; {shown(scored)} is {decision.kind}")
     return decision, metadata[PREFIX_METADATA].decode(), GUARANTEES_METADATA in metadata

@@ -407,8 +407,9 @@ def _finished(names: Mapping[str, int]) -> frozenset[str]:
 
 
 def _check_identity(location: str, manifest: Manifest, identity: RunIdentity) -> None:
-    for name, value in identity.to_json().items():
-        before = manifest.identity.get(name)
+    wanted = identity.to_json()
+    for name in dict.fromkeys([*wanted, *manifest.identity]):
+        before, value = manifest.identity.get(name), wanted.get(name)
         if before != value:
             raise OutputError(
                 f"--output {shown(location)} contains another run: {name} was {before!r} and is now {value!r}; "

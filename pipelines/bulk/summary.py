@@ -17,6 +17,8 @@ import pyarrow as pa
 from pipelines.decisions.metrics import HISTOGRAM_BINS, count_distinct, histograms_of, tie_warning
 from pipelines.settings import DecisionSettings
 
+READ = "windows_read"
+"""Output column of jobs with early exit."""
 MOST_ERRORS = 20
 """Maximum number of kinds of errors in a summary. The most frequent come first."""
 
@@ -34,6 +36,8 @@ class Counts:
     rows_truncated: int = 0
     tokens: int = 0
     windows: int = 0
+    windows_read: int = 0
+    """Windows that were scored. With early exit, they are fewer than the windows of the documents."""
     errors: Mapping[str, int] = field(default_factory=dict)
     """Number of rows with each kind of error."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -77,6 +81,8 @@ class ScoreSummary:
     windows: int
     errors: Mapping[str, int]
     seconds: Mapping[str, float]
+    windows_read: int = 0
+    """Windows that were scored. With early exit, they are fewer than the windows of the documents."""
     histograms: Mapping[str, Sequence[int]] = field(default_factory=dict)
     positive_rates: Mapping[str, float] = field(default_factory=dict)
     """Share of the scored documents with each label."""
@@ -128,7 +134,7 @@ class ScoreSummary:
 
 def count_table(table: pa.Table, decision: DecisionSettings, *, prefix: str = "") -> Counts:
     """Count the rows of a table of output columns, as one unit."""
-    error = table.column(prefix + "error")
+    error, names = table.column(prefix + "error"), table.column_names
     counts = Counts(
         units=1,
         rows_out=len(table),
@@ -137,6 +143,7 @@ def count_table(table: pa.Table, decision: DecisionSettings, *, prefix: str = ""
         rows_truncated=int(np.sum(table.column(prefix + "truncated").to_numpy())),
         tokens=int(np.sum(table.column(prefix + "num_tokens").to_numpy())),
         windows=int(np.sum(table.column(prefix + "num_windows").to_numpy())),
+        windows_read=int(np.sum(table.column(prefix + (READ if prefix + READ in names else "num_windows")).to_numpy())),
     )
     if decision.kind == "regression":
         return counts

@@ -20,7 +20,7 @@ from pipelines.bulk.run_folder import commit_unit
 from pipelines.bulk.summary import Counts, count_table
 from pipelines.decisions.columns import error_columns
 from pipelines.errors import JobError, first_line, is_out_of_memory
-from pipelines.settings import ComputeSettings, DecisionSettings
+from pipelines.settings import ComputeSettings, DecisionSettings, EarlyExit
 from pipelines.text.attempts import Attempts, NoAttempts
 from pipelines.text.stage import ERROR, IDS, PAIR_IDS, TokenizedUnit, TokenizeStats, documents_of
 from pipelines.text.tokenization import Documents
@@ -40,6 +40,7 @@ class ReplicaSetup:
     replicas_per_node: int = 1
     via_serve: str | None = None
     """Name of a Serve application that scores instead. The replica then has no model of its own."""
+    early_exit: EarlyExit = "off"
     replaces: bool = False
     """Whether units are scored again, so that their files replace those that are there."""
 
@@ -120,7 +121,10 @@ class UnitScorer:
             return self._error(f"scoring failed: {type(error).__name__}")
 
     def _error(self, error: str) -> pa.Table:
-        return error_columns([error], decision=self._setup.decision, prefix=self._setup.prefix)
+        setup = self._setup
+        return error_columns(
+            [error], decision=setup.decision, prefix=setup.prefix, early_exit=setup.early_exit != "off"
+        )
 
 
 def load_scorer(setup: ReplicaSetup) -> Any:
@@ -128,6 +132,6 @@ def load_scorer(setup: ReplicaSetup) -> Any:
     from pipelines.model.scorer import Scorer  # loads torch, which is needed only where the model runs
 
     threads = setup.compute.num_threads or max(1, (os.cpu_count() or 1) // setup.replicas_per_node)
-    scorer = Scorer.load(setup.model, compute=replace(setup.compute, num_threads=threads))
+    scorer = Scorer.load(setup.model, compute=replace(setup.compute, num_threads=threads), early_exit=setup.early_exit)
     scorer.decision = setup.decision
     return scorer

@@ -17,7 +17,7 @@ from pipelines.settings import DecisionSettings
 from pipelines.storage.columns import SOURCE_COLUMNS
 
 DECISION_METADATA, PREFIX_METADATA = b"pipelines.decision", b"pipelines.prefix"
-GUARANTEES_METADATA = b"pipelines.guarantees"
+GUARANTEES_METADATA, EARLY_EXIT_METADATA = b"pipelines.guarantees", b"pipelines.early_exit"
 """Keys in the schema metadata of a scored file."""
 
 
@@ -47,7 +47,7 @@ def check_output_columns(names: Sequence[str], keep: Sequence[str], outputs: Seq
         )
 
 
-def output_fields(decision: DecisionSettings, *, prefix: str = "") -> list[pa.Field]:
+def output_fields(decision: DecisionSettings, *, prefix: str = "", early_exit: bool = False) -> list[pa.Field]:
     """Return the fields of the output columns in order, source columns first. The names include the prefix."""
     kind, num_labels = decision.kind, decision.num_labels
     prediction = {
@@ -64,6 +64,7 @@ def output_fields(decision: DecisionSettings, *, prefix: str = "") -> list[pa.Fi
         scores,
         pa.field(prefix + "num_tokens", pa.int32()),
         pa.field(prefix + "num_windows", pa.int32()),
+        *([pa.field(prefix + "windows_read", pa.int32())] if early_exit else []),
         pa.field(prefix + "truncated", pa.bool_()),
         pa.field(prefix + "error", pa.string()),
     ]
@@ -76,19 +77,21 @@ def result_columns(
     decision: DecisionSettings,
     num_tokens_D: NDArray[np.int64],
     num_windows_D: NDArray[np.int64],
+    windows_read_D: NDArray[np.int64] | None = None,
     truncated_D: NDArray[np.bool_],
     errors: Sequence[str | None],
     prefix: str = "",
 ) -> pa.Table:
     """Build the output columns after the source columns, one row per document. Scores are null in rows with errors."""
     bad_D = np.asarray([error is not None for error in errors], dtype=bool)
-    fields = output_fields(decision, prefix=prefix)[len(SOURCE_COLUMNS) :]
+    fields = output_fields(decision, prefix=prefix, early_exit=windows_read_D is not None)[len(SOURCE_COLUMNS) :]
     flat = pa.array(scores_DL.reshape(-1), pa.float32())
     columns = [
         *(column for _, column in decided_columns(decisions, decision, bad_D)),
         pa.FixedSizeListArray.from_arrays(flat, decision.num_labels, mask=pa.array(bad_D)),
         pa.array(num_tokens_D, pa.int32()),
         pa.array(num_windows_D, pa.int32()),
+        *([] if windows_read_D is None else [pa.array(windows_read_D, pa.int32())]),
         pa.array(truncated_D, pa.bool_()),
         pa.array(errors, pa.string()),
     ]
@@ -105,7 +108,9 @@ def decided_columns(
     return [(field, column.cast(field.type)) for field, column in zip(fields, columns, strict=True)]
 
 
-def error_columns(errors: Sequence[str | None], *, decision: DecisionSettings, prefix: str = "") -> pa.Table:
+def error_columns(
+    errors: Sequence[str | None], *, decision: DecisionSettings, prefix: str = "", early_exit: bool = False
+) -> pa.Table:
     """Build the output columns of documents that could not be scored, one row per error."""
     nothing_DL = np.zeros((len(errors), decision.num_labels), np.float32)
     zero_D = np.zeros(len(errors), np.int64)
@@ -115,6 +120,7 @@ def error_columns(errors: Sequence[str | None], *, decision: DecisionSettings, p
         decision=decision,
         num_tokens_D=zero_D,
         num_windows_D=zero_D,
+        windows_read_D=zero_D if early_exit else None,
         truncated_D=zero_D.astype(bool),
         errors=errors,
         prefix=prefix,
@@ -128,14 +134,17 @@ def schema_metadata(
     settings_hash: str,
     prefix: str = "",
     guarantees: Mapping[str, Any] | None = None,
+    early_exit: str = "off",
 ) -> dict[bytes, bytes]:
     """Return the schema metadata of a scored file.
 
-    It has the hashes of model and settings, the prefix, the decision settings, and what is promised of the thresholds.
+    It has the hashes of model and settings, the prefix, the decision settings, what is promised of the thresholds, and
+    how documents stopped early.
     """
     hashes = {b"pipelines.weights_hash": weights_hash.encode(), b"pipelines.settings_hash": settings_hash.encode()}
     promises = {GUARANTEES_METADATA: json.dumps(dict(guarantees)).encode()} if guarantees else {}
-    return {**hashes, PREFIX_METADATA: prefix.encode(), **promises, **decision_metadata(decision)}
+    stops = {} if early_exit == "off" else {EARLY_EXIT_METADATA: early_exit.encode()}
+    return {**hashes, PREFIX_METADATA: prefix.encode(), **promises, **stops, **decision_metadata(decision)}
 
 
 def decision_metadata(decision: DecisionSettings) -> dict[bytes, bytes]:

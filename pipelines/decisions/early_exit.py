@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from pipelines.decisions.calibration import WindowLogits
 from pipelines.decisions.labels import activate, decide, merged_scores, thresholds_by_label
 from pipelines.errors import DataError, SettingsError
-from pipelines.settings import Calibration, DecisionSettings
+from pipelines.model_folder import ModelFolder
+from pipelines.settings import Calibration, DecisionSettings, EarlyExit
 from pipelines.text.windows import count_votes
 
 Order = Literal["front", "spread"]
-ORDERS: tuple[Order, ...] = ("front", "spread")
+WAYS: tuple[tuple[Order, int], ...] = (("front", 2), ("front", 1), ("spread", 2), ("spread", 1))
+"""Ways to read that are tried: the order, and the windows before the first look."""
 SAFE = 1e-6
 """How much a score must be beyond a threshold to be sure: more than what float32 rounds."""
 MARGINS = np.round(np.concatenate([np.arange(1.0, 0.5, -0.05), np.arange(0.5, 0.0, -0.01)]), 2)
@@ -43,6 +45,8 @@ class Margin:
     """The running score must be this far from where the label would change."""
     order: Order
     """front: windows are read as they come. spread: first, last, middle, and so on."""
+    first: int
+    """Windows before the first look. Each later look is after twice as many."""
     share: float
     """Share of documents that get the label of a full read, at least."""
     confidence: float
@@ -67,7 +71,7 @@ class Margin:
         )
 
 
-def check_early_exit(mode: str, decision: DecisionSettings, fitted: Margin | None) -> None:
+def check_early_exit(mode: EarlyExit, decision: DecisionSettings, fitted: Margin | None) -> None:
     """Raise SettingsError if documents of this kind cannot stop early, or if certified has no margin."""
     if mode == "off":
         return
@@ -78,6 +82,17 @@ def check_early_exit(mode: str, decision: DecisionSettings, fitted: Margin | Non
             "early_exit=certified needs a margin, fitted for these thresholds: pipelines tune MODEL --data VALID "
             "--early-exit 0.99; or use early_exit=exact"
         )
+
+
+def margin_of(folder: ModelFolder, decision: DecisionSettings, early_exit: EarlyExit) -> Margin | None:
+    """Return the margin of a model folder.
+
+    Raises:
+        SettingsError: Early exit does not fit the kind; or it is certified, and there is no margin for this decision.
+    """
+    fitted = Margin(**folder.early_exit) if folder.early_exit and decision == folder.decision else None
+    check_early_exit(early_exit, decision, fitted)
+    return fitted
 
 
 class Reading:
@@ -153,14 +168,14 @@ class Reading:
         is_sure_R = self._is_sure(document_R)
         if self._fitted is not None:
             is_far_R = self._lead(document_R) >= self._fitted.margin
-            is_sure_R = (is_sure_R | is_far_R) & _is_power_of_two(self.read_D[document_R])
+            is_sure_R = (is_sure_R | is_far_R) & _is_look(self.read_D[document_R], self._fitted.first)
         is_read_R = self.read_D[document_R] == self._num_D[document_R]
         self._is_done_D[document_R] |= is_broken_R | is_sure_R | is_read_R
 
     def _needed(self) -> NDArray[np.int64]:
         """Return how many more windows each document needs before it can stop, or a few more."""
         if self._fitted is not None:
-            return np.maximum(self._asked_D, 1)  # 1, 2, 4, 8, ... windows
+            return np.where(self._asked_D == 0, self._fitted.first, self._asked_D)  # twice as many at each look
         left_D = self._num_D - self._asked_D
         labels = thresholds_by_label(self._decision)
         if self._decision.merge == "max":
@@ -235,8 +250,8 @@ def fit_margin(
 ) -> Margin:
     """Fit the smallest margin such that at least `share` of documents get the label of a full read.
 
-    Each order is tested from the safest margin on, until one fails. The order that reads the fewest windows is taken;
-    with both orders tested, each has half of the error probability.
+    Each of `WAYS` is tested from the safest margin on, until one fails, and has an equal part of the error probability.
+    With few documents, only the first ones are tested. The one that reads the fewest windows is taken.
 
     Args:
         found: Logits of all windows of documents. Their targets are not used.
@@ -261,11 +276,14 @@ def fit_margin(
             f"{num_documents:,} documents are too few to promise a share of {share:g} with confidence {confidence:g}: "
             f"at least {_fewest(share, 1 - confidence):,} are needed"
         )
-    error = (1 - confidence) / len(ORDERS)
-    orders = ORDERS if num_documents >= _fewest(share, error) else ORDERS[:1]
-    error = error if len(orders) > 1 else 1 - confidence
-    plain = Margin(1.0, "front", share, confidence, num_documents, 0, int(found.offsets[-1]), int(found.offsets[-1]))
-    fitted = [_smallest(found, decision, calibration, replace(plain, order=order), error) for order in orders]
+    possible = [num for num in range(1, len(WAYS) + 1) if num_documents >= _fewest(share, (1 - confidence) / num)]
+    ways = WAYS[: possible[-1]]
+    num_windows = int(found.offsets[-1])
+    plain = Margin(1.0, "front", 1, share, confidence, num_documents, 0, num_windows, num_windows)
+    fitted = [
+        _smallest(found, decision, calibration, replace(plain, order=order, first=first), (1 - confidence) / len(ways))
+        for order, first in ways
+    ]
     best = min((one for one in fitted if one is not None), key=lambda one: one.windows_read, default=None)
     if best is None:
         raise DataError(
@@ -354,5 +372,7 @@ def _with_abstention(
     return np.asarray((is_sure_R & has_label_R) | has_none_R)
 
 
-def _is_power_of_two(values: NDArray[np.int64]) -> NDArray[np.bool_]:
-    return np.asarray(values & (values - 1) == 0)
+def _is_look(read_R: NDArray[np.int64], first: int) -> NDArray[np.bool_]:
+    """Return whether documents may stop after this many windows: first, 2 * first, 4 * first, and so on."""
+    times_R, rest_R = read_R // first, read_R % first
+    return np.asarray((rest_R == 0) & (times_R & (times_R - 1) == 0))

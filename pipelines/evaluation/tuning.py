@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.decisions.calibration import calibration_error, fit_calibration
+from pipelines.decisions.early_exit import fit_margin
 from pipelines.decisions.guarantees import Guarantees, check_confidence, guarantee_thresholds
-from pipelines.decisions.labels import decide, merged_scores
+from pipelines.decisions.labels import decide, merged_scores, thresholds_by_label
 from pipelines.decisions.metrics import Tuned, evaluate, histograms_of, tune_thresholds
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.evaluation.labelled import (
@@ -29,6 +30,8 @@ from pipelines.model_folder import ModelFolder, write_pipeline_file
 from pipelines.settings import CalibrationMethod, ComputeSettings, DataSettings, DecisionSettings
 from pipelines.storage.locations import shown
 
+USUAL_CONFIDENCE = 0.95
+"""Confidence of a fitted early exit, if none is given."""
 logger = logging.getLogger(__name__)
 
 
@@ -44,9 +47,17 @@ class TuneOptions:
     """Whether the confidence is that of all labels together."""
     calibrate: CalibrationMethod | None = None
     """How scores are calibrated before: none, temperature or per_label. None keeps the calibration of the folder."""
+    early_exit: float | None = None
+    """Instead of tuning thresholds, fit when to stop reading, such that this share of labels is that of a full read."""
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.early_exit is not None:
+            if self.objective != "f1" or self.joint or self.calibrate is not None:
+                raise SettingsError(
+                    "early exit is fitted for the thresholds that the folder has; tune them first, in a run of its own"
+                )
+            return
         check_confidence(self.objective, self.confidence)
         if self.joint and self.confidence is None:
             raise SettingsError("joint is for a confidence; give one, such as --confidence 0.95")
@@ -73,6 +84,9 @@ class TuneResult:
     """Metrics with the new thresholds."""
     guarantees: Mapping[str, Any] = field(default_factory=dict)
     """What is promised of the thresholds, if a confidence was given (`guarantees.Guarantees`)."""
+
+    early_exit: Mapping[str, Any] = field(default_factory=dict)
+    """When to stop reading, if this was fitted instead of thresholds (`early_exit.Margin`)."""
 
     def __repr__(self) -> str:
         tuned = zip(self.labels, self.thresholds, strict=True)
@@ -101,6 +115,7 @@ class TuneResult:
             "missed": list(self.missed),
             "pooled": list(self.pooled),
             **({"guarantees": dict(self.guarantees)} if self.guarantees else {}),
+            **({"early_exit": dict(self.early_exit)} if self.early_exit else {}),
             **self.metrics,
         }
 
@@ -108,7 +123,7 @@ class TuneResult:
 def tune_folder(
     model: str, source: str | pa.Table, data: DataSettings, compute: ComputeSettings, options: TuneOptions
 ) -> TuneResult:
-    """Tune thresholds for the objective, and replace the folder's pipeline.json.
+    """Tune thresholds for the objective, or fit when to stop reading, and replace the folder's pipeline.json.
 
     Args:
         model: Local model folder.
@@ -120,8 +135,11 @@ def tune_folder(
     Raises:
         UsageError: The folder is not local, its kind has no thresholds, or the data does not fit.
     """
-    folder = _open_to_tune(model, data)
+    folder = _open_to_tune(model, data, needs_thresholds=options.early_exit is None)
     scored = score_labelled(folder, labelled_input(source, data, folder.decision), data, compute)
+    if options.early_exit is not None:
+        return _fit_early_exit(folder, scored, options)
+    had_early_exit = bool(folder.early_exit)
     folder, scored, errors = _calibrated(folder, scored, options.calibrate)
     tuned = _tuned(scored, folder.decision, options)
     decision = tuned.applied_to(folder.decision)
@@ -130,8 +148,10 @@ def tune_folder(
     metrics = {**evaluate(scored.targets, scored.scores_DL, decisions, decision), **errors}
     histograms = histograms_of(scored.scores_DL, decision)
     write_pipeline_file(
-        replace(folder, decision=decision, metrics=metrics, histograms=histograms, guarantees=guarantees)
+        replace(folder, decision=decision, metrics=metrics, histograms=histograms, guarantees=guarantees, early_exit={})
     )
+    if had_early_exit:
+        logger.warning("early_exit=certified needs a new fit for these thresholds: pipelines tune --early-exit")
     for line in tuned.remarks(options.objective):
         logger.warning("%s", line)
     return TuneResult(
@@ -146,6 +166,27 @@ def tune_folder(
         pooled=tuned.pooled if isinstance(tuned, Tuned) else (),
         metrics=metrics,
         guarantees=guarantees,
+    )
+
+
+def _fit_early_exit(folder: ModelFolder, scored: LabelledScores, options: TuneOptions) -> TuneResult:
+    """Fit a margin, and write it into the folder."""
+    assert options.early_exit is not None
+    confidence = USUAL_CONFIDENCE if options.confidence is None else options.confidence
+    decision = folder.decision
+    fitted = fit_margin(scored.windows, decision, folder.calibration, share=options.early_exit, confidence=confidence)
+    write_pipeline_file(replace(folder, early_exit=fitted.to_json()))
+    logger.info("%s", fitted.in_words)
+    thresholds = thresholds_by_label(decision)
+    return TuneResult(
+        model=shown(str(folder.path)),
+        rows_in_error=scored.rows_in_error,
+        objective=f"early_exit={options.early_exit:g}",
+        labels=tuple(thresholds),
+        thresholds=tuple(thresholds.values()),
+        thresholds_before=decision.thresholds,
+        metrics=evaluate(scored.targets, scored.scores_DL, scored.decide(decision), decision),
+        early_exit=fitted.to_json(),
     )
 
 
@@ -181,8 +222,8 @@ def _calibrated(
     return replace(folder, calibration=fitted.calibration), replace(scored, scores_DL=scores_DL), errors
 
 
-def _open_to_tune(model: str, data: DataSettings) -> ModelFolder:
-    """Open a folder that can be written to, and whose kind has thresholds."""
+def _open_to_tune(model: str, data: DataSettings, *, needs_thresholds: bool) -> ModelFolder:
+    """Open a folder that can be written to, and whose kind has thresholds if they are needed."""
     if "://" in model:
         raise ModelFolderError(f"{shown(model)} is a URL; tune a local folder and upload it")
     if not os.access(Path(model).expanduser(), os.W_OK):
@@ -190,7 +231,7 @@ def _open_to_tune(model: str, data: DataSettings) -> ModelFolder:
             f"{shown(model)} is not a folder that can be written to; make one: pipelines convert {shown(model)} NEW"
         )
     folder = open_for(model, data)
-    if folder.decision.kind not in ("binary", "multilabel"):
+    if needs_thresholds and folder.decision.kind not in ("binary", "multilabel"):
         raise SettingsError(
             f"thresholds are for kinds binary and multilabel; {shown(model)} is of kind {folder.decision.kind}, "
             "which has no thresholds"

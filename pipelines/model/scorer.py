@@ -18,12 +18,20 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.decisions.columns import result_columns
+from pipelines.decisions.early_exit import Margin, Reading, margin_of
 from pipelines.decisions.labels import Decisions, decide, merged_scores, resolve_thresholds
 from pipelines.errors import DataError
 from pipelines.model.weights import vocabulary_of
 from pipelines.model.window_model import SHORTEST_STEP, WindowModel, load_model
 from pipelines.model_folder import ModelFolder, read_model_folder, verify_weights
-from pipelines.settings import UNCALIBRATED, Calibration, ComputeSettings, DecisionSettings, WindowSettings
+from pipelines.settings import (
+    UNCALIBRATED,
+    Calibration,
+    ComputeSettings,
+    DecisionSettings,
+    EarlyExit,
+    WindowSettings,
+)
 from pipelines.storage.columns import check_text_column, string_array
 from pipelines.storage.tables import as_table
 from pipelines.text.pretrained import load_tokenizer
@@ -56,11 +64,21 @@ class DocumentScores:
     """Tokens of each document, without special tokens."""
     errors: list[str | None]
     """Why a document has no score, or None. After an error, the document's other values have no meaning."""
+    all_windows_D: NDArray[np.int64] | None = None
+    """With early exit: number of windows of each document. The arrays above have only those that were read."""
 
     @property
     def num_windows_D(self) -> NDArray[np.int64]:
         """Number of windows of each document; 0 for a document with an error."""
-        return np.where([error is None for error in self.errors], self.windows.num_windows_D, 0)
+        return self._unless_error(self.windows.num_windows_D if self.all_windows_D is None else self.all_windows_D)
+
+    @property
+    def windows_read_D(self) -> NDArray[np.int64] | None:
+        """With early exit: number of windows that were read of each document. None without."""
+        return None if self.all_windows_D is None else self._unless_error(self.windows.num_windows_D)
+
+    def _unless_error(self, values_D: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.where([error is None for error in self.errors], values_D, 0)
 
     @property
     def truncated_D(self) -> NDArray[np.bool_]:
@@ -78,12 +96,14 @@ class DocumentScores:
             self.window_scores_WL[first:last],
             self.num_tokens_D[start:stop],
             self.errors[start:stop],
+            None if self.all_windows_D is None else self.all_windows_D[start:stop],
         )
 
 
 def concat_scores(pieces: Sequence[DocumentScores]) -> DocumentScores:
     """Concatenate slices of documents, in order."""
     votes = [piece.votes_DL for piece in pieces if piece.votes_DL is not None]
+    planned = [piece.all_windows_D for piece in pieces if piece.all_windows_D is not None]
     return DocumentScores(
         np.concatenate([piece.scores_DL for piece in pieces]),
         np.concatenate(votes) if votes else None,
@@ -92,6 +112,7 @@ def concat_scores(pieces: Sequence[DocumentScores]) -> DocumentScores:
         np.concatenate([piece.window_scores_WL for piece in pieces]),
         np.concatenate([piece.num_tokens_D for piece in pieces]),
         [error for piece in pieces for error in piece.errors],
+        np.concatenate(planned) if planned else None,
     )
 
 
@@ -109,6 +130,7 @@ def results_of(scores: DocumentScores, decision: DecisionSettings, *, prefix: st
         decision=decision,
         num_tokens_D=scores.num_tokens_D,
         num_windows_D=scores.num_windows_D,
+        windows_read_D=scores.windows_read_D,
         truncated_D=scores.truncated_D,
         errors=scores.errors,
         prefix=prefix,
@@ -133,12 +155,16 @@ class Scorer:
         decision: DecisionSettings,
         *,
         calibration: Calibration = UNCALIBRATED,
+        early_exit: EarlyExit = "off",
+        margin: Margin | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.plan = plan
         self.decision = decision
         self.calibration = calibration
+        self.early_exit = early_exit
+        self._margin = margin if early_exit == "certified" else None
 
     def __repr__(self) -> str:
         model, decision = self.model, self.decision
@@ -156,6 +182,7 @@ class Scorer:
         *,
         compute: ComputeSettings | None = None,
         thresholds: float | tuple[float, ...] | Mapping[str, float] | None = None,
+        early_exit: EarlyExit = "off",
     ) -> Scorer:
         """Open a model folder. Errors are raised before any text is scored.
 
@@ -164,6 +191,7 @@ class Scorer:
                 was read already.
             compute: Device, dtype and other settings of the forward pass. None means the defaults.
             thresholds: Replaces the thresholds of the folder: one number, one per label, or {label: number}.
+            early_exit: Whether texts are read only until their label is sure: off, exact or certified.
 
         Raises:
             ModelFolderError: The folder is not a finished model folder, or cannot be read.
@@ -172,6 +200,7 @@ class Scorer:
         folder = location if isinstance(location, ModelFolder) else read_model_folder(fspath(location))
         verify_weights(folder)
         decision = resolve_thresholds(thresholds, folder.decision)
+        margin = margin_of(folder, decision, early_exit)
         tokenizer = load_tokenizer(folder.path, lead_space=leads_with_space(folder.windows, folder.model_type))
         model = load_model(
             folder.path, tokenizer.template, compute or ComputeSettings(), num_labels=decision.num_labels
@@ -179,7 +208,9 @@ class Scorer:
         tokenizer.check_vocabulary(vocabulary_of(model.module.config), where=str(folder.path))
         plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type, model_limit=model.row_limit)
         tokenizer = tokenizer.with_most_tokens(most_tokens_of(folder.windows))
-        return cls(model, tokenizer, plan, decision, calibration=folder.calibration)
+        return cls(
+            model, tokenizer, plan, decision, calibration=folder.calibration, early_exit=early_exit, margin=margin
+        )
 
     def warm_up(self) -> None:
         """Run one text of each possible row length, so that no short request waits until a kernel is compiled."""
@@ -190,28 +221,60 @@ class Scorer:
     def score_documents(self, documents: Documents) -> DocumentScores:
         """Score tokenized documents. A document whose logits are not finite gets an error."""
         cut = self.cut(documents)
-        return self.merge(documents, cut, self.model.logits(cut))
+        reading = self.reading(cut, self.decision)
+        if reading is None:
+            return self.merge(documents, cut, self.model.logits(cut))
+        logits_WL = np.zeros((len(cut.windows.document_W), self.decision.num_labels), np.float32)
+        while len(index_W := reading.next_windows()):
+            logits_WL[index_W] = self.window_logits(cut, index_W)
+            reading.add(index_W, logits_WL[index_W])
+        return self.merge(documents, cut, logits_WL, reading)
+
+    def reading(self, cut: CutDocuments, decision: DecisionSettings) -> Reading | None:
+        """Begin to read documents until their labels under a decision are sure.
+
+        A fitted margin holds only for the decision of this scorer; for others, labels are exactly those of a full read.
+
+        Returns:
+            None without early exit: all windows are read.
+        """
+        if self.early_exit == "off":
+            return None
+        margin = self._margin if decision == self.decision else None
+        return Reading(cut.windows.offsets, decision, self.calibration, margin)
 
     def cut(self, documents: Documents) -> CutDocuments:
         """Cut tokenized documents into windows."""
         return cut_documents(documents.tokens, self.plan, self.tokenizer.template, documents.pair_tokens)
 
     def window_logits(self, cut: CutDocuments, index_W: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the logits of some windows, in the order of index_W. `merge` needs the logits of all windows."""
+        """Return the logits of some windows, in the order of index_W."""
         return self.model.logits(cut, index_W)
 
-    def merge(self, documents: Documents, cut: CutDocuments, logits_WL: NDArray[np.float32]) -> DocumentScores:
-        """Merge window logits (of all windows) into document scores and votes."""
-        offsets = cut.windows.offsets
+    def merge(
+        self,
+        documents: Documents,
+        cut: CutDocuments,
+        logits_WL: NDArray[np.float32],
+        reading: Reading | None = None,
+    ) -> DocumentScores:
+        """Merge window logits into document scores and votes: those of all windows, or of those that count."""
+        windows = cut.windows
+        if reading is not None:
+            windows, logits_WL = windows.where(reading.counts_W), logits_WL[reading.counts_W]
+        offsets = windows.offsets
         finite_W = np.asarray(np.isfinite(logits_WL).all(axis=1))
         errors = list(documents.errors)
-        for row in cut.windows.document_W[np.flatnonzero(~finite_W)]:
+        for row in windows.document_W[np.flatnonzero(~finite_W)]:
             errors[row] = errors[row] or "the model's output is not finite"
         logits_WL = np.where(finite_W[:, None], logits_WL, np.float32(0))
         single = self.decision.kind in ("binary", "multiclass")
         votes_DL = count_votes(logits_WL, offsets) if single else None
         scored = merged_scores(logits_WL, offsets, self.decision, self.calibration)
-        return DocumentScores(scored[0], votes_DL, cut.windows, logits_WL, scored[1], documents.num_tokens_D, errors)
+        all_windows_D = None if reading is None else cut.windows.num_windows_D
+        return DocumentScores(
+            scored[0], votes_DL, windows, logits_WL, scored[1], documents.num_tokens_D, errors, all_windows_D
+        )
 
     def decide(self, scores: DocumentScores, decision: DecisionSettings | None = None) -> Decisions:
         """Decide labels from scores, with the thresholds of this scorer or of another decision."""

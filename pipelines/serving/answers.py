@@ -52,6 +52,7 @@ def predictions_of(
             thresholds=thresholds,
             num_tokens=int(scores.num_tokens_D[row]),
             num_windows=int(scores.num_windows_D[row]),
+            windows_read=None if scores.windows_read_D is None else int(scores.windows_read_D[row]),
             truncated=bool(scores.truncated_D[row]),
             windows=_evidence(scorer, scores.slice(row, row + 1), texts[row], names) if with_windows else None,
         )

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from pipelines.text.tokenization import CutDocuments, Documents, concat_documents
 
 if TYPE_CHECKING:
+    from pipelines.decisions.early_exit import Reading
     from pipelines.model.scorer import DocumentScores
+    from pipelines.settings import DecisionSettings
 
 PASS_SECONDS = 0.2
 """Target duration of a forward pass, estimated from earlier passes. A short request may have to wait this long."""
@@ -42,8 +44,17 @@ class WindowScorer(Protocol):
     def window_logits(self, cut: CutDocuments, index_W: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the logits of some windows, in the order of index_W."""
 
-    def merge(self, documents: Documents, cut: CutDocuments, logits_WL: NDArray[np.float32]) -> DocumentScores:
-        """Return the scores of documents, from the logits of all their windows."""
+    def reading(self, cut: CutDocuments, decision: DecisionSettings) -> Reading | None:
+        """Begin to read documents until their labels under a decision are sure. None: all windows are read."""
+
+    def merge(
+        self,
+        documents: Documents,
+        cut: CutDocuments,
+        logits_WL: NDArray[np.float32],
+        reading: Reading | None = None,
+    ) -> DocumentScores:
+        """Return the scores of documents, from the logits of all their windows, or of those that count."""
 
 
 class Clock(Protocol):
@@ -61,15 +72,42 @@ class _Waiting:
     cut: CutDocuments
     answer: asyncio.Future[DocumentScores]
     clock: Clock | None
+    reading: Reading | None
+    """With early exit: which windows are needed. Without: None, and all windows are."""
+    index: list[int]
+    """Windows that are needed, as far as this is known, in the order in which they are taken."""
     lengths: list[int]
-    """Tokens of each window."""
+    """Tokens of each of them."""
     taken: int = 0
     """Number of windows that are in a forward pass now, or were in an earlier one."""
     tokens_left: int = 0
-    """Tokens of the other windows."""
+    """Tokens of the other windows, needed or not."""
+    read: int = 0
+    """Number of windows whose logits `reading` has."""
     logits: list[NDArray[np.float32]] = field(default_factory=list)
     inference: float = 0.0
     since: float = field(default_factory=time.perf_counter)
+
+    def needs_more(self) -> bool:
+        """Return whether windows are left to score, after a pass. `reading` may now know more of them, or stop."""
+        if self.reading is not None and self.taken == len(self.index):
+            new = np.concatenate(self.logits)[self.read :]
+            self.reading.add(np.asarray(self.index[self.read :], np.int64), new)
+            self.read = len(self.index)
+            self._add(self.reading.next_windows())
+        return self.taken < len(self.index)
+
+    def _add(self, index_W: NDArray[np.int64]) -> None:
+        self.index += index_W.tolist()
+        self.lengths += self.cut.length_W[index_W].tolist()
+
+    @property
+    def all_logits_WL(self) -> NDArray[np.float32]:
+        """Logits of all windows, and 0 for windows that were not needed."""
+        found = np.concatenate(self.logits)
+        logits_WL = np.zeros((len(self.cut.length_W), found.shape[1]), np.float32)
+        logits_WL[self.index] = found
+        return logits_WL
 
 
 @dataclass(frozen=True)
@@ -137,7 +175,9 @@ class Batcher:
         if self._queue and self._queued_tokens + self._counted(num_tokens) > self._max_queued_tokens:
             raise QueueFullError(self._queued_tokens, self._max_queued_tokens)
 
-    async def submit(self, documents: Documents, clock: Clock | None = None) -> DocumentScores:
+    async def submit(
+        self, documents: Documents, clock: Clock | None = None, *, decision: DecisionSettings | None = None
+    ) -> DocumentScores:
         """Return the scores of the documents of one request.
 
         A request leaves the queue if its caller is cancelled.
@@ -145,19 +185,22 @@ class Batcher:
         Args:
             documents: Tokenized texts or pairs.
             clock: Receives the times of the request.
+            decision: The decision for which documents may stop early. None reads all windows.
 
         Raises:
             QueueFullError: The queue is not empty and has no room for the tokens of the request.
             Exception: Any exception of a forward pass with this request.
         """
         cut = self._scorer.cut(documents)
-        lengths = cut.length_W.tolist()
-        num_tokens = sum(lengths)
-        if not lengths:
+        num_tokens = int(cut.length_W.sum())
+        if not len(cut.length_W):
             return self._scorer.merge(documents, cut, self._scorer.window_logits(cut, np.arange(0)))
         self.check_room(num_tokens)
         answer: asyncio.Future[DocumentScores] = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(documents, cut, answer, clock, lengths, tokens_left=num_tokens)
+        reading = None if decision is None else self._scorer.reading(cut, decision)
+        index_W = np.arange(len(cut.length_W)) if reading is None else reading.next_windows()
+        lengths = cut.length_W[index_W].tolist()
+        waiting = _Waiting(documents, cut, answer, clock, reading, index_W.tolist(), lengths, tokens_left=num_tokens)
         self._queue.append(waiting)
         self._queued_tokens += self._counted(num_tokens)
         self._arrived.set()
@@ -242,13 +285,16 @@ class Batcher:
         return [self._take(waiting, end) for waiting, end in ends.items()]
 
     def _take(self, waiting: _Waiting, end: int) -> _Share:
-        """Take the windows of a request up to end. After its last window, the request leaves the queue."""
+        """Take the windows of a request up to end. After its last window, the request leaves the queue.
+
+        With early exit, it stays until it is known that no more windows are needed (`_end`).
+        """
         share = _Share(waiting, waiting.taken, end)
         tokens = sum(waiting.lengths[share.first : end])
         before = self._counted(waiting.tokens_left)
         waiting.taken, waiting.tokens_left = end, waiting.tokens_left - tokens
         self._queued_tokens -= before - self._counted(waiting.tokens_left)
-        if end == len(waiting.lengths):
+        if end == len(waiting.lengths) and waiting.reading is None:
             self._queue.remove(waiting)
         return share
 
@@ -258,9 +304,12 @@ class Batcher:
         Returns:
             The scores of each share's request, or None if the request has windows left.
         """
-        starts = np.cumsum([0, *(len(share.waiting.lengths) for share in shares)])
+        starts = np.cumsum([0, *(len(share.waiting.cut.length_W) for share in shares)])
         index_W = np.concatenate(
-            [np.arange(share.first, share.last) + start for share, start in zip(shares, starts, strict=False)]
+            [
+                np.asarray(share.waiting.index[share.first : share.last], np.int64) + start
+                for share, start in zip(shares, starts, strict=False)
+            ]
         )
         together = self._scorer.cut(concat_documents([share.waiting.documents for share in shares]))
         logits_WL = self._scorer.window_logits(together, index_W)
@@ -270,11 +319,10 @@ class Batcher:
             waiting, end = share.waiting, begin + share.last - share.first
             waiting.logits.append(logits_WL[begin:end])
             begin = end
-            is_finished = share.last == len(waiting.lengths)
             scores.append(
-                self._scorer.merge(waiting.documents, waiting.cut, np.concatenate(waiting.logits))
-                if is_finished
-                else None
+                None
+                if waiting.needs_more()
+                else self._scorer.merge(waiting.documents, waiting.cut, waiting.all_logits_WL, waiting.reading)
             )
         return scores
 
@@ -289,6 +337,7 @@ class Batcher:
             waiting.inference += seconds
             if found is None or waiting.answer.done():
                 continue
+            self._forget(waiting)
             if waiting.clock is not None:
                 waiting.clock.inference = waiting.inference
                 waiting.clock.queue = max(time.perf_counter() - waiting.since - waiting.inference, 0.0)

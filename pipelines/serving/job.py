@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from pipelines.decisions.early_exit import margin_of
 from pipelines.decisions.labels import resolve_thresholds
 from pipelines.fields import parse
 from pipelines.model_folder import model_location, read_model_folder
@@ -28,5 +29,6 @@ class ServeJob:
 
 
 def check_job(job: ServeJob) -> None:
-    """Raise a UsageError if the model folder cannot be opened, or if the thresholds do not fit its labels."""
-    resolve_thresholds(job.serve.thresholds, read_model_folder(job.model).decision)
+    """Raise a UsageError if the model folder cannot be opened, or thresholds or early exit do not fit it."""
+    folder = read_model_folder(job.model)
+    margin_of(folder, resolve_thresholds(job.serve.thresholds, folder.decision), job.serve.early_exit)

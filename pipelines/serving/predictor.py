@@ -29,7 +29,7 @@ from pipelines.serving.job import ServeJob
 from pipelines.serving.schema import Pair, Prediction, Usage
 from pipelines.serving.settings import ServeSettings
 from pipelines.serving.timings import Metrics, NoMetrics, current_timings
-from pipelines.settings import ComputeSettings, DecisionSettings
+from pipelines.settings import ComputeSettings, DecisionSettings, EarlyExit
 from pipelines.text.tokenization import Documents
 from pipelines.version import VERSION
 
@@ -84,7 +84,9 @@ class Predictor:
         threads = job.compute.num_threads or max(1, (os.cpu_count() or 1) // most)
         compute = replace(job.compute, num_threads=threads)
         computing = ThreadPoolExecutor(1, thread_name_prefix="forward")
-        scorer = await asyncio.get_running_loop().run_in_executor(computing, _load, folder, compute)
+        scorer = await asyncio.get_running_loop().run_in_executor(
+            computing, _load, folder, compute, job.serve.early_exit
+        )
         predictor = cls(job, folder, scorer, computing, NoMetrics() if make_metrics is None else make_metrics(scorer))
         predictor.set_thresholds(job.serve.thresholds)
         return predictor
@@ -106,6 +108,7 @@ class Predictor:
             "settings_hash": self.folder.settings_hash,
             "decision": asdict(self.decision),
             "guarantees": self._guarantees,
+            "early_exit": {"mode": self.settings.early_exit, **self.folder.early_exit},
             "windows": asdict(self.folder.windows),
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
@@ -155,8 +158,8 @@ class Predictor:
         Raises:
             RequestError: The inputs break a limit, too many tokens wait, or the model fails.
         """
-        scores, texts = await self._score(inputs)
         decision = decision or self.decision
+        scores, texts = await self._score(inputs, decision)
         lane = self._lane(sum(map(len, texts)) if with_windows else 0)
         try:
             predictions = await _in(lane, predictions_of, self._scorer, decision, scores, with_windows, texts)
@@ -174,7 +177,7 @@ class Predictor:
             except QueueFullError:
                 await asyncio.sleep(0.1)
 
-    async def _score(self, inputs: list[str | Pair]) -> tuple[DocumentScores, list[str]]:
+    async def _score(self, inputs: list[str | Pair], decision: DecisionSettings) -> tuple[DocumentScores, list[str]]:
         """Return the scores, and the texts that were cut into windows (for pairs: the second texts)."""
         table = self._checked_table(inputs)
         timings = current_timings()
@@ -185,7 +188,7 @@ class Predictor:
         if longest > most:
             raise RequestError(422, "validation", f"an input has {longest} tokens; at most {most}")
         try:
-            scores = await self._batcher.submit(documents, timings)
+            scores = await self._batcher.submit(documents, timings, decision=decision)
         except QueueFullError as error:
             raise RequestError(429, "overloaded", str(error)) from error
         except Exception as error:
@@ -257,12 +260,12 @@ async def _in(lane: ThreadPoolExecutor, function: Callable[..., Any], *arguments
     return await asyncio.get_running_loop().run_in_executor(lane, function, *arguments)
 
 
-def _load(folder: ModelFolder, compute: ComputeSettings) -> Scorer:
+def _load(folder: ModelFolder, compute: ComputeSettings, early_exit: EarlyExit) -> Scorer:
     """Load and warm up the scorer. This runs in the thread that later computes.
 
     GNU OpenMP keeps a team of threads for every thread that has computed something. If the teams have more threads than
     there are cores, idle threads sleep instead of spinning, and a short text takes 18 ms instead of 11.
     """
-    scorer = Scorer.load(folder, compute=compute)
+    scorer = Scorer.load(folder, compute=compute, early_exit=early_exit)
     scorer.warm_up()
     return scorer

@@ -55,6 +55,7 @@ class Prediction(BaseModel):
     thresholds: dict[str, float] = {}
     num_tokens: int
     num_windows: int
+    windows_read: int | None = None
     truncated: bool
     windows: list[WindowEvidence] | None = None
 
@@ -92,7 +93,7 @@ def without_none(response: BaseModel) -> dict[str, Any]:
     """
     content = response.model_dump()
     for prediction in content.get("predictions", []):
-        unused = [name for name in ("labels", "value", "windows") if prediction[name] is None]
+        unused = [name for name in ("labels", "value", "windows", "windows_read") if prediction[name] is None]
         if prediction["labels"] is not None or prediction["value"] is not None:
             unused += ["label", "score"]
         for name in unused:

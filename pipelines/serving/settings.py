@@ -8,6 +8,7 @@ from typing import Literal
 
 from pipelines.errors import SettingsError
 from pipelines.fields import check_range, check_types, parse_range
+from pipelines.settings import EarlyExit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,11 @@ class ServeSettings:
     (
         "Replaces the thresholds of the model folder. In a Serve configuration file they belong in user_config. "
         "There they can change without a restart."
+    )
+    early_exit: EarlyExit = "off"
+    (
+        "Read a text only until its label is sure. exact: labels are those of a full read. certified: by the margin of "
+        "`pipelines tune --early-exit`. The scores are those of the windows read."
     )
     gpus_per_replica: float | None = None
     """GPUs per replica. Default: 1 with device=cuda, or with device=auto if the cluster has a GPU now; else 0."""

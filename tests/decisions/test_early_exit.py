@@ -58,11 +58,12 @@ def test_exact_never_changes_a_label(decision, seed, temperature):
     decision=decisions(),
     seed=st.integers(0, 10**6),
     order=st.sampled_from(["front", "spread"]),
+    first=st.sampled_from([1, 2]),
     margin=st.one_of(st.none(), st.floats(0.01, 1)),
 )
-def test_a_result_does_not_depend_on_what_is_read_beside_it(decision, seed, order, margin):
+def test_a_result_does_not_depend_on_what_is_read_beside_it(decision, seed, order, first, margin):
     found = some_documents(seed, decision)
-    fitted = None if margin is None else Margin(margin, order, 0.99, 0.95, 1000, 0, 1, 1)
+    fitted = None if margin is None else Margin(margin, order, first, 0.99, 0.95, 1000, 0, 1, 1)
     _, together_D = replayed(found, decision, UNCALIBRATED, fitted)
     for document in range(3):
         first, last = found.offsets[document : document + 2]
@@ -115,7 +116,7 @@ def test_fitted_margins_keep_their_promise():
     shares_by_margin = {}
     for _ in range(draws):
         fitted = fit_margin(emails_like(rng, 300), decision, UNCALIBRATED, share=share, confidence=confidence)
-        key = (fitted.margin, fitted.order)
+        key = (fitted.margin, fitted.order, fitted.first)
         if key not in shares_by_margin:
             labels, _ = replayed(world, decision, UNCALIBRATED, fitted)
             shares_by_margin[key] = (labels == full).mean()

@@ -33,7 +33,7 @@ class Model:
         document_W = cut.windows.document_W[index_W]
         return cut.tokens.ids[cut.tokens.offsets[document_W]].astype(np.float32)[:, None]
 
-    def merge(self, batch, cut, logits_WL):
+    def merge(self, batch, cut, logits_WL, reading=None):
         offsets = cut.windows.offsets
         assert len(logits_WL) == offsets[-1], "every window has exactly one logit"
         return DocumentScores(logits_WL[offsets[:-1]], None, cut.windows, logits_WL, logits_WL, batch.num_tokens_D,
