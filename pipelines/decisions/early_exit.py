@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from pipelines.decisions.calibration import WindowLogits
 from pipelines.decisions.labels import activate, decide, merged_scores, thresholds_by_label
-from pipelines.errors import DataError, SettingsError
-from pipelines.model_folder import ModelFolder
+from pipelines.errors import DataError, ModelFolderError, SettingsError
+from pipelines.fields import check_range, check_types, parse
+from pipelines.model_folder import PIPELINE_FILE, ModelFolder
 from pipelines.settings import Calibration, DecisionSettings, EarlyExit
 from pipelines.text.windows import count_votes
 
@@ -52,10 +53,18 @@ class Margin:
     confidence: float
     """Probability of that, over the draw of the documents on which the margin was fitted."""
     documents: int
+    """Documents on which it was fitted."""
     changed: int
     """Documents, of these, whose label differed."""
     windows: int
+    """Windows of these documents."""
     windows_read: int
+    """Windows, of these, that were read."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_range(self, "margin", self.margin, above=0)
+        check_range(self, "first", self.first, low=1)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `early_exit` in pipeline.json."""
@@ -89,8 +98,19 @@ def margin_of(folder: ModelFolder, decision: DecisionSettings, early_exit: Early
 
     Raises:
         SettingsError: Early exit does not fit the kind; or it is certified, and there is no margin for this decision.
+        ModelFolderError: The margin in the folder cannot be read.
     """
-    fitted = Margin(**folder.early_exit) if folder.early_exit and decision == folder.decision else None
+    if early_exit == "off":
+        return None
+    fitted = None
+    if folder.early_exit and decision == folder.decision:
+        try:
+            (fitted,) = parse(folder.early_exit, Margin)
+        except SettingsError as error:
+            raise ModelFolderError(
+                f"{folder.path}/{PIPELINE_FILE}: early_exit cannot be read ({error}); fit it again: pipelines tune "
+                "--early-exit"
+            ) from error
     check_early_exit(early_exit, decision, fitted)
     return fitted
 

@@ -74,6 +74,9 @@ def test_what_cannot_stop_early_is_refused(folders, folder, source, tmp_path, ca
     assert "pipelines tune MODEL --data VALID --early-exit" in capsys.readouterr().err
     score(folder, source, tmp_path / "out", "--early-exit", "certified", "--set", "thresholds=0.6", code=2)
     assert "fitted for these thresholds" in capsys.readouterr().err
+    write_pipeline_file(replace(read_model_folder(folder), early_exit={"margin": "wide"}))
+    score(folder, source, tmp_path / "out", "--early-exit", "certified", code=2)
+    assert "early_exit cannot be read" in capsys.readouterr().err
     with pytest.raises(SettingsError, match="set early_exit there"):
         ScoreSettings(via_serve="other", early_exit="exact")
 
