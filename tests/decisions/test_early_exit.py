@@ -112,7 +112,7 @@ def test_fitted_margins_keep_their_promise():
     decision = DecisionSettings(kind="binary", labels=("ham", "spam"), thresholds=(0.5,))
     world = emails_like(rng, 20_000)
     full = _labels(world, decision, UNCALIBRATED)
-    broken, share, confidence, draws = 0, 0.95, 0.9, 40
+    broken, share, confidence, draws = 0, 0.95, 0.9, 25
     shares_by_margin = {}
     for _ in range(draws):
         fitted = fit_margin(emails_like(rng, 300), decision, UNCALIBRATED, share=share, confidence=confidence)

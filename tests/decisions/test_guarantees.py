@@ -12,7 +12,7 @@ from pipelines.errors import SettingsError
 from pipelines.settings import NEVER, DecisionSettings
 
 SPAM = DecisionSettings(kind="binary", labels=("ham", "spam"))
-DRAWS = 400
+DRAWS = 200
 
 
 def documents(rng, count, rate=0.3, apart=2.5):

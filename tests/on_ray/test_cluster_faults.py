@@ -154,6 +154,7 @@ def test_other_object_stores_match_local_disk(request, kind, spam_folder, tmp_pa
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.slow
 def test_via_serve_matches_own_replicas(local_ray, spam_folder, tmp_path, emails):
     from ray import serve
 

@@ -21,6 +21,7 @@ def train(folder, **args):
     return model, model.train_model(frame, eval_df=frame, mean=mean_prediction), frame
 
 
+@pytest.mark.slow
 def test_num_workers_matches_single_process(local_ray, tmp_path):
     alone, (steps, progress), frame = train(tmp_path / "alone")
     workers, (their_steps, theirs), _ = train(tmp_path / "workers", num_workers=2)

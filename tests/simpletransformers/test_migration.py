@@ -20,7 +20,10 @@ def compare():
     return module
 
 
-@pytest.mark.parametrize("name", compare().EXAMPLES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "multilabel" else pytest.param(name, marks=pytest.mark.slow) for name in compare().EXAMPLES],
+)
 def test_example_output_matches_docs(name):
     module = compare()
     code = (DOCS / "migration" / f"{name}.py").read_text()
