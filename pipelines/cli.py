@@ -192,10 +192,11 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from pipelines.model_folder import read_model_folder
+    from pipelines.model_folder import CALIBRATION, read_model_folder
 
     content = read_model_folder(options.model).to_json()
     flat = {**content["decision"], **content["windows"], **{k: v for k, v in content.items() if k.endswith("_hash")}}
+    flat.update({name: content[name] for name in (*CALIBRATION, "guarantees", "early_exit") if content.get(name)})
     _print(options, content, {**flat, **{f"valid {name}": value for name, value in content["metrics"].items()}})
     return DONE
 

@@ -21,6 +21,8 @@ TABLES = "_tables.json"
 """File with the names of the tables that have, or soon will have, the run's files."""
 RUN_METADATA = b"pipelines.run"
 """Key in a scored file's schema metadata. The value is the id of the run."""
+BEFORE = {"early_exit": "off"}
+"""Settings that earlier versions did not have, with the values of their runs."""
 FORMAT_VERSION = 2
 
 
@@ -41,10 +43,7 @@ class RunIdentity:
 
     def to_json(self) -> dict[str, Any]:
         """Return the identity as JSON content, which has no tuples."""
-        content = {**dataclasses.asdict(self), "keep": None if self.keep is None else list(self.keep)}
-        if self.early_exit == "off":  # as in runs of versions without it
-            del content["early_exit"]
-        return content
+        return {**dataclasses.asdict(self), "keep": None if self.keep is None else list(self.keep)}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from fsspec import AbstractFileSystem
 
 from pipelines.bulk.changes import check_change, check_gone, compare_input
 from pipelines.bulk.manifest import (
+    BEFORE,
     MANIFEST,
     RUN_METADATA,
     TABLES,
@@ -407,9 +408,8 @@ def _finished(names: Mapping[str, int]) -> frozenset[str]:
 
 
 def _check_identity(location: str, manifest: Manifest, identity: RunIdentity) -> None:
-    wanted = identity.to_json()
-    for name in dict.fromkeys([*wanted, *manifest.identity]):
-        before, value = manifest.identity.get(name), wanted.get(name)
+    for name, value in identity.to_json().items():
+        before = manifest.identity.get(name, BEFORE.get(name))
         if before != value:
             raise OutputError(
                 f"--output {shown(location)} contains another run: {name} was {before!r} and is now {value!r}; "

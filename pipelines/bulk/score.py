@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from pipelines.bulk.job import CheckedJob, ScoreJob, check_job
@@ -95,7 +95,7 @@ def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
         names = list_names(run.location)
         check_same_run(run)
         remove_strays(run, names)
-        summary = _finish(checked, run, totals)
+        summary = _finish(checked, run, totals, names)
         sweep(run.location, mark.name)
         return summary
 
@@ -138,14 +138,13 @@ def score_units_here(checked: CheckedJob, units: Iterator[WorkUnit]) -> Iterator
                 raise no_memory("to score a unit") from error
 
 
-def _count_files(run: Run, decision: DecisionSettings) -> Counts:
+def _count_files(run: Run, here: Mapping[str, int], decision: DecisionSettings) -> Counts:
     """Add the counts in the files of all units: what is there counts, and not what this process has written.
 
     Raises:
         JobError: Files are missing.
     """
     names = [unit.output_name for units in run.generations for unit in units]
-    here = list_names(run.location)
     gone = [name for name in names if not here.get(name)]
     try:
         if not gone:
@@ -158,9 +157,9 @@ def _count_files(run: Run, decision: DecisionSettings) -> Counts:
     )
 
 
-def _finish(checked: CheckedJob, run: Run, totals: RunTotals) -> ScoreSummary:
+def _finish(checked: CheckedJob, run: Run, totals: RunTotals, here: Mapping[str, int]) -> ScoreSummary:
     """Check that no row and no file is missing, and write the summary."""
-    total = replace(_count_files(run, checked.decision), seconds=totals.total.seconds)
+    total = replace(_count_files(run, here, checked.decision), seconds=totals.total.seconds)
     if total.rows_in != run.num_rows or total.rows_out + total.rows_filtered != run.num_rows:
         raise JobError(
             f"{run.num_rows} rows in, but {total.rows_out} out and {total.rows_filtered} filtered out in "

@@ -163,11 +163,6 @@ class Reading:
             self._count(document_W[rows], scores_WL[rows], logits_WL[rows])
 
     @property
-    def is_done(self) -> bool:
-        """Whether every document is done."""
-        return bool(self._is_done_D.all())
-
-    @property
     def counts_W(self) -> NDArray[np.bool_]:
         """Whether each window counts for its document's result."""
         document_W = np.repeat(np.arange(len(self._num_D)), self._num_D)

@@ -150,7 +150,7 @@ def resolve_thresholds(
 
     Args:
         thresholds: One number, one number per label, or a mapping from label names to numbers. Labels that are not in
-            the mapping keep their thresholds. None keeps all thresholds.
+            the mapping keep their thresholds. None keeps all thresholds, and so do numbers that are the same.
         decision: Decision settings to change.
 
     Raises:
@@ -160,7 +160,9 @@ def resolve_thresholds(
         return decision
     if isinstance(thresholds, Mapping):
         thresholds = _thresholds_by_name(thresholds, decision)
-    return replace(decision, thresholds=thresholds)
+    changed = replace(decision, thresholds=thresholds)
+    is_same = thresholds_by_label(changed) == thresholds_by_label(decision)
+    return decision if is_same else changed
 
 
 def thresholds_by_label(decision: DecisionSettings) -> dict[str, float]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pipelines.decisions.calibration import calibration_error, fit_calibration
 from pipelines.decisions.early_exit import fit_margin
 from pipelines.decisions.guarantees import Guarantees, check_confidence, guarantee_thresholds
-from pipelines.decisions.labels import decide, merged_scores, thresholds_by_label
+from pipelines.decisions.labels import merged_scores, thresholds_by_label
 from pipelines.decisions.metrics import Tuned, evaluate, histograms_of, tune_thresholds
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.evaluation.labelled import (
@@ -84,7 +84,6 @@ class TuneResult:
     """Metrics with the new thresholds."""
     guarantees: Mapping[str, Any] = field(default_factory=dict)
     """What is promised of the thresholds, if a confidence was given (`guarantees.Guarantees`)."""
-
     early_exit: Mapping[str, Any] = field(default_factory=dict)
     """When to stop reading, if this was fitted instead of thresholds (`early_exit.Margin`)."""
 
@@ -96,6 +95,7 @@ class TuneResult:
         ]
         lines += [f"  {name} {shown_number(value)}" for name, value in self.metrics.items() if name != "per_label"]
         lines += [f"  {name}: {text}" for name, text in self.promises.items()]
+        lines += [f"  early_exit {name}: {shown_number(value)}" for name, value in self.early_exit.items()]
         return "\n".join(lines)
 
     @property
@@ -144,8 +144,7 @@ def tune_folder(
     tuned = _tuned(scored, folder.decision, options)
     decision = tuned.applied_to(folder.decision)
     guarantees = tuned.to_json() if isinstance(tuned, Guarantees) else {}
-    decisions = decide(scored.scores_DL, decision)
-    metrics = {**evaluate(scored.targets, scored.scores_DL, decisions, decision), **errors}
+    metrics = {**evaluate(scored.targets, scored.scores_DL, scored.decide(decision), decision), **errors}
     histograms = histograms_of(scored.scores_DL, decision)
     write_pipeline_file(
         replace(folder, decision=decision, metrics=metrics, histograms=histograms, guarantees=guarantees, early_exit={})

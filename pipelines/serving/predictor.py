@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -41,6 +42,7 @@ FULL_COLLECTION = 1000
 """Number of collections of the middle generation before a full garbage collection. With Python's default of 10, a full
 collection stops the event loop for 0.2 s every two seconds while hundreds of requests wait. Nearly all objects of a
 request are freed without a full collection."""
+logger = logging.getLogger(__name__)
 
 
 class RequestError(Exception):
@@ -132,6 +134,8 @@ class Predictor:
         """Use other thresholds from now on. Raises SettingsError if they do not fit the labels."""
         self.decision = resolve_thresholds(thresholds, self.folder.decision)
         self._guarantees = self.folder.guarantees_of(self.decision)
+        if self.settings.early_exit == "certified" and self.decision != self.folder.decision:
+            logger.warning("early_exit=certified has no margin for these thresholds: texts are read as for exact")
 
     def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Use the thresholds in Ray Serve's user_config. Raises SettingsError if it contains anything else."""

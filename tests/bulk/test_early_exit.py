@@ -58,10 +58,15 @@ def test_job_scorer_and_table_read_the_same(folder, source, tmp_path, mode):
 def test_other_ways_to_read_are_another_run(folder, source, tmp_path, capsys):
     score(folder, source, tmp_path / "scored", "--early-exit", "exact")
     score(folder, source, tmp_path / "scored", code=2)
-    assert "early_exit was 'exact' and is now None" in capsys.readouterr().err
+    assert "early_exit was 'exact' and is now 'off'" in capsys.readouterr().err
     score(folder, source, tmp_path / "scored", "--early-exit", "certified", code=2)
     assert "early_exit was 'exact' and is now 'certified, margin 0.02, spread, first 2'" in capsys.readouterr().err
     score(folder, source, tmp_path / "scored", "--early-exit", "exact")
+    score(folder, source, tmp_path / "old")  # as a run of a version without early exit
+    manifest = json.loads((tmp_path / "old" / "_manifest.json").read_text())
+    del manifest["early_exit"]
+    (tmp_path / "old" / "_manifest.json").write_text(json.dumps(manifest))
+    score(folder, source, tmp_path / "old")
     relabel = ["relabel", tmp_path / "scored", "--thresholds", "0.4", "--output", tmp_path / "new"]
     assert cli.main(list(map(str, relabel))) == 2
     assert "was scored with early_exit=exact" in capsys.readouterr().err

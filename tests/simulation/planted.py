@@ -24,7 +24,7 @@ FAULTS = {
     "names-repeat": ("pipelines/storage/shards.py", 'f"part-{self.number:06d}-', 'f"part-{self.number % 2:06d}-{0:012d}" or f"'),
     "listing-after-the-manifest": (SCORE, "        names = list_names(run.location)\n        check_same_run(run)\n", "        check_same_run(run)\n        names = list_names(run.location)\n"),
     "strays-stay": (SCORE, "        remove_strays(run, names)\n", ""),
-    "summary-from-memory": (SCORE, "total = replace(_count_files(run, checked.decision), seconds=totals.total.seconds)", "total = totals.total"),
+    "summary-from-memory": (SCORE, "total = replace(_count_files(run, here, checked.decision), seconds=totals.total.seconds)", "total = totals.total"),
     "run-not-checked-at-the-end": (SCORE, "        check_same_run(run)\n", ""),
     "summary-believed": (RUN_FOLDER, "return summary if same else None", "return summary"),
     "summary-stays-with-new-files": (RUN_FOLDER, "    remove(location, SUMMARY)\n    commit_table(location, name, table)\n", "    commit_table(location, name, table)\n"),
