@@ -260,6 +260,31 @@ class Reading:
         return np.asarray(np.where(best_R < decision.abstain_below, to_abstention_R, with_label_R))
 
 
+def check_promise(share: float, confidence: float) -> None:
+    """Raise SettingsError unless a share of documents can be promised with this confidence."""
+    if not FEWEST_SHARE <= share < 1 or not FEWEST_CONFIDENCE <= confidence < 1:
+        raise SettingsError(
+            f"early exit for a share of {share:g} with confidence {confidence:g}: both must be at least 0.5 and below "
+            "1, such as 0.99 and 0.95"
+        )
+
+
+def check_fit(decision: DecisionSettings, num_documents: int, *, share: float, confidence: float) -> None:
+    """Check that a margin can be fitted on this many documents.
+
+    Raises:
+        DataError: They are too few.
+        SettingsError: The kind has no labels, or a number is out of range.
+    """
+    check_early_exit("exact", decision, None)
+    check_promise(share, confidence)
+    if num_documents < _fewest(share, 1 - confidence):
+        raise DataError(
+            f"{num_documents:,} documents are too few to promise a share of {share:g} with confidence {confidence:g}: "
+            f"at least {_fewest(share, 1 - confidence):,} are needed"
+        )
+
+
 def fit_margin(
     found: WindowLogits, decision: DecisionSettings, calibration: Calibration, *, share: float, confidence: float
 ) -> Margin:
@@ -279,18 +304,8 @@ def fit_margin(
         DataError: There are too few documents, or no margin keeps the promise.
         SettingsError: The kind has no labels, or a number is out of range.
     """
-    check_early_exit("exact", decision, None)
-    if not FEWEST_SHARE <= share < 1 or not FEWEST_CONFIDENCE <= confidence < 1:
-        raise SettingsError(
-            f"early exit for a share of {share:g} with confidence {confidence:g}: both must be at least 0.5 and below "
-            "1, such as 0.99 and 0.95"
-        )
     num_documents = len(found.offsets) - 1
-    if num_documents < _fewest(share, 1 - confidence):
-        raise DataError(
-            f"{num_documents:,} documents are too few to promise a share of {share:g} with confidence {confidence:g}: "
-            f"at least {_fewest(share, 1 - confidence):,} are needed"
-        )
+    check_fit(decision, num_documents, share=share, confidence=confidence)
     possible = [num for num in range(1, len(WAYS) + 1) if num_documents >= _fewest(share, (1 - confidence) / num)]
     ways = WAYS[: possible[-1]]
     num_windows = int(found.offsets[-1])

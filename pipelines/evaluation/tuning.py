@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.decisions.calibration import calibration_error, fit_calibration
-from pipelines.decisions.early_exit import fit_margin
+from pipelines.decisions.early_exit import check_fit, check_promise, fit_margin
 from pipelines.decisions.guarantees import Guarantees, check_confidence, guarantee_thresholds
 from pipelines.decisions.labels import merged_scores, thresholds_by_label
 from pipelines.decisions.metrics import Tuned, evaluate, histograms_of, tune_thresholds
@@ -57,10 +57,16 @@ class TuneOptions:
                 raise SettingsError(
                     "early exit is fitted for the thresholds that the folder has; tune them first, in a run of its own"
                 )
+            check_promise(self.early_exit, self.early_exit_confidence)
             return
         check_confidence(self.objective, self.confidence)
         if self.joint and self.confidence is None:
             raise SettingsError("joint is for a confidence; give one, such as --confidence 0.95")
+
+    @property
+    def early_exit_confidence(self) -> float:
+        """The confidence, or the usual one if none is given."""
+        return USUAL_CONFIDENCE if self.confidence is None else self.confidence
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,11 @@ def tune_folder(
         UsageError: The folder is not local, its kind has no thresholds, or the data does not fit.
     """
     folder = _open_to_tune(model, data, needs_thresholds=options.early_exit is None)
-    scored = score_labelled(folder, labelled_input(source, data, folder.decision), data, compute)
+    labelled = labelled_input(source, data, folder.decision)
+    if options.early_exit is not None:
+        promise = {"share": options.early_exit, "confidence": options.early_exit_confidence}
+        check_fit(folder.decision, labelled.num_rows, **promise)
+    scored = score_labelled(folder, labelled, data, compute)
     if options.early_exit is not None:
         return _fit_early_exit(folder, scored, options)
     had_early_exit = bool(folder.early_exit)
@@ -171,9 +181,14 @@ def tune_folder(
 def _fit_early_exit(folder: ModelFolder, scored: LabelledScores, options: TuneOptions) -> TuneResult:
     """Fit a margin, and write it into the folder."""
     assert options.early_exit is not None
-    confidence = USUAL_CONFIDENCE if options.confidence is None else options.confidence
     decision = folder.decision
-    fitted = fit_margin(scored.windows, decision, folder.calibration, share=options.early_exit, confidence=confidence)
+    fitted = fit_margin(
+        scored.windows,
+        decision,
+        folder.calibration,
+        share=options.early_exit,
+        confidence=options.early_exit_confidence,
+    )
     write_pipeline_file(replace(folder, early_exit=fitted.to_json()))
     logger.info("%s", fitted.in_words)
     thresholds = thresholds_by_label(decision)

@@ -89,7 +89,11 @@ def test_what_cannot_stop_early_is_refused(folders, folder, source, tmp_path, ca
 def test_tune_fits_a_margin_and_other_thresholds_end_it(folder, source, tmp_path, capsys):
     command = ["tune", folder, "--data", source, "--set", "dtype=float32", "--json"]
     assert cli.main([*map(str, command), "--early-exit", "0.99"]) == 2
-    assert "59 documents are too few" in capsys.readouterr().err
+    before_work = capsys.readouterr()
+    assert "60 documents are too few" in before_work.err
+    assert "scored" not in before_work.err
+    assert cli.main([*map(str, command), "--early-exit", "99"]) == 2
+    assert "both must be at least 0.5" in capsys.readouterr().err
     assert cli.main([*map(str, command), "--early-exit", "0.6", "--confidence", "0.9"]) == 3
     found = json.loads(capsys.readouterr().out)
     assert found["early_exit"] == read_model_folder(folder).early_exit
