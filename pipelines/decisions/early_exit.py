@@ -152,7 +152,12 @@ class Reading:
         return np.asarray(self._offsets[document_R] + place_R, np.int64)
 
     def add(self, index_W: NDArray[np.int64], logits_WL: NDArray[np.float32]) -> None:
-        """Take the logits of the windows that `next_windows` returned, in its order. Stops documents that are sure."""
+        """Take the logits of the windows that `next_windows` returned, in its order. Stops documents that are sure.
+
+        A document with logits that are not finite stops too: it gets an error instead of a label.
+        """
+        is_broken_W = np.asarray(~np.isfinite(logits_WL).all(axis=1))
+        logits_WL = np.where(is_broken_W[:, None], np.float32(0), logits_WL)
         scores_WL = activate(logits_WL, self._decision.kind, self._calibration)
         document_W = np.searchsorted(self._offsets, index_W, side="right") - 1
         starts = np.flatnonzero(np.append(True, document_W[1:] != document_W[:-1])) if len(document_W) else document_W
@@ -161,6 +166,7 @@ class Reading:
             rows = starts[counts > rank] + rank
             rows = rows[~self._is_done_D[document_W[rows]]]
             self._count(document_W[rows], scores_WL[rows], logits_WL[rows])
+            self._is_done_D[document_W[rows[is_broken_W[rows]]]] = True
 
     @property
     def counts_W(self) -> NDArray[np.bool_]:
@@ -179,13 +185,12 @@ class Reading:
         self._peaks_DL[document_R] = np.maximum(self._peaks_DL[document_R], scores_RL)
         self._votes_DL[document_R, logits_RL.argmax(axis=1)] += 1
         self.read_D[document_R] += 1
-        is_broken_R = ~np.isfinite(logits_RL).all(axis=1)  # the document gets an error
         is_sure_R = self._is_sure(document_R)
         if self._fitted is not None:
             is_far_R = self._lead(document_R) >= self._fitted.margin
             is_sure_R = (is_sure_R | is_far_R) & _is_look(self.read_D[document_R], self._fitted.first)
         is_read_R = self.read_D[document_R] == self._num_D[document_R]
-        self._is_done_D[document_R] |= is_broken_R | is_sure_R | is_read_R
+        self._is_done_D[document_R] |= is_sure_R | is_read_R
 
     def _needed(self) -> NDArray[np.int64]:
         """Return how many more windows each document needs before it can stop, or a few more."""

@@ -88,6 +88,23 @@ def test_exact_reads_what_can_be_needed():
     assert replayed(found, lost, UNCALIBRATED, None)[1] == 6
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("margin", [None, Margin(0.2, "spread", 2, 0.9, 0.9, 1, 0, 1, 1)])
+def test_logits_that_are_not_finite_stop_only_their_document(value, margin):
+    decision = DecisionSettings(kind="multilabel", labels=("a", "b"))
+    good = some_documents(1, decision)
+    _, alone_D = replayed(good, decision, UNCALIBRATED, margin)
+    logits_WL = good.logits_WL.copy()
+    logits_WL[good.offsets[3], 1] = value
+    found = WindowLogits(logits_WL, good.offsets, good.targets)
+    reading = Reading(found.offsets, decision, UNCALIBRATED, margin)
+    while len(index_W := reading.next_windows()):
+        reading.add(index_W, logits_WL[index_W])
+    assert reading.counts_W[good.offsets[3]]
+    others = np.arange(len(alone_D)) != 3
+    np.testing.assert_array_equal(reading.read_D[others], alone_D[others])
+
+
 @given(st.integers(1, 200))
 def test_spread_is_a_permutation(num):
     places = _spread(num)
