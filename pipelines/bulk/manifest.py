@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import OutputError
-from pipelines.storage.locations import commit_json, read_bytes, read_json, shown, store_errors
+from pipelines.storage.locations import commit_json, exists, read_bytes, read_json, shown, store_errors
 from pipelines.storage.shards import InputFile, fingerprint
 
 MANIFEST = "_manifest.json"
@@ -152,9 +152,14 @@ def known_files(location: str) -> dict[str, InputFile]:
         return {}
 
 
-def check_not_in_table(location: str, names: Mapping[str, int]) -> None:
-    """Raise OutputError if files of the run in a folder are part of a table, and must therefore stay."""
-    if TABLES in names:
+def is_in_table(location: str) -> bool:
+    """Return whether files of the run in a folder are part of a table, and must therefore stay."""
+    return exists(location, TABLES)
+
+
+def check_not_in_table(location: str) -> None:
+    """Raise OutputError if files of the run in a folder are part of a table."""
+    if is_in_table(location):
         raise OutputError(
             f"the files in --output {shown(location)} are part of a table, so they cannot be removed; give a new "
             f"folder ({TABLES} names the table)"

@@ -27,12 +27,12 @@ from pipelines.bulk.manifest import (
     BEFORE,
     MANIFEST,
     RUN_METADATA,
-    TABLES,
     Generation,
     Manifest,
     RunIdentity,
     check_not_in_table,
     fingerprint_of,
+    is_in_table,
     listing_of,
     read_listing,
     read_manifest,
@@ -184,7 +184,7 @@ def _resumed(
         append=append,
         replace_changed=replace_changed,
         from_table=snapshot is not None,
-        in_table=TABLES in list_names(location),
+        in_table=is_in_table(location),
     )
     _check_columns(location, manifest, columns)
     new = [*change.new, *change.changed]
@@ -213,7 +213,7 @@ def without_errors(run: Run, mark: str) -> Run:
     if not bad:
         return run
     _check_is_alone(run.location, mark, "--retry-errors would replace files of a job that runs now")
-    check_not_in_table(run.location, list_names(run.location))
+    check_not_in_table(run.location)
     remove(run.location, SUMMARY)  # from now on it does not fit the files
     return replace(run, finished=run.finished - bad)
 
@@ -341,7 +341,7 @@ def _clear(location: str, names: Mapping[str, int], mark: str) -> None:
         OutputError: Another job writes to the folder now, or files of the run are part of a table.
     """
     _check_is_alone(location, mark, "--overwrite would remove files of a job that runs now")
-    check_not_in_table(location, names)
+    check_not_in_table(location)
     if MANIFEST not in names:
         _check_is_empty(location, names)
     own = [name for name in names if OUTPUT_NAME.fullmatch(name) or name.startswith((".part-", "._"))]

@@ -62,7 +62,7 @@ class BulkHistory:
 
     def __init__(self, room):
         self.room, self.dice = room, room.world.random
-        self.files = {}
+        self.files, self.num_versions = {}, 0
         for _ in range(self.dice.randint(1, 3)):
             self._change_file(f"f{len(self.files)}")
         self.model = "m0"
@@ -84,8 +84,8 @@ class BulkHistory:
             self._check_foreign()
 
     def _change_file(self, url):
-        before = self.files.get(url)
-        version = 0 if before is None else int(before.version) + 1
+        self.num_versions += 1  # a store gives no version twice, also not to a new file with an old name
+        version = self.num_versions
         groups = tuple(self.dice.randint(1, 4) for _ in range(self.dice.randint(1, 2)))
         self.files[url] = InputFile(
             url, url, 100 + version, str(version), CARRIED, groups, tuple(100 * n for n in groups)

@@ -72,7 +72,8 @@ class ProxyGuard:
 
         if "headers" in scope:
             scope = {**scope, "headers": [pair for pair in scope["headers"] if all(map(_is_text, pair))]}
-        await self._app(scope, receive, send_replaced)
+        is_path = scope.get("path", "").startswith("/")  # OPTIONS * is for no application
+        await self._app(scope, receive, send_replaced if is_path else send)
         if is_replaced:
             problem = "the server is starting or stopping; try again later"
             content = ErrorResponse(error=problem, error_type="unavailable").model_dump()
