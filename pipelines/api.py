@@ -1,4 +1,4 @@
-"""The functions of `import pipelines`: train, score, evaluate, tune and convert, for scripts and notebooks.
+"""The functions of `import pipelines`: train, score, evaluate, tune, quantize and convert, for scripts and notebooks.
 
 Every further keyword is a setting by its name; `pipelines COMMAND --help` lists them. Progress is shown as a bar on a
 terminal and in a notebook; elsewhere it goes to the logger `pipelines`.
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipelines.bulk.job import ScoreJob
     from pipelines.bulk.summary import ScoreSummary
     from pipelines.evaluation.labelled import EvaluationResult
+    from pipelines.evaluation.quantizing import QuantizeResult
     from pipelines.evaluation.tuning import TuneResult
     from pipelines.model_folder import ModelFolder
     from pipelines.training.fit import TrainSummary
@@ -180,6 +181,44 @@ def tune(
     columns, compute = parse(settings, DataSettings, ComputeSettings)
     options = TuneOptions(objective, confidence, joint, calibrate, early_exit)
     return tune_folder(_path(model), data, columns, compute, options)
+
+
+def quantize(
+    model: Location,
+    new: Location,
+    data: Any,
+    *,
+    max_label_changes: float = 0.002,
+    max_drop: float = 0.002,
+    metric: str | None = None,
+    **settings: Any,
+) -> QuantizeResult:
+    """Write an int8 model folder for CPUs, if few labels change on labelled data. Needs the extra `[quantize]`.
+
+    Layers that would change too much stay in float: they are found one by one, which can take minutes.
+
+    Args:
+        model: Model folder, a path or URL.
+        new: New folder. It is scored and served like any other, with OpenVINO, on CPUs.
+        data: Labelled file, folder or glob (Parquet, JSON Lines, CSV); or a table in memory.
+        max_label_changes: Largest share of documents whose labels may change.
+        max_drop: Largest drop of the metric (mae and rmse: growth, as a share of the targets' deviation).
+        metric: Default: auprc or mcc (binary), mcc (multiclass), auprc_macro (multilabel), rmse (regression).
+        **settings: Settings by name, such as label_column="group", limit=1000.
+
+    Raises:
+        UsageError: Model, data or settings do not fit.
+        JobError: More labels change, or the metric drops more. Nothing was written.
+
+    Example:
+        >>> pipelines.quantize("runs/spam", "runs/spam-int8", "valid/")
+    """
+    from pipelines.evaluation.quantizing import QuantizeOptions, quantize_folder
+
+    options = QuantizeOptions(max_label_changes, max_drop, metric)
+    data, settings = _labelled(data, settings)
+    columns, compute = parse(settings, DataSettings, ComputeSettings)
+    return quantize_folder(_path(model), _path(new), data, columns, compute, options)
 
 
 def convert(

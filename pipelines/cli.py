@@ -153,6 +153,16 @@ def _tune(options: argparse.Namespace) -> int:
     return ROWS_IN_ERROR if result.rows_in_error else DONE
 
 
+def _quantize(options: argparse.Namespace) -> int:
+    from pipelines.evaluation.quantizing import QuantizeOptions, quantize_folder
+
+    data, compute = parse(_values(options), *EVALUATE_GROUPS)
+    wanted = QuantizeOptions(options.max_label_changes, options.max_drop, options.metric)
+    result = quantize_folder(options.model, options.new, options.data, data, compute, wanted)
+    _print(options, result.to_json(), result.in_words())
+    return DONE
+
+
 def _relabel(options: argparse.Namespace) -> int:
     from pipelines.bulk.relabel import relabel
     from pipelines.storage.locations import absolute
@@ -260,11 +270,14 @@ def _add_labelled(commands: Any) -> None:
     for name, run, about in (
         ("evaluate", _evaluate, "metrics of a model folder on labelled Parquet"),
         ("tune", _tune, "tune thresholds on labelled Parquet and write them into the model folder"),
+        ("quantize", _quantize, "write an int8 model folder for CPUs, if few labels change on labelled Parquet"),
     ):
-        command = _command(
-            commands, name, run, about=about, groups=EVALUATE_GROUPS, example=f"pipelines {name} runs/spam --data test/"
-        )
+        folders = "runs/spam runs/spam-int8" if name == "quantize" else "runs/spam"
+        example = f"pipelines {name} {folders} --data valid/"
+        command = _command(commands, name, run, about=about, groups=EVALUATE_GROUPS, example=example)
         command.add_argument("model", metavar="DIR", help="model folder")
+        if name == "quantize":
+            _add_contract(command)
         command.add_argument("--data", required=True, metavar="PARQUET", help="file, folder or glob with labels")
         if name == "evaluate":
             command.add_argument("--report", metavar="OUT.html", help="write a page with curves and threshold tables")
@@ -295,6 +308,27 @@ def _add_labelled(commands: Any) -> None:
                 "gets the label of a full read, with --confidence (0.95); score --early-exit certified uses it",
             )
         _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "label_columns", "limit"))
+
+
+def _add_contract(command: argparse.ArgumentParser) -> None:
+    """Add what `pipelines quantize` takes besides."""
+    command.add_argument("new", metavar="NEW", help="new folder")
+    command.add_argument(
+        "--max-label-changes",
+        type=float,
+        default=0.002,
+        metavar="SHARE",
+        help="largest share of documents whose labels may change (default 0.002); layers that change too much stay in "
+        "float, and if that is not enough nothing is written",
+    )
+    command.add_argument(
+        "--max-drop",
+        type=float,
+        default=0.002,
+        metavar="X",
+        help="largest drop of the metric (default 0.002; mae and rmse: growth, as a share of the targets' deviation)",
+    )
+    command.add_argument("--metric", help="default: auprc (binary), mcc (multiclass), auprc_macro (multilabel), rmse")
 
 
 def _add_folders(commands: Any) -> None:

@@ -49,6 +49,8 @@ TOKENIZER_FILES = (
     "spm.model",
     "tokenizer.model",
 )
+OPENVINO_FILES = ("openvino_model.xml", "openvino_model.bin", "openvino_model.json")
+"""Files of a model that was converted to OpenVINO: its graph, its weights, and what is known of it besides."""
 SHARD_INDEX = "model.safetensors.index.json"
 """File that says which weight is in which of several files."""
 RUN_FILE = "_run.json"
@@ -60,7 +62,7 @@ CALIBRATION = ("temperature", "scales", "biases")
 ASIDE = ".saving-"
 """Start of the name of a folder with files that are being saved. It is left behind if the process is killed."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "bpe.codes")
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "bpe.codes", "openvino_model.*")
 """The files that are fetched from the Hugging Face Hub. There is no pickle and no code among them."""
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,8 @@ class ModelFolder:
     """What `tune --confidence` promises of the thresholds (`guarantees.Guarantees`). Empty without promises."""
     early_exit: Mapping[str, Any] = field(default_factory=dict)
     """The margin of `tune --early-exit` (`early_exit.Margin`). Empty without one."""
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    """What `pipelines quantize` measured of its int8 model. Empty for a folder with float weights."""
     tokenizer: str = OWN_TOKENIZER
     """How the tokenizer is opened: from the tokenizer.json that this package wrote, or as transformers opens it."""
 
@@ -144,6 +148,7 @@ class ModelFolder:
             "histograms": dict(self.histograms),
             "guarantees": dict(self.guarantees),
             "early_exit": dict(self.early_exit),
+            "quantization": dict(self.quantization),
             "reads_pairs": self.reads_pairs,
             "tokenizer": self.tokenizer,
             "weights_hash": self.weights_hash,
@@ -166,7 +171,8 @@ def read_model_folder(location: str | Path) -> ModelFolder:
     file = path / PIPELINE_FILE
     if not file.is_file():
         return _of_classifier(path, shown(str(location)))
-    check_weights(path)
+    if not _has_openvino(path):
+        check_weights(path)
     try:
         content = json.loads(file.read_text())
         version = content["format_version"]
@@ -190,6 +196,7 @@ def read_model_folder(location: str | Path) -> ModelFolder:
             content.get("reads_pairs"),
             content.get("guarantees", {}),
             content.get("early_exit", {}),
+            content.get("quantization", {}),
             content.get("tokenizer", OWN_TOKENIZER),
         )
     except (ValueError, KeyError, TypeError, AttributeError, SettingsError) as error:
@@ -283,6 +290,11 @@ def check_weights(path: Path) -> None:
     if any(path.glob("*.safetensors")):
         _check_shards(path)
         return
+    if _has_openvino(path):
+        raise ModelFolderError(
+            f"{path} is an int8 model, which can be scored and served, but not changed or trained; use the folder that "
+            f"it was made of"
+        )
     pickles = [file.name for pattern in PICKLES for file in sorted(path.glob(pattern))]
     if pickles:
         raise ModelFolderError(
@@ -290,6 +302,11 @@ def check_weights(path: Path) -> None:
             f"convert it to safetensors: pipelines convert {path} NEW"
         )
     raise ModelFolderError(f"{path} has no *.safetensors weights")
+
+
+def _has_openvino(path: Path) -> bool:
+    """Whether a folder has no other weights than those of `pipelines quantize`."""
+    return all((path / name).is_file() for name in OPENVINO_FILES) and not any(path.glob("*.safetensors"))
 
 
 def _check_shards(path: Path) -> None:
@@ -346,6 +363,8 @@ def hash_weights(path: Path) -> str:
 
 def _hashed_names(path: Path) -> list[str]:
     names = {file.name for file in path.glob("*.safetensors")} | {"config.json"}
+    if _has_openvino(path):
+        names.update(OPENVINO_FILES)
     return sorted(names | {name for name in (*TOKENIZER_FILES, SHARD_INDEX) if (path / name).is_file()})
 
 
@@ -366,7 +385,7 @@ def local_folder(location: str) -> Path:
     if "://" not in location:
         path = Path(location).expanduser()
         return path.resolve() if path.is_dir() else _from_hub(location)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-text-classification"
+    cache = cache_folder()
     filesystem, remote = filesystem_of(location)
     with store_errors(ModelFolderError, f"{shown(location)} cannot be listed"):
         files = filesystem.find(remote, maxdepth=1, detail=True)
@@ -380,6 +399,11 @@ def local_folder(location: str) -> Path:
             if not target.is_dir():
                 _fetch(filesystem, sorted(files), target, location)
     return target
+
+
+def cache_folder() -> Path:
+    """Return the folder of this machine's copies and conversions of models: in $XDG_CACHE_HOME, by default ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-text-classification"
 
 
 def _from_hub(name: str) -> Path:

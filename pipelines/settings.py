@@ -113,6 +113,8 @@ UNCALIBRATED = Calibration()
 class ComputeSettings:
     """How the forward pass runs. With float32, these settings change scores only by rounding errors."""
 
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    """auto runs on a CPU with OpenVINO if it is installed and a check gives the same scores, else with PyTorch."""
     dtype: Dtype = "auto"
     """auto uses bfloat16 if the processor multiplies it fast, else float16 on a GPU and float32 on a CPU."""
     device: str = "auto"

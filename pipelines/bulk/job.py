@@ -99,6 +99,7 @@ class CheckedJob:
             prefix=job.score.prefix,
             dtype=job.compute.dtype,
             early_exit=self.early_exit_in_words,
+            engine=job.compute.engine,
         )
 
     @property

@@ -21,7 +21,7 @@ TABLES = "_tables.json"
 """File with the names of the tables that have, or soon will have, the run's files."""
 RUN_METADATA = b"pipelines.run"
 """Key in a scored file's schema metadata. The value is the id of the run."""
-BEFORE = {"early_exit": "off"}
+BEFORE = {"early_exit": "off", "engine": "auto"}
 """Settings that earlier versions did not have, with the values of their runs."""
 FORMAT_VERSION = 2
 
@@ -40,6 +40,7 @@ class RunIdentity:
     prefix: str
     dtype: str
     early_exit: str = "off"
+    engine: str = "auto"
 
     def to_json(self) -> dict[str, Any]:
         """Return the identity as JSON content, which has no tuples."""

@@ -8,15 +8,16 @@ Shapes: W windows, L labels.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipelines.errors import ModelFolderError, first_line
+from pipelines.model.engine import Side
 from pipelines.model.packing import NAME as PACKED
 from pipelines.model.packing import PackedRows, remove_hooks
 from pipelines.model.weights import first_position, pad_token_of, vocabulary_of
@@ -33,8 +34,6 @@ between the windows.
 """
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, AssertionError)
 """Errors of a module that cannot run its input in the tested way."""
-Side = Literal["left", "right"]
-"""Side of the padding."""
 _SWITCHING = threading.RLock()
 
 
@@ -127,19 +126,19 @@ def find_padding_side(model: Probed) -> Side | None:
     return None
 
 
-def probe_rows(model: Probed) -> InputRows:
-    """Return three short windows of random tokens, with the special tokens of the template around each."""
+def probe_rows(model: Probed, lengths: Sequence[int] = (7, 7, 4)) -> InputRows:
+    """Return windows of random tokens, by default three short ones, with the special tokens of the template around."""
     config: Any = model.module.config
     template = model.template
     ends = np.atleast_1d(getattr(config, "eos_token_id", None) or [])
     special = {*template.prefix, *template.suffix, pad_token_of(config, template.pad_id), *map(int, ends)}
     size = vocabulary_of(config) or 128
     allowed = np.setdiff1d(np.arange(min(10, size - 1), size), list(special))
-    lengths = np.array([7, 7, 4])
-    content = np.random.default_rng(0).choice(allowed if len(allowed) else np.arange(size), lengths.sum())
-    special_tokens = template.num_special_tokens(pair=False)
-    plan = WindowPlan(max_length=7 + special_tokens, budget=7, step=7)
-    return assemble(cut_documents(Tokens(content, offsets_of(lengths)), plan, template), template, np.arange(3))
+    content = np.random.default_rng(0).choice(allowed if len(allowed) else np.arange(size), sum(lengths))
+    longest = max(lengths)
+    plan = WindowPlan(max_length=longest + template.num_special_tokens(pair=False), budget=longest, step=longest)
+    cut = cut_documents(Tokens(content, offsets_of(np.array(lengths))), plan, template)
+    return assemble(cut, template, np.arange(len(lengths)))
 
 
 def _agree(found_WL: Tensor, expected_WL: Tensor) -> bool:

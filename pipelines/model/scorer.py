@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.classifier_config import read_config, vocabulary_size
 from pipelines.decisions.columns import result_columns
 from pipelines.decisions.early_exit import Margin, Reading, margin_of
 from pipelines.decisions.labels import Decisions, decide, merged_scores, resolve_thresholds
 from pipelines.errors import DataError
-from pipelines.model.weights import vocabulary_of
-from pipelines.model.window_model import SHORTEST_STEP, WindowModel, load_model
+from pipelines.model.engine import SHORTEST_STEP, Engine
+from pipelines.model.loading import load_engine
 from pipelines.model_folder import ModelFolder, read_model_folder, verify_weights
 from pipelines.settings import (
     UNCALIBRATED,
@@ -149,7 +150,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: WindowModel,
+        model: Engine,
         tokenizer: Tokenizer,
         plan: WindowPlan,
         decision: DecisionSettings,
@@ -171,7 +172,7 @@ class Scorer:
         rows = "packed" if model.is_packed else "padded"
         return (
             f"Scorer({decision.kind}{': ' if decision.labels else ''}{', '.join(decision.labels)}; {model.model_type} "
-            f"on {model.device}, {str(model.dtype).removeprefix('torch.')}, {rows}; windows of {self.plan.max_length} "
+            f"on {model.device_name}, {model.name} in {model.dtype_name}, {rows}; windows of {self.plan.max_length} "
             "tokens)"
         )
 
@@ -202,10 +203,8 @@ class Scorer:
         decision = resolve_thresholds(thresholds, folder.decision)
         margin = margin_of(folder, decision, early_exit)
         tokenizer = load_tokenizer(folder.path, lead_space=leads_with_space(folder.windows, folder.model_type))
-        model = load_model(
-            folder.path, tokenizer.template, compute or ComputeSettings(), num_labels=decision.num_labels
-        )
-        tokenizer.check_vocabulary(vocabulary_of(model.module.config), where=str(folder.path))
+        model = load_engine(folder, tokenizer.template, compute or ComputeSettings())
+        tokenizer.check_vocabulary(vocabulary_size(read_config(folder.path)), where=str(folder.path))
         plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type, model_limit=model.row_limit)
         tokenizer = tokenizer.with_most_tokens(most_tokens_of(folder.windows))
         return cls(

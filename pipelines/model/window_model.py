@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,13 @@ from torch import Tensor, nn
 
 from pipelines.decisions.labels import Scaling
 from pipelines.errors import ModelFolderError, first_line, is_out_of_memory
-from pipelines.model.batching import token_batches
 from pipelines.model.devices import resolve_device, resolve_dtype, to_device
+from pipelines.model.engine import SHORTEST_STEP, Engine, Side, padded
 from pipelines.model.lora import has_adapter, save_trained, trained_weights
 from pipelines.model.packing import NAME as PACKED
 from pipelines.model.packing import PackedRows, Packing, remove_hooks
 from pipelines.model.precision import cast_body
 from pipelines.model.probes import (
-    Side,
     attention_for_length,
     attention_name,
     attention_of,
@@ -52,17 +50,15 @@ from pipelines.model_folder import check_weights
 from pipelines.settings import ComputeSettings
 from pipelines.text.pretrained import quiet_transformers, uses_type_ids
 from pipelines.text.template import Template
-from pipelines.text.tokenization import CutDocuments, InputRows, assemble
+from pipelines.text.tokenization import InputRows
 
 logger = logging.getLogger(__name__)
-SHORTEST_STEP = 8
-"""On a CPU, the length of a short packed row is a multiple of this number of tokens."""
-PADDED_MULTIPLE = 8
-"""The length of a padded row is a multiple of this number of tokens: fewer shapes, aligned memory."""
 
 
-class WindowModel:
-    """A sequence classifier on its device, with the way in which its windows are run."""
+class WindowModel(Engine):
+    """A sequence classifier of PyTorch on its device, with the way in which its windows are run."""
+
+    name = "torch"
 
     def __init__(
         self, module: nn.Module, template: Template, compute: ComputeSettings, *, uses_type_ids: bool = False
@@ -87,12 +83,12 @@ class WindowModel:
         self.dtype = resolve_dtype(compute.dtype, self.device)
         self.batch_tokens = compute.batch_tokens
         self.module = module.to(self.device).eval()
-        self._takes_type_ids = "token_type_ids" in inspect.signature(module.forward).parameters
-        self._uses_type_ids = uses_type_ids and self._takes_type_ids
-        self._pad_id = pad_token_of(module.config, template.pad_id)
+        self.takes_type_ids = "token_type_ids" in inspect.signature(module.forward).parameters
+        self.uses_type_ids = uses_type_ids and self.takes_type_ids
+        self.pad_id = pad_token_of(module.config, template.pad_id)
         self._scaling, self._last_layer = Scaling(), ""
         self._packed: PackedRows | None = None
-        self._padding_side = find_padding_side(self)
+        self.padding_side = find_padding_side(self)
         if compute.packing == "auto":
             self._packed = packed_if_equal(self)
         cast_body(self.module, self.dtype)
@@ -119,13 +115,23 @@ class WindowModel:
         """Name of the architecture in config.json."""
         return str(self.module.config.model_type)  # type: ignore[union-attr]
 
+    @property
+    def dtype_name(self) -> str:
+        """Number format of the forward pass."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def device_name(self) -> str:
+        """Where the model runs."""
+        return str(self.device)
+
     def copy(self, compute: ComputeSettings) -> WindowModel:
         """Return a copy of the weights under other compute settings, such as another dtype or device."""
         module: Any = copy.deepcopy(self.module)
         if self.is_packed:
             remove_hooks(module)
             module.set_attn_implementation("sdpa")  # the constructor decides again whether to pack
-        copied = WindowModel(module, self.template, compute, uses_type_ids=self._uses_type_ids)
+        copied = WindowModel(module, self.template, compute, uses_type_ids=self.uses_type_ids)
         copied._scaling, copied._last_layer = self._scaling, self._last_layer
         return copied
 
@@ -165,53 +171,27 @@ class WindowModel:
                 layer.bias.sub_(scaling.mean).div_(scaling.scale)
         return True
 
-    def logits(self, cut: CutDocuments, index_W: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """Compute logits batch by batch.
-
-        Args:
-            cut: Documents cut into windows.
-            index_W: Indices of the windows to compute. None means all windows.
-
-        Returns:
-            The logits (W, L) of these windows, in the order of index_W.
-        """
-        length_W = cut.length_W
-        all_W = np.arange(len(length_W)) if index_W is None else index_W
-        index_W = all_W[length_W[all_W] > 0]  # a text without tokens, and without special tokens, has no input row
-        logits_WL = np.zeros((len(length_W), self.num_labels), dtype=np.float32)
+    def run(self, rows: InputRows) -> NDArray[np.float32]:
+        """Return the logits (W, L) of the windows of one batch, in their order."""
         if any(part.training for part in self.module.modules()):  # left on by an interrupted run, or by the caller
             self.module.eval()
         with torch.inference_mode():
-            for batch in token_batches(length_W[index_W], batch_tokens=self.batch_tokens, padded=not self.is_packed):
-                self._fill(logits_WL, cut, index_W[batch])
-        return logits_WL[all_W]
+            found: NDArray[np.float32] = self(rows).float().cpu().numpy()
+        return found
 
-    def _fill(self, logits_WL: NDArray[np.float32], cut: CutDocuments, index_W: NDArray[np.int64]) -> None:
-        """Write the logits of some windows into logits_WL.
-
-        If the windows do not fit into memory, compute each half separately and reduce batch_tokens for later calls.
-        """
-        try:
-            logits_WL[index_W] = self(assemble(cut, self.template, index_W)).float().cpu().numpy()
-            return
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or len(index_W) == 1:
-                raise
+    def _free_memory(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.batch_tokens = max(1, min(self.batch_tokens, int(cut.length_W[index_W].sum())) // 2)
-        for half in np.array_split(index_W, 2):
-            self._fill(logits_WL, cut, half)
 
     def run_packed(self, packed: PackedRows | None, rows: InputRows) -> Tensor:
         """Return the logits (W, L) of all windows, computed as one row without padding."""
         assert packed is not None
         num_windows = len(rows.length_W)
         if self.device.type == "cpu":
-            rows = _rounded_up(rows, self._pad_id)
+            rows = _rounded_up(rows, self.pad_id)
         types_T = None
-        if self._takes_type_ids:  # the model's default type ids cover only rows up to its number of positions
-            types_T = self._to_device(rows.type_ids if self._uses_type_ids else np.zeros_like(rows.type_ids))
+        if self.takes_type_ids:  # the model's default type ids cover only rows up to its number of positions
+            types_T = self._to_device(rows.type_ids if self.uses_type_ids else np.zeros_like(rows.type_ids))
         packing = Packing.of(rows.length_W.tolist(), self.device, num_windows=num_windows)
         logits_WL = packed(self._to_device(rows.ids), types_T, packing)
         return logits_WL[:num_windows]
@@ -220,9 +200,9 @@ class WindowModel:
         """Return the logits (W, L) of windows that cannot be packed, with one padded batch per `_group_W`."""
         group_W = self._group_W(rows)
         if (group_W == group_W[0]).all():
-            return self.run_padded(rows, side=self._padding_side)
+            return self.run_padded(rows, side=self.padding_side)
         indices = [np.flatnonzero(group_W == group) for group in np.unique(group_W)]
-        pieces = [self.run_padded(rows.take(index_W), side=self._padding_side) for index_W in indices]
+        pieces = [self.run_padded(rows.take(index_W), side=self.padding_side) for index_W in indices]
         order_W = np.argsort(np.concatenate(indices))
         return torch.cat(pieces)[self._to_device(order_W)]
 
@@ -233,7 +213,7 @@ class WindowModel:
         refuse a batch whose rows have different numbers of end tokens.
         """
         length_W = rows.length_W
-        group_W = np.zeros_like(length_W) if self._padding_side else length_W
+        group_W = np.zeros_like(length_W) if self.padding_side else length_W
         config: Any = self.module.config
         if config.is_encoder_decoder:
             is_end_T = np.isin(rows.ids, config.eos_token_id)
@@ -249,22 +229,11 @@ class WindowModel:
             side: Side of the padding. None means that all windows have the same length, and no padding is added.
             row_length: Pad rows to at least this length.
         """
-        length_W = rows.length_W
-        longest = int(length_W.max())
-        if side is not None:
-            longest = max(longest, min(max(_multiple(longest), row_length), self.row_limit or sys.maxsize))
-        place_S = np.arange(longest)
-        mask_WS = place_S < length_W[:, None]
-        if side == "left":
-            mask_WS = mask_WS[:, ::-1]
-        ids_WS = np.full(mask_WS.shape, self._pad_id, dtype=np.int64)
-        ids_WS[mask_WS] = rows.ids
-        inputs = {"input_ids": self._to_device(ids_WS), "attention_mask": self._to_device(mask_WS.astype(np.int64))}
-        if self._uses_type_ids:
-            types_WS = np.zeros_like(ids_WS)
-            types_WS[mask_WS] = rows.type_ids
-            inputs["token_type_ids"] = self._to_device(types_WS)
-        with attention_for_length(self.module, longest):
+        batch = padded(rows, side=side, pad_id=self.pad_id, row_length=row_length, row_limit=self.row_limit)
+        inputs = {"input_ids": self._to_device(batch.ids_WS), "attention_mask": self._to_device(batch.mask_WS)}
+        if self.uses_type_ids:
+            inputs["token_type_ids"] = self._to_device(batch.types_WS)
+        with attention_for_length(self.module, batch.ids_WS.shape[1]):
             logits: Tensor = self.module(**inputs).logits
         return logits
 
@@ -311,8 +280,8 @@ class WindowModel:
 
     def _check_dtype(self) -> None:
         """Run one short row. Raises ModelFolderError if the architecture cannot run in the dtype (FNet)."""
-        ids = np.full(SHORTEST_STEP, self._pad_id, np.int64)
-        ids[-1] = self._pad_id + 1 if self._pad_id == 0 else 0  # some token that is not padding
+        ids = np.full(SHORTEST_STEP, self.pad_id, np.int64)
+        ids[-1] = self.pad_id + 1 if self.pad_id == 0 else 0  # some token that is not padding
         row = InputRows(ids, np.zeros_like(ids), np.array([0, len(ids)]))
         try:
             with torch.inference_mode():
@@ -346,11 +315,6 @@ def _rounded_up(rows: InputRows, pad_id: int) -> InputRows:
     ids = np.concatenate([rows.ids, np.full(missing, pad_id, np.int64)])
     types = np.concatenate([rows.type_ids, np.zeros(missing, np.int64)])
     return InputRows(ids, types, np.concatenate([rows.offsets, total + np.cumsum(lengths)]))
-
-
-def _multiple(length: int) -> int:
-    """Return the least multiple of PADDED_MULTIPLE that is not below length."""
-    return -(-length // PADDED_MULTIPLE) * PADDED_MULTIPLE
 
 
 def load_model(path: Path, template: Template, compute: ComputeSettings, *, num_labels: int) -> WindowModel:

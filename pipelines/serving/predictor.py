@@ -112,8 +112,9 @@ class Predictor:
             "guarantees": self._guarantees,
             "early_exit": {"mode": self.settings.early_exit, **self.folder.early_exit},
             "windows": asdict(self.folder.windows),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
+            "engine": model.name,
+            "dtype": model.dtype_name,
+            "device": model.device_name,
             "packed": model.is_packed,
             "limits": {name: value for name, value in asdict(self.settings).items() if name.startswith("max_")},
         }

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 from pipelines.decisions.labels import encode_labels
 from pipelines.errors import DataError, ModelFolderError, SettingsError, first_line
 from pipelines.model.devices import RANDOM, resolve_dtype
-from pipelines.model.scorer import Scorer, plan_of
+from pipelines.model.scorer import plan_of
+from pipelines.model.torch_scorer import TorchScorer
 from pipelines.model.weights import OPENING_ERRORS, load_module, row_limit, set_labels, set_pad_token, vocabulary_of
 from pipelines.model.window_model import WindowModel
 from pipelines.model_folder import ModelFolder, seal
@@ -157,7 +158,7 @@ class Engine:
         """The Hugging Face tokenizer."""
         return AutoTokenizer.from_pretrained(self._folder.name, trust_remote_code=False)
 
-    def scorer(self, *, for_predictions: bool = False) -> Scorer:
+    def scorer(self, *, for_predictions: bool = False) -> TorchScorer:
         """Create a scorer according to the current arguments.
 
         The model keeps float32 weights, so that training continues exactly. With for_predictions, the scorer uses a
@@ -168,7 +169,7 @@ class Engine:
         plan = plan_of(windows, self._tokenizer, model_type=model_type, model_limit=row_limit(self.model.module))
         tokenizer = self._tokenizer.with_lead_space(leads_with_space(windows, model_type))
         model = self._in_dtype() if for_predictions else self.model
-        return Scorer(model, tokenizer, plan, self.decision)
+        return TorchScorer(model, tokenizer, plan, self.decision)
 
     def documents(self, texts: list[Any], pairs: list[Any] | None) -> Documents:
         """Tokenize texts or pairs. Raises DataError if a text is missing or invalid."""

@@ -27,7 +27,8 @@ from pipelines.decisions.metrics import count_distinct, evaluate, histograms_of,
 from pipelines.errors import JobError
 from pipelines.evaluation.report import ReportData, render
 from pipelines.model.lora import has_adapter, load_trained, merge_adapter, save_adapter
-from pipelines.model.scorer import DocumentScores, Scorer, concat_scores, plan_of, rescored
+from pipelines.model.scorer import DocumentScores, concat_scores, plan_of, rescored
+from pipelines.model.torch_scorer import TorchScorer
 from pipelines.model.weights import describe, new_classifier
 from pipelines.model.window_model import WindowModel
 from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
@@ -192,7 +193,7 @@ def prepare_folder(spec: RunSpec) -> Tokenizer:
 
 
 def measure(
-    scorer: Scorer, valid: Corpus, loss: Loss, compute: ComputeSettings, own_metrics: OwnMetrics | None = None
+    scorer: TorchScorer, valid: Corpus, loss: Loss, compute: ComputeSettings, own_metrics: OwnMetrics | None = None
 ) -> Evaluation:
     """Compute the loss (mean over windows, weighted as in training) and the metrics of valid, the same on every rank.
 
@@ -231,7 +232,7 @@ def mean_loss(scores: DocumentScores, targets: NDArray[np.generic], loss: Loss) 
     return float((losses_W * share_W).sum()) / (float((loss.normalizers(targets_W) * share_W).sum()) or 1.0)
 
 
-def _open(spec: RunSpec, train: Corpus, folder: Path, checkpoint: Path | None) -> Scorer:
+def _open(spec: RunSpec, train: Corpus, folder: Path, checkpoint: Path | None) -> TorchScorer:
     """Open the model to train: pretrained weights, or those of the checkpoint. Writes the tokenizer to the folder."""
     pretrained = describe(spec.model)
     tokenizer = save_tokenizer(pretrained.tokenizer, folder)
@@ -249,7 +250,7 @@ def _open(spec: RunSpec, train: Corpus, folder: Path, checkpoint: Path | None) -
                 "labels are learned as they are: %s has no bias that could hold their mean", model.model_type
             )
     plan = plan_of(spec.windows, tokenizer, model_type=model.model_type, model_limit=model.row_limit)
-    return Scorer(model, tokenizer, plan, spec.decision)
+    return TorchScorer(model, tokenizer, plan, spec.decision)
 
 
 def _resume(loop: TrainLoop, checkpoint: Path | None) -> int:
@@ -305,7 +306,7 @@ def _has_tunable_thresholds(decision: DecisionSettings) -> bool:
 
 
 def _write_folder(
-    spec: RunSpec, result: _Result, scorer: Scorer, folder: Path, *, has_pairs: bool, page: str | None
+    spec: RunSpec, result: _Result, scorer: TorchScorer, folder: Path, *, has_pairs: bool, page: str | None
 ) -> None:
     """Finish the model folder, copy it to the output, and then remove the checkpoints."""
     module = scorer.model.module

@@ -1,0 +1,183 @@
+"""OpenVINO: logits are those of PyTorch, conversions are cached, and models that it cannot run stay with PyTorch."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipelines.errors import ModelFolderError, SettingsError
+from pipelines.model import loading, openvino_files
+from pipelines.model.openvino_files import CannotConvertError, convert, converted, details_of
+from pipelines.model.openvino_model import OpenVinoModel
+from pipelines.model.scorer import Scorer
+from pipelines.model.weights import set_pad_token
+from pipelines.model.window_model import WindowModel
+from pipelines.model_folder import read_model_folder
+from pipelines.settings import ComputeSettings
+from pipelines.text.pretrained import load_tokenizer
+from pipelines.text.tokenization import assemble
+from tests.model.families import tiny_classifier
+from tests.model.rows import TEMPLATE, ragged
+from tests.model.test_sweep import logits_alone
+
+pytest.importorskip("openvino", reason="in the openvino extra")
+PADDED = ComputeSettings(dtype="float32", device="cpu", packing="off")
+OPENVINO = ComputeSettings(engine="openvino", dtype="float32")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the families' own code
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """An empty cache of models."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "ray-text-classification" / "openvino"
+
+
+def padded_model(family):
+    module = tiny_classifier(family)
+    set_pad_token(module.config, 0)
+    return WindowModel(module, TEMPLATE, PADDED)
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", "deberta-v2", "distilbert", "modernbert", "mpnet", "roberta", "xlnet", "llama"]
+)
+def test_logits_are_those_of_single_windows(family):
+    model = padded_model(family)
+    graph, details, cut = convert(model), details_of(model), ragged()
+    rows = assemble(cut, TEMPLATE, np.arange(len(cut.length_W)))
+    expected = logits_alone(model.module, rows)
+    found = OpenVinoModel.compile(graph, details, TEMPLATE, PADDED).logits(cut)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+    narrow = OpenVinoModel.compile(graph, details, TEMPLATE, ComputeSettings(dtype="bfloat16")).logits(cut)
+    assert np.abs(narrow - expected).max() < 0.15 * np.ptp(expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("t5", "one padded batch"), ("gpt2", "other logits"), ("mixtral", "cannot be converted")],
+)  # fmt: skip
+def test_other_families_are_refused(family, reason):
+    with pytest.raises(CannotConvertError, match=reason):
+        convert(padded_model(family))
+
+
+def test_many_threads_run_several_batches_at_once():
+    model = padded_model("bert")
+    cut = ragged((40,) * 30)
+    compute = replace(PADDED, num_threads=8, batch_tokens=128)
+    found = OpenVinoModel.compile(convert(model), details_of(model), TEMPLATE, compute)
+    assert found._pool is not None
+    np.testing.assert_allclose(found.logits(cut), model.logits(cut), atol=1e-5)
+
+
+def test_scores_are_those_of_torch_for_texts_and_pairs(folders):
+    for folder in folders.values():
+        pairs = [("one text", "and another " * 40), ("", "x"), ("the same", "the same")]
+        texts = ["a text " * 100, "", "short", None]
+        torch, found = (Scorer.load(folder, compute=replace(PADDED, engine=name)) for name in ("torch", "openvino"))
+        assert (torch.model.name, found.model.name) == ("torch", "openvino")
+        assert "openvino in float32, padded" in repr(found)
+        for rows in (pairs, texts):
+            one, other = torch.predict(rows).to_pylist(), found.predict(rows).to_pylist()
+            for expected, row in zip(one, other, strict=True):
+                numbers = [name for name in expected if name in ("score", "scores", "predicted_value")]
+                for name in numbers:
+                    wanted, value = expected.pop(name), row.pop(name)
+                    assert value == (None if wanted is None else pytest.approx(wanted, abs=1e-5))
+                assert row == expected
+
+
+def test_conversion_is_kept_and_used_without_torch(spam_folder, cache):
+    assert Scorer.load(spam_folder, compute=OPENVINO).model.name == "openvino"
+    (kept,) = [place for place in cache.iterdir() if place.is_dir()]
+    program = (
+        "import sys, pipelines\n"
+        "from pipelines.settings import ComputeSettings\n"
+        f"scorer = pipelines.Scorer.load({str(spam_folder.path)!r}, compute=ComputeSettings(engine='openvino'))\n"
+        "print(scorer.predict(['a text'])['predicted_label'].to_pylist())\n"
+        "loaded = [name for name in ('torch', 'transformers', 'ray') if name in sys.modules]\n"
+        "print(loaded, sys.modules['openvino_telemetry'])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
+    assert run.stdout.splitlines()[1] == "[] None", run.stderr
+    (kept / "openvino_model.bin").write_bytes(b"cut")
+    before = kept.stat().st_ino
+    assert Scorer.load(spam_folder, compute=OPENVINO).predict(["a text"])["error"].to_pylist() == [None]
+    (again,) = [place for place in cache.iterdir() if place.is_dir()]
+    assert again == kept
+    assert again.stat().st_ino != before, "a damaged copy is converted again"
+
+
+def test_refusal_is_kept_and_said_once(spam_folder, cache, monkeypatch, log_lines):
+    tries = []
+
+    def refuse(model):
+        tries.append(model)
+        raise CannotConvertError("it has an operation that OpenVINO lacks")
+
+    monkeypatch.setattr(openvino_files, "convert", refuse)
+    monkeypatch.setattr(loading, "SMALLEST_BYTES", 0)
+    for _ in range(3):
+        assert Scorer.load(spam_folder).model.name == "torch"
+    assert len(tries) == 1
+    assert sum("lacks" in line for line in log_lines) == 1
+    with pytest.raises(ModelFolderError, match="lacks; use engine=torch"):
+        Scorer.load(spam_folder, compute=OPENVINO)
+    assert len(tries) == 2, "who asks for it gets another try"
+
+
+def test_cache_that_cannot_be_written_leaves_the_choice_to_torch(spam_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "SMALLEST_BYTES", 0)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert Scorer.load(spam_folder).model.name == "torch"
+    with pytest.raises(ModelFolderError, match="set XDG_CACHE_HOME"):
+        Scorer.load(spam_folder, compute=OPENVINO)
+
+
+def test_cache_keeps_the_models_that_were_used_last(spam_folder, cache, monkeypatch):
+    monkeypatch.setattr(openvino_files, "MOST_KEPT", 2)
+    cache.mkdir(parents=True)
+    for number in range(4):
+        (cache / f"old{number}").mkdir()
+        os.utime(cache / f"old{number}", (number, number))
+    folder = read_model_folder(spam_folder.path)
+    place = converted(folder, load_tokenizer(folder.path).template)
+    assert {entry.name for entry in cache.iterdir() if entry.is_dir()} == {place.name, "old3"}
+
+
+def test_auto_chooses_by_size_dtype_and_what_is_installed(spam_folder, monkeypatch):
+    def name(**settings):
+        return Scorer.load(spam_folder, compute=ComputeSettings(**settings)).model.name
+
+    assert name() == "torch", "a tiny model is converted for longer than it runs"
+    monkeypatch.setattr(loading, "SMALLEST_BYTES", 0)
+    assert name() == name(device="cpu") == "openvino"
+    assert name(packing="off") == name(engine="torch") == "torch"
+    monkeypatch.setattr(loading, "is_installed", lambda: False)
+    assert name() == "torch"
+    with pytest.raises(SettingsError, match=r"not installed: pip install 'ray-text-classification\[openvino\]'"):
+        name(engine="openvino")
+
+
+def test_what_openvino_does_not_have_is_refused(spam_folder):
+    for settings, reason in (({"device": "cuda"}, "runs on a CPU"), ({"dtype": "float16"}, "not in float16")):
+        with pytest.raises(SettingsError, match=reason):
+            Scorer.load(spam_folder, compute=ComputeSettings(engine="openvino", **settings))
+
+
+def test_other_number_of_labels_is_refused(spam_folder, tmp_path):
+    Scorer.load(spam_folder, compute=OPENVINO)
+    copy = tmp_path / "copy"
+    shutil.copytree(spam_folder.path, copy)
+    content = json.loads((copy / "pipeline.json").read_text())
+    content["decision"] = {"kind": "multiclass", "labels": ["a", "b", "c"]}
+    (copy / "pipeline.json").write_text(json.dumps(content))
+    with pytest.raises(ModelFolderError, match=r"2 logits .* 3 labels"):
+        Scorer.load(copy, compute=OPENVINO)
