@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := $(VENV)-tools
-PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=1
+# Two processes: while one waits for a Ray, the other computes.
+PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --durations=20 --durations-min=1
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help demo check test test-slow simulate soak requirements audit sbom clean

@@ -60,6 +60,7 @@ def main():
             for number in range(times):
                 pq.write_table(block, source / f"{number}.parquet", row_group_size=1000)
             command = [sys.executable, "-m", "pipelines", "score", f"{base}/model", "--input", str(source), "--json",
+                       "--replicas", "1",
                        "--output", f"{base}/out{times}", "--set", "unit_bytes=1000000"]  # fmt: skip
             summary, found = watched(command, proportional_mb)
             driver, workers = (max(peaks) for peaks in zip(*found, strict=True))

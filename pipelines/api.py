@@ -7,6 +7,7 @@ terminal and in a notebook; elsewhere it goes to the logger `pipelines`.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from pipelines.training.fit import TrainSummary
     from pipelines.training.job import TrainJob
 
+logger = logging.getLogger(__name__)
 Location = str | os.PathLike[str]
 TABLE_SETTINGS = ("thresholds", "keep", "prefix", "early_exit")
 """The settings of a scoring job that also apply to a table in memory."""
@@ -258,14 +260,21 @@ def run_training(job: TrainJob, *, address: str | None = None) -> TrainSummary:
 
 
 def run_scoring(job: ScoreJob, *, address: str | None = None) -> ScoreSummary:
-    """Score in this process if replicas is 0, else on Ray, which is imported only then."""
-    if job.is_local:
-        from pipelines.bulk.score import score_here
+    """Score in this process if replicas is 0 or the job is small, else on Ray, which is imported only then."""
+    from pipelines.bulk.here import MOST_SECONDS, runs_here
+    from pipelines.bulk.job import check_job
+    from pipelines.bulk.score import run_job, score_units_here
 
-        return score_here(job)
-    from pipelines.on_ray.score import score as score_on_ray
+    checked = check_job(job)
+    if not job.is_local and runs_here(checked, address=address):
+        logger.info(
+            "scoring in this process, because it takes less than %d s; --replicas 1 scores on Ray", MOST_SECONDS
+        )
+    elif not job.is_local:
+        from pipelines.on_ray.score import score_checked
 
-    return score_on_ray(job, address=address)
+        return score_checked(checked, address=address)
+    return run_job(checked, score_units_here)
 
 
 def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) -> pa.Table:

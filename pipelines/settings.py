@@ -386,7 +386,7 @@ class ScoreSettings:
     replicas: int | str | None = None
     (
         "Number of model replicas: N, or MIN:MAX. 0 scores in this process, without Ray. "
-        "Default: one per GPU, or one per machine if no GPU is used."
+        "Default: one per GPU, or one per machine if no GPU is used; 0 for less than a minute's work without a cluster."
     )
     gpus_per_replica: float | None = None
     """GPUs per replica. Default: 1 with device=cuda, or with device=auto if the cluster has a GPU now; else 0."""

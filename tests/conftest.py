@@ -27,10 +27,18 @@ EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails"
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that use the local Ray carry the marker `ray`."""
+    """Tests that use the local Ray carry the marker `ray`.
+
+    Of two processes that run tests, one runs all of these, so that there is one local Ray. Slow tests start Rays of
+    their own: those of a file run one after another.
+    """
     for item in items:
         if "local_ray" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+        elif item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ def test_train_evaluate_tune_and_score_from_frames(training_data, tmp_path):
 
 def test_scorer_opens_paths_and_shows_what_it_is(spam_folder):
     scorer = pipelines.Scorer.load(spam_folder.path)
-    assert repr(scorer).startswith("Scorer(binary: ham, spam; bert on cpu, ")
+    assert repr(scorer).startswith("Scorer(binary: ham, spam; bert on cpu, torch in ")
     assert repr(scorer).endswith(f"windows of {scorer.plan.max_length} tokens)")
 
 

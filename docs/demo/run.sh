@@ -18,7 +18,7 @@ run pipelines train --train "$emails/train" --valid "$emails/valid" --model "$we
   --output "$out/model" --config docs/demo/train.yaml --limit 400 --set "seed=$seed"
 
 say "2. Score the test emails, whole, with a Ray Data pipeline: Parquet in, Parquet out"
-run pipelines score "$out/model" --input "$emails/test" --output "$out/scored"
+run pipelines score "$out/model" --input "$emails/test" --output "$out/scored" --replicas 1
 
 say "3. How good are those labels?"
 run python docs/demo/check_scored.py "$emails/test" "$out/scored"

@@ -26,8 +26,10 @@ CALIBRATION_WINDOWS = 128
 """Windows on which the ranges of activations are measured."""
 SMOOTHING = 0.5
 """Share of the outliers of activations that is moved into the weights (SmoothQuant: Xiao et al., 2023)."""
-RANKED_DOCUMENTS = 100
+RANKED_DOCUMENTS = 60
 """Documents by which layers are ranked, if some must stay in float."""
+MOST_RESTORED = 6
+"""Groups of layers that are put back to float, one after another, before the contract counts as broken."""
 REMEDY = "pip install 'ray-text-classification[quantize]'"
 
 Validate = Callable[[OpenVinoModel, Sequence[int]], tuple[float, list[float]]]
@@ -94,7 +96,7 @@ def quantized_graphs(
             drop_type=library.DropType.ABSOLUTE,
             advanced_quantization_parameters=advanced,
             advanced_accuracy_restorer_parameters=library.AdvancedAccuracyRestorerParameters(
-                ranking_subset_size=RANKED_DOCUMENTS, num_ranking_workers=1
+                ranking_subset_size=RANKED_DOCUMENTS, num_ranking_workers=1, max_num_iterations=MOST_RESTORED
             ),
             **options,
         )

@@ -47,7 +47,12 @@ def score(job: ScoreJob, *, address: str | None = None) -> ScoreSummary:
     """
     if job.is_local:
         return score_here(job)
-    return run_job(check_job(job), partial(_score_units, address=address))
+    return score_checked(check_job(job), address=address)
+
+
+def score_checked(checked: CheckedJob, *, address: str | None = None) -> ScoreSummary:
+    """Score a job that was checked already on Ray. Parameters and errors are those of `score`."""
+    return run_job(checked, partial(_score_units, address=address))
 
 
 def _score_units(checked: CheckedJob, units: Iterator[WorkUnit], *, address: str | None) -> Iterator[Counts]:

@@ -70,6 +70,7 @@ def score_in_store(protocol, store, folder, source, tmp_path):
     environment = {**clean_environment(), "XDG_CACHE_HOME": str(tmp_path)}
     model, into, out = (f"{protocol}://bulk/{name}" for name in ("model", "in", "out"))
     command = [sys.executable, "-m", "pipelines", "score", model, "--input", into, "--output", out, "--json",
+               "--replicas", "1",
                "--set", "dtype=float32", "--set", "unit_bytes=9000"]  # fmt: skip
     runs = [subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, env=environment)
             for _ in range(2)]  # fmt: skip

@@ -36,7 +36,8 @@ def source(tmp_path, emails):
 
 
 def start(folder, source, output):
-    return start_command("score", folder, "--input", source, "--output", output, "--json", "--set", "dtype=float32",
+    return start_command("score", folder, "--input", source, "--output", output, "--json",
+                         "--replicas", 1, "--set", "dtype=float32",
                          "--set", "unit_bytes=8000", "--set", "num_threads=1")  # fmt: skip
 
 
