@@ -220,7 +220,7 @@ def quantize(
     options = QuantizeOptions(max_label_changes, max_drop, metric)
     data, settings = _labelled(data, settings)
     columns, compute = parse(settings, DataSettings, ComputeSettings)
-    return quantize_folder(_path(model), _path(new), data, columns, compute, options)
+    return quantize_folder(_path(model), _path(new), data, columns, compute=compute, options=options)
 
 
 def convert(

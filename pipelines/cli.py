@@ -158,7 +158,7 @@ def _quantize(options: argparse.Namespace) -> int:
 
     data, compute = parse(_values(options), *EVALUATE_GROUPS)
     wanted = QuantizeOptions(options.max_label_changes, options.max_drop, options.metric)
-    result = quantize_folder(options.model, options.new, options.data, data, compute, wanted)
+    result = quantize_folder(options.model, options.new, options.data, data, compute=compute, options=wanted)
     _print(options, result.to_json(), result.in_words())
     return DONE
 
@@ -313,21 +313,12 @@ def _add_labelled(commands: Any) -> None:
 def _add_contract(command: argparse.ArgumentParser) -> None:
     """Add what `pipelines quantize` takes besides."""
     command.add_argument("new", metavar="NEW", help="new folder")
-    command.add_argument(
-        "--max-label-changes",
-        type=float,
-        default=0.002,
-        metavar="SHARE",
-        help="largest share of documents whose labels may change (default 0.002); layers that change too much stay in "
-        "float, and if that is not enough nothing is written",
+    about = (
+        "largest share of documents whose labels may change (default 0.002); layers that change too much stay in float"
     )
-    command.add_argument(
-        "--max-drop",
-        type=float,
-        default=0.002,
-        metavar="X",
-        help="largest drop of the metric (default 0.002; mae and rmse: growth, as a share of the targets' deviation)",
-    )
+    command.add_argument("--max-label-changes", type=float, default=0.002, metavar="SHARE", help=about)
+    about = "largest drop of the metric (default 0.002; mae and rmse: growth, as a share of the targets' deviation)"
+    command.add_argument("--max-drop", type=float, default=0.002, metavar="X", help=about)
     command.add_argument("--metric", help="default: auprc (binary), mcc (multiclass), auprc_macro (multilabel), rmse")
 
 

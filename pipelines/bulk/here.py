@@ -25,7 +25,7 @@ PLACEMENT = (
 def runs_here(checked: CheckedJob, *, address: str | None) -> bool:
     """Whether a job runs in this process, although its settings do not say so.
 
-    A run that is resumed goes on on Ray, where a row that kills its process does not kill the job.
+    A run that is resumed runs on Ray, where a row that kills its process does not kill the job.
 
     Args:
         checked: The job.

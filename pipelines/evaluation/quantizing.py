@@ -177,7 +177,13 @@ class _Reference:
 
 
 def quantize_folder(
-    model: str, new: str, source: str | pa.Table, data: DataSettings, compute: ComputeSettings, options: QuantizeOptions
+    model: str,
+    new: str,
+    source: str | pa.Table,
+    data: DataSettings,
+    *,
+    compute: ComputeSettings,
+    options: QuantizeOptions,
 ) -> QuantizeResult:
     """Write an int8 model folder for CPUs, if few labels change on labelled data.
 
@@ -221,10 +227,7 @@ def quantize_folder(
                 shutil.copy(folder.path / name, partial / name)
         write_model(graph, details, partial)
         opened = load_engine(replace(folder, path=partial, quantization={"format": "int8"}), template, compute)
-        scores = reference.scored_by(opened)
-        result = _compared(reference, scores, layers_by_format(graph), (model, new))
-        _check_contract(result, reference)
-        _seal(replace(folder, path=partial), result, reference, scores)
+        result = _finished(replace(folder, path=partial), reference, opened, layers_by_format(graph), (model, new))
         partial.chmod(0o755)
         if target.is_dir():
             target.rmdir()
@@ -234,6 +237,21 @@ def quantize_folder(
         raise
     if folder.guarantees or folder.early_exit:
         logger.warning("promises and early exit were fitted to the float scores: fit them again with pipelines tune")
+    return result
+
+
+def _finished(
+    folder: ModelFolder,
+    reference: _Reference,
+    opened: Engine,
+    layers: tuple[list[str], list[str]],
+    names: tuple[str, str],
+) -> QuantizeResult:
+    """Check the contract with the written model, as a job opens it, and finish its folder."""
+    scores = reference.scored_by(opened)
+    result = _compared(reference, scores, layers, names)
+    _check_contract(result, reference)
+    _seal(folder, result, reference, scores)
     return result
 
 

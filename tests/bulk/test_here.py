@@ -37,7 +37,7 @@ def test_cluster_is_used_if_the_environment_names_one(spam_folder, source, tmp_p
     assert not is_here(spam_folder, source, tmp_path / "out", replicas=None)
 
 
-def test_run_that_was_begun_goes_on_on_ray(spam_folder, source, tmp_path):
+def test_run_that_was_begun_is_resumed_on_ray(spam_folder, source, tmp_path):
     """A row that killed the process before would kill it again."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "_manifest.json").write_text("{}")
