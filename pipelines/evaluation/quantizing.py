@@ -201,15 +201,7 @@ def quantize_folder(
         UsageError: The model cannot be quantized, the new folder is not empty, or the data does not fit.
         JobError: The contract does not hold. Nothing was written.
     """
-    folder = open_for(model, data)
-    if folder.quantization:
-        raise ModelFolderError(f"{shown(model)} is an int8 model already; give the folder that it was made of")
-    target = Path(new).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(f"{new} exists and is not empty; give a new folder")
-    options.metric_of(folder.decision)
-    nncf()
-    verify_weights(folder)
+    folder, target = _checked(model, new, data, options)
     labelled = labelled_input(source, data, folder.decision)
     reference = _reference(folder, labelled, data, compute, options)
     template = reference.scorer.tokenizer.template
@@ -238,6 +230,20 @@ def quantize_folder(
     if folder.guarantees or folder.early_exit:
         logger.warning("promises and early exit were fitted to the float scores: fit them again with pipelines tune")
     return result
+
+
+def _checked(model: str, new: str, data: DataSettings, options: QuantizeOptions) -> tuple[ModelFolder, Path]:
+    """Return the model folder and the new folder, after all checks that need no data."""
+    folder = open_for(model, data)
+    if folder.quantization:
+        raise ModelFolderError(f"{shown(model)} is an int8 model already; give the folder that it was made of")
+    target = Path(new).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{new} exists and is not empty; give a new folder")
+    options.metric_of(folder.decision)
+    nncf()
+    verify_weights(folder)
+    return folder, target
 
 
 def _finished(
