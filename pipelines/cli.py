@@ -120,13 +120,18 @@ def _estimate(options: argparse.Namespace, job: ScoreJob) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     from pipelines.on_ray.serve.proxy import prepare_proxy
-
-    values = _values(options)
-    prepare_proxy(str(values.get("proxy")))
-    from pipelines.on_ray.serve.run import run_server
     from pipelines.serving.job import ServeJob
 
-    run_server(ServeJob.parse(values), address=options.address)
+    job = ServeJob.parse(_values(options))
+    if job.serve.local:
+        from pipelines.serving.local import run_local
+
+        run_local(job)
+        return DONE
+    prepare_proxy(job.serve.proxy)
+    from pipelines.on_ray.serve.run import run_server
+
+    run_server(job, address=options.address)
     return DONE
 
 
@@ -411,7 +416,7 @@ def _add_serve(commands: Any) -> None:
         example="pipelines serve runs/spam",
     )
     command.add_argument("model", metavar="DIR", nargs="?", help="model folder")
-    _flags(command, ServeSettings, ("name", "host", "port"))
+    _flags(command, ServeSettings, ("name", "host", "port", "local"))
     command.set_defaults(flags=[*command.get_default("flags"), "model"])
 
 

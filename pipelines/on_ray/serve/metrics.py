@@ -12,14 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import ray
 from ray.serve import metrics
 
+from pipelines.serving.metrics import MOST_LABELS, PREFIX, SECONDS, SHARES
 from pipelines.serving.schema import Prediction
 from pipelines.serving.timings import Timings
 
-PREFIX = "pipelines_"
-MOST_LABELS = 100
-"""Maximum number of labels with their own series. Every replica and Prometheus keep one series per label."""
-SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
-SHARES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 SCRAPE_S = 2.0
 
 

@@ -24,8 +24,8 @@ from pipelines.errors import SettingsError
 from pipelines.model.scorer import Scorer
 from pipelines.model_folder import ModelFolder, seal
 from pipelines.on_ray.score import score
-from pipelines.on_ray.serve.run import own_port
 from pipelines.serving.auth import check_exposure
+from pipelines.serving.ports import own_port
 from pipelines.serving.settings import ServeSettings
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
 from pipelines.storage.listing import list_files
