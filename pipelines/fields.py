@@ -9,13 +9,15 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import math
 import re
-import textwrap
+import sys
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pipelines.errors import SettingsError
@@ -66,17 +68,27 @@ def plain(value: Any) -> Any:
     return value
 
 
-def field_help(group: type[Any]) -> dict[str, str]:
+def field_help(group: type[Any]) -> Mapping[str, str]:
     """Return the help text below each field of a settings group, by field name."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(group))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    help_by_name = {}
-    for statement, following in zip(body.body, body.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            assert isinstance(statement.target, ast.Name)
-            assert isinstance(following.value, ast.Constant)
-            help_by_name[statement.target.id] = str(following.value.value)
-    return help_by_name
+    return _help_texts(group.__module__)[group.__name__]
+
+
+@cache
+def _help_texts(module: str) -> dict[str, dict[str, str]]:
+    """Parse the source of a module, and return the strings below the fields of its classes."""
+    found: dict[str, dict[str, str]] = {}
+    for definition in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if isinstance(definition, ast.ClassDef):
+            texts = found.setdefault(definition.name, {})
+            for statement, following in itertools.pairwise(definition.body):
+                if (
+                    isinstance(statement, ast.AnnAssign)
+                    and isinstance(statement.target, ast.Name)
+                    and isinstance(following, ast.Expr)
+                    and isinstance(following.value, ast.Constant)
+                ):
+                    texts[statement.target.id] = str(following.value.value)
+    return found
 
 
 def check_range(
