@@ -56,7 +56,9 @@ def tokenize(rust: RustTokenizer, text: str, *, most_tokens: int | None = None) 
     end = PIECE_CHARACTERS
     held = _of_range(rust, text, 0, end)
     while end < len(text) and (most_tokens is None or num_done < most_tokens):
-        if not _reaches_end(held, text, end):  # the places are wrong, so there is nothing by which to join pieces
+        if not _reaches_end(
+            rust, held, text[:end]
+        ):  # the places are wrong, so there is nothing by which to join pieces
             held = _of_range(rust, text, begin, len(text))[skipped:]
             break
         shared = int(np.searchsorted(held.spans[:, 0], end - SHARED_CHARACTERS))
@@ -84,12 +86,13 @@ def _of_range(rust: RustTokenizer, text: str, start: int, stop: int) -> PlacedTo
     return PlacedTokens(np.asarray(encoding.ids, np.int32), spans)
 
 
-def _reaches_end(held: PlacedTokens, text: str, end: int) -> bool:
-    """Whether there are no letters and digits behind the last token of a piece.
+def _reaches_end(rust: RustTokenizer, held: PlacedTokens, text: str) -> bool:
+    """Whether nothing of which the tokenizer makes tokens is behind the last token of the text so far.
 
     A tokenizer that splits characters into bytes and does not split words first gives places that are too low.
     """
-    return not any(map(str.isalnum, text[held.spans[-1, 1] if len(held.ids) else end : end]))
+    rest = text[int(held.spans[-1, 1]) :] if len(held.ids) else ""
+    return not (rest and rust.encode(rest, add_special_tokens=False).ids)
 
 
 def _seam(text: str, before: PlacedTokens, after: PlacedTokens, *, needs_space: bool) -> tuple[int, int] | None:

@@ -92,6 +92,16 @@ def test_pieces_have_the_tokens_of_the_whole_text(made, emails, kind, parts):
     assert len(part) >= min(len(ids), 500)
 
 
+@pytest.mark.parametrize("part", ["— ", "€ ", "👩\u200d👧", "\u00a0\t", "é", "\u00ad", "\u200b", " ", "e\u0301 "])
+@pytest.mark.parametrize("kind", KINDS)
+def test_places_that_are_too_low_are_noticed(made, emails, kind, part, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 2000)
+    monkeypatch.setattr(pieces, "SHARED_CHARACTERS", 300)
+    text = (emails["text"][3].as_py() + part * 3000)[:20_000]
+    found = [token for piece in pieces.tokenize(made[kind], text) for token in piece.ids.tolist()]
+    assert found == whole(made[kind], text)[0]
+
+
 @pytest.mark.parametrize("text", [("x" * 199 + " ") * 3000, "x" * 500_000, " " * 500_000, "= " * 250_000])
 def test_texts_without_a_seam_cost_little_more(made, text, monkeypatch):
     """Few tokens, or none, or equal ones: pieces become longer, each time twice as long."""
