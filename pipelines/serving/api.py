@@ -1,6 +1,6 @@
 """The HTTP application: one group of routes for each protocol, all of them answered by one `Predictor`.
 
-The bodies of other servers' protocols are in protocols.py. Every path needs a key, except for `auth.OPEN_PATHS`.
+The bodies of other servers' protocols are in protocols.py. Every path needs a key, except for those of `auth.is_open`.
 
 Imports no Ray. Ray Serve runs the application in every replica, and the tests call it directly.
 """
@@ -17,30 +17,40 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 
 from pipelines.errors import DataError
-from pipelines.serving.inference_protocol import HEADER_LENGTH, answered, described, texts_of_tensors
-from pipelines.serving.middleware import Guard
+from pipelines.serving.inference_protocol import HEADER_LENGTH, ShapeError, answered, described, texts_of_tensors
+from pipelines.serving.middleware import TIMEOUT_HEADER, Guard
 from pipelines.serving.predictor import Predictor, RequestError
 from pipelines.serving.protocols import (
     ClassifyRequest,
     InferenceRequest,
+    InstancesRequest,
     ModerationRequest,
+    check_activation,
     classified,
+    labels_wanted,
     moderated,
     ranked,
     texts_of_inference,
+    texts_of_instances,
     texts_of_moderation,
 )
 from pipelines.serving.reference import reference_page
 from pipelines.serving.schema import ErrorResponse, Pair, PredictRequest, PredictResponse, without_none
 from pipelines.version import VERSION
 
+VERSION_OF_MODEL = "1"
+FEWEST_COMPRESSED = 1024
+"""Bytes of an answer from which on it is compressed, for clients that accept gzip."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorResponse, "description": "The API key is missing or wrong."},
     404: {"model": ErrorResponse, "description": "This server has one model, and it has another name."},
     408: {"model": ErrorResponse, "description": "The body did not arrive in time."},
     413: {"model": ErrorResponse, "description": "The body is too large."},
+    415: {"model": ErrorResponse, "description": "The body is not JSON, or compressed in another way than gzip."},
     422: {"model": ErrorResponse, "description": "The request does not fit the schema or a limit."},
     424: {"model": ErrorResponse, "description": "The model failed on this batch."},
     429: {"model": ErrorResponse, "description": "Too many tokens wait; see Retry-After."},
@@ -51,7 +61,7 @@ FIELDS = {
     "body",
     *(
         name
-        for model in (PredictRequest, Pair, InferenceRequest, ClassifyRequest, ModerationRequest)
+        for model in (PredictRequest, Pair, InferenceRequest, InstancesRequest, ClassifyRequest, ModerationRequest)
         for name in model.model_fields
     ),
 }
@@ -72,6 +82,7 @@ def build_api(predictor: Predictor, *, replica: str = "local") -> FastAPI:
         replica: Name of this process, which /info returns.
     """
     api = FastAPI(title="pipelines", version=VERSION, docs_url=None, redoc_url=None)
+    api.add_middleware(GZipMiddleware, minimum_size=FEWEST_COMPRESSED, compresslevel=5)
     api.add_middleware(
         Guard,
         api_keys=predictor.settings.api_keys,
@@ -80,6 +91,13 @@ def build_api(predictor: Predictor, *, replica: str = "local") -> FastAPI:
         request_timeout_s=predictor.settings.request_timeout_s,
         metrics=predictor.metrics,
     )
+    if predictor.settings.cors_allow_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=predictor.settings.cors_allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-api-key", TIMEOUT_HEADER],
+        )
     api.add_exception_handler(RequestError, _answer_request_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
     api.add_exception_handler(RequestValidationError, _answer_validation_error)
@@ -129,16 +147,19 @@ def _hub_routes(predictor: Predictor) -> APIRouter:
 
     async def infer(body: InferenceRequest, *, is_nested: bool) -> Response:
         inputs, is_batch = _read(partial(texts_of_inference, reads_pairs=predictor.folder.reads_pairs), body)
-        top_k = (body.parameters or {}).get("top_k")
-        if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-            raise RequestError(422, "validation", "top_k is a number of labels, at least 1")
+        top_k = _read(partial(labels_wanted, kind=predictor.decision.kind), body.parameters)
         predictions, _ = await predictor.predict(inputs)
         answers = [ranked(prediction, top_k=top_k) for prediction in predictions]
         return JSONResponse(answers if is_batch or is_nested else answers[0])
 
+    @routes.post("/", include_in_schema=False)
+    @routes.post("/invocations", include_in_schema=False)
     @routes.post("/predict", responses=ERRORS)
     async def predict_as_inference(body: InferenceRequest) -> Response:
-        """text-embeddings-inference's route: labels with scores, predicted labels first. Nested for a batch."""
+        """text-embeddings-inference's route: labels with scores, predicted labels first. Nested for a batch.
+
+        The same at / (Hugging Face's endpoints) and /invocations (SageMaker).
+        """
         return await infer(body, is_nested=body.parameters is not None)
 
     @routes.post("/models/{name:path}", responses=ERRORS)
@@ -146,6 +167,16 @@ def _hub_routes(predictor: Predictor) -> APIRouter:
         """Hugging Face's route. The answer is always nested."""
         _check_name(predictor, name)
         return await infer(body.model_copy(update={"parameters": body.parameters or {}}), is_nested=True)
+
+    @routes.post("/vertex", responses=ERRORS)
+    @routes.post("/v1/models/{name}:predict", include_in_schema=False)
+    async def predict_instances(body: InstancesRequest, name: str | None = None) -> Response:
+        """Vertex AI's route, and that of version 1 of KServe's protocol: labels with scores for each instance."""
+        if name is not None:
+            _check_name(predictor, name)
+        top_k = _read(partial(labels_wanted, kind=predictor.decision.kind), body.parameters)
+        predictions, _ = await predictor.predict(texts_of_instances(body))
+        return JSONResponse({"predictions": [ranked(prediction, top_k=top_k) for prediction in predictions]})
 
     return routes
 
@@ -158,9 +189,16 @@ def _classify_routes(predictor: Predictor) -> APIRouter:
     @routes.post("/v1/classify", responses=ERRORS)
     async def classify(body: ClassifyRequest) -> Response:
         """The route of vLLM."""
+        _read(check_activation, body)
         inputs: list[str | Pair] = [body.input] if isinstance(body.input, str) else list(body.input)
         predictions, usage = await predictor.predict(inputs)
         return JSONResponse(classified(predictions, usage, predictor.name))
+
+    @routes.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        """The only model of this server, as OpenAI lists models."""
+        model = {"id": predictor.name, "object": "model", "created": 0, "owned_by": "pipelines"}
+        return {"object": "list", "data": [model]}
 
     @routes.post("/v1/moderations", responses=ERRORS)
     async def moderate(body: ModerationRequest) -> Response:
@@ -181,9 +219,9 @@ def _inference_protocol_routes(predictor: Predictor) -> APIRouter:
 
     @routes.post("/models/{name}/infer", responses=ERRORS)
     @routes.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
-    async def infer_tensors(name: str, request: Request) -> Response:
+    async def infer_tensors(name: str, request: Request, version: str = VERSION_OF_MODEL) -> Response:
         """The Open Inference Protocol's route: tensors of texts in, tensors of scores and labels out."""
-        check_name(name)
+        check_name(name, version)
         content = await request.body()
         request_id, inputs = _read(lambda body: texts_of_tensors(body, request.headers.get(HEADER_LENGTH)), content)
         predictions, _ = await predictor.predict(inputs)
@@ -195,9 +233,10 @@ def _inference_protocol_routes(predictor: Predictor) -> APIRouter:
         return {"name": "pipelines", "version": VERSION, "extensions": ["binary_tensor_data"]}
 
     @routes.get("/models/{name}", responses=ERRORS)
-    async def describe_model(name: str) -> dict[str, Any]:
+    @routes.get("/models/{name}/versions/{version}", include_in_schema=False)
+    async def describe_model(name: str, version: str = VERSION_OF_MODEL) -> dict[str, Any]:
         """The model's tensors and labels."""
-        check_name(name)
+        check_name(name, version)
         return described(predictor.decision, predictor.name)
 
     @routes.get("/health/ready")
@@ -208,9 +247,10 @@ def _inference_protocol_routes(predictor: Predictor) -> APIRouter:
         return {"live": True, "ready": True}
 
     @routes.get("/models/{name}/ready", responses=ERRORS)
-    async def protocol_readiness(name: str) -> dict[str, bool]:
+    @routes.get("/models/{name}/versions/{version}/ready", include_in_schema=False)
+    async def protocol_readiness(name: str, version: str = VERSION_OF_MODEL) -> dict[str, bool]:
         """Whether this replica works and has the model of this name."""
-        check_name(name)
+        check_name(name, version)
         return await protocol_health()
 
     return routes
@@ -221,6 +261,7 @@ def _operating_routes(predictor: Predictor, replica: str) -> APIRouter:
     routes = APIRouter()
 
     @routes.get("/livez")
+    @routes.get("/ping", include_in_schema=False)
     @routes.get("/health")
     async def health() -> dict[str, str]:
         """Whether this replica works."""
@@ -246,9 +287,11 @@ def _operating_routes(predictor: Predictor, replica: str) -> APIRouter:
     return routes
 
 
-def _check_name(predictor: Predictor, name: str) -> None:
+def _check_name(predictor: Predictor, name: str, version: str = VERSION_OF_MODEL) -> None:
     if name != predictor.name:
         raise RequestError(404, "route", f"this server has one model, {predictor.name}")
+    if version != VERSION_OF_MODEL:
+        raise RequestError(404, "route", f"{predictor.name} has one version, {VERSION_OF_MODEL}")
 
 
 def _check_health(predictor: Predictor) -> None:
@@ -260,6 +303,8 @@ def _read(function: Callable[[Any], Any], content: Any) -> Any:
     """Apply function to a request's content. A DataError becomes a RequestError with status 422."""
     try:
         return function(content)
+    except ShapeError as error:
+        raise RequestError(400, "validation", str(error)) from error
     except DataError as error:
         raise RequestError(422, "validation", str(error)) from error
 

@@ -10,21 +10,29 @@ from collections.abc import Mapping, Sequence
 from pipelines.errors import SettingsError
 from pipelines.serving.settings import ServeSettings
 
-OPEN_PATHS = frozenset({"/", "/health", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
-"""Paths that need no key: the probes, and the web page, which is static and sends the key that a user types into it."""
+READING = ("GET", "HEAD", "OPTIONS")
+"""Methods without a body."""
+PAGE = "/"
+"""Path of the web page, which is static and sends the key that a user types into it. A POST to it is a prediction."""
+PROBES = frozenset({"/health", "/livez", "/readyz", "/ping", "/v2/health/live", "/v2/health/ready"})
+"""Paths that need no key, whatever the method, and no body."""
 
 
-def is_admitted(headers: Mapping[str, str], path: str, key_hashes: Sequence[str]) -> bool:
-    """Whether a request is allowed: no keys are set, its path is open, or its headers contain one of the keys.
+def is_open(method: str, path: str) -> bool:
+    """Whether a request needs no key."""
+    return path in PROBES or (path == PAGE and method in READING)
+
+
+def is_admitted(headers: Mapping[str, str], key_hashes: Sequence[str]) -> bool:
+    """Whether a request is allowed: no keys are set, or its headers contain one of the keys.
 
     The headers are `Authorization: Bearer KEY` or `x-api-key: KEY`. All hashes are compared, each in constant time.
 
     Args:
         headers: HTTP headers, with names in lower case.
-        path: Path of the request.
         key_hashes: SHA-256 of each key in hex, with or without the prefix `sha256:`. Empty means that no keys are set.
     """
-    if not key_hashes or path in OPEN_PATHS:
+    if not key_hashes:
         return True
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")

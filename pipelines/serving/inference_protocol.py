@@ -12,6 +12,7 @@ Binary data: https://github.com/triton-inference-server/server.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,10 @@ from pipelines.settings import DecisionSettings
 HEADER_LENGTH = "inference-header-content-length"
 MOST_DIGITS = 18
 INPUTS = ("text", "text_pair")
+
+
+class ShapeError(DataError):
+    """A tensor whose shape does not fit its data."""
 
 
 def texts_of_tensors(body: bytes, header_length: str | None) -> tuple[str | None, list[str | Pair]]:
@@ -38,6 +43,7 @@ def texts_of_tensors(body: bytes, header_length: str | None) -> tuple[str | None
 
     Raises:
         DataError: The body is not a valid request for texts.
+        ShapeError: A tensor's shape does not fit its data.
     """
     digits = str(len(body)) if header_length is None else header_length
     if not digits.isdecimal() or len(digits) > MOST_DIGITS or int(digits) > len(body):
@@ -57,6 +63,7 @@ def texts_of_tensors(body: bytes, header_length: str | None) -> tuple[str | None
         if name not in INPUTS or name in columns:
             raise DataError("`inputs` must be `text` and, for pairs, `text_pair`, each once")
         columns[name], rest = _texts(tensor, rest)
+        _check_shape(tensor.get("shape"), len(columns[name]))
     if rest:
         raise DataError(f"{len(rest)} unexpected bytes follow the last tensor")
     if "text" not in columns or len({len(column) for column in columns.values()}) != 1:
@@ -133,6 +140,15 @@ def _texts(tensor: dict[str, Any], rest: bytes) -> tuple[list[str], bytes]:
     if not isinstance(size, int) or not 0 <= size <= len(rest):
         raise DataError(f"a tensor's binary_data_size must be a number of bytes, at most the {len(rest)} that remain")
     return _unpacked(rest[:size]), rest[size:]
+
+
+def _check_shape(shape: Any, size: int) -> None:
+    """Raise ShapeError unless a shape is absent, or a list of sizes whose product is the number of strings."""
+    if shape is None:
+        return
+    is_list = isinstance(shape, list) and all(isinstance(part, int) and not isinstance(part, bool) for part in shape)
+    if not is_list or not shape or min(shape) < 0 or math.prod(shape) != size:
+        raise ShapeError(f"a tensor's `shape` does not fit its {size} strings; a batch of n texts has the shape [n]")
 
 
 def _unpacked(content: bytes) -> list[str]:

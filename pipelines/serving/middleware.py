@@ -1,4 +1,6 @@
-"""Middleware around all routes: it checks API keys, limits requests and their bodies, measures times, and counts.
+"""Middleware around all routes: it checks API keys and headers, limits requests and their bodies, and measures times.
+
+HEAD is answered as GET without the body, bodies may be compressed with gzip, and other content than JSON is refused.
 
 A client that announces a body and does not send it holds a place. So probes and GET read no body, there are deadlines,
 and if too many bodies are awaited, the one that has been awaited longest is given up.
@@ -7,6 +9,8 @@ and if too many bodies are awaited, the one that has been awaited longest is giv
 from __future__ import annotations
 
 import asyncio
+import math
+import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from pipelines.serving.auth import OPEN_PATHS, is_admitted
+from pipelines.serving.auth import READING, is_admitted, is_open
 from pipelines.serving.schema import ErrorResponse
 from pipelines.serving.timings import Metrics, begin_timings
 
@@ -29,6 +33,10 @@ MOST_BODIES = 256
 """Bodies that are awaited at once."""
 MOST_BODY_BYTES = 64 * 2**20
 """Bytes of bodies that are awaited at once, or one body of the maximum size."""
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+"""Seconds after which the client does not wait any more."""
+TENSORS = "/infer"
+"""End of the paths whose bodies may contain binary tensors."""
 MOST_DIGITS = 18
 """Digits of a content length that is believed. A longer one is counted as the body arrives."""
 
@@ -64,6 +72,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":
+            scope, send = {**scope, "method": "GET"}, _without_body(send)
         timings = begin_timings()
         status = 500  # for exceptions; 499, as in nginx, if the client disconnected
 
@@ -94,35 +104,43 @@ class Guard:
             is_started = True
             await send(message)
 
+        seconds = self._request_timeout_s
+        deadline: asyncio.Timeout | None = None
         try:
-            async with asyncio.timeout(self._request_timeout_s) as deadline:
+            seconds = min(seconds, _timeout_of(Headers(scope=scope).get(TIMEOUT_HEADER)))
+            async with asyncio.timeout(seconds) as deadline:
                 await self._guarded(scope, receive, send_once)
         except Refused as refused:
             content = ErrorResponse(error=str(refused), error_type=refused.error_type).model_dump()
             headers = {name.replace("_", "-"): value for name, value in refused.headers.items()}
             await JSONResponse(content, refused.status, headers=headers)(scope, receive, send)
         except TimeoutError:
-            if is_started or not deadline.expired():
+            if is_started or deadline is None or not deadline.expired():
                 raise
-            problem = f"the request has taken {self._request_timeout_s:g} s (request_timeout_s)"
+            whose = "request_timeout_s" if seconds == self._request_timeout_s else TIMEOUT_HEADER
+            problem = f"the request has taken {seconds:g} s ({whose})"
             content = ErrorResponse(error=problem, error_type="timeout").model_dump()
             await JSONResponse(content, 504)(scope, receive, send)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request without a valid key before its body is read; or one too many, or a body too large."""
-        headers = Headers(scope=scope)
-        if not is_admitted(headers, scope["path"], self._api_keys):
+        headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
+        needs_no_key = is_open(method, path)
+        if not needs_no_key and not is_admitted(headers, self._api_keys):
             message = "the API key is missing or wrong; send Authorization: Bearer KEY"
             raise Refused(401, "unauthorized", message, WWW_Authenticate="Bearer")
-        if scope["path"] in OPEN_PATHS or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if needs_no_key or method in READING:
             await self._app(scope, _after(receive, b""), send)
             return
         if self._running >= MOST_REQUESTS - KEPT_FOR_PROBES:
             problem = f"{self._running} requests are running; try again later"
             raise Refused(503, "overloaded", problem, Retry_After="1")
+        encoding = _check_content(headers, path) if method == "POST" else ""
         self._running += 1
         try:
             body = await self._bodies.read(receive, headers.get("content-length", ""))
+            if encoding == "gzip":
+                body = _decompressed(body, self._bodies.max_bytes)
             await self._app(scope, _after(receive, body), send)
         finally:
             self._running -= 1
@@ -132,7 +150,7 @@ class Bodies:
     """Reads the bodies of requests within limits of time, number and size."""
 
     def __init__(self, max_bytes: int, timeout_s: float) -> None:
-        self._max_bytes, self._timeout_s = max_bytes, timeout_s
+        self.max_bytes, self._timeout_s = max_bytes, timeout_s
         self._awaited: dict[asyncio.Timeout, int] = {}
         """Deadlines of the bodies that are awaited, the oldest first, with the bytes that are here."""
 
@@ -172,15 +190,13 @@ class Bodies:
             size = self._awaited.get(deadline, 0) + len(chunks[-1])
             self._check_size(size)
             self._awaited[deadline] = size
-            while sum(self._awaited.values()) > max(MOST_BODY_BYTES, self._max_bytes) and self._give_up_oldest(
-                deadline
-            ):
+            while sum(self._awaited.values()) > max(MOST_BODY_BYTES, self.max_bytes) and self._give_up_oldest(deadline):
                 await asyncio.sleep(0)
         return b"".join(chunks)
 
     def _check_size(self, size: int) -> None:
-        if size > self._max_bytes:
-            raise Refused(413, "too_large", f"the body has {size} bytes; at most {self._max_bytes}")
+        if size > self.max_bytes:
+            raise Refused(413, "too_large", f"the body has {size} bytes; at most {self.max_bytes}")
 
     def _give_up_oldest(self, own: asyncio.Timeout | None = None) -> bool:
         """Let the deadline of the body that has been awaited longest pass. Returns whether there is another one."""
@@ -190,6 +206,58 @@ class Bodies:
         del self._awaited[oldest]
         oldest.reschedule(asyncio.get_running_loop().time())
         return True
+
+
+def _timeout_of(header: str | None) -> float:
+    """Return the seconds that a client waits. Raises Refused if its header is no positive number."""
+    if header is None:
+        return math.inf
+    try:
+        seconds = float(header)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise Refused(422, "validation", f"{TIMEOUT_HEADER} must be a positive number of seconds")
+    return seconds
+
+
+def _check_content(headers: Headers, path: str) -> str:
+    """Return how a body is compressed: gzip, or not at all. Raises Refused for other content than JSON."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+    if not is_json and not path.endswith(TENSORS):
+        raise Refused(415, "validation", "the body must be JSON, and say so: send content-type: application/json")
+    encoding = headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity", "gzip"):
+        raise Refused(415, "validation", "the body's content-encoding is not supported; send gzip or none")
+    return encoding
+
+
+def _decompressed(body: bytes, most: int) -> bytes:
+    """Return the content of a gzip file of one or several members, of at most this many bytes."""
+    parts, left = [], most
+    while body:
+        member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        try:
+            parts.append(member.decompress(body, left + 1))
+        except zlib.error as error:
+            raise Refused(422, "validation", "the body is not valid gzip") from error
+        left -= len(parts[-1])
+        if left < 0:
+            raise Refused(413, "too_large", f"the body has more than {most} bytes after decompression")
+        if not member.eof:
+            raise Refused(422, "validation", "the body is not valid gzip: it ends too early")
+        body = member.unused_data
+    return b"".join(parts)
+
+
+def _without_body(send: Send) -> Send:
+    """Return what sends an answer without its body, with the headers that describe it."""
+
+    async def send_head(message: Message) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return send_head
 
 
 def _after(receive: Receive, body: bytes) -> Callable[[], Awaitable[Message]]:

@@ -15,6 +15,12 @@ from pydantic import BaseModel, ConfigDict
 
 from pipelines.errors import DataError
 from pipelines.serving.schema import Pair, Prediction, Usage
+from pipelines.settings import Kind
+
+FUNCTIONS: dict[Kind, str] = {
+    "binary": "softmax", "multiclass": "softmax", "multilabel": "sigmoid", "regression": "none",
+}  # fmt: skip
+"""Hugging Face's names of the functions that make scores of logits, by kind."""
 
 
 class InferenceRequest(BaseModel):
@@ -27,6 +33,21 @@ class InferenceRequest(BaseModel):
     parameters: dict[str, Any] | None = None
 
 
+class Instance(BaseModel):
+    """An input of Vertex AI as text-embeddings-inference takes it."""
+
+    inputs: str
+
+
+class InstancesRequest(BaseModel):
+    """The request of Vertex AI, and of version 1 of KServe's protocol."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"instances": ["Noon at the usual place."]}]})
+
+    instances: list[str | Pair | Instance]
+    parameters: dict[str, Any] | None = None
+
+
 class ClassifyRequest(BaseModel):
     """vLLM's /classify."""
 
@@ -34,6 +55,8 @@ class ClassifyRequest(BaseModel):
 
     input: str | list[str]
     model: str | None = None
+    activation: bool | None = None
+    use_activation: bool | None = None
 
 
 class TextPart(BaseModel):
@@ -82,6 +105,34 @@ def texts_of_inference(body: InferenceRequest, *, reads_pairs: bool | None = Non
     if bare:
         return list(bare), False
     return [_text_or_pair(item) for item in body.inputs if not isinstance(item, str)], True
+
+
+def texts_of_instances(body: InstancesRequest) -> list[str | Pair]:
+    """Return the texts of a request."""
+    return [item.inputs if isinstance(item, Instance) else item for item in body.instances]
+
+
+def check_activation(body: ClassifyRequest) -> None:
+    """Raise DataError if a request asks for logits."""
+    if body.activation is False or body.use_activation is False:
+        raise DataError(
+            "activation=false is not supported: a document's scores are merged probabilities of its windows"
+        )
+
+
+def labels_wanted(parameters: dict[str, Any] | None, kind: Kind) -> int | None:
+    """Return the number of labels that Hugging Face's parameters ask for. None means all.
+
+    Raises:
+        DataError: top_k is no number of labels, or function_to_apply is not the function of the model's kind.
+    """
+    parameters = parameters or {}
+    top_k, function = parameters.get("top_k"), parameters.get("function_to_apply")
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
+        raise DataError("top_k is a number of labels, at least 1")
+    if function not in (None, "default", FUNCTIONS[kind]):
+        raise DataError(f"function_to_apply must be {FUNCTIONS[kind]} for this model, which is of kind {kind}")
+    return top_k
 
 
 def texts_of_moderation(body: ModerationRequest) -> list[str | Pair]:

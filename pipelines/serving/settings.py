@@ -41,6 +41,8 @@ class ServeSettings:
     """Accept connections from other machines although api_keys is empty."""
     local: bool = False
     """Serve from this process, without Ray: one replica, ready as soon as its model is loaded."""
+    cors_allow_origins: tuple[str, ...] = ()
+    """Origins (https://example.org) whose pages may send requests from a browser. "*" allows all. Default: none."""
     num_replicas: int | str = 1
     """Number of model replicas: N, or MIN:MAX to scale with the load. MIN may be 0."""
     target_queued_tokens: int = 100_000

@@ -18,10 +18,13 @@ class Counts:
         assert timings.total > 0
 
 
+JSON = (b"content-type", b"application/json")
+
+
 def ask(messages, *, headers=(), limit=10, answer=None, counts=None):
     """Send messages through the guard. Return the messages read, sent and left, and the counted statuses."""
     read, sent, counts, left = [], [], counts or Counts(), list(messages)
-    scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": list(headers)}
+    scope = {"type": "http", "method": "POST", "path": "/v1/predict", "headers": [JSON, *headers]}
 
     async def application(scope, receive, send):
         if answer is not None:
@@ -118,7 +121,7 @@ class Server:
         async def send(message):
             sent.append(message)
 
-        await self.guard({"type": "http", "method": method, "path": path, "headers": []}, receive, send)
+        await self.guard({"type": "http", "method": method, "path": path, "headers": [JSON]}, receive, send)
         return sent[0]["status"], sent[1]["body"]
 
 
