@@ -19,15 +19,17 @@ import httpx
 
 ROUTES = [
     *(("POST", path) for path in ("/v1/predict", "/predict", "/models/NAME", "/classify", "/v1/classify",
-                                  "/v1/moderations", "/v2/models/NAME/infer")),
+                                  "/v1/moderations", "/v2/models/NAME/infer", "/", "/invocations", "/vertex",
+                                  "/v1/models/NAME:predict")),
     *(("GET", path) for path in ("/v2", "/v2/models/NAME", "/v2/health/ready", "/v2/models/NAME/ready", "/health",
                                  "/info", "/metrics", "/docs", "/openapi.json", "/", "/nothing")),
 ]  # fmt: skip
 METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
 FIELDS = ("inputs", "input", "text", "parameters", "thresholds", "windows", "model", "id", "top_k", "truncate", "data",
           "name", "shape", "datatype", "outputs", "text_pair", "raw_scores", "instances")  # fmt: skip
-HEADERS = ("content-type", "content-length", "x-request-id", "x-request-timeout-seconds", "accept", "authorization",
-           "inference-header-content-length", "host", "cookie", "transfer-encoding", "x-forwarded-for")  # fmt: skip
+HEADERS = ("content-type", "content-length", "content-encoding", "x-request-id", "x-request-timeout-seconds", "accept",
+           "authorization", "inference-header-content-length", "host", "cookie", "transfer-encoding",
+           "x-forwarded-for")  # fmt: skip
 
 
 def value(dice, depth=0):

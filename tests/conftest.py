@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # a second thread does not speed up tiny models
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait leave the core to the other process that runs tests
 os.environ["MKL_CBWR"] = "AUTO,STRICT"  # otherwise memory alignment changes the last bits of products
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 

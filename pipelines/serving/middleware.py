@@ -117,10 +117,10 @@ class Guard:
         except TimeoutError:
             if is_started or deadline is None or not deadline.expired():
                 raise
-            whose = "request_timeout_s" if seconds == self._request_timeout_s else TIMEOUT_HEADER
-            problem = f"the request has taken {seconds:g} s ({whose})"
+            is_own = seconds == self._request_timeout_s
+            problem = f"the request has taken {seconds:g} s ({'request_timeout_s' if is_own else TIMEOUT_HEADER})"
             content = ErrorResponse(error=problem, error_type="timeout").model_dump()
-            await JSONResponse(content, 504)(scope, receive, send)
+            await JSONResponse(content, 504 if is_own else 408)(scope, receive, send)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request without a valid key before its body is read; or one too many, or a body too large."""

@@ -98,7 +98,8 @@ def test_half_open_requests_stop_nobody(server):
         for path in ["/health", "/v1/predict"] * 500:
             one = socket.create_connection(("127.0.0.1", port))
             sockets.append(one)
-            one.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n".encode())
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
+            one.sendall(head.encode())
         time.sleep(1)
         for ask in (lambda: server.get("/health"), lambda: predict(server, inputs=["short"])):
             started_at = time.monotonic()
