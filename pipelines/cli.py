@@ -380,6 +380,7 @@ def _add_train(commands: Any) -> None:
         example=example,
     )
     _flags(command, TrainPaths, ("train", "valid", "model", "output", "num_workers"))
+    command.add_argument("--local", dest="num_workers", action="store_const", const=0, help="as --num-workers 0")
     _flags(command, DecisionSettings, ("kind", "labels"))
     _flags(command, DataSettings, ("text_column", "text_pair_column", "label_column", "label_columns", "limit"))
 
@@ -400,6 +401,7 @@ def _add_score(commands: Any) -> None:
         field.name for field in dataclasses.fields(ScoreSettings) if field.name not in ("thresholds", "unit_bytes")
     ]
     _flags(command, ScoreSettings, names)
+    command.add_argument("--local", dest="replicas", action="store_const", const=0, help="as --replicas 0")
     command.add_argument("--dry-run", action="store_true", help="estimate the job's size and time, and write nothing")
     command.add_argument("--rate", type=float, metavar="X", help="with --dry-run: tokens per second of one replica")
     _flags(command, DataSettings, ("text_column", "text_pair_column", "limit"))
@@ -451,13 +453,10 @@ def _command(
 def _flags(command: argparse.ArgumentParser, group: type[Any], names: Sequence[str]) -> None:
     """Add a flag for each of these settings."""
     types: dict[str, Any] = {
-        "int": int,
-        "int | None": int,
-        "float": float,
-        "float | None": float,
+        **dict.fromkeys(("int", "int | None"), int),
+        **dict.fromkeys(("float", "float | None"), float),
+        **dict.fromkeys(("dict[str, float] | None", "dict[str, str] | None"), _mapping),
         "float | int | None": _number,
-        "dict[str, float] | None": _mapping,
-        "dict[str, str] | None": _mapping,
     }
     for field in dataclasses.fields(group):
         if field.name in names and field.type == "bool":

@@ -127,6 +127,13 @@ def test_python_m_pipelines():
     assert done.stdout.strip() == "0.1.0"
 
 
+def test_local_means_without_ray(capsys):
+    for arguments, name in ((["score", "m", "--input", "i", "--output", "o"], "replicas"),
+                            (["train", "--train", "t", "--model", "m", "--output", "o"], "num_workers")):  # fmt: skip
+        assert _values(_parser().parse_args([*arguments, "--local"]))[name] == 0
+        assert name not in _values(_parser().parse_args(arguments))
+
+
 def test_score_placement_flags(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["score", "--help"])
