@@ -1,10 +1,12 @@
 """`pipelines serve --local`: the same application in one process, over a real socket, without Ray."""
 
+import gzip
 import http.client
 import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -94,6 +96,70 @@ def test_metrics_have_the_names_of_ray_serve(server):
 def test_one_process_without_ray(server):
     assert len(os.listdir(f"/proc/{server.process.pid}/task")) < 60
     assert "_raylet" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+
+
+def raw(server, content, *, answers=1):
+    """Send bytes, and return the statuses and bodies of as many answers."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(content)
+        stream = connection.makefile("rb")
+        found = []
+        for _ in range(answers):
+            status = int(stream.readline().split()[1])
+            headers = dict(
+                line.decode("latin-1").strip().lower().split(": ", 1) for line in iter(stream.readline, b"\r\n")
+            )
+            is_head = content.startswith(b"HEAD")
+            found.append((status, b"" if is_head else stream.read(int(headers["content-length"])), headers))
+        return found
+
+
+def post(body, *headers, path="/v1/predict", length=True):
+    lines = [f"POST {path} HTTP/1.1", "host: x", "content-type: application/json", *headers]
+    return "\r\n".join([*lines, *([f"content-length: {len(body)}"] if length else []), "", ""]).encode("latin-1") + body
+
+
+BODY = json.dumps({"inputs": ["a text"]}).encode()
+
+
+def test_head_over_a_socket_has_no_body(server):
+    """A second answer on the same connection shows that nothing was sent after the headers of the first."""
+    request = b"HEAD /info HTTP/1.1\r\nhost: x\r\n\r\n"
+    (first, _, headers), (second, _, _) = raw(server, request * 2, answers=2)
+    assert (first, second) == (200, 200)
+    assert int(headers["content-length"]) > 100
+
+
+def test_chunked_and_compressed_bodies_over_a_socket(server):
+    chunked = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (BODY[:5], BODY[5:])) + b"0\r\n\r\n"
+    head = post(b"", "transfer-encoding: chunked", length=False)
+    zipped = gzip.compress(BODY)
+    for content in (post(BODY), head + chunked, post(zipped, "content-encoding: gzip")):
+        ((status, body, _),) = raw(server, content)
+        assert status == 200
+        assert len(json.loads(body)["predictions"]) == 1
+
+
+def test_several_requests_at_once_on_a_connection_are_answered_in_order(server):
+    bodies = [json.dumps({"inputs": ["a"] * count}).encode() for count in (3, 1, 2)]
+    found = raw(server, b"".join(map(post, bodies)), answers=3)
+    assert [len(json.loads(body)["predictions"]) for _, body, _ in found] == [3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "name", ["x-request-id", "user-agent", "x-request-timeout-seconds", "authorization", "origin", "cookie"]
+)
+def test_headers_that_are_not_ascii(server, name):
+    ((status, body, _),) = raw(server, post(BODY, f"{name}: \xff\xe9"))
+    assert status == (422 if name == "x-request-timeout-seconds" else 200), body
+
+
+def test_clients_that_leave_stop_nobody(server):
+    long = json.dumps({"inputs": ["word " * 20_000]}).encode()
+    for content in (post(long), post(long)[:-1000], post(BODY)[:20], b"\x16\x03\x01" + bytes(100)):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(content)
+    assert server.ask("POST", "/v1/predict", {"inputs": ["still there"]})[0] == 200
 
 
 def test_second_server_on_the_port_is_refused(server, spam_folder, capsys):
