@@ -48,7 +48,9 @@ def parse(values: Mapping[str, object], *groups: type[Any]) -> list[Any]:
     required = [field for group in groups for field in dataclasses.fields(group) if field.default is MISSING]
     missing = [field.name for field in required if field.name not in values]
     if missing:
-        raise SettingsError(f"required setting {missing[0]!r} is missing: {field_help(owners[missing[0]])[missing[0]]}")
+        lines = [f"{name} ({field_help(owners[name])[name].rstrip('.')})" for name in missing]
+        which = "a required setting is missing" if len(missing) == 1 else "required settings are missing"
+        raise SettingsError(f"{which}: {'; '.join(lines)}")
     return [group(**{n: v for n, v in values.items() if owners[n] is group}) for group in groups]
 
 

@@ -1,6 +1,7 @@
 """The command line: results on stdout, progress on stderr, exit codes, no tracebacks."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,9 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.arguments import parse_arguments, settings_of
 from pipelines.bulk.job import ScoreJob
-from pipelines.cli import _parser, _values, main
+from pipelines.cli import main
 from pipelines.model_folder import read_model_folder
+from pipelines.settings import TrainSettings
+from pipelines.training.job import TrainJob
 
 
 def run(*arguments, capsys):
@@ -86,7 +90,7 @@ def test_settings_precedence_yaml_set_flags(folder, input_folder, tmp_path, caps
     [
         (
             ["score", "{folder}", "--output", "x"],
-            "required setting 'input' is missing: File, folder or glob with the rows to score",
+            "a required setting is missing: input (File, folder or glob with the rows to score",
         ),
         (
             ["score", "{folder}", "--input", "{empty}", "--output", "{empty}/x"],
@@ -100,7 +104,10 @@ def test_settings_precedence_yaml_set_flags(folder, input_folder, tmp_path, caps
         (["score", "{folder}", "--set", "limit"], "has no '='"),
         (["score", "{folder}", "--set", "keep=[a"], "is no valid YAML"),
         (["score", "{folder}", "--config", "{empty}/none.yaml"], "cannot be read: No such file"),
-        (["train", "--train", "{data}"], "required setting 'model' is missing"),
+        (
+            ["train", "--train", "{data}"],
+            "required settings are missing: model (Pretrained weights: a folder or a model name",
+        ),
         (["evaluate", "{folder}", "--data", "{data}", "--label-column", "nope"], "has no column 'nope'"),
         (["evaluate", "{folder}", "--data", "{data}", "--text-column", "n"], "of type int64, not string"),
         (["tune", "{folder}", "--data", "{data}", "--objective", "f3"], "objective 'f3' is none of"),
@@ -127,11 +134,75 @@ def test_python_m_pipelines():
     assert done.stdout.strip() == "0.1.0"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--epoch", "1"], "pipelines train: --epoch 1 is not known here; did you mean --epochs?"),
+        (["train", "--warmup-ratio=0.1"], "it is a setting without a flag: --set warmup_ratio=VALUE"),
+        (["train", "--warmup-ration", "0.1"], "did you mean --set warmup_ratio=VALUE?"),
+        (["score", "m", "--ouput", "o"], "pipelines score: --ouput o is not known here; did you mean --output?"),
+        (["relabel", "s", "--thresholds", "1", "--output", "o", "--json5"], "did you mean --json?"),
+        (["serve", "m", "extra"], "pipelines serve: extra is not known here"),
+        (["scor"], "there is no command 'scor'; did you mean score?"),
+        (["zzz"], "there is no command 'zzz' The commands are: train, score"),
+        (["evaluate", "m"], "the following arguments are required: --data"),
+    ],
+)
+def test_unknown_arguments_suggest_the_nearest(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_all_missing_settings_are_named(capsys):
+    code, _, err = run("score", capsys=capsys)
+    assert code == 2
+    assert [name in err for name in ("model (", "input (", "output (")] == [True] * 3
+
+
+def test_flags_give_the_settings_that_are_changed_first():
+    arguments = ["train", "--train", "t", "--model", "m", "--output", "o", "--epochs", "2", "--learning-rate", "1e-4",
+                 "--batch-size", "8", "--max-length", "256", "--stride", "64", "--dtype", "float32", "--seed", "7",
+                 "--pos-weight", "{a: 2}", "--weight", "balanced", "--max-windows", "3"]  # fmt: skip
+    job = TrainJob.parse(settings_of(parse_arguments(arguments)))
+    train = job.settings
+    assert (train.epochs, train.learning_rate, train.batch_size, train.seed) == (2, 1e-4, 8, 7)
+    assert (job.windows.max_length, job.windows.stride, job.windows.max_windows) == (256, 64, 3)
+    assert (train.pos_weight, train.weight, job.compute.dtype) == ({"a": 2.0}, "balanced", "float32")
+
+
+def test_help_has_groups_and_help_all_every_setting(capsys):
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as caught:
+            main(["train", flag])
+        assert caught.value.code == 0
+        shown = capsys.readouterr().out
+        assert shown.index("required, here or in --config:") < shown.index("--epochs") < shown.index("--num-workers")
+        assert "example:\n  pipelines train --train" in shown
+        assert ("adam_epsilon=1e-08" in shown) == (flag == "--help-all")
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel", "regression"])
+def test_init_prints_settings_that_train_reads(kind, tmp_path, capsys):
+    code, out, _ = run("init", kind, capsys=capsys)
+    assert code == 0
+    (tmp_path / "train.yaml").write_text(out)
+    values = settings_of(parse_arguments(["train", "--config", str(tmp_path / "train.yaml")]))
+    assert values["kind"] == kind
+    assert TrainJob.parse(values).settings == TrainSettings()
+    whole = "\n".join(line.removeprefix("#") if re.match(r"#\w+: ", line) else line for line in out.splitlines())
+    (tmp_path / "whole.yaml").write_text(whole)
+    whole_values = settings_of(parse_arguments(["train", "--config", str(tmp_path / "whole.yaml")]))
+    assert len(whole_values) > 60
+    assert TrainJob.parse(whole_values) == TrainJob.parse(values), "the comments are the defaults"
+
+
 def test_local_means_without_ray(capsys):
     for arguments, name in ((["score", "m", "--input", "i", "--output", "o"], "replicas"),
                             (["train", "--train", "t", "--model", "m", "--output", "o"], "num_workers")):  # fmt: skip
-        assert _values(_parser().parse_args([*arguments, "--local"]))[name] == 0
-        assert name not in _values(_parser().parse_args(arguments))
+        assert settings_of(parse_arguments([*arguments, "--local"]))[name] == 0
+        assert name not in settings_of(parse_arguments(arguments))
 
 
 def test_score_placement_flags(folder, tmp_path, capsys):
@@ -147,11 +218,11 @@ def test_score_placement_flags(folder, tmp_path, capsys):
         "max-errors",
     )
     assert [flag for flag in flags if f"--{flag} " not in shown] == []
-    options = _parser().parse_args(
+    options = parse_arguments(
         ["score", "m", "--input", "i", "--output", "o", "--replica-resources", "{spot: 1}", "--max-errors", "0.5",
          "--replica-labels", "{zone: a}", "--tokenize-cpus", "2", "--append"]
     )  # fmt: skip
-    job = ScoreJob.parse(_values(options)).score
+    job = ScoreJob.parse(settings_of(options)).score
     assert (job.replica_resources, job.replica_labels) == ({"spot": 1.0}, {"zone": "a"})
     assert (job.tokenize_cpus, job.max_errors, job.append, job.overwrite) == (2.0, 0.5, True, False)
     code, _, err = run("score", folder, "--input", "i", "--output", "o", "--dry-run", "--rate", "0", capsys=capsys)

@@ -58,7 +58,7 @@ def test_tokenize_workers_load_no_torch(module):
 def test_help_loads_no_heavy_modules():
     shown, loaded = loaded_by("from pipelines.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass")
     assert loaded == []
-    assert "learning_rate=5e-05" in shown
+    assert "--learning-rate" in shown
 
 
 def test_public_names():

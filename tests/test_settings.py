@@ -79,7 +79,9 @@ def test_error_messages(values, message):
 
 
 def test_missing_setting_message():
-    with pytest.raises(SettingsError, match="required setting 'output' is missing: New folder for the finished model"):
+    with pytest.raises(
+        SettingsError, match=r"a required setting is missing: output \(New folder for the finished model"
+    ):
         parse({"train": "a", "model": "b", "valid": None}, TrainPaths)
 
 
