@@ -27,6 +27,7 @@ hypothesis.settings.load_profile("shared-machine")
 EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Tests that use the local Ray carry the marker `ray`.
 
