@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TOOLS := $(VENV)-tools
-# Two processes: while one waits for a Ray, the other computes.
-PYTEST := $(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --durations=20 --durations-min=1
+PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=1
 export HF_HUB_OFFLINE := 1
 
 .PHONY: help demo check test test-slow simulate soak requirements audit sbom clean
@@ -23,7 +22,7 @@ check: $(VENV)/.installed ## linters, types, package layers and the quickest tes
 	$(BIN)/python -m pytest tests/test_package.py tests/test_settings.py tests/test_style.py tests/storage tests/text tests/decisions
 
 test: $(VENV)/.installed ## all tests that do not take minutes each (at most 15 minutes)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --numprocesses=2 --dist=loadgroup -m "not slow"
 
 test-slow: $(VENV)/.installed ## the rest: random kills, clusters that lose nodes, image install, guides (at most 25 minutes)
 	$(PYTEST) -m slow

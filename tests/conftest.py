@@ -31,15 +31,12 @@ EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails"
 def pytest_collection_modifyitems(items):
     """Tests that use the local Ray carry the marker `ray`.
 
-    Of two processes that run tests, one runs all of these, so that there is one local Ray. Slow tests start Rays of
-    their own: those of a file run one after another.
+    Of two processes that run tests, one runs all of `on_ray`, so that one Ray runs at a time.
     """
     for item in items:
         if "local_ray" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-        elif item.get_closest_marker("ray"):
+        if "on_ray" in item.path.parts or item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))
 
 
