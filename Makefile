@@ -6,7 +6,7 @@ TOOLS := $(VENV)-tools
 PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo check test test-slow simulate soak requirements audit sbom clean
+.PHONY: help demo check test test-ray test-core test-slow simulate soak requirements audit sbom clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,7 +22,13 @@ check: $(VENV)/.installed ## linters, types, package layers and the quickest tes
 	$(BIN)/python -m pytest tests/test_package.py tests/test_settings.py tests/test_style.py tests/storage tests/text tests/decisions
 
 test: $(VENV)/.installed ## all tests that do not take minutes each (at most 15 minutes)
-	$(PYTEST) --numprocesses=2 --dist=loadgroup -m "not slow"
+	$(MAKE) --jobs=2 --output-sync=target test-ray test-core
+
+test-ray: # one of the two halves of test: while this one waits for Ray, the other one computes
+	$(PYTEST) -m "ray and not slow"
+
+test-core:
+	$(PYTEST) -m "not ray and not slow"
 
 test-slow: $(VENV)/.installed ## the rest: random kills, clusters that lose nodes, image install, guides (at most 25 minutes)
 	$(PYTEST) -m slow

@@ -27,17 +27,12 @@ hypothesis.settings.load_profile("shared-machine")
 EMAILS = Path(__file__).parent.parent / "docs" / "demo" / "emails"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their markers
 def pytest_collection_modifyitems(items):
-    """Tests that use the local Ray carry the marker `ray`.
-
-    Of two processes that run tests, one runs all of `on_ray`, so that one Ray runs at a time.
-    """
+    """Tests that use the local Ray, and all of `on_ray`, carry the marker `ray`."""
     for item in items:
-        if "local_ray" in getattr(item, "fixturenames", ()):
+        if "local_ray" in getattr(item, "fixturenames", ()) or "on_ray" in item.path.parts:
             item.add_marker("ray")
-        if "on_ray" in item.path.parts or item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(autouse=True)
