@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipelines.text.template import Template
 from pipelines.text.tokenization import CutDocuments, InputRows, assemble
 
-HASHED_TOKENS = 2**20
+HASHED_TOKENS = 2**16
 """Tokens of the windows whose hashes are computed together."""
 
 
