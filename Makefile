@@ -22,7 +22,7 @@ check: $(VENV)/.installed ## linters, types, package layers and the quickest tes
 	$(BIN)/python -m pytest tests/test_package.py tests/test_settings.py tests/test_style.py tests/storage tests/text tests/decisions
 
 test: $(VENV)/.installed ## all tests that do not take minutes each (at most 15 minutes)
-	$(MAKE) --jobs=2 --output-sync=target test-ray test-core
+	$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-ray test-core
 
 test-ray: # one of the two halves of test: while this one waits for Ray, the other one computes
 	$(PYTEST) -m "ray and not slow"
