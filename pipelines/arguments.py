@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         if wrong:
             names = re.findall(r"[\w-]+", wrong[2])
             nearest = difflib.get_close_matches(wrong[1], names, n=1, cutoff=0.5)
-            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            hint = f"; did you mean {nearest[0]}?" if nearest else "."
             message = f"there is no command {wrong[1]!r}{hint} The commands are: {', '.join(names)}"
         sys.stderr.write(f"{self.prog}: {message}\n  {self.prog} --help lists what there is\n")
         raise SystemExit(2)

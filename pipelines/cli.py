@@ -198,7 +198,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
     content = read_model_folder(options.model).to_json()
     flat = {**content["decision"], **content["windows"], **{k: v for k, v in content.items() if k.endswith("_hash")}}
-    flat.update({name: content[name] for name in (*CALIBRATION, "guarantees", "early_exit") if content.get(name)})
+    flat.update(
+        {
+            name: content[name]
+            for name in (*CALIBRATION, "guarantees", "early_exit", "quantization")
+            if content.get(name)
+        }
+    )
     _print(options, content, {**flat, **{f"valid {name}": value for name, value in content["metrics"].items()}})
     return DONE
 

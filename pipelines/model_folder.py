@@ -19,7 +19,8 @@ import posixpath
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 from filelock import FileLock
 
 from pipelines.classifier_config import class_names, decision_of, is_classifier, read_config
-from pipelines.errors import DataError, ModelFolderError, SettingsError, first_line
+from pipelines.errors import DataError, ModelFolderError, OutputError, SettingsError, first_line
 from pipelines.fields import parse
 from pipelines.settings import UNCALIBRATED, Calibration, DecisionSettings, WindowSettings
 from pipelines.storage.locations import absolute, filesystem_of, retried, shown, store_errors, sync_folder
@@ -109,6 +110,14 @@ class ModelFolder:
             )  # fmt: skip
             return {}
         return self.guarantees
+
+    def say_int8(self) -> None:
+        """Log that the model is an int8 model, if it is one."""
+        if self.quantization:
+            logger.info(
+                "%s is an int8 model for CPUs: %s of %s labels changed when it was made",
+                self.path.name, self.quantization.get("label_changes"), self.quantization.get("documents"),
+            )  # fmt: skip
 
     def check_texts(self, *, are_pairs: bool) -> None:
         """Check that the model was trained on the same kind of texts.
@@ -279,6 +288,40 @@ def write_pipeline_file(folder: ModelFolder) -> None:
     os.chmod(file.name, 0o644)
     os.replace(file.name, folder.path / PIPELINE_FILE)
     sync_folder(folder.path)
+
+
+def check_is_new(new: str) -> Path:
+    """Return the path of a folder to be made. Raises OutputError if it exists and is not an empty folder."""
+    target = Path(new).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{new} exists and is not empty; give a new folder")
+    return target
+
+
+@contextmanager
+def new_folder(new: str) -> Iterator[Path]:
+    """Yield an empty folder, which gets its name when the block ends. After an error there is nothing.
+
+    Args:
+        new: Path of a folder that does not exist or is empty.
+
+    Raises:
+        OutputError: The folder exists and is not empty, or cannot be written.
+    """
+    target = check_is_new(new)
+    partial = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+        yield partial
+        partial.chmod(0o755)
+        partial.rename(target)  # replaces an empty folder
+    except BaseException as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{new} cannot be written: {first_line(error)}; give another folder") from error
+        raise
 
 
 def check_weights(path: Path) -> None:

@@ -144,7 +144,7 @@ def test_python_m_pipelines():
         (["relabel", "s", "--thresholds", "1", "--output", "o", "--json5"], "did you mean --json?"),
         (["serve", "m", "extra"], "pipelines serve: extra is not known here"),
         (["scor"], "there is no command 'scor'; did you mean score?"),
-        (["zzz"], "there is no command 'zzz' The commands are: train, score"),
+        (["zzz"], "there is no command 'zzz'. The commands are: train, score"),
         (["evaluate", "m"], "the following arguments are required: --data"),
     ],
 )

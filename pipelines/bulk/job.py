@@ -159,6 +159,7 @@ def check_job(job: ScoreJob) -> CheckedJob:
     """
     folder = read_model_folder(job.model)
     folder.check_texts(are_pairs=job.data.text_pair_column is not None)
+    folder.say_int8()
     decision = resolve_thresholds(job.score.thresholds, folder.decision)
     margin = margin_of(folder, decision, job.score.early_exit)
     folder = replace(

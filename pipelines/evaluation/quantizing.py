@@ -6,11 +6,10 @@ Shapes: D documents, W windows, L labels.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipelines.decisions.labels import Decisions
 from pipelines.decisions.metrics import LESS_IS_BETTER, METRICS, default_metric, evaluate, histograms_of
-from pipelines.errors import DataError, JobError, ModelFolderError, OutputError, SettingsError
+from pipelines.errors import DataError, JobError, ModelFolderError, SettingsError
 from pipelines.evaluation.labelled import LabelledInput, labelled_input, open_for, shown_number
 from pipelines.fields import check_range, check_types
 from pipelines.model.engine import Engine
@@ -34,15 +33,15 @@ from pipelines.model.openvino_files import (
 from pipelines.model.openvino_model import OpenVinoDetails, OpenVinoModel, processor_name
 from pipelines.model.quantization import layers_by_format, nncf, quantized_graphs
 from pipelines.model.scorer import DocumentScores, Scorer
-from pipelines.model_folder import TOKENIZER_FILES, ModelFolder, seal, verify_weights
-from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings
+from pipelines.model_folder import TOKENIZER_FILES, ModelFolder, check_is_new, new_folder, seal, verify_weights
+from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, Dtype
 from pipelines.storage.locations import shown
 from pipelines.text.template import Template
 from pipelines.text.tokenization import CutDocuments, Documents, concat_documents
 
 LAYERS_SHOWN = 3
-RESTS = ("bfloat16", "float32")
-"""Number formats of what is not quantized, in the order in which they are tried."""
+RESTS: tuple[Dtype, ...] = ("auto", "float32")
+"""Settings dtype of what is not quantized, in the order in which they are tried, if the caller names none."""
 logger = logging.getLogger(__name__)
 
 
@@ -138,10 +137,12 @@ class _Reference:
         return self.scorer.merge(self.documents, self.cut, logits_WL)
 
     def changed_D(self, scores: DocumentScores) -> NDArray[np.bool_]:
-        """Return for each document whether any of its labels changed. Documents without a score have not."""
+        """Return for each document whether any of its labels changed, or it lost its score. Others had none before."""
         before, after = (_labels(self.scorer.decide(found)) for found in (self.scores, scores))
         differ_D: NDArray[np.bool_] = (before != after).reshape(len(before), -1).any(axis=1)
-        return differ_D & self.good_D
+        has_error_D = np.array([error is not None for error in scores.errors])
+        changed_D: NDArray[np.bool_] = (differ_D | has_error_D) & self.good_D
+        return changed_D
 
     def shift_DL(self, scores: DocumentScores) -> NDArray[np.float32]:
         """Return the absolute changes of the scores."""
@@ -155,9 +156,11 @@ class _Reference:
         return evaluate(self.targets[good_D], chosen.scores_DL, self.scorer.decide(chosen), decision)
 
     def drop(self, before: float | None, after: float | None) -> float:
-        """Return how much worse the metric is. Undefined metrics do not differ."""
-        if before is None or after is None:
+        """Return how much worse the metric is: 0 if it was undefined, and infinitely if it has become undefined."""
+        if before is None:
             return 0.0
+        if after is None:
+            return math.inf
         if self.metric in LESS_IS_BETTER:
             return (after - before) / max(float(self.targets[self.good_D].astype(np.float64).std()), 1e-9)
         return before - after
@@ -170,7 +173,7 @@ class _Reference:
         return max(changes / max(options.max_label_changes, 1e-9), drop / max(options.max_drop, 1e-9), 0.0)
 
     def validate(self, model: Engine, documents: Sequence[int]) -> tuple[float, list[float]]:
-        """Compare a model on some documents, as `quantization.quantize_graph` asks for it."""
+        """Compare a model on some documents, as `quantization.quantized_graphs` asks for it."""
         scores = self.scored_by(model, np.flatnonzero(np.isin(self.cut.windows.document_W, documents)))
         moved_D = self.shift_DL(scores).max(axis=1)
         return self.excess(scores), moved_D[list(documents)].tolist()
@@ -201,7 +204,7 @@ def quantize_folder(
         UsageError: The model cannot be quantized, the new folder is not empty, or the data does not fit.
         JobError: The contract does not hold. Nothing was written.
     """
-    folder, target = _checked(model, new, data, options)
+    folder = _checked(model, new, data, options)
     labelled = labelled_input(source, data, folder.decision)
     reference = _reference(folder, labelled, data, compute, options)
     template = reference.scorer.tokenizer.template
@@ -211,39 +214,29 @@ def quantize_folder(
         raise ModelFolderError(f"{shown(model)} cannot be quantized: {error}") from error
     graph, rest = _quantized(graph, details, reference, compute)
     details = replace(details, dtype="int8", rest=rest)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
+    with new_folder(new) as path:
         for name in ("config.json", *TOKENIZER_FILES):
             if (folder.path / name).is_file():
-                shutil.copy(folder.path / name, partial / name)
-        write_model(graph, details, partial)
-        opened = load_engine(replace(folder, path=partial, quantization={"format": "int8"}), template, compute)
-        result = _finished(replace(folder, path=partial), reference, opened, layers_by_format(graph), (model, new))
-        partial.chmod(0o755)
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+                shutil.copy(folder.path / name, path / name)
+        write_model(graph, details, path)
+        written = replace(folder, path=path, quantization={"format": "int8"})
+        opened = load_engine(written, template, replace(compute, dtype="auto"))
+        result = _finished(written, reference, opened, layers_by_format(graph), (model, new))
     if folder.guarantees or folder.early_exit:
         logger.warning("promises and early exit were fitted to the float scores: fit them again with pipelines tune")
     return result
 
 
-def _checked(model: str, new: str, data: DataSettings, options: QuantizeOptions) -> tuple[ModelFolder, Path]:
-    """Return the model folder and the new folder, after all checks that need no data."""
+def _checked(model: str, new: str, data: DataSettings, options: QuantizeOptions) -> ModelFolder:
+    """Return the model folder, after all checks that need no data."""
     folder = open_for(model, data)
     if folder.quantization:
         raise ModelFolderError(f"{shown(model)} is an int8 model already; give the folder that it was made of")
-    target = Path(new).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(f"{new} exists and is not empty; give a new folder")
+    check_is_new(new)
     options.metric_of(folder.decision)
     nncf()
     verify_weights(folder)
-    return folder, target
+    return folder
 
 
 def _finished(
@@ -263,7 +256,7 @@ def _finished(
 
 def _quantized(
     graph: Any, details: OpenVinoDetails, reference: _Reference, compute: ComputeSettings
-) -> tuple[Any, str]:
+) -> tuple[Any, Dtype]:
     """Return the first quantized model that keeps the contract, or the last, and the dtype of what is not quantized."""
     template = reference.scorer.tokenizer.template
     logger.info("quantizing with %s documents, %s windows", len(reference.documents), len(reference.cut.length_W))
@@ -276,14 +269,15 @@ def _quantized(
         num_documents=len(reference.documents),
         batch_tokens=compute.batch_tokens,
     )
+    rests = RESTS if compute.dtype == "auto" else (compute.dtype,)
     for candidate in candidates:
-        for rest in RESTS:
-            model = OpenVinoModel.compile(candidate, replace(details, rest=rest), template, compute)
+        for rest in rests:
+            model = OpenVinoModel.compile(candidate, details, template, replace(compute, dtype=rest))
             scores = reference.scored_by(model)
             if reference.excess(scores) <= 1:
                 return candidate, rest
             logger.info(
-                "int8, and %s for the rest, changes %s of %s labels: trying to leave more in float",
+                "int8, with dtype=%s for the rest, changes labels of %s of %s documents: more must stay in float",
                 rest, reference.changed_D(scores).sum(), reference.good_D.sum(),
             )  # fmt: skip
     return candidate, rest
@@ -291,7 +285,7 @@ def _quantized(
 
 def _converted(folder: ModelFolder, template: Template) -> tuple[Any, OpenVinoDetails]:
     model = torch_model(folder, template)
-    return convert(model), details_of(model)
+    return convert(model, longest=folder.windows.max_length or 0), details_of(model)
 
 
 def _reference(

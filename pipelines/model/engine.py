@@ -54,6 +54,11 @@ class Engine(ABC):
 
     @property
     @abstractmethod
+    def vocabulary(self) -> int | None:
+        """Number of entries of the vocabulary. None if the architecture has none."""
+
+    @property
+    @abstractmethod
     def dtype_name(self) -> str:
         """Number format of the forward pass, such as bfloat16 or int8."""
 

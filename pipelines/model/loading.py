@@ -75,6 +75,10 @@ def _check_int8(folder: ModelFolder, compute: ComputeSettings) -> None:
     if compute.engine == "torch" or compute.device.startswith("cuda"):
         wanted = "engine=torch" if compute.engine == "torch" else f"device={compute.device}"
         raise SettingsError(f"{folder.path.name} is an int8 model for CPUs, not for {wanted}; use {source}")
+    if compute.dtype != "auto":
+        raise SettingsError(
+            f"{folder.path.name} is an int8 model, which has its own number formats; leave dtype={compute.dtype} out"
+        )
     _check_openvino(compute)
 
 

@@ -16,10 +16,11 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +42,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GRAPH, WEIGHTS, DETAILS = OPENVINO_FILES
 REFUSED = "refused.json"
-CONVERSION = 1
+CONVERSION = 2
 """Number of the way in which models are converted. It is part of the cache's keys."""
 MOST_KEPT = 8
 """Number of models in the cache. The one that was not used for the longest time is removed first."""
 LONGEST_CHECKED = 512
-"""Tokens of the longest window with which a conversion is checked."""
+"""Tokens up to which every conversion is checked. Longer windows of a folder are checked, too."""
 MOST_DIFFERENT = 1e-3
 """Largest difference from PyTorch, in float32, as a share of the largest logit or of the spread of the logits."""
 
@@ -80,20 +81,20 @@ def converted(folder: ModelFolder, template: Template, *, must: bool = False) ->
     if not _is_complete(place) or (must and (place / REFUSED).is_file()):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{place}.lock").acquire()
+            with FileLock(f"{place}.lock"):  # one process of the machine converts, and the others wait
+                if must and (place / REFUSED).is_file():
+                    shutil.rmtree(place)
+                if not _is_complete(place):
+                    _convert_into(place, folder, template)
+                    _remove_oldest(place.parent)
         except OSError as error:
             raise CannotConvertError(
                 f"its cache {place.parent} cannot be written ({first_line(error)}); set XDG_CACHE_HOME"
             ) from error
-        with lock:  # one process of the machine converts, and the others wait
-            if must and (place / REFUSED).is_file():
-                shutil.rmtree(place)
-            if not _is_complete(place):
-                _convert_into(place, folder, template)
-                _remove_oldest(place.parent)
     if (place / REFUSED).is_file():
         raise CannotConvertError(json.loads((place / REFUSED).read_text())["reason"])
-    os.utime(place)
+    with suppress(OSError):  # a cache that belongs to another user, or is read-only
+        os.utime(place)
     return place
 
 
@@ -106,8 +107,11 @@ def read_details(path: Path) -> OpenVinoDetails:
 
 
 def write_model(model: Any, details: OpenVinoDetails, path: Path) -> None:
-    """Write a model of OpenVINO with its details into an existing folder."""
-    openvino().save_model(model, str(path / GRAPH), compress_to_fp16=False)
+    """Write a model of OpenVINO with its details into an existing folder. Raises OSError if it cannot be written."""
+    try:
+        openvino().save_model(model, str(path / GRAPH), compress_to_fp16=False)
+    except RuntimeError as error:  # OpenVINO's only error for a full disk, too
+        raise OSError(first_line(error)) from error
     sizes = {name: (path / name).stat().st_size for name in (GRAPH, WEIGHTS)}
     (path / DETAILS).write_text(json.dumps({"details": asdict(details), "sizes": sizes}, indent=2) + "\n")
 
@@ -136,7 +140,7 @@ def _convert_into(place: Path, folder: ModelFolder, template: Template) -> None:
         path.mkdir()
         try:
             model = torch_model(folder, template)
-            graph = convert(model)
+            graph = convert(model, longest=folder.windows.max_length or 0)
             write_model(graph, details_of(model), path)
         except CannotConvertError as error:
             (path / REFUSED).write_text(json.dumps({"reason": str(error)}))
@@ -167,6 +171,7 @@ def details_of(model: WindowModel) -> OpenVinoDetails:
     return OpenVinoDetails(
         model.num_labels,
         model.model_type,
+        model.vocabulary,
         model.row_limit,
         model.pad_id,
         model.padding_side,
@@ -175,8 +180,12 @@ def details_of(model: WindowModel) -> OpenVinoDetails:
     )
 
 
-def convert(model: WindowModel) -> Any:
+def convert(model: WindowModel, *, longest: int = 0) -> Any:
     """Convert a model, and compare the logits of windows of different lengths with those of PyTorch, in float32.
+
+    Args:
+        model: The model in PyTorch, in float32.
+        longest: Tokens of the longest windows of its folder. Windows up to LONGEST_CHECKED are compared in any case.
 
     Raises:
         CannotConvertError: The model cannot be converted, or has other logits in OpenVINO.
@@ -187,13 +196,14 @@ def convert(model: WindowModel) -> Any:
     config: Any = model.module.config
     if model.padding_side is None or config.is_encoder_decoder:
         raise CannotConvertError(f"{model.model_type} cannot run windows of different lengths in one padded batch")
-    longest = min(model.row_limit or LONGEST_CHECKED, LONGEST_CHECKED)
-    longest -= model.template.num_special_tokens(pair=False)
-    rows = probe_rows(model, [length for length in (7, 33, 4, 130, longest) if length <= longest])
+    limit = (model.row_limit or sys.maxsize) - model.template.num_special_tokens(pair=False)
+    usual = [length for length in (7, 33, 4, 130, LONGEST_CHECKED) if length <= limit]
+    batches = [usual or [limit], *([[min(longest, limit)]] if longest > LONGEST_CHECKED else [])]
     try:
         graph = _traced(model)
         compiled = OpenVinoModel.compile(graph, details_of(model), model.template, ComputeSettings(dtype="float32"))
-        found_WL, expected_WL = compiled.run(rows), model.run(rows)
+        rows = [probe_rows(model, lengths) for lengths in batches]
+        found_WL, expected_WL = (np.concatenate(list(map(one.run, rows))) for one in (compiled, model))
     except failures as error:
         if is_out_of_memory(error):
             raise

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipelines.errors import ModelFolderError, SettingsError, first_line, is_out_of_memory
 from pipelines.model.engine import Engine, PaddedRows, Side, padded
-from pipelines.settings import ComputeSettings
+from pipelines.settings import ComputeSettings, Dtype
 from pipelines.text.template import Template
 from pipelines.text.tokenization import InputRows
 
@@ -37,6 +37,7 @@ class OpenVinoDetails:
 
     num_labels: int
     model_type: str
+    vocabulary: int | None
     row_limit: int | None
     pad_id: int
     padding_side: Side
@@ -46,8 +47,8 @@ class OpenVinoDetails:
     """Whether these are the template's. If not, they are 0."""
     dtype: str = ""
     """int8 if weights are quantized. Empty if the number format is the caller's choice."""
-    rest: str = ""
-    """With int8: the number format of what is not quantized, with which the contract was measured."""
+    rest: Dtype = "auto"
+    """With int8: the setting dtype of what is not quantized, with which the contract was measured."""
 
     def inputs(self, batch: PaddedRows) -> dict[str, NDArray[np.int64]]:
         """Return the inputs of the graph by name."""
@@ -113,7 +114,7 @@ class OpenVinoModel(Engine):
             ModelFolderError: OpenVINO cannot compile the model.
         """
         core = openvino().Core()
-        dtype = _resolve_dtype(details.rest or compute.dtype, core, must=not details.rest)
+        dtype = _resolve_dtype(details.rest if details.dtype else compute.dtype, core)
         threads = compute.num_threads or os.cpu_count() or 1
         options = {
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
@@ -143,6 +144,11 @@ class OpenVinoModel(Engine):
     def model_type(self) -> str:
         """Name of the architecture in config.json."""
         return self.details.model_type
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of entries of the vocabulary. None if the architecture has none."""
+        return self.details.vocabulary
 
     @property
     def dtype_name(self) -> str:
@@ -187,10 +193,10 @@ def processor_name() -> str:
     return str(openvino().Core().get_property("CPU", "FULL_DEVICE_NAME"))
 
 
-def _resolve_dtype(dtype: str, core: Any, *, must: bool) -> str:
-    """Return the number format: auto, or bfloat16 if it is no must, is bfloat16 if the processor has it."""
+def _resolve_dtype(dtype: Dtype, core: Any) -> str:
+    """Return the number format: auto means bfloat16 if the processor has instructions for it."""
     if dtype == "float16":
         raise SettingsError("engine=openvino runs in float32 or bfloat16, not in float16; set dtype or engine=torch")
-    if dtype == "float32" or (dtype == "bfloat16" and must):
+    if dtype != "auto":
         return dtype
     return "bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"

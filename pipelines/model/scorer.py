@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.classifier_config import read_config, vocabulary_size
 from pipelines.decisions.columns import result_columns
 from pipelines.decisions.early_exit import Margin, Reading, margin_of
 from pipelines.decisions.labels import Decisions, decide, merged_scores, resolve_thresholds
@@ -204,7 +203,7 @@ class Scorer:
         margin = margin_of(folder, decision, early_exit)
         tokenizer = load_tokenizer(folder.path, lead_space=leads_with_space(folder.windows, folder.model_type))
         model = load_engine(folder, tokenizer.template, compute or ComputeSettings())
-        tokenizer.check_vocabulary(vocabulary_size(read_config(folder.path)), where=str(folder.path))
+        tokenizer.check_vocabulary(model.vocabulary, where=str(folder.path))
         plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type, model_limit=model.row_limit)
         tokenizer = tokenizer.with_most_tokens(most_tokens_of(folder.windows))
         return cls(

@@ -45,6 +45,7 @@ from pipelines.model.weights import (
     safe_config,
     save_module,
     set_pad_token,
+    vocabulary_of,
 )
 from pipelines.model_folder import check_weights
 from pipelines.settings import ComputeSettings
@@ -114,6 +115,11 @@ class WindowModel(Engine):
     def model_type(self) -> str:
         """Name of the architecture in config.json."""
         return str(self.module.config.model_type)  # type: ignore[union-attr]
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of entries of the vocabulary. None if the architecture has none."""
+        return vocabulary_of(self.module.config)
 
     @property
     def dtype_name(self) -> str:

@@ -31,4 +31,5 @@ class ServeJob:
 def check_job(job: ServeJob) -> None:
     """Raise a UsageError if the model folder cannot be opened, or thresholds or early exit do not fit it."""
     folder = read_model_folder(job.model)
+    folder.say_int8()
     margin_of(folder, resolve_thresholds(job.serve.thresholds, folder.decision), job.serve.early_exit)

@@ -20,7 +20,7 @@ from pipelines.errors import SettingsError
 from pipelines.serving.api import build_api
 from pipelines.serving.auth import check_exposure
 from pipelines.serving.job import ServeJob, check_job
-from pipelines.serving.metrics import LocalMetrics
+from pipelines.serving.metrics import LocalSeries, ServerMetrics
 from pipelines.serving.ports import own_port
 from pipelines.serving.predictor import Predictor
 from pipelines.serving.settings import ServeSettings
@@ -63,7 +63,7 @@ class _Server(uvicorn.Server):
 
 async def _serve(job: ServeJob) -> None:
     predictor = await Predictor.open(
-        job, lambda scorer: LocalMetrics(scorer.decision.labels, scorer.model.batch_tokens)
+        job, lambda scorer: ServerMetrics(LocalSeries(), scorer.decision.labels, scorer.model.batch_tokens)
     )
     config = uvicorn.Config(
         build_api(predictor),

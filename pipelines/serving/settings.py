@@ -92,6 +92,12 @@ class ServeSettings:
                 raise SettingsError(
                     "api_keys takes SHA-256 hashes in hex, one per key, as printed by: printf %s KEY | sha256sum"
                 )
+        for origin in self.cors_allow_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise SettingsError(
+                    f"cors_allow_origins={origin!r} is no origin: write scheme and host, such as https://app.example, "
+                    f"without a path, or *"
+                )
         if parse_range("num_replicas", self.num_replicas)[1] < 1:
             raise SettingsError(
                 f"num_replicas={self.num_replicas} serves nothing; use 1, or 0:1 to start at the first request"

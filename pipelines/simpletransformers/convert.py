@@ -7,8 +7,6 @@ weights-only unpickler, which refuses everything that could run code. Imports no
 from __future__ import annotations
 
 import pickle
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any, get_args
 from transformers import AutoModel
 
 from pipelines.classifier_config import class_names, decision_of, is_classifier, read_config
-from pipelines.errors import ModelFolderError, OutputError, SettingsError, first_line
+from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.model.lora import Adapter, find_adapter, merge_adapter
 from pipelines.model.scorer import plan_of
 from pipelines.model.weights import (
@@ -34,7 +32,7 @@ from pipelines.model.weights import (
     set_pad_token,
     vocabulary_of,
 )
-from pipelines.model_folder import PIPELINE_FILE, ModelFolder, local_folder, seal
+from pipelines.model_folder import PIPELINE_FILE, ModelFolder, check_is_new, local_folder, new_folder, seal
 from pipelines.settings import DecisionSettings, Kind, TrainSettings, WindowSettings
 from pipelines.simpletransformers.arguments import (
     MODEL_ARGS,
@@ -70,21 +68,12 @@ def convert(old: str, new: str, kind: Kind | None = None, labels: Sequence[str] 
     """
     if kind is not None and kind not in get_args(Kind):
         raise SettingsError(f"--kind {kind} is not one of: {', '.join(get_args(Kind))}")
-    target = Path(new)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise OutputError(f"{new} exists and is not empty; give a new folder")
+    check_is_new(new)
     if (Path(old) / PIPELINE_FILE).is_file():
         raise ModelFolderError(f"{old} is a finished model folder already; there is nothing to convert")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
+    with new_folder(new) as partial:
         folder = _convert(old, partial, kind, labels)
-        partial.chmod(0o755)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return None if folder is None else replace(folder, path=target)
+    return None if folder is None else replace(folder, path=Path(new).expanduser())
 
 
 def _convert(old: str, folder: Path, kind: Kind | None, labels: Sequence[str] | None) -> ModelFolder | None:

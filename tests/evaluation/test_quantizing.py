@@ -13,7 +13,9 @@ import pipelines
 from pipelines.classification import ClassificationModel
 from pipelines.cli import main
 from pipelines.errors import JobError, ModelFolderError, OutputError, SettingsError
-from pipelines.evaluation.quantizing import QuantizeOptions
+from pipelines.evaluation import quantizing
+from pipelines.evaluation.quantizing import QuantizeOptions, _Reference
+from pipelines.model.openvino_model import OpenVinoModel
 from pipelines.model_folder import read_model_folder, seal
 from pipelines.settings import ComputeSettings
 from tests import tiny
@@ -111,6 +113,43 @@ def test_layer_with_outliers_is_left_alone_or_the_model_is_refused(labelled, tmp
     again = pipelines.score(tmp_path / "new", table)
     pairs = zip(scored["predicted_label"].to_pylist(), again["predicted_label"].to_pylist(), strict=True)
     assert sum(one != other for one, other in pairs) == result.label_changes
+
+
+def test_scores_that_are_lost_count_as_changed(labelled, tmp_path, monkeypatch):
+    """A model that gives no finite numbers is refused, also for a regression, which has no labels to change."""
+    folder, data = labelled["regression"]
+    converted = quantizing._converted
+
+    def then_nothing_finite(*arguments):
+        found = converted(*arguments)
+        monkeypatch.setattr(OpenVinoModel, "run", lambda _, rows: np.full((len(rows.length_W), 1), np.nan, np.float32))
+        return found
+
+    monkeypatch.setattr(quantizing, "_converted", then_nothing_finite)
+    with pytest.raises(JobError, match="30 of 30 labels change"):
+        quantized(folder, tmp_path / "new", data, max_drop=1.0, limit=30)
+
+
+def test_metric_that_becomes_undefined_breaks_the_contract():
+    reference = _Reference(None, None, None, np.zeros(2), np.ones(2, bool), None, "pearson", QuantizeOptions())
+    assert reference.drop(0.5, None) == np.inf
+    assert reference.drop(None, 0.5) == reference.drop(None, None) == 0
+
+
+def test_dtype_of_what_is_not_quantized(labelled, tmp_path):
+    folder, data = labelled["binary"]
+    quantized(folder, tmp_path / "new", data, max_label_changes=0.2, max_drop=0.5, dtype="float32")
+    assert json.loads((tmp_path / "new" / "openvino_model.json").read_text())["details"]["rest"] == "float32"
+    with pytest.raises(SettingsError, match="own number formats; leave dtype=bfloat16 out"):
+        pipelines.Scorer.load(tmp_path / "new", compute=ComputeSettings(dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("new", ["/proc/new", "/etc/hostname/new"])
+def test_folder_that_cannot_be_written_is_said(labelled, new, capsys):
+    folder, data = labelled["binary"]
+    options = ["--data", data, "--limit", "20", "--max-label-changes", "1", "--max-drop", "1"]
+    assert main(["quantize", str(folder), new, *options]) == 2
+    assert f"{new} cannot be written" in capsys.readouterr().err
 
 
 def test_command_prints_what_changed(labelled, tmp_path, capsys):

@@ -13,7 +13,7 @@ import pytest
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.model import loading, openvino_files
 from pipelines.model.openvino_files import CannotConvertError, convert, converted, details_of
-from pipelines.model.openvino_model import OpenVinoModel
+from pipelines.model.openvino_model import OpenVinoModel, openvino
 from pipelines.model.scorer import Scorer
 from pipelines.model.weights import set_pad_token
 from pipelines.model.window_model import WindowModel
@@ -117,7 +117,7 @@ def test_conversion_is_kept_and_used_without_torch(spam_folder, cache):
 def test_refusal_is_kept_and_said_once(spam_folder, cache, monkeypatch, log_lines):
     tries = []
 
-    def refuse(model):
+    def refuse(model, **_):
         tries.append(model)
         raise CannotConvertError("it has an operation that OpenVINO lacks")
 
@@ -139,6 +139,46 @@ def test_cache_that_cannot_be_written_leaves_the_choice_to_torch(spam_folder, tm
     assert Scorer.load(spam_folder).model.name == "torch"
     with pytest.raises(ModelFolderError, match="set XDG_CACHE_HOME"):
         Scorer.load(spam_folder, compute=OPENVINO)
+
+
+def test_cache_that_is_read_only_is_used(spam_folder, cache, monkeypatch):
+    Scorer.load(spam_folder, compute=OPENVINO)
+
+    def refuse(*_):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(openvino_files, "convert", refuse)
+    assert Scorer.load(spam_folder, compute=OPENVINO).model.name == "openvino"
+
+
+def test_full_disk_leaves_the_choice_to_torch(spam_folder, cache, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Exception from core: cannot write")
+
+    monkeypatch.setattr(loading, "SMALLEST_BYTES", 0)
+    monkeypatch.setattr(openvino(), "save_model", refuse)
+    assert Scorer.load(spam_folder).model.name == "torch"
+    monkeypatch.undo()
+    assert not list(cache.glob("*/refused.json")), "it is tried again when there is room"
+
+
+def test_windows_longer_than_usual_are_compared_too(monkeypatch):
+    lengths = []
+    model = padded_model("modernbert")
+    run = model.run
+    monkeypatch.setattr(model, "run", lambda rows: (lengths.append(int(rows.length_W.max())), run(rows))[1])
+    convert(model, longest=700)
+    assert max(lengths) >= min(700, model.row_limit)
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_tokenizer_with_more_tokens_than_the_model_is_refused(spam_folder, engine):
+    """OpenVINO gives numbers, and no error, for a token that the model does not have."""
+    scorer = Scorer.load(spam_folder, compute=ComputeSettings(engine=engine))
+    assert scorer.model.vocabulary == 600
+    with pytest.raises(ModelFolderError):
+        scorer.tokenizer.check_vocabulary(scorer.tokenizer.highest_id, where="the model")
 
 
 def test_cache_keeps_the_models_that_were_used_last(spam_folder, cache, monkeypatch):

@@ -6,7 +6,9 @@ import json
 import httpx
 import pytest
 
+from pipelines.errors import SettingsError
 from pipelines.serving.job import ServeJob
+from pipelines.serving.settings import ServeSettings
 from tests.serving.conftest import ApiClient
 from tests.serving.keys import KEYS
 
@@ -246,3 +248,11 @@ def test_every_refusal_has_the_error_schema(api):
     assert [answer.status_code for answer in answers] == [404, 405, 405, 405, 405, 401, 422, 415, 413, 404]
     for answer in answers:
         assert set(answer.json()) == {"error", "error_type"}
+
+
+@pytest.mark.parametrize(
+    "origin", ["app.example", "https://app.example/", "https://app.example/page", "null", "", "https://a b"]
+)
+def test_origins_that_can_never_match_are_refused(origin):
+    with pytest.raises(SettingsError, match="is no origin"):
+        ServeSettings(cors_allow_origins=("https://app.example", origin))

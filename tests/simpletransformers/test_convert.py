@@ -85,3 +85,9 @@ def test_convert_needs_kind_of_plain_classifier(tmp_path):
         convert(str(old), str(tmp_path / "new"), "multilabel")
     with pytest.raises(ModelFolderError, match=r"has no config\.json"):
         convert(str(tmp_path), str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("new", ["/proc/new", "/etc/hostname/new"])
+def test_folder_that_cannot_be_written_is_said(new, capsys):
+    assert cli.main(["convert", str(golden.HERE / "binary"), new]) == 2
+    assert f"{new} cannot be written" in capsys.readouterr().err

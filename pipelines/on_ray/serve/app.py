@@ -13,10 +13,11 @@ from pipelines.fields import parse_range
 from pipelines.model.scorer import DocumentScores
 from pipelines.on_ray.cluster import uses_gpus
 from pipelines.on_ray.serve.autoscaling import BUSY, QUEUED, autoscaling_of
-from pipelines.on_ray.serve.metrics import RayMetrics
+from pipelines.on_ray.serve.metrics import RaySeries
 from pipelines.serving.api import build_api
 from pipelines.serving.auth import check_exposure
 from pipelines.serving.job import ServeJob, check_job
+from pipelines.serving.metrics import ServerMetrics
 from pipelines.serving.middleware import MOST_REQUESTS
 from pipelines.serving.predictor import Predictor
 from pipelines.text.tokenization import Documents
@@ -29,7 +30,7 @@ class PredictorReplica:
 
     async def __init__(self, job: ServeJob) -> None:  # type: ignore[misc]  # Ray Serve awaits it
         self._predictor = await Predictor.open(
-            job, lambda scorer: RayMetrics(scorer.decision.labels, scorer.model.batch_tokens)
+            job, lambda scorer: ServerMetrics(RaySeries(), scorer.decision.labels, scorer.model.batch_tokens)
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
