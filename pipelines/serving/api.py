@@ -8,6 +8,7 @@ Imports no Ray. Ray Serve runs the application in every replica, and the tests c
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
@@ -317,7 +318,7 @@ def _error(status: int, error_type: str, message: str, headers: Any = None) -> J
 async def _answer_request_error(_: Request, error: Exception) -> Response:
     """Answer a RequestError. For an overload, the header Retry-After tells the client when to try again."""
     assert isinstance(error, RequestError)
-    headers = {"Retry-After": "1"} if error.status == 429 else None
+    headers = {"Retry-After": str(math.ceil(max(1.0, error.retry_after)))} if error.status == 429 else None
     return _error(error.status, error.error_type, str(error), headers)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.serving.rate import Rate
 from pipelines.text.tokenization import CutDocuments, Documents, concat_documents
 
 if TYPE_CHECKING:
@@ -29,10 +30,16 @@ PASS_SECONDS = 0.2
 
 
 class QueueFullError(Exception):
-    """The queue has no room for the tokens of a request."""
+    """Too much waits already. A later try can succeed."""
 
-    def __init__(self, queued: int, limit: int) -> None:
-        super().__init__(f"{queued:,} tokens are waiting, and the limit is {limit:,}; try again later")
+    def __init__(self, message: str, seconds: float = 1.0) -> None:
+        super().__init__(f"{message}; try again later")
+        self.seconds = seconds
+        """Estimated seconds until there is room."""
+
+
+class TooLongError(Exception):
+    """A request takes longer than its client or the server waits, even alone."""
 
 
 class WindowScorer(Protocol):
@@ -62,6 +69,10 @@ class Clock(Protocol):
 
     queue: float
     inference: float
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline of the request."""
 
 
 @dataclass(eq=False)
@@ -129,6 +140,7 @@ class Batcher:
         *,
         batch_tokens: int,
         max_queued_tokens: int,
+        rate: Rate | None = None,
         on_pass: Callable[[int, float], None] = lambda num_tokens, seconds: None,
     ) -> None:
         """Start the batcher on the running event loop.
@@ -138,11 +150,14 @@ class Batcher:
             executor: Runs the forward passes in its only thread. `close` shuts it down.
             batch_tokens: Maximum number of tokens in a forward pass. A longer window has a pass of its own.
             max_queued_tokens: Maximum number of tokens that wait. See `submit`.
+            rate: What is known of the model's speed.
             on_pass: Called after every forward pass with its number of tokens and its seconds.
         """
         self._scorer, self._executor, self._on_pass = scorer, executor, on_pass
         self._batch_tokens, self._max_queued_tokens = batch_tokens, max_queued_tokens
+        self._rate = rate or Rate()
         self._tokens_per_second: float | None = None
+        """Of the last passes, whatever their size."""
         self._busy_seconds, self._pass_began = 0.0, 0.0
         self._queue: list[_Waiting] = []
         self._queued_tokens = 0
@@ -173,7 +188,32 @@ class Batcher:
             QueueFullError: `submit` would reject such a request.
         """
         if self._queue and self._queued_tokens + self._counted(num_tokens) > self._max_queued_tokens:
-            raise QueueFullError(self._queued_tokens, self._max_queued_tokens)
+            waiting, most = self._queued_tokens, self._max_queued_tokens
+            problem = f"{waiting:,} tokens are waiting, and the limit is max_queued_tokens={most:,}"
+            raise QueueFullError(problem, self._rate.seconds(waiting))
+
+    def check_time(self, num_tokens: int, seconds_left: float) -> None:
+        """Check, before any work, that a request of this many tokens can be answered in time.
+
+        Half of each pass goes to the requests with the fewest tokens left, so a request waits at most for twice the
+        tokens of the shorter ones, and at most for all tokens.
+
+        Raises:
+            TooLongError: It would take longer even alone.
+            QueueFullError: It would take longer because of the requests that wait.
+        """
+        alone = self._rate.seconds(num_tokens)
+        if alone > seconds_left:
+            per_second = self._rate.tokens_per_second
+            raise TooLongError(
+                f"{num_tokens:,} tokens take about {alone:.3g} s on this server ({per_second:,.0f} tokens per second)"
+            )
+        shorter = sum(waiting.tokens_left for waiting in self._queue if waiting.tokens_left <= num_tokens)
+        all_tokens = sum(waiting.tokens_left for waiting in self._queue)
+        seconds = self._rate.seconds(min(all_tokens + num_tokens, 2 * (shorter + num_tokens)))
+        if self._queue and seconds > seconds_left:
+            problem = f"this request would take about {seconds:.3g} s, because {all_tokens:,} tokens are waiting"
+            raise QueueFullError(problem, seconds - seconds_left)
 
     async def submit(
         self, documents: Documents, clock: Clock | None = None, *, decision: DecisionSettings | None = None
@@ -188,7 +228,8 @@ class Batcher:
             decision: The decision for which documents may stop early. None reads all windows.
 
         Raises:
-            QueueFullError: The queue is not empty and has no room for the tokens of the request.
+            QueueFullError: The queue has no room for the tokens of the request, or its answer would come too late.
+            TooLongError: Its answer would come too late even if nothing else waited.
             Exception: Any exception of a forward pass with this request.
         """
         cut = self._scorer.cut(documents)
@@ -200,6 +241,8 @@ class Batcher:
         reading = None if decision is None else self._scorer.reading(cut, decision)
         index_W = np.arange(len(cut.length_W)) if reading is None else reading.next_windows()
         lengths = cut.length_W[index_W].tolist()
+        if clock is not None:
+            self.check_time(sum(lengths), clock.left)
         waiting = _Waiting(documents, cut, answer, clock, reading, index_W.tolist(), lengths, tokens_left=num_tokens)
         self._queue.append(waiting)
         self._queued_tokens += self._counted(num_tokens)
@@ -329,6 +372,7 @@ class Batcher:
     def _end(self, shares: Sequence[_Share], scores: Sequence[DocumentScores | None], seconds: float) -> None:
         """After a forward pass, update the rate and the times, and answer the requests that are complete."""
         num_tokens = sum(sum(share.waiting.lengths[share.first : share.last]) for share in shares)
+        self._rate.add(num_tokens, seconds)
         rate = num_tokens / max(seconds, 1e-6)
         self._tokens_per_second = rate if self._tokens_per_second is None else (self._tokens_per_second + rate) / 2
         self._on_pass(num_tokens, seconds)

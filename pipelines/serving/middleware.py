@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 
 from pipelines.serving.auth import READING, is_admitted, is_open
 from pipelines.serving.schema import ErrorResponse
-from pipelines.serving.timings import Metrics, begin_timings
+from pipelines.serving.timings import Metrics, Timings, begin_timings
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,7 +85,7 @@ class Guard:
             await send(message)
 
         try:
-            await self._answered(scope, receive, send_timed)
+            await self._answered(scope, receive, send_timed, timings)
         except ClientDisconnect:
             status = 499
         except asyncio.CancelledError:
@@ -95,7 +95,7 @@ class Guard:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.count_request(route, status, timings)
 
-    async def _answered(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answered(self, scope: Scope, receive: Receive, send: Send, timings: Timings) -> None:
         """Answer a request, or say why not."""
         is_started = False
 
@@ -104,10 +104,13 @@ class Guard:
             is_started = True
             await send(message)
 
-        seconds = self._request_timeout_s
+        seconds, name = self._request_timeout_s, "request_timeout_s"
         deadline: asyncio.Timeout | None = None
         try:
-            seconds = min(seconds, _timeout_of(Headers(scope=scope).get(TIMEOUT_HEADER)))
+            asked = _timeout_of(Headers(scope=scope).get(TIMEOUT_HEADER))
+            if asked < seconds:
+                seconds, name = asked, TIMEOUT_HEADER
+            timings.deadline, timings.deadline_name = timings.started + seconds, f"{name}={seconds:g}"
             async with asyncio.timeout(seconds) as deadline:
                 await self._guarded(scope, receive, send_once)
         except Refused as refused:
@@ -117,10 +120,9 @@ class Guard:
         except TimeoutError:
             if is_started or deadline is None or not deadline.expired():
                 raise
-            is_own = seconds == self._request_timeout_s
-            problem = f"the request has taken {seconds:g} s ({'request_timeout_s' if is_own else TIMEOUT_HEADER})"
+            problem = f"the request has taken {seconds:g} s ({name})"
             content = ErrorResponse(error=problem, error_type="timeout").model_dump()
-            await JSONResponse(content, 504 if is_own else 408)(scope, receive, send)
+            await JSONResponse(content, 408 if name == TIMEOUT_HEADER else 504)(scope, receive, send)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request without a valid key before its body is read; or one too many, or a body too large."""

@@ -11,8 +11,9 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from pipelines.fields import parse, parse_range
 from pipelines.model.scorer import DocumentScores, Scorer
 from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.serving.answers import as_table, predictions_of
-from pipelines.serving.batcher import Batcher, QueueFullError
+from pipelines.serving.batcher import Batcher, QueueFullError, TooLongError
 from pipelines.serving.job import ServeJob
+from pipelines.serving.rate import LONG_PASS_SECONDS, Rate
 from pipelines.serving.schema import Pair, Prediction, Usage
 from pipelines.serving.settings import ServeSettings
 from pipelines.serving.timings import Metrics, NoMetrics, current_timings
@@ -48,16 +50,25 @@ logger = logging.getLogger(__name__)
 class RequestError(Exception):
     """A request that is answered with an error. It has the HTTP status and the error type of the response."""
 
-    def __init__(self, status: int, error_type: str, message: str) -> None:
+    def __init__(self, status: int, error_type: str, message: str, *, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.status, self.error_type = status, error_type
+        self.retry_after = retry_after
+        """For an overload: seconds after which a new try makes sense."""
 
 
 class Predictor:
     """One model with a queue in front of it. It belongs to one event loop. Create it with `open`."""
 
     def __init__(
-        self, job: ServeJob, folder: ModelFolder, scorer: Scorer, computing: ThreadPoolExecutor, metrics: Metrics
+        self,
+        job: ServeJob,
+        folder: ModelFolder,
+        scorer: Scorer,
+        computing: ThreadPoolExecutor,
+        *,
+        metrics: Metrics,
+        rate: Rate | None = None,
     ) -> None:
         """The scorer must have been loaded in the only thread of `computing`."""
         self.folder, self.decision = folder, folder.decision
@@ -74,6 +85,7 @@ class Predictor:
             computing,
             batch_tokens=scorer.model.batch_tokens,
             max_queued_tokens=job.serve.max_queued_tokens,
+            rate=rate,
             on_pass=lambda tokens, seconds: metrics.count_pass(tokens, seconds, self._batcher.queued_tokens),
         )
 
@@ -86,10 +98,11 @@ class Predictor:
         threads = job.compute.num_threads or max(1, (os.cpu_count() or 1) // most)
         compute = replace(job.compute, num_threads=threads)
         computing = ThreadPoolExecutor(1, thread_name_prefix="forward")
-        scorer = await asyncio.get_running_loop().run_in_executor(
+        scorer, rate = await asyncio.get_running_loop().run_in_executor(
             computing, _load, folder, compute, job.serve.early_exit
         )
-        predictor = cls(job, folder, scorer, computing, NoMetrics() if make_metrics is None else make_metrics(scorer))
+        metrics = NoMetrics() if make_metrics is None else make_metrics(scorer)
+        predictor = cls(job, folder, scorer, computing, metrics=metrics, rate=rate)
         predictor.set_thresholds(job.serve.thresholds)
         return predictor
 
@@ -111,7 +124,8 @@ class Predictor:
             "decision": asdict(self.decision),
             "guarantees": self._guarantees,
             "early_exit": {"mode": self.settings.early_exit, **self.folder.early_exit},
-            "windows": asdict(self.folder.windows),
+            "windows": {**asdict(self.folder.windows), "max_length": self._scorer.plan.max_length},
+            "reads_pairs": self.folder.reads_pairs,
             "engine": model.name,
             "dtype": model.dtype_name,
             "device": model.device_name,
@@ -193,9 +207,10 @@ class Predictor:
         if longest > most:
             raise RequestError(422, "validation", f"an input has {longest} tokens; at most {most}")
         try:
-            scores = await self._batcher.submit(documents, timings, decision=decision)
-        except QueueFullError as error:
-            raise RequestError(429, "overloaded", str(error)) from error
+            with self._refusing():
+                scores = await self._batcher.submit(documents, timings, decision=decision)
+        except RequestError:
+            raise
         except Exception as error:
             raise RequestError(424, "inference", f"the model failed: {type(error).__name__}") from error
         bad = next((message for message in scores.errors if message is not None), None)
@@ -233,10 +248,22 @@ class Predictor:
         longest, most = max(words), self.settings.max_document_tokens
         if longest > most:
             raise RequestError(422, "validation", f"an input has at least {longest} tokens; at most {most}")
-        try:
+        with self._refusing():
             self._batcher.check_room(sum(words))
+            if self.settings.early_exit == "off":
+                self._batcher.check_time(sum(words), current_timings().left)
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Turn what the batcher refuses into answers: 429 if a later try can succeed, and else 422."""
+        try:
+            yield
         except QueueFullError as error:
-            raise RequestError(429, "overloaded", str(error)) from error
+            raise RequestError(429, "overloaded", str(error), retry_after=error.seconds) from error
+        except TooLongError as error:
+            limit = current_timings().deadline_name
+            problem = f"{error}, and the limit is {limit}; send fewer or shorter texts at once, or score them in bulk"
+            raise RequestError(422, "validation", problem) from error
 
     async def _tokenized(self, table: pa.Table) -> Documents:
         """Tokenize texts. Raises RequestError if too many long ones wait already."""
@@ -265,12 +292,20 @@ async def _in(lane: ThreadPoolExecutor, function: Callable[..., Any], *arguments
     return await asyncio.get_running_loop().run_in_executor(lane, function, *arguments)
 
 
-def _load(folder: ModelFolder, compute: ComputeSettings, early_exit: EarlyExit) -> Scorer:
-    """Load and warm up the scorer. This runs in the thread that later computes.
+def _load(folder: ModelFolder, compute: ComputeSettings, early_exit: EarlyExit) -> tuple[Scorer, Rate]:
+    """Load and warm up the scorer, and measure its speed. This runs in the thread that later computes.
 
     GNU OpenMP keeps a team of threads for every thread that has computed something. If the teams have more threads than
     there are cores, idle threads sleep instead of spinning, and a short text takes 18 ms instead of 11.
     """
     scorer = Scorer.load(folder, compute=compute, early_exit=early_exit)
     scorer.warm_up()
-    return scorer
+    rate = Rate()
+    for num_windows in (1, 2, 4, 8, 16, 32):
+        began = time.perf_counter()
+        num_tokens = scorer.run_full_windows(num_windows)
+        seconds = time.perf_counter() - began
+        rate.add(num_tokens, seconds)
+        if seconds >= LONG_PASS_SECONDS:
+            break
+    return scorer, rate

@@ -5,6 +5,7 @@ The response headers have the same names as those of text-embeddings-inference. 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,10 @@ class Timings:
     tokenization: float = 0.0
     queue: float = 0.0
     inference: float = 0.0
+    deadline: float = math.inf
+    """Time at which the request is given up."""
+    deadline_name: str = ""
+    """The setting or header that says so."""
 
     @contextmanager
     def tokenizing(self) -> Iterator[None]:
@@ -35,6 +40,11 @@ class Timings:
     def total(self) -> float:
         """Seconds since the request arrived at the replica."""
         return time.perf_counter() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds until the request is given up."""
+        return self.deadline - time.perf_counter()
 
     def headers(self) -> dict[str, str]:
         """Return the response headers."""

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from pipelines.model.scorer import DocumentScores
-from pipelines.serving.batcher import Batcher, QueueFullError
+from pipelines.serving.batcher import Batcher, QueueFullError, TooLongError
+from pipelines.serving.rate import Rate
+from pipelines.serving.timings import Timings
 from pipelines.text.template import Template
 from pipelines.text.tokenization import Documents, Tokens, cut_documents, offsets_of
 from pipelines.text.windows import WindowPlan
@@ -73,9 +75,11 @@ def in_loop(test):
 
 
 @contextlib.asynccontextmanager
-async def batching(model, *, batch_tokens, max_queued_tokens=100_000):
+async def batching(model, *, batch_tokens, max_queued_tokens=100_000, rate=None):
     """A batcher, which is closed at the end."""
-    batcher = Batcher(model, ThreadPoolExecutor(1), batch_tokens=batch_tokens, max_queued_tokens=max_queued_tokens)
+    batcher = Batcher(
+        model, ThreadPoolExecutor(1), batch_tokens=batch_tokens, max_queued_tokens=max_queued_tokens, rate=rate
+    )
     try:
         yield batcher
     finally:
@@ -233,7 +237,7 @@ async def test_queue_limit_and_cancelled_requests():
         await settle()
         waiting = [asyncio.create_task(batcher.submit(documents(40, start=n))) for n in (0, 50)]
         await settle()
-        with pytest.raises(QueueFullError, match="96 tokens are waiting, and the limit is 120"):
+        with pytest.raises(QueueFullError, match="96 tokens are waiting, and the limit is max_queued_tokens=120"):
             await batcher.submit(documents(40))
         waiting[0].cancel()
         await settle()
@@ -259,3 +263,43 @@ async def test_close_finishes_running_pass():
         assert (await running).scores_DL.shape == (1, 1)
         with pytest.raises(asyncio.CancelledError):
             await waiting
+
+
+@in_loop
+async def test_what_comes_too_late_is_refused_before_work():
+    model = Slow()
+    async with batching(model, batch_tokens=10**6, max_queued_tokens=10**6, rate=Rate(100.0)) as batcher:
+        running = asyncio.create_task(batcher.submit(documents(5)))
+        await settle()
+        with pytest.raises(TooLongError, match=r"1,200 tokens take about 12 s .*100 tokens per second"):
+            await batcher.submit(documents(1000), within(10))
+        long = asyncio.create_task(batcher.submit(documents(500), within(10)))  # 600 tokens with the special ones
+        await settle()
+        with pytest.raises(QueueFullError, match="about 12 s, because 600 tokens are waiting") as refused:
+            await batcher.submit(documents(500, start=500), within(10))
+        assert refused.value.seconds == pytest.approx(2, abs=0.1)
+        short = asyncio.create_task(batcher.submit(documents(10), within(1)))  # it does not wait for the long one
+        patient = asyncio.create_task(batcher.submit(documents(5000)))
+        await settle()
+        model.release.release(1000)
+        await asyncio.gather(running, long, short, patient)
+
+
+def within(seconds):
+    timings = Timings()
+    timings.deadline = timings.started + seconds
+    return timings
+
+
+def test_rate_believes_long_passes_and_fast_ones():
+    rate = Rate()
+    assert rate.seconds(10**9) == 0
+    rate.add(100, 0.01)
+    assert rate.tokens_per_second == pytest.approx(10_000)
+    rate.add(5, 0.005)
+    assert rate.tokens_per_second == pytest.approx(10_000), "a short pass says nothing about long ones"
+    rate.add(3000, 0.2)
+    assert rate.tokens_per_second == pytest.approx(15_000)
+    rate.add(1000, 0.2)
+    assert rate.tokens_per_second == pytest.approx(10_000)
+    assert rate.seconds(1000) == pytest.approx(0.1)

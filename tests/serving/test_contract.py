@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import httpx
 import pytest
@@ -157,6 +158,15 @@ def test_timeout_of_the_client_is_kept(api):
     answer = ask("0.001")
     assert answer.status_code == 408, "as Ray Serve's proxy answers it"
     assert "0.001 s (x-request-timeout-seconds)" in answer.json()["error"]
+
+
+def test_requests_that_cannot_be_in_time_are_refused_before_work(multilabel):
+    headers = {"x-request-timeout-seconds": "0.1"}
+    answer = multilabel.post("/v1/predict", json={"inputs": ["word " * 50_000] * 10}, headers=headers)
+    assert answer.status_code == 422, answer.text
+    error = answer.json()["error"]
+    assert re.search(r"500,000 tokens take about [\d.]+ s on this server \([\d,]+ tokens per second\)", error), error
+    assert "the limit is x-request-timeout-seconds=0.1; send fewer or shorter texts" in error
 
 
 @pytest.mark.parametrize("shape", [[2], [1, 2], [0], [], [-1], ["1"], "1", [1.0], [True], [10**30]])

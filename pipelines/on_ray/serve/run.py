@@ -53,13 +53,20 @@ def run_server(job: ServeJob, *, address: str | None = None) -> None:
             stop.wait()
             logger.info("stopping: running requests finish first")
         except (ray.exceptions.RayError, RuntimeError) as error:
-            raise JobError(
-                f"the server cannot run on {job.serve.host}:{job.serve.port}: {root_cause(error)}"
-            ) from error
+            why = (_why_replicas_failed() if is_deployed else "") or root_cause(error)
+            raise JobError(f"the server cannot run on {job.serve.host}:{job.serve.port}: {why}") from error
         finally:
             if is_deployed:  # otherwise a server that was there before keeps running
                 with suppress(RayServeException):  # if it never started
                     serve.delete(APPLICATION)
+
+
+def _why_replicas_failed() -> str:
+    """Return the error of a replica that did not start. Ray's own exception does not contain it."""
+    with suppress(RayServeException, KeyError):
+        for deployment in serve.status().applications[APPLICATION].deployments.values():
+            return str(root_cause(RuntimeError(deployment.message)))
+    return ""
 
 
 def start_proxies(settings: ServeSettings) -> str:

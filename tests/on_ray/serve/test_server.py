@@ -184,7 +184,7 @@ def test_page_shows_scores_windows_and_calls(spam_folder):
         assert f"{value:.4f}" in plain
     assert "0.400" in plain, "the threshold"
     assert text in plain, "the whole text is shown"
-    assert page.count("--share:") >= prediction["num_windows"]
+    assert page.count("--tone:") >= prediction["num_windows"]
     assert f"curl {client.base_url}/v1/predict" in plain
     assert "import httpx" in plain
 
@@ -193,16 +193,27 @@ def test_page_shows_scores_windows_and_calls(spam_folder):
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
 def test_page_without_character_spans(tmp_path):
     decision = DecisionSettings(kind="binary", labels=("ham", "spam"))
-    tiny.classifier("flaubert", num_labels=2, id2label={0: "ham", 1: "spam"}).save_pretrained(tmp_path)
+    tiny.classifier("flaubert", num_labels=2, vocab_size=130, id2label={0: "ham", 1: "spam"}).save_pretrained(tmp_path)
     tiny.save_python_tokenizer(tmp_path, "flaubert")
     with started(seal(ModelFolder(tmp_path, WindowSettings(max_length=32), decision)), "api_keys=[]") as client:
         refused = predict(client, inputs=["a"], windows=True)
-        assert (refused.status_code, "no character positions" in refused.json()["error"]) == (422, True)
+        assert (refused.status_code, "character positions" in refused.json()["error"]) == (422, True)
         (prediction,) = predict(client, inputs=["a cheap offer"]).json()["predictions"]
         _, plain = rendered(f"{client.base_url}/#{quote('a cheap offer')}")
-    assert f"{prediction['num_tokens']} tokens, 1 windows" in plain
+    assert f"{prediction['num_tokens']} tokens, 1 window" in plain
     assert f"{prediction['scores']['spam']:.4f}" in plain
     assert "does not tell where in the text" in plain
+
+
+@pytest.mark.slow  # Ray tries three times
+def test_error_of_a_replica_is_told(tmp_path):
+    """Ray only says that it failed to update the deployments."""
+    decision = DecisionSettings(kind="binary", labels=("ham", "spam"))
+    tiny.classifier("flaubert", num_labels=2, id2label={0: "ham", 1: "spam"}).save_pretrained(tmp_path)
+    tiny.save_python_tokenizer(tmp_path, "flaubert")
+    folder = seal(ModelFolder(tmp_path, WindowSettings(max_length=32), decision))
+    with pytest.raises(AssertionError, match=r"cannot run on .*its tokenizer has 121 tokens and its model 600"):
+        started(folder, "api_keys=[]").__enter__()
 
 
 def test_request_id_and_timing_headers(server):
@@ -217,10 +228,10 @@ def test_request_id_and_timing_headers(server):
     assert refused.json()["error_type"] == "route"
 
 
-def test_request_timeout_is_408(server):
+def test_deadline_of_a_client(server):
     body = {"inputs": ["word " * 4900] * 8}
     answer = server.post("/v1/predict", json=body, headers={"x-request-timeout-seconds": "0.01"})
-    assert answer.status_code == 408
+    assert answer.status_code in (408, 422), "it has passed, or it will"
     assert predict(server, inputs=["hello"]).status_code == 200
 
 
