@@ -1,14 +1,20 @@
 """Measure the requests per second of several servers with the same classifier, machine and client.
 
-    python benchmarks/serve_vs_servers.py MODEL [--dtype float32] [--seconds 10] [--servers ours,haproxy,one]
+    python benchmarks/serve_vs_servers.py MODEL [--dtype float32] [--seconds 10] [--servers fastapi,local,haproxy]
+    python benchmarks/serve_vs_servers.py MODEL --int8 FOLDER --servers local-int8,haproxy-int8
     python3 -m venv inf && inf/bin/pip install torch==2.13.0 "infinity-emb[server,torch]==0.0.78"
     python benchmarks/serve_vs_servers.py MODEL --infinity inf/bin/infinity_emb --servers infinity,haproxy
 
 - fastapi: FastAPI with a Hugging Face pipeline and a thread per request, as in tutorials.
 - batch: Ray Serve with @serve.batch around the same pipeline, as in Ray's documentation; two replicas.
 - infinity: Infinity's /classify, which does its own batching, in one process with all threads.
+- local: `pipelines serve --local`, one process with all threads, without Ray.
 - ours, haproxy: `pipelines serve`, two replicas with one thread each, behind Ray's proxy and behind HAProxy.
 - one: one replica with two threads, behind HAProxy.
+
+`pipelines serve` chooses its engine: OpenVINO where it is installed. With -int8 behind the name, the model is that of
+--int8 (a folder of `pipelines quantize`). ready_s is the time from the start to the first answer; mb is the memory of
+all processes of the server after the run (proportional set size).
 
 Texts have 66 tokens (all servers do the same work) or 2,200 tokens. The other servers cut the long texts at 512 tokens.
 `pipelines serve` reads them completely. The loop is closed: each client sends its next request as soon as it has an
@@ -17,8 +23,10 @@ answer. The client runs on the same cores as the server.
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -26,6 +34,7 @@ import time
 
 import aiohttp
 import numpy as np
+import psutil
 
 FASTAPI = """
 import sys, torch, uvicorn
@@ -65,7 +74,7 @@ serve.start(http_options={"port": int(port)})
 serve.run(Classifier.bind(), route_prefix="/v1/predict")
 time.sleep(10_000)
 """
-WORDS = "we meet at noon near the office and bring the papers that were sent to you on monday by the lawyer of "
+WORDS = "we meet at noon near the office and bring the papers that were sent to you on monday by the lawyer of"
 
 
 def command_of(server, model, port, dtype, infinity):
@@ -76,23 +85,27 @@ def command_of(server, model, port, dtype, infinity):
         return [infinity, "v2", *words, "--no-bettertransformer", "--host", "127.0.0.1", "--port", str(port)]
     if server in ("fastapi", "batch"):
         return [sys.executable, "-c", FASTAPI if server == "fastapi" else BATCH, model, str(port), dtype]
+    if server == "local":
+        return [sys.executable, "-m", "pipelines", "serve", model, "--local", "--port", str(port)] + (
+            ["--set", f"dtype={dtype}"] if dtype else []
+        )
     proxy = "python" if server == "ours" else "haproxy"
     replicas, threads = (1, 2) if server == "one" else (2, 1)
-    settings = (f"dtype={dtype}", f"num_replicas={replicas}", f"num_threads={threads}", f"proxy={proxy}",
-                "allow_without_key=true")  # fmt: skip
+    settings = [f"num_replicas={replicas}", f"num_threads={threads}", f"proxy={proxy}", "allow_without_key=true"]
+    settings += [f"dtype={dtype}"] if dtype else []
     command = [sys.executable, "-m", "pipelines", "serve", model, "--port", str(port)]
     return [*command, *(word for setting in settings for word in ("--set", setting))]
 
 
-async def ask(url, body, clients, seconds):
-    """Send requests for the given time and return the latency of each answer in ms."""
-    latencies = []
+async def ask(url, bodies, clients, seconds):
+    """Send requests for the given time, each with the next body, and return the latency of each answer in ms."""
+    latencies, texts = [], itertools.cycle(bodies)
     async with aiohttp.ClientSession() as session:
         end = time.perf_counter() + seconds
 
         async def client():
             while (began := time.perf_counter()) < end:
-                async with session.post(url, data=body, headers={"content-type": "application/json"}) as answer:
+                async with session.post(url, data=next(texts), headers={"content-type": "application/json"}) as answer:
                     assert answer.status == 200, await answer.text()
                     await answer.read()
                 latencies.append(1000 * (time.perf_counter() - began))
@@ -101,17 +114,23 @@ async def ask(url, body, clients, seconds):
     return latencies
 
 
-def body_of(server, text):
-    """Return the request body for a server."""
-    return json.dumps({"model": "it", "input": [text]} if server == "infinity" else {"inputs": [text]}).encode()
+def bodies_of(server, num_tokens):
+    """Return request bodies with different texts of the same number of tokens. A server may remember equal ones."""
+    rng, words_of_text, bodies = random.Random(0), WORDS.split(), []
+    for _ in range(2000):
+        words = [word for _ in range(num_tokens // 22) for word in rng.sample(words_of_text, len(words_of_text))]
+        text = " ".join(words)
+        content = {"model": "it", "input": [text]} if server == "infinity" else {"inputs": [text]}
+        bodies.append(json.dumps(content).encode())
+    return bodies
 
 
-def wait_for(url, body, process):
+def wait_for(url, bodies, process):
     """Wait until the server answers."""
     for _ in range(240):
         assert process.poll() is None, "the server ended"
         try:
-            asyncio.run(ask(url, body, 1, 0.1))
+            asyncio.run(ask(url, bodies, 1, 0.1))
         except (aiohttp.ClientError, AssertionError):
             time.sleep(0.5)
         else:
@@ -126,10 +145,12 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--servers", default="fastapi,batch,ours,haproxy")
+    parser.add_argument("--int8", help="folder of pipelines quantize, for servers whose names end in -int8")
     parser.add_argument("--infinity", help="Infinity's command, in its own virtual environment")
     options = parser.parse_args()
-    texts = {66: WORDS * 3, 2200: WORDS * 100}
     for server in options.servers.split(","):
+        is_int8 = server.endswith("-int8")
+        model, dtype = (options.int8, "") if is_int8 else (options.model, options.dtype)
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
@@ -137,22 +158,33 @@ def main():
         environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-        command = command_of(server, options.model, port, options.dtype, options.infinity)
+        command = command_of(server.removesuffix("-int8"), model, port, dtype, options.infinity)
+        began = time.perf_counter()
         process = subprocess.Popen(command, env=environment, **quiet)
+        common = {"server": server, "dtype": dtype or "int8"}
         try:
-            wait_for(url, body_of(server, "ready?"), process)
-            for tokens, text in texts.items():
+            wait_for(url, bodies_of(server, 66), process)
+            common["ready_s"] = round(time.perf_counter() - began, 1)
+            for tokens in (66, 2200):
+                bodies = bodies_of(server, tokens)
                 for clients in (1, 8, 32):
-                    asyncio.run(ask(url, body_of(server, text), clients, options.seconds / 5))
-                    found = asyncio.run(ask(url, body_of(server, text), clients, options.seconds))
-                    p50, p99 = np.percentile(found, [50, 99])
-                    print(json.dumps({"server": server, "dtype": options.dtype, "tokens": tokens, "clients": clients,
-                                      "per_s": round(len(found) / options.seconds, 1), "p50_ms": round(p50, 1),
-                                      "p99_ms": round(p99, 1)}), flush=True)  # fmt: skip
+                    asyncio.run(ask(url, bodies, clients, options.seconds / 5))
+                    found = asyncio.run(ask(url, bodies, clients, options.seconds))
+                    p50, p99 = (round(value, 1) for value in np.percentile(found, [50, 99]))
+                    rate = round(len(found) / options.seconds, 1)
+                    result = {"tokens": tokens, "clients": clients, "per_s": rate, "p50_ms": p50, "p99_ms": p99}
+                    print(json.dumps({**common, **result, "mb": memory(process.pid)}), flush=True)
         finally:
             process.terminate()
             process.wait(timeout=120)
             time.sleep(3)
+
+
+def memory(pid):
+    """Return the megabytes of a process and its descendants. Shared pages are counted once."""
+    parent = psutil.Process(pid)
+    every = [parent, *parent.children(recursive=True)]
+    return round(sum(process.memory_full_info().pss for process in every) / 1e6)
 
 
 if __name__ == "__main__":

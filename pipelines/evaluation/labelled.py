@@ -27,6 +27,7 @@ from pipelines.decisions.metrics import (
     tie_warning,
 )
 from pipelines.errors import DataError
+from pipelines.evaluation.html import shortened
 from pipelines.evaluation.report import ReportData, render
 from pipelines.model.scorer import DocumentScores, Scorer
 from pipelines.model_folder import ModelFolder, read_model_folder
@@ -293,7 +294,8 @@ def _page(
         "Model": {"weights_hash": folder.weights_hash, **asdict(decision), **asdict(folder.windows)},
     }
     data = ReportData(
-        title=f"{folder.path.name} on {labelled.source}",
+        title=f"{folder.path.name} on {shortened(labelled.source)}",
+        cost=f"Reading and scoring took {seconds:.3g} s: {scored.num_rows / seconds:.3g} documents per second.",
         decision=decision,
         targets=scored.targets,
         scores_DL=scored.scores_DL,

@@ -366,6 +366,7 @@ def _page(
     }
     data = ReportData(
         title=f"{Path(spec.output).name} on its validation data",
+        cost=f"It was trained on {len(train):,} documents ({tokens:,} tokens), in {state.step:,} steps.",
         decision=decision,
         targets=valid.targets,
         scores_DL=scores.scores_DL,
