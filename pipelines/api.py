@@ -1,6 +1,7 @@
 """The functions of `import pipelines`: train, score, evaluate, tune, quantize and convert, for scripts and notebooks.
 
-Every further keyword is a setting by its name; `pipelines COMMAND --help` lists them. Progress is shown as a bar on a
+Every further keyword is a setting by its name; `help` of a function lists them, and so does `pipelines COMMAND
+--help-all`. Progress is shown as a bar on a
 terminal and in a notebook; elsewhere it goes to the logger `pipelines`.
 """
 
@@ -19,8 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import SettingsError
-from pipelines.fields import parse
-from pipelines.settings import CalibrationMethod, ComputeSettings, DataSettings, Kind
+from pipelines.fields import documented, parse
+from pipelines.settings import (
+    CalibrationMethod,
+    ComputeSettings,
+    DataSettings,
+    DecisionSettings,
+    Kind,
+    ScoreSettings,
+    TrainSettings,
+    WindowSettings,
+)
 from pipelines.storage.tables import as_table, is_location, single_label_column
 
 if TYPE_CHECKING:
@@ -39,6 +49,7 @@ TABLE_SETTINGS = ("thresholds", "keep", "prefix", "early_exit")
 """The settings of a scoring job that also apply to a table in memory."""
 
 
+@documented(DecisionSettings, DataSettings, WindowSettings, TrainSettings, ComputeSettings)
 def train(
     train: Any, model: Location, output: Location, *, valid: Any = None, address: str | None = None, **settings: Any
 ) -> TrainSummary:
@@ -75,6 +86,7 @@ def train(
         return run_training(TrainJob.parse({**values, "output": _path(output), **settings}), address=address)
 
 
+@documented(DataSettings, ScoreSettings, ComputeSettings)
 def score(
     model: Location, input: Any, output: Location | None = None, *, address: str | None = None, **settings: Any
 ) -> ScoreSummary | pa.Table:
@@ -113,6 +125,7 @@ def score(
     return run_scoring(job, address=address)
 
 
+@documented(DataSettings, ComputeSettings)
 def evaluate(
     model: Location, data: Any, *, report: Location | None = None, report_texts: bool = False, **settings: Any
 ) -> EvaluationResult:
@@ -133,7 +146,7 @@ def evaluate(
     """
     from pipelines.evaluation.labelled import evaluate_folder
 
-    data, settings = _labelled(data, settings)
+    data, settings = _labelled(data, settings, model=_path(model))
     columns, compute = parse(settings, DataSettings, ComputeSettings)
     return evaluate_folder(
         _path(model),
@@ -145,6 +158,7 @@ def evaluate(
     )
 
 
+@documented(DataSettings, ComputeSettings)
 def tune(
     model: Location,
     data: Any,
@@ -179,12 +193,13 @@ def tune(
     """
     from pipelines.evaluation.tuning import TuneOptions, tune_folder
 
-    data, settings = _labelled(data, settings)
+    data, settings = _labelled(data, settings, model=_path(model))
     columns, compute = parse(settings, DataSettings, ComputeSettings)
     options = TuneOptions(objective, confidence, joint, calibrate, early_exit)
     return tune_folder(_path(model), data, columns, compute, options)
 
 
+@documented(DataSettings, ComputeSettings)
 def quantize(
     model: Location,
     new: Location,
@@ -218,7 +233,7 @@ def quantize(
     from pipelines.evaluation.quantizing import QuantizeOptions, quantize_folder
 
     options = QuantizeOptions(max_label_changes, max_drop, metric)
-    data, settings = _labelled(data, settings)
+    data, settings = _labelled(data, settings, model=_path(model))
     columns, compute = parse(settings, DataSettings, ComputeSettings)
     return quantize_folder(_path(model), _path(new), data, columns, compute=compute, options=options)
 
@@ -281,10 +296,12 @@ def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) 
     """Score a table in this process: its columns without the texts, then the output columns."""
     from pipelines.decisions.columns import check_output_columns, output_fields
     from pipelines.model.scorer import Scorer
-    from pipelines.model_folder import read_model_folder
-    from pipelines.settings import ScoreSettings
+    from pipelines.model_folder import read_model_folder, with_columns_of_training
     from pipelines.storage.columns import check_text_column, with_fields
 
+    remembered = with_columns_of_training(_path(model), settings, ("text_column", "text_pair_column"))
+    known = {*table.column_names}
+    settings = {name: value for name, value in remembered.items() if name in settings or _has(known, value)}
     data, scoring, compute = parse(settings, DataSettings, ScoreSettings, ComputeSettings)
     for field in dataclasses.fields(scoring):
         value = getattr(scoring, field.name)
@@ -314,14 +331,21 @@ def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) 
     return kept
 
 
-def _labelled(data: Any, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return labelled data as a location or an Arrow table, and the settings with the table's label column.
+def _labelled(data: Any, settings: dict[str, Any], *, model: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """Return labelled data as a location or an Arrow table, and the settings with the columns that they do not name.
 
-    If the settings name no label column, a table's only column beside the texts contains the labels.
+    These are the columns on which the model was trained. Otherwise, a table's only column beside the texts contains the
+    labels.
     """
+    from pipelines.model_folder import COLUMNS, with_columns_of_training
+
     if is_location(data):
-        return _path(data), settings
+        return _path(data), settings if model is None else with_columns_of_training(model, settings)
     table = as_table(data)
+    if model is not None:
+        known = {*table.column_names}
+        remembered = with_columns_of_training(model, settings)
+        settings = {k: v for k, v in remembered.items() if k in settings or k not in COLUMNS or _has(known, v)}
     if "label_column" in settings or "label_columns" in settings:
         return table, settings
     texts = [settings.get("text_column", DataSettings.text_column), settings.get("text_pair_column")]
@@ -340,6 +364,11 @@ def _on_disk(data: Any) -> Iterator[str]:
         file = Path(folder, "table.parquet")
         pq.write_table(table, file)
         yield str(file)
+
+
+def _has(names: set[str], columns: str | Sequence[str]) -> bool:
+    wanted = [columns] if isinstance(columns, str) else columns
+    return all(name in names or name.split(".")[0] in names for name in wanted)
 
 
 def _path(location: Location) -> str:

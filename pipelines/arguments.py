@@ -157,6 +157,7 @@ def _add_train(commands: Any) -> None:
     _flags(command, DataSettings, COLUMNS, command.add_argument_group("columns and rows"))
     _flags(command, TrainSettings, USUAL_TRAINING, command.add_argument_group("training"))
     _flags(command, WindowSettings, USUAL_WINDOWS, command.add_argument_group("windows"))
+    _flags(command, TrainPaths, ("overwrite",), usual)
     where = command.add_argument_group("where it runs")
     _flags(command, TrainPaths, ("num_workers",), where)
     where.add_argument("--local", dest="num_workers", action="store_const", const=0, help="as --num-workers 0")
@@ -202,20 +203,26 @@ def _add_serve(commands: Any) -> None:
     command.set_defaults(flags=[*command.get_default("flags"), "model"])
 
 
-def _labelled(commands: Any, name: str, *, about: str, folders: str = "runs/spam") -> tuple[Parser, Any]:
-    """Add a command that reads labelled data. Returns it with its group of required arguments."""
+def _labelled(
+    commands: Any, name: str, *, about: str, folders: str = "runs/spam", needs: str = "required"
+) -> tuple[Parser, Any]:
+    """Add a command that reads labelled data. Returns it with its first group of arguments, which `needs` names."""
     example = f"pipelines {name} {folders} --data valid/"
     command = _command(commands, name, about=about, groups=EVALUATE_GROUPS, example=example)
-    required = command.add_argument_group("required")
-    required.add_argument("model", metavar="DIR", help="model folder")
-    required.add_argument("--data", required=True, metavar="FILES", help="file, folder or glob with labels")
+    required = command.add_argument_group(needs)
+    is_required = needs == "required"
+    required.add_argument("model", metavar="DIR", nargs=None if is_required else "?", help="model folder")
+    required.add_argument("--data", required=is_required, metavar="FILES", help="file, folder or glob with labels")
     _flags(command, DataSettings, COLUMNS, command.add_argument_group("columns and rows"))
     _flags(command, ComputeSettings, COMPUTE, command.add_argument_group("where it runs"))
     return command, required
 
 
 def _add_evaluate(commands: Any) -> None:
-    command, _ = _labelled(commands, "evaluate", about="metrics of a model folder on labelled Parquet")
+    about = "metrics of a model folder on labelled data, or of a scored folder with a label column"
+    command, what = _labelled(commands, "evaluate", about=about, needs="required: DIR and --data, or --scored")
+    about = "instead of DIR and --data: output folder of `pipelines score`. No model is needed"
+    what.add_argument("--scored", metavar="FOLDER", help=about)
     command.add_argument("--report", metavar="OUT.html", help="write a page with curves and threshold tables")
     about = "show the first words of documents on the page"
     command.add_argument("--report-texts", action="store_true", help=about)

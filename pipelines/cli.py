@@ -20,11 +20,14 @@ from pipelines.arguments import EVALUATE_GROUPS, commented_settings, parse_argum
 from pipelines.config_file import parse_yaml
 from pipelines.errors import PipelinesError, SettingsError
 from pipelines.fields import parse
+from pipelines.printing import table_lines, value_lines
 from pipelines.progress import show_logs
-from pipelines.settings import ScoreSettings
+from pipelines.settings import ComputeSettings, DataSettings, ScoreSettings
 
 if TYPE_CHECKING:
     from pipelines.bulk.job import ScoreJob
+    from pipelines.bulk.summary import ScoreSummary
+    from pipelines.evaluation.labelled import EvaluationResult
 
 DONE, FAILED, WRONG_USAGE, ROWS_IN_ERROR = 0, 1, 2, 3
 INTERRUPTED = 130
@@ -69,9 +72,18 @@ def _train(options: argparse.Namespace) -> int:
     from pipelines.training.job import TrainJob
 
     summary = run_training(TrainJob.parse(settings_of(options)), address=options.address)
-    names = ("model", "documents", "rows_in_error", "windows", "steps", "seconds", "thresholds")
-    shown = {name: getattr(summary, name) for name in names}
-    _print(options, summary.to_json(), {**shown, **{f"valid {name}": value for name, value in summary.valid.items()}})
+    model = summary.model
+    names = ("model", "documents", "rows_in_error", "windows", "steps", "seconds")
+    values = {name: getattr(summary, name) for name in names}
+    values.update({f"valid {name}": value for name, value in summary.valid.items() if not isinstance(value, dict)})
+    if summary.report is not None:
+        values["report"] = summary.report
+    following = (
+        f"evaluate {model} --data TEST_FILES",
+        f"score {model} --input FILES --output NEW_FOLDER",
+        f"serve {model} --local",
+    )
+    _print(options, summary.to_json(), values, summary.labels, following)
     return ROWS_IN_ERROR if summary.rows_in_error else DONE
 
 
@@ -84,9 +96,32 @@ def _score(options: argparse.Namespace) -> int:
     if options.rate is not None:
         raise SettingsError("--rate is for --dry-run, which estimates the job")
     summary = run_scoring(job, address=options.address)
-    result = summary.to_json()
-    _print(options, result, {name: value for name, value in result.items() if name != "histograms"})
+    _print_scored(options, summary)
     return ROWS_IN_ERROR if summary.rows_in_error or summary.files_in_error or summary.values_lost else DONE
+
+
+def _labelled_settings(options: argparse.Namespace) -> tuple[DataSettings, ComputeSettings]:
+    """Return the settings of a command that reads labelled data. Columns not named are those of the training."""
+    from pipelines.model_folder import with_columns_of_training
+
+    data, compute = parse(with_columns_of_training(options.model, settings_of(options)), *EVALUATE_GROUPS)
+    return data, compute
+
+
+def _print_scored(options: argparse.Namespace, summary: ScoreSummary) -> None:
+    """Print the summary of a scored folder."""
+    result = summary.to_json()
+    hidden = {"histograms", "positive_rates", "labels", "units", "units_before"}
+    values = {name: value for name, value in result.items() if name not in hidden and value not in ({}, [])}
+    rows = [
+        {"label": label, "rows": round(rate * (summary.rows_out - summary.rows_in_error)), "share": rate}
+        for label, rate in summary.positive_rates.items()
+    ]
+    output = summary.output
+    following = [f"evaluate --scored {output} --label-column LABEL"]
+    if len(summary.positive_rates) > 0:
+        following.append(f"relabel {output} NEW_FOLDER --thresholds 0.9")
+    _print(options, result, {"output": output, **values}, rows, following)
 
 
 def _estimate(options: argparse.Namespace, job: ScoreJob) -> int:
@@ -95,8 +130,8 @@ def _estimate(options: argparse.Namespace, job: ScoreJob) -> int:
 
     if options.rate is not None and not options.rate > 0:
         raise SettingsError(f"--rate {options.rate} must be above 0: tokens per second of one replica")
-    found = estimate(check_job(job), rate=options.rate).to_json()
-    _print(options, found, found)
+    found = estimate(check_job(job), rate=options.rate)
+    _print(options, found.to_json(), {"takes": found.in_words, **found.to_json()})
     return DONE
 
 
@@ -118,32 +153,59 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    result = _evaluate_scored(options) if options.scored else _evaluate_model(options)
+    values = {name: value for name, value in result.to_json().items() if name != "per_label"}
+    if result.report is not None:
+        values["report"] = result.report
+    _print(options, result.to_json(), {"in words": result.in_words, **values}, result.labels)
+    return ROWS_IN_ERROR if result.rows_in_error else DONE
+
+
+def _evaluate_model(options: argparse.Namespace) -> EvaluationResult:
     from pipelines.evaluation.labelled import evaluate_folder
 
-    data, compute = parse(settings_of(options), *EVALUATE_GROUPS)
-    result = evaluate_folder(
+    missing = [name for name, value in (("DIR", options.model), ("--data", options.data)) if value is None]
+    if missing:
+        raise SettingsError(
+            f"{' and '.join(missing)} missing: give a model folder and --data FILES, or --scored FOLDER for files that "
+            f"`pipelines score` wrote"
+        )
+    data, compute = _labelled_settings(options)
+    return evaluate_folder(
         options.model, options.data, data, compute, report=options.report, report_texts=options.report_texts
     )
-    _print(options, result.to_json(), result.to_json())
-    return ROWS_IN_ERROR if result.rows_in_error else DONE
+
+
+def _evaluate_scored(options: argparse.Namespace) -> EvaluationResult:
+    from pipelines.bulk.evaluate import evaluate_scored
+    from pipelines.storage.locations import absolute
+
+    for name, value in (("DIR", options.model), ("--data", options.data), ("--report-texts", options.report_texts)):
+        if value:
+            raise SettingsError(f"--scored reads labels and scores of scored files; leave out {name}")
+    data, _ = parse(settings_of(options), *EVALUATE_GROUPS)
+    return evaluate_scored(absolute(options.scored), data, report=options.report)
 
 
 def _tune(options: argparse.Namespace) -> int:
     from pipelines.evaluation.tuning import TuneOptions, tune_folder
 
-    data, compute = parse(settings_of(options), *EVALUATE_GROUPS)
+    data, compute = _labelled_settings(options)
     wanted = TuneOptions(options.objective, options.confidence, options.joint, options.calibrate, options.early_exit)
     result = tune_folder(options.model, options.data, data, compute, wanted)
     content = result.to_json()
-    shown = {name: value for name, value in content.items() if name != "guarantees"}
-    _print(options, content, {**shown, **result.promises})
+    hidden = {"guarantees", "per_label", "thresholds", "thresholds_before"}
+    values = {name: value for name, value in content.items() if name not in hidden and value != []}
+    values.update({name: text for name, text in result.promises.items() if name not in result.labels})
+    following = [f"score {result.model} --input FILES --output NEW_FOLDER"]
+    _print(options, content, values, result.rows, following)
     return ROWS_IN_ERROR if result.rows_in_error else DONE
 
 
 def _quantize(options: argparse.Namespace) -> int:
     from pipelines.evaluation.quantizing import QuantizeOptions, quantize_folder
 
-    data, compute = parse(settings_of(options), *EVALUATE_GROUPS)
+    data, compute = _labelled_settings(options)
     wanted = QuantizeOptions(options.max_label_changes, options.max_drop, options.metric)
     result = quantize_folder(options.model, options.new, options.data, data, compute=compute, options=wanted)
     _print(options, result.to_json(), result.in_words())
@@ -164,8 +226,8 @@ def _relabel(options: argparse.Namespace) -> int:
     if settings.thresholds is None:
         raise SettingsError("--thresholds is empty; write 0.4, [0.3, 0.5] or '{spam: 0.9}'")
     summary = relabel(absolute(options.scored), absolute(options.output), settings.thresholds)
-    result = summary.to_json()
-    _print(options, result, {name: value for name, value in result.items() if name != "histograms"})
+    values = {name: getattr(summary, name) for name in ("output", "files", "rows", "rows_in_error", "seconds")}
+    _print(options, summary.to_json(), values, summary.labels)
     return ROWS_IN_ERROR if summary.rows_in_error else DONE
 
 
@@ -197,37 +259,46 @@ def _inspect(options: argparse.Namespace) -> int:
     from pipelines.model_folder import CALIBRATION, read_model_folder
 
     content = read_model_folder(options.model).to_json()
-    flat = {**content["decision"], **content["windows"], **{k: v for k, v in content.items() if k.endswith("_hash")}}
-    flat.update(
-        {
-            name: content[name]
-            for name in (*CALIBRATION, "guarantees", "early_exit", "quantization")
-            if content.get(name)
-        }
-    )
-    _print(options, content, {**flat, **{f"valid {name}": value for name, value in content["metrics"].items()}})
+    values = {**content["decision"], **content["windows"], **{k: v for k, v in content.items() if k.endswith("_hash")}}
+    for name in (*CALIBRATION, "guarantees", "early_exit", "quantization"):
+        if content.get(name):
+            values[name] = content[name]
+    training = dict(content["training"])
+    for name in ("columns", "settings"):
+        values.update({f"trained with {key}": value for key, value in training.pop(name, {}).items()})
+    values.update({f"trained with {name}": value for name, value in training.items()})
+    metrics = content["metrics"]
+    values.update({f"valid {name}": value for name, value in metrics.items() if name != "per_label"})
+    rows = [{"label": label, **numbers} for label, numbers in metrics.get("per_label", {}).items()]
+    _print(options, content, values, rows)
     return DONE
 
 
-def _print(options: argparse.Namespace, result: Mapping[str, Any], shown: Mapping[str, Any]) -> None:
-    """Print the result on stdout: all of it as JSON, or the most important values as text."""
+def _print(
+    options: argparse.Namespace,
+    result: Mapping[str, Any],
+    values: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]] = (),
+    following: Sequence[str] = (),
+) -> None:
+    """Print the result on stdout: all of it as JSON, or the most important values as text.
+
+    Args:
+        options: Whether JSON is wanted, and where to print.
+        result: The whole result, as JSON content.
+        values: The values that people want to see.
+        rows: A table that follows them.
+        following: Commands that usually come next.
+    """
     if options.json:
         print(json.dumps(result), file=options.out)
         return
-    for name, value in shown.items():
-        print(f"{name}: {_shown(value)}", file=options.out)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if value in ({}, [], ()):
-        return "none"
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_shown, value))
-    return str(value)
+    for line in value_lines(values):
+        print(line, file=options.out)
+    if rows:
+        print(*["", *table_lines(rows)], sep="\n", file=options.out)
+    if following:
+        print(*["", "next:", *(f"  pipelines {command}" for command in following)], sep="\n", file=options.out)
 
 
 RUN = {

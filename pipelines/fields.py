@@ -15,12 +15,14 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pipelines.errors import SettingsError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def parse(values: Mapping[str, object], *groups: type[Any]) -> list[Any]:
@@ -73,6 +75,25 @@ def plain(value: Any) -> Any:
 def field_help(group: type[Any]) -> Mapping[str, str]:
     """Return the help text below each field of a settings group, by field name."""
     return _help_texts(group.__module__)[group.__name__]
+
+
+def documented(*groups: type[Any]) -> Callable[[Function], Function]:
+    """Return a decorator that appends the settings of some groups to the docstring of a function.
+
+    Args:
+        *groups: Settings dataclasses.
+    """
+
+    def append(function: Function) -> Function:
+        lines = [f"{function.__doc__ or ''}", "    Settings:"]
+        for group in groups:
+            for field in dataclasses.fields(group):
+                if field.default is not MISSING:
+                    lines.append(f"        {field.name} ({field.default!r}): {field_help(group)[field.name]}")
+        function.__doc__ = "\n".join(lines) + "\n    "
+        return function
+
+    return append
 
 
 @cache

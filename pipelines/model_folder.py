@@ -15,8 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import posixpath
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,46 +23,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from pipelines.classifier_config import class_names, decision_of, is_classifier, read_config
 from pipelines.errors import DataError, ModelFolderError, OutputError, SettingsError, first_line
 from pipelines.fields import parse
-from pipelines.settings import UNCALIBRATED, Calibration, DecisionSettings, WindowSettings
-from pipelines.storage.locations import absolute, filesystem_of, retried, shown, store_errors, sync_folder
+from pipelines.model_card import write_card
+from pipelines.model_files import (
+    ADAPTER_CONFIG,
+    ASIDE,
+    PIPELINE_FILE,
+    RUN_FILE,
+    check_weights,
+    has_openvino,
+    hash_weights,
+    hashed_names,
+    local_folder,
+)
+from pipelines.settings import UNCALIBRATED, Calibration, DataSettings, DecisionSettings, WindowSettings
+from pipelines.storage.locations import shown, sync_folder
+from pipelines.version import VERSION
 
-PIPELINE_FILE = "pipeline.json"
 FORMAT_VERSION = 1
 OWN_TOKENIZER, THEIR_TOKENIZER = "tokenizer.json", "transformers"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "bpe.codes",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "spm.model",
-    "tokenizer.model",
-)
-OPENVINO_FILES = ("openvino_model.xml", "openvino_model.bin", "openvino_model.json")
-"""Files of a model that was converted to OpenVINO: its graph, its weights, and what is known of it besides."""
-SHARD_INDEX = "model.safetensors.index.json"
-"""File that says which weight is in which of several files."""
-RUN_FILE = "_run.json"
-"""A training run that is not finished has this file in its output folder."""
-ADAPTER_CONFIG = "adapter_config.json"
-"""A folder with this file contains a LoRA adapter of peft."""
 CALIBRATION = ("temperature", "scales", "biases")
 """Names in pipeline.json of what is in `Calibration`."""
-ASIDE = ".saving-"
-"""Start of the name of a folder with files that are being saved. It is left behind if the process is killed."""
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "bpe.codes", "openvino_model.*")
-"""The files that are fetched from the Hugging Face Hub. There is no pickle and no code among them."""
+COLUMNS = ("text_column", "text_pair_column", "label_column", "label_columns")
+"""Settings of columns that a model folder remembers from its training."""
 logger = logging.getLogger(__name__)
 
 
@@ -88,8 +71,16 @@ class ModelFolder:
     """The margin of `tune --early-exit` (`early_exit.Margin`). Empty without one."""
     quantization: Mapping[str, Any] = field(default_factory=dict)
     """What `pipelines quantize` measured of its int8 model. Empty for a folder with float weights."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """How the model was trained: base model, columns, settings, data (`training.fit`). Empty if this is unknown."""
     tokenizer: str = OWN_TOKENIZER
     """How the tokenizer is opened: from the tokenizer.json that this package wrote, or as transformers opens it."""
+
+    def __repr__(self) -> str:
+        windows = f"windows of {self.windows.max_length or 'up to 512'} tokens"
+        metrics = [f"{name} {value:.4g}" for name, value in self.metrics.items() if isinstance(value, float)]
+        valid = f"; valid {', '.join(metrics[:3])}" if metrics else ""
+        return f"ModelFolder({self.path}; {self.decision}; {windows}, merge {self.decision.merge}{valid})"
 
     @property
     def model_type(self) -> str:
@@ -159,6 +150,7 @@ class ModelFolder:
             "early_exit": dict(self.early_exit),
             "quantization": dict(self.quantization),
             "reads_pairs": self.reads_pairs,
+            "training": dict(self.training),
             "tokenizer": self.tokenizer,
             "weights_hash": self.weights_hash,
             "settings_hash": self.settings_hash,
@@ -180,15 +172,13 @@ def read_model_folder(location: str | Path) -> ModelFolder:
     file = path / PIPELINE_FILE
     if not file.is_file():
         return _of_classifier(path, shown(str(location)))
-    if not _has_openvino(path):
+    if not has_openvino(path):
         check_weights(path)
     try:
         content = json.loads(file.read_text())
         version = content["format_version"]
         if version != FORMAT_VERSION:
-            raise ModelFolderError(
-                f"{file} has format version {version}; this version of pipelines reads {FORMAT_VERSION}"
-            )
+            raise ModelFolderError(_of_another_version(file, version, content.get("training", {})))
         (windows,) = parse(content["windows"], WindowSettings)
         (decision,) = parse(content["decision"], DecisionSettings)
         (calibration,) = parse({name: content[name] for name in CALIBRATION if name in content}, Calibration)
@@ -206,10 +196,41 @@ def read_model_folder(location: str | Path) -> ModelFolder:
             content.get("guarantees", {}),
             content.get("early_exit", {}),
             content.get("quantization", {}),
+            content.get("training", {}),
             content.get("tokenizer", OWN_TOKENIZER),
         )
     except (ValueError, KeyError, TypeError, AttributeError, SettingsError) as error:
         raise ModelFolderError(f"{file} cannot be read: {error!r}; it may have been edited by hand") from error
+
+
+def _of_another_version(file: Path, version: object, training: Mapping[str, Any]) -> str:
+    """Return why a folder of another format version cannot be read."""
+    problem = f"{file} has format version {version}, and this version of the package ({VERSION}) reads {FORMAT_VERSION}"
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        newer = f"version {training['version']}" if "version" in training else "a newer version"
+        return f"{problem}; upgrade to {newer}: pip install --upgrade ray-text-classification"
+    return f"{problem}; train or convert the model again"
+
+
+def with_columns_of_training(model: str, values: Mapping[str, Any], names: Sequence[str] = COLUMNS) -> dict[str, Any]:
+    """Return settings with the columns on which a model was trained, for those that the settings do not name.
+
+    Args:
+        model: Model folder, a path or URL. If it cannot be read, nothing is added: opening it later says why.
+        values: Settings by name.
+        names: The settings to add.
+    """
+    try:
+        columns = read_model_folder(model).training.get("columns", {})
+    except (ModelFolderError, SettingsError):
+        return dict(values)
+    if "label_column" in values or "label_columns" in values:
+        names = [name for name in names if not name.startswith("label")]
+    found = {name: columns[name] for name in names if columns.get(name) and name not in values}
+    usual = {field.name: field.default for field in dataclasses.fields(DataSettings)}
+    if unusual := {name: value for name, value in found.items() if value != usual[name]}:
+        logger.info("the columns are those of the training: %s", ", ".join(f"{k} {v}" for k, v in unusual.items()))
+    return {**values, **found}
 
 
 def _of_classifier(path: Path, where: str) -> ModelFolder:
@@ -245,16 +266,6 @@ _TOLD: set[Path] = set()
 """Folders of which this process has said that they open with the defaults."""
 
 
-def model_location(value: str) -> str:
-    """Return a model's location as an absolute path. URLs, and names on the Hugging Face Hub, are unchanged."""
-    return value if is_hub_name(value) else absolute(value)
-
-
-def is_hub_name(value: str) -> bool:
-    """Whether a location can only be a name on the Hugging Face Hub: it is no path on this machine, and no URL."""
-    return HUB_NAME.fullmatch(value) is not None and not Path(value).exists()
-
-
 def opens_as_transformers(path: Path) -> bool:
     """Whether a folder's tokenizer is opened as transformers opens it: that of a Hugging Face classifier.
 
@@ -280,6 +291,7 @@ def seal(folder: ModelFolder) -> ModelFolder:
 
 def write_pipeline_file(folder: ModelFolder) -> None:
     """Replace pipeline.json atomically. A reader sees the old or the new content, even if the writer is killed."""
+    write_card(folder.path, json.loads(json.dumps(folder.to_json())))
     content = json.dumps(folder.to_json(), indent=2).encode() + b"\n"
     with tempfile.NamedTemporaryFile(dir=folder.path, prefix=".pipeline-", delete=False) as file:
         file.write(content)
@@ -324,48 +336,6 @@ def new_folder(new: str) -> Iterator[Path]:
         raise
 
 
-def check_weights(path: Path) -> None:
-    """Raise ModelFolderError unless the folder has a config.json and safetensors weights."""
-    if (path / ADAPTER_CONFIG).is_file():
-        raise ModelFolderError(f"{path} is a LoRA adapter; merge it into its model: pipelines convert {path} NEW")
-    if not (path / "config.json").is_file():
-        raise ModelFolderError(f"{path} has no config.json, so it is not a Hugging Face model folder")
-    if any(path.glob("*.safetensors")):
-        _check_shards(path)
-        return
-    if _has_openvino(path):
-        raise ModelFolderError(
-            f"{path} is an int8 model, which can be scored and served, but not changed or trained; use the folder that "
-            f"it was made of"
-        )
-    pickles = [file.name for pattern in PICKLES for file in sorted(path.glob(pattern))]
-    if pickles:
-        raise ModelFolderError(
-            f"{path} holds its weights as a pickle ({pickles[0]}), which can run code when it is opened; "
-            f"convert it to safetensors: pipelines convert {path} NEW"
-        )
-    raise ModelFolderError(f"{path} has no *.safetensors weights")
-
-
-def _has_openvino(path: Path) -> bool:
-    """Whether a folder has no other weights than those of `pipelines quantize`."""
-    return all((path / name).is_file() for name in OPENVINO_FILES) and not any(path.glob("*.safetensors"))
-
-
-def _check_shards(path: Path) -> None:
-    """Raise ModelFolderError if the index of sharded weights names a file that is not in the folder."""
-    file = path / SHARD_INDEX
-    if not file.is_file():
-        return
-    try:
-        names = set(json.loads(file.read_text())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelFolderError(f"{file} cannot be read: {error!r}; copy the folder again") from error
-    wrong = [name for name in names if Path(str(name)).name != name or not (path / name).is_file()]
-    if wrong:
-        raise ModelFolderError(f"{file} names {wrong[0]!r}, which is not a file in the folder; copy the folder again")
-
-
 def verify_weights(folder: ModelFolder) -> None:
     """Check that weights and tokenizer are those with which the folder was finished.
 
@@ -385,7 +355,7 @@ def verify_weights(folder: ModelFolder) -> None:
 
 def _hash_of_now(path: Path) -> str:
     """Return `hash_weights`, from memory if no file has changed since it was computed."""
-    files = tuple((name, (path / name).stat()) for name in _hashed_names(path))
+    files = tuple((name, (path / name).stat()) for name in hashed_names(path))
     key = tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in files)
     if _HASHES.get(path, (None, ""))[0] != key:
         _HASHES[path] = (key, hash_weights(path))
@@ -394,101 +364,6 @@ def _hash_of_now(path: Path) -> str:
 
 _HASHES: dict[Path, tuple[object, str]] = {}
 """The hashes that this process has computed, with the sizes and times of the files."""
-
-
-def hash_weights(path: Path) -> str:
-    """Return the SHA-256 over names and contents of config.json, the weights and the tokenizer files."""
-    digest = hashlib.sha256()
-    for name in _hashed_names(path):
-        digest.update(f"{name}\0{file_sha256(path / name)}\n".encode())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _hashed_names(path: Path) -> list[str]:
-    names = {file.name for file in path.glob("*.safetensors")} | {"config.json"}
-    if _has_openvino(path):
-        names.update(OPENVINO_FILES)
-    return sorted(names | {name for name in (*TOKENIZER_FILES, SHARD_INDEX) if (path / name).is_file()})
-
-
-def local_folder(location: str) -> Path:
-    """Return the local path of a model folder. A folder at a URL, or on the Hub, is first copied to a local cache.
-
-    The folder is copied once. All its files appear together, because the copy is renamed when it is complete. Only the
-    files directly in the folder are copied: the checkpoints of an unfinished run are in subfolders.
-
-    Args:
-        location: Local path, fsspec URL, or name on the Hugging Face Hub. The cache of URLs is in $XDG_CACHE_HOME
-            (default ~/.cache).
-
-    Raises:
-        ModelFolderError: A local folder does not exist, a URL cannot be listed or has no files, or the Hub does not
-            have the name.
-    """
-    if "://" not in location:
-        path = Path(location).expanduser()
-        return path.resolve() if path.is_dir() else _from_hub(location)
-    cache = cache_folder()
-    filesystem, remote = filesystem_of(location)
-    with store_errors(ModelFolderError, f"{shown(location)} cannot be listed"):
-        files = filesystem.find(remote, maxdepth=1, detail=True)
-    if not files:
-        raise ModelFolderError(f"{shown(location)} is empty or does not exist")
-    identity = json.dumps([location, files], sort_keys=True, default=str)  # sizes, times and tags, if any
-    target = cache / _sha256(identity.encode())[7:23]
-    if not target.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):  # one process per machine copies, the others wait
-            if not target.is_dir():
-                _fetch(filesystem, sorted(files), target, location)
-    return target
-
-
-def cache_folder() -> Path:
-    """Return the folder of this machine's copies and conversions of models: in $XDG_CACHE_HOME, by default ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-text-classification"
-
-
-def _from_hub(name: str) -> Path:
-    """Return the local copy of a model of the Hugging Face Hub. transformers and the Hub's own library share it."""
-    problem = f"{name} is not a folder; give a model folder that `pipelines train` wrote"
-    if not HUB_NAME.fullmatch(name):
-        raise ModelFolderError(problem)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelFolderError(f"{problem}, or a model of the Hugging Face Hub ({first_line(error)})") from error
-
-
-def _fetch(filesystem: Any, files: Sequence[str], target: Path, location: str) -> None:
-    """Copy a remote folder's files, check the hash of the weights, and rename the copy into place."""
-    partial = Path(tempfile.mkdtemp(dir=target.parent, prefix=".fetch-"))
-    try:
-        places = [str(partial / posixpath.basename(file)) for file in files]
-        retried(lambda: filesystem.get(list(files), places))
-        file = partial / PIPELINE_FILE
-        sealed = json.loads(file.read_text()).get("weights_hash") if file.is_file() else None
-        if sealed and hash_weights(partial) != sealed:
-            raise ModelFolderError(
-                f"{shown(location)} has changed since it was written: its weights or tokenizer do not match the hash "
-                f"in pipeline.json; upload the whole folder again"
-            )
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-        return digest.hexdigest()
 
 
 def _sha256(content: bytes) -> str:

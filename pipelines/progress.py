@@ -21,6 +21,10 @@ from tqdm.auto import tqdm
 
 PROGRESS_SECONDS = 5.0
 """Seconds between two lines of progress in the log."""
+HINT_AFTER_SECONDS = 15.0
+"""Seconds of measured work after which the remaining time is believed."""
+LONG_SECONDS = 600.0
+"""Remaining seconds from which on people are told what would make the work quicker."""
 ROOT = logging.getLogger("pipelines")
 
 _is_hidden: ContextVar[bool] = ContextVar("progress_is_hidden", default=False)

@@ -79,6 +79,10 @@ class DecisionSettings:
         check_types(self)
         check_decision(self)
 
+    def __str__(self) -> str:
+        names = f"{self.kind}{': ' if self.labels else ''}{', '.join(self.labels)}"
+        return names if self.thresholds is None else f"{names}; thresholds {self.thresholds}"
+
     @property
     def num_labels(self) -> int:
         """Number of logits: one per label, or 1 for regression."""
@@ -179,6 +183,8 @@ class TrainPaths:
     """New folder for the finished model."""
     valid: str | None = None
     """File, folder or glob with the validation rows. They select the best weights and tune the thresholds."""
+    overwrite: bool = False
+    """Remove the finished model or the unfinished run in output first, instead of refusing or resuming it."""
     num_workers: int | str = 0
     """Number of Ray Train workers: N, or MIN:MAX for as many as are available. 0 trains in this process."""
     resize_seconds: float = 60.0

@@ -1,5 +1,7 @@
 """The public functions of `import pipelines`."""
 
+import pydoc
+import re
 import shutil
 from dataclasses import replace
 
@@ -13,9 +15,11 @@ import pytest
 
 import pipelines
 from pipelines.errors import DataError, SettingsError
-from pipelines.model_folder import write_pipeline_file
+from pipelines.model_folder import read_model_folder, write_pipeline_file
+from pipelines.serving.job import ServeJob
 from pipelines.settings import ComputeSettings
 from tests.jobs import FLOAT32
+from tests.serving.conftest import ApiClient
 
 RUN = {"kind": "binary", "epochs": 1, "batch_size": 5, "max_length": 32, "train_dtype": "float32", **FLOAT32}
 
@@ -40,7 +44,7 @@ def test_train_evaluate_tune_and_score_from_frames(training_data, tmp_path):
 
 def test_scorer_opens_paths_and_shows_what_it_is(spam_folder):
     scorer = pipelines.Scorer.load(spam_folder.path)
-    assert repr(scorer).startswith("Scorer(binary: ham, spam; bert on cpu, torch in ")
+    assert repr(scorer).startswith("Scorer(binary: ham, spam; thresholds (0.4,); bert on cpu, torch in ")
     assert repr(scorer).endswith(f"windows of {scorer.plan.max_length} tokens)")
 
 
@@ -156,3 +160,50 @@ def test_convert_folder(spam_folder, tmp_path):
     (old / "pipeline.json").unlink()
     made = pipelines.convert(old, tmp_path / "new", kind="binary")
     assert made.decision.labels == ("ham", "spam")
+
+
+@pytest.mark.parametrize("kind", ["binary", "multilabel", "regression"])
+def test_predict_gives_the_windows_that_the_server_gives(folders, kind, emails):
+    scorer = pipelines.Scorer.load(folders[kind].path, compute=ComputeSettings(**FLOAT32))
+    texts = [emails["text"][0].as_py(), None, "", "short \U0001f4b0 text"]
+    found = scorer.predict(texts, windows=True)["windows"].to_pylist()
+    assert found[1] is None
+    client = ApiClient(ServeJob.parse({"model": str(folders[kind].path), **FLOAT32}))
+    for row in (0, 2, 3):
+        answer = client.post("/v1/predict", json={"inputs": [texts[row]], "windows": True}, headers={}).json()
+        expected = answer["predictions"][0]["windows"]
+        assert [(one["start"], one["end"]) for one in found[row]] == [(one["start"], one["end"]) for one in expected]
+        for ours, theirs in zip(found[row], expected, strict=True):
+            assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-5)
+    client.close()
+    assert scorer.predict(("one", "two"), windows=True).num_rows == 2
+    assert scorer.predict([("one", "two three")], windows=True)["windows"][0].as_py()[0]["end"] == 9
+
+
+def test_many_texts_show_progress_and_have_the_same_scores(spam_folder, monkeypatch, log_lines):
+    scorer = pipelines.Scorer.load(spam_folder.path, compute=ComputeSettings(**FLOAT32))
+    texts = [f"text number {number}" for number in range(50)]
+    whole = scorer.predict(texts)
+    monkeypatch.setattr("pipelines.model.scorer.CHUNK_ROWS", 8)
+    monkeypatch.setattr("pipelines.progress.PROGRESS_SECONDS", 0)
+    pieces = scorer.predict(texts)
+    assert any(line.startswith("scored 16/50 texts (32%)") for line in log_lines), log_lines
+    assert pieces.num_rows == 50
+    assert np.allclose(pieces["score"].to_numpy(), whole["score"].to_numpy(), atol=1e-6)
+    assert scorer.predict([]).num_rows == 0
+
+
+def test_help_names_the_settings():
+    text = pydoc.render_doc(pipelines, renderer=pydoc.plaintext)
+    for name in pipelines.__all__:
+        assert name in text
+    assert "epochs (3): Number" in pipelines.train.__doc__
+    assert "early_exit ('off'): " in pipelines.score.__doc__
+    assert "Example:" in pipelines.train.__doc__
+
+
+def test_what_model_folders_show(spam_folder):
+    assert re.fullmatch(
+        r"ModelFolder\(.*spam; binary: ham, spam; thresholds \(0.4,\); windows of .* tokens, merge mean\)",
+        repr(read_model_folder(spam_folder.path)),
+    )

@@ -145,7 +145,7 @@ def test_python_m_pipelines():
         (["serve", "m", "extra"], "pipelines serve: extra is not known here"),
         (["scor"], "there is no command 'scor'; did you mean score?"),
         (["zzz"], "there is no command 'zzz'. The commands are: train, score"),
-        (["evaluate", "m"], "the following arguments are required: --data"),
+        (["tune", "m"], "the following arguments are required: --data"),
     ],
 )
 def test_unknown_arguments_suggest_the_nearest(arguments, message, capsys):

@@ -20,7 +20,8 @@ from pipelines import cli
 from pipelines.classifier_config import decision_of
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.model.scorer import Scorer
-from pipelines.model_folder import model_location, read_model_folder
+from pipelines.model_files import model_location
+from pipelines.model_folder import read_model_folder
 from pipelines.settings import ComputeSettings
 from pipelines.simpletransformers.convert import convert
 from pipelines.simpletransformers.models import ClassificationModel

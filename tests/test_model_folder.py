@@ -9,7 +9,8 @@ import pytest
 
 from pipelines.errors import DataError, ModelFolderError, PipelinesError
 from pipelines.model.scorer import Scorer
-from pipelines.model_folder import ModelFolder, hash_weights, read_model_folder, seal, write_pipeline_file
+from pipelines.model_files import hash_weights
+from pipelines.model_folder import ModelFolder, read_model_folder, seal, write_pipeline_file
 from pipelines.settings import Calibration, ComputeSettings, DecisionSettings, WindowSettings
 
 FLOAT32 = ComputeSettings(dtype="float32", device="cpu")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from pipelines.bulk.run_folder import SUMMARY
 from pipelines.errors import DataError, SettingsError
-from pipelines.model_folder import PIPELINE_FILE
+from pipelines.model_files import PIPELINE_FILE
 from pipelines.storage.locations import list_names, read_json, shown
 
 STABLE, SHIFTED = 0.1, 0.25

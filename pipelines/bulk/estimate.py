@@ -14,6 +14,7 @@ from pipelines.bulk.job import CheckedJob
 from pipelines.model.scorer import Scorer, plan_of
 from pipelines.model.weights import describe
 from pipelines.model_folder import ModelFolder
+from pipelines.progress import LONG_SECONDS, duration
 from pipelines.settings import ComputeSettings
 from pipelines.storage.filters import kept_rows
 from pipelines.storage.rows import read_units
@@ -47,6 +48,20 @@ class Estimate:
     rate_is: str
     """Source of the rate: "measured here" or "given"."""
     replica_hours: float
+    replicas: int
+    """Replicas of the job, if its settings say so, else 1."""
+    wall_seconds: float
+    """Estimated duration with these replicas, without the start."""
+    longest_tokens: int
+    """Tokens of the longest document of the sample."""
+
+    @property
+    def in_words(self) -> str:
+        """How long the job takes, and what would make it quicker."""
+        text = f"{duration(self.wall_seconds)} with {self.replicas} replica{'s' * (self.replicas > 1)}"
+        if self.wall_seconds > LONG_SECONDS:
+            text += "; a GPU, more replicas, an int8 model (pipelines quantize) or --early-exit exact are quicker"
+        return text
 
     def to_json(self) -> dict[str, Any]:
         """Return the estimate as JSON content."""
@@ -73,6 +88,7 @@ def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
     per_row = rows / max(len(documents), 1)
     input_tokens = cut.length_W.sum() * per_row
     is_measured = rate is None
+    replicas = max(1, (job.score.replica_range or (1, 1))[1])
     if rate is None and len(documents):
         logger.info("measuring on %d sample rows, for %.0f s at most", len(documents), MEASURED_SECONDS)
         rate = _measured_rate(folder, job.compute, documents)
@@ -90,6 +106,9 @@ def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
         tokens_per_second_per_replica=round(rate or 0.0),
         rate_is="measured here" if is_measured else "given",
         replica_hours=round(input_tokens / rate / 3600 if rate else 0.0, 4),
+        replicas=replicas,
+        wall_seconds=round(input_tokens / rate / replicas if rate else 0.0, 1),
+        longest_tokens=int(documents.num_tokens_D.max(initial=0)),
     )
 
 

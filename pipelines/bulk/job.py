@@ -21,7 +21,8 @@ from pipelines.decisions.early_exit import margin_of
 from pipelines.decisions.labels import resolve_thresholds
 from pipelines.errors import DataError, SettingsError
 from pipelines.fields import parse
-from pipelines.model_folder import ModelFolder, model_location, read_model_folder
+from pipelines.model_files import model_location
+from pipelines.model_folder import ModelFolder, read_model_folder, with_columns_of_training
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, ScorePaths, ScoreSettings
 from pipelines.storage.columns import text_column_problem
 from pipelines.storage.filters import check_filter, parse_filter
@@ -50,7 +51,12 @@ class ScoreJob:
 
     @classmethod
     def parse(cls, values: Mapping[str, object]) -> ScoreJob:
-        """Create a job from a flat mapping of settings, as YAML and the command line provide it."""
+        """Create a job from a flat mapping of settings, as YAML and the command line provide it.
+
+        Text columns that are not named are those on which the model was trained.
+        """
+        if isinstance(values.get("model"), str):
+            values = with_columns_of_training(str(values["model"]), values, ("text_column", "text_pair_column"))
         paths, data, score, compute = parse(values, ScorePaths, DataSettings, ScoreSettings, ComputeSettings)
         if score.table is not None:
             score = replace(score, table=absolute(score.table))

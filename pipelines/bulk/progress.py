@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pipelines.bulk.run_folder import Run
 from pipelines.bulk.summary import Counts, sum_counts
 from pipelines.errors import JobError
-from pipelines.progress import Progress
+from pipelines.progress import HINT_AFTER_SECONDS, LONG_SECONDS, Progress, duration
 from pipelines.settings import DecisionSettings
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ class RunTotals:
         self._num_rows, self._num_units, self._max_errors = run.num_rows, run.num_units, max_errors
         self._started = time.monotonic()
         self._tokens_before = 0
+        self._has_hinted = False
         self.progress = Progress(logger, "scored", total=run.num_rows, unit="rows", measure_from_first=True)
 
     @property
@@ -46,6 +47,7 @@ class RunTotals:
         if is_first:
             self._tokens_before = self.total.tokens
         self.progress.advance(counts.rows_in, self._details())
+        self._hint()
         self._check_errors()
 
     def show(self) -> None:
@@ -54,6 +56,19 @@ class RunTotals:
             logger.info("starting for %.0f s: loading the model, scoring the first units", self.elapsed)
         else:
             self.progress.show_if_due()
+
+    def _hint(self) -> None:
+        """Say once what makes a long job quicker."""
+        left = self.progress.seconds_left
+        if self._has_hinted or left is None or self.progress.measured_seconds < HINT_AFTER_SECONDS:
+            return
+        self._has_hinted = True
+        if left > LONG_SECONDS:
+            logger.info(
+                "about %s to go. Quicker: a GPU, more --replicas on a cluster, an int8 model (pipelines quantize), "
+                "--early-exit exact. The job can be stopped: the same command resumes it",
+                duration(left),
+            )
 
     def _details(self) -> list[str]:
         """Return the units, the token rate, the errors, and each stage's share of the seconds of all stages."""

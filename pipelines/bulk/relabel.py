@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import posixpath
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pipelines.bulk.manifest import MANIFEST
 from pipelines.bulk.run_folder import COUNTS_METADATA, SUMMARY, commit_unit, read_counts, read_metadata
-from pipelines.bulk.summary import Counts, ScoreSummary, count_table, sum_counts, summarize
+from pipelines.bulk.summary import Counts, count_table, sum_counts, summarize
 from pipelines.decisions.columns import (
     DECISION_METADATA,
     EARLY_EXIT_METADATA,
@@ -42,7 +44,41 @@ logger = logging.getLogger(__name__)
 Thresholds = float | tuple[float, ...] | Mapping[str, float]
 
 
-def relabel(scored: str, output: str, thresholds: Thresholds) -> ScoreSummary:
+@dataclass(frozen=True)
+class RelabelSummary:
+    """The result of `relabel`. `_summary.json` is that of a scored folder, without the times of the scoring."""
+
+    output: str
+    files: int
+    rows: int
+    rows_in_error: int
+    thresholds: Mapping[str, float]
+    """The new thresholds by label."""
+    rows_before: Mapping[str, int]
+    """Number of rows with each label, before."""
+    rows_now: Mapping[str, int]
+    """Number of rows with each label, now."""
+    seconds: float
+
+    @property
+    def labels(self) -> list[dict[str, Any]]:
+        """A row for each label: its threshold, and the rows that have it, before and now."""
+        return [
+            {
+                "label": label,
+                "threshold": self.thresholds.get(label),
+                "rows before": self.rows_before.get(label, 0),
+                "rows now": count,
+            }
+            for label, count in self.rows_now.items()
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary as `pipelines relabel --json` prints it."""
+        return asdict(self)
+
+
+def relabel(scored: str, output: str, thresholds: Thresholds) -> RelabelSummary:
     """Decide the labels of every row of a scored folder again, and write files with the new labels.
 
     Args:
@@ -54,6 +90,7 @@ def relabel(scored: str, output: str, thresholds: Thresholds) -> ScoreSummary:
         DataError: The files were not written by a scoring job.
         SettingsError: The thresholds do not fit the labels.
     """
+    started = time.perf_counter()
     marks = list_names(scored)
     if MANIFEST in marks and SUMMARY not in marks:
         raise DataError(f"{shown(scored)} contains an unfinished run; finish it with the command that began it")
@@ -75,9 +112,28 @@ def relabel(scored: str, output: str, thresholds: Thresholds) -> ScoreSummary:
         for _ in pool.map(work, todo):
             progress.advance()
     logger.info("relabelled %s files -> %s", f"{len(todo):,}", shown(output))
-    summary = summarize(output, sum_counts(decision, read_counts(output, names)), decision)
-    commit_json(output, SUMMARY, summary.to_json())
-    return summary
+    before = sum_counts(decision, _counts_of(scored, files))
+    now = replace(sum_counts(decision, read_counts(output, names)), seconds={})
+    seconds = round(time.perf_counter() - started, 2)
+    commit_json(output, SUMMARY, summarize(output, now, decision, wall_seconds=seconds).to_json())
+    return RelabelSummary(
+        shown(output),
+        files=len(files),
+        rows=now.rows_out,
+        rows_in_error=now.rows_in_error,
+        thresholds=thresholds_by_label(decision),
+        rows_before=before.positives,
+        rows_now=now.positives,
+        seconds=seconds,
+    )
+
+
+def _counts_of(scored: str, paths: list[str]) -> list[Counts]:
+    """Read the counts in the footers of scored files."""
+    filesystem, _ = filesystem_of(scored)
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda path: read_metadata(filesystem, path)[COUNTS_METADATA], paths)
+        return [Counts.from_json(json.loads(content)) for content in found]
 
 
 def _open_output(scored: str, output: str, decision: DecisionSettings, names: list[str]) -> set[str]:

@@ -24,7 +24,8 @@ from pipelines.decisions.calibration import WindowLogits
 from pipelines.decisions.labels import activate, decide, merged_scores, thresholds_by_label
 from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.fields import check_range, check_types, parse
-from pipelines.model_folder import PIPELINE_FILE, ModelFolder
+from pipelines.model_files import PIPELINE_FILE
+from pipelines.model_folder import ModelFolder
 from pipelines.settings import Calibration, DecisionSettings, EarlyExit
 from pipelines.text.windows import count_votes
 

@@ -247,10 +247,10 @@ def _check_label_type(column: pa.ChunkedArray, kind: Kind) -> pa.ChunkedArray:
     if pa.types.is_floating(column.type):
         return _floats_as_ints(column, kind)
     if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type) or _is_string(column.type)):
-        raise DataError(
-            f"the label column has type {column.type}; kind {kind} takes "
-            f"{'list<string> or a 0/1 list' if kind == 'multilabel' else 'int or string'}"
-        )
+        if kind == "multilabel":
+            raise DataError(_not_a_list(column))
+        hint = "; a list of labels is kind multilabel" if _is_list(column.type) else ""
+        raise DataError(f"the label column has type {column.type}; kind {kind} takes int or string{hint}")
     return column.cast(pa.int64()) if pa.types.is_boolean(column.type) else column
 
 
@@ -276,7 +276,7 @@ def _label_ids(values: pa.ChunkedArray, labels: tuple[str, ...]) -> NDArray[np.i
 
 def _multilabel_targets(column: pa.ChunkedArray, labels: tuple[str, ...]) -> NDArray[np.float32]:
     if not _is_list(column.type):
-        raise DataError(f"the label column has type {column.type}; kind multilabel takes list<string> or a 0/1 list")
+        raise DataError(_not_a_list(column))
     lengths = pc.list_value_length(column).to_numpy()
     flat = pc.list_flatten(column)
     _reject_nulls(flat)
@@ -302,6 +302,19 @@ def _regression_targets(column: pa.ChunkedArray) -> NDArray[np.float32]:
         row = int(np.flatnonzero(~np.isfinite(values))[0])
         raise DataError(f"the label of row {row} is {values[row]}; kind regression needs finite numbers")
     return values
+
+
+def _not_a_list(column: pa.ChunkedArray) -> str:
+    """Return why a column cannot be the labels of kind multilabel, and how to make one that can."""
+    problem = f"the label column has type {column.type}; kind multilabel takes list<string> or a 0/1 list"
+    if not _is_string(column.type):
+        return f"{problem}. For one column with 0 or 1 for each label: --label-columns A,B,C"
+    first = next((text for text in column.slice(0, 1000).to_pylist() if text), "")
+    mark = next((mark for mark in ("; ", ";", "|", ", ", ",") if mark in first), ";")
+    return (
+        f"{problem}. To split texts such as {first[:40]!r}: frame['label'] = frame['label'].str.split({mark!r}), and "
+        "write the frame with to_parquet. For one column with 0 or 1 for each label: --label-columns A,B,C"
+    )
 
 
 def _is_string(kind: pa.DataType) -> bool:

@@ -95,7 +95,8 @@ def label_rows(
 ) -> list[dict[str, Any]]:
     """Return the numbers of each label: rows, precision, recall, F1, areas, calibration error and threshold.
 
-    The list is empty for regression. Areas and the calibration error are None for a label that all rows or none have.
+    The most frequent labels come first. The list is empty for regression. Areas and the calibration error are None for
+    a label that all rows or none have.
     """
     if decision.kind == "regression":
         return []
@@ -122,7 +123,7 @@ def label_rows(
                 "threshold": "never" if threshold == NEVER else threshold,
             }
         )
-    return rows
+    return sorted(rows, key=lambda row: (-row["rows"], row["label"]))
 
 
 def positives(targets: NDArray[np.generic], decision: DecisionSettings, column: int) -> NDArray[np.bool_]:

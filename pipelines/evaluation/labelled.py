@@ -9,7 +9,7 @@ import hashlib
 import logging
 import posixpath
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -27,10 +27,13 @@ from pipelines.decisions.metrics import (
     tie_warning,
 )
 from pipelines.errors import DataError
+from pipelines.evaluation.curves import label_rows
 from pipelines.evaluation.html import shortened
 from pipelines.evaluation.report import ReportData, render
+from pipelines.evaluation.summary import sentence, uselessness
 from pipelines.model.scorer import DocumentScores, Scorer
 from pipelines.model_folder import ModelFolder, read_model_folder
+from pipelines.printing import table_lines
 from pipelines.progress import Progress
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings
 from pipelines.storage.columns import check_label_column, check_text_column, text_schema, with_fields
@@ -98,13 +101,15 @@ class EvaluationResult:
     """Metrics by name. `metrics.METRICS` lists them for each kind."""
     report: str | None = None
     """Location of the evaluation page, if one was written."""
+    in_words: str = ""
+    """What the decisions are worth, as a sentence."""
+    labels: Sequence[Mapping[str, Any]] = ()
+    """The numbers of each label (`curves.label_rows`), the most frequent first."""
 
     def __repr__(self) -> str:
         lines = [f"EvaluationResult of {self.model}: {self.rows:,} rows, {self.rows_in_error:,} in error"]
         lines += [f"  {name:<12} {shown_number(value)}" for name, value in self.metrics.items() if name != "per_label"]
-        for label, values in self.metrics.get("per_label", {}).items():
-            lines.append(f"  {label}: " + ", ".join(f"{name} {shown_number(value)}" for name, value in values.items()))
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {line}" for line in table_lines(self.labels))])
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as `pipelines evaluate --json` prints it."""
@@ -245,7 +250,18 @@ def evaluate_folder(
         make_folder(target)
         commit_bytes(target, name, page.encode())
         logger.info("the evaluation page is %s", report)
-    return EvaluationResult(shown(model), scored.num_rows, scored.rows_in_error, metrics, report)
+    decisions = scored.decide(folder.decision)
+    if useless := uselessness(scored.targets, decisions, folder.decision):
+        logger.warning("the classifier is useless on this data: %s", useless)
+    return EvaluationResult(
+        shown(model),
+        scored.num_rows,
+        scored.rows_in_error,
+        metrics,
+        report,
+        sentence(scored.targets, decisions, folder.decision, metrics),
+        label_rows(scored.targets, scored.scores_DL, decisions, folder.decision),
+    )
 
 
 def open_for(model: str, data: DataSettings) -> ModelFolder:

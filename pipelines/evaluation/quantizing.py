@@ -33,7 +33,8 @@ from pipelines.model.openvino_files import (
 from pipelines.model.openvino_model import OpenVinoDetails, OpenVinoModel, processor_name
 from pipelines.model.quantization import layers_by_format, nncf, quantized_graphs
 from pipelines.model.scorer import DocumentScores, Scorer
-from pipelines.model_folder import TOKENIZER_FILES, ModelFolder, check_is_new, new_folder, seal, verify_weights
+from pipelines.model_files import TOKENIZER_FILES
+from pipelines.model_folder import ModelFolder, check_is_new, new_folder, seal, verify_weights
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, Dtype
 from pipelines.storage.locations import shown
 from pipelines.text.template import Template

@@ -27,7 +27,7 @@ from pipelines.evaluation.labelled import (
 )
 from pipelines.fields import check_types
 from pipelines.model_folder import ModelFolder, write_pipeline_file
-from pipelines.settings import CalibrationMethod, ComputeSettings, DataSettings, DecisionSettings
+from pipelines.settings import NEVER, CalibrationMethod, ComputeSettings, DataSettings, DecisionSettings
 from pipelines.storage.locations import shown
 
 USUAL_CONFIDENCE = 0.95
@@ -103,6 +103,23 @@ class TuneResult:
         lines += [f"  {name}: {text}" for name, text in self.promises.items()]
         lines += [f"  early_exit {name}: {shown_number(value)}" for name, value in self.early_exit.items()]
         return "\n".join(lines)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The thresholds before and after, what is promised of them, and the metrics of each label."""
+        before = self.thresholds_before
+        old = before if isinstance(before, tuple) else (before,) * len(self.labels)
+        promises, per_label = self.promises, self.metrics.get("per_label", {})
+        return [
+            {
+                "label": label,
+                "before": was,
+                "threshold": "never" if threshold == NEVER else threshold,
+                **{name: per_label.get(label, {}).get(name) for name in ("support", "precision", "recall", "f1_score")},
+                "promise": promises.get(label),
+            }
+            for label, was, threshold in zip(self.labels, old, self.thresholds, strict=True)
+        ]
 
     @property
     def promises(self) -> dict[str, str]:

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.fields import parse
 from pipelines.model.precision import head_of, pooler_of
-from pipelines.model_folder import ADAPTER_CONFIG
+from pipelines.model_files import ADAPTER_CONFIG
 from pipelines.settings import DecisionSettings, TrainSettings, WindowSettings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

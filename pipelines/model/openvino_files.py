@@ -31,7 +31,8 @@ from filelock import FileLock
 from pipelines.errors import ModelFolderError, first_line, is_out_of_memory
 from pipelines.model.engine import padded
 from pipelines.model.openvino_model import OpenVinoDetails, OpenVinoModel, openvino
-from pipelines.model_folder import OPENVINO_FILES, ModelFolder, cache_folder
+from pipelines.model_files import OPENVINO_FILES, cache_folder
+from pipelines.model_folder import ModelFolder
 from pipelines.settings import ComputeSettings
 from pipelines.storage.locations import sync_folder
 

@@ -8,6 +8,7 @@ Shapes: D documents, W windows of all documents, L labels.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
@@ -22,8 +23,10 @@ from pipelines.decisions.early_exit import Margin, Reading, margin_of
 from pipelines.decisions.labels import Decisions, decide, merged_scores, resolve_thresholds
 from pipelines.errors import DataError
 from pipelines.model.engine import SHORTEST_STEP, Engine
+from pipelines.model.evidence import window_column
 from pipelines.model.loading import load_engine
 from pipelines.model_folder import ModelFolder, read_model_folder, verify_weights
+from pipelines.progress import Progress
 from pipelines.settings import (
     UNCALIBRATED,
     Calibration,
@@ -45,6 +48,10 @@ from pipelines.text.windows import (
     most_tokens_of,
     resolve_plan,
 )
+
+CHUNK_ROWS = 1024
+"""Texts that `predict` scores at once. With more, it shows its progress."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -169,11 +176,8 @@ class Scorer:
     def __repr__(self) -> str:
         model, decision = self.model, self.decision
         rows = "packed" if model.is_packed else "padded"
-        return (
-            f"Scorer({decision.kind}{': ' if decision.labels else ''}{', '.join(decision.labels)}; {model.model_type} "
-            f"on {model.device_name}, {model.name} in {model.dtype_name}, {rows}; windows of {self.plan.max_length} "
-            "tokens)"
-        )
+        where = f"{model.model_type} on {model.device_name}, {model.name} in {model.dtype_name}, {rows}"
+        return f"Scorer({decision}; {where}; windows of {self.plan.max_length} tokens)"
 
     @classmethod
     def load(
@@ -298,43 +302,70 @@ class Scorer:
 
     def score_table(self, table: pa.Table, text_column: str = "text", text_pair_column: str | None = None) -> pa.Table:
         """Score the texts of an Arrow table: one row of output columns per input row."""
-        return self.results(self.score_documents(self.tokenizer.documents(table, text_column, text_pair_column)))
+        return self._results_of(table, [text_column, *([] if text_pair_column is None else [text_pair_column])])
 
-    def predict(self, texts: Any) -> pa.Table:
+    def predict(self, texts: Any, *, windows: bool = False) -> pa.Table:
         """Score texts in memory: one row of output columns per text. None, NaN and NA give a row with an error.
 
+        Many texts show their progress, as a bar in a notebook and on a terminal.
+
         Args:
+            windows: Whether to add the column `windows`: for each window of a text its first code point, the one behind
+                its last (of the second text of a pair), and its scores.
             texts: A text, a list of texts or of pairs (text, text_pair), a pandas or polars series, or a table (frame,
                 dataset, columns by name, rows by name) with a column text, and text_pair for pairs.
 
         Raises:
             DataError: The texts have none of these forms, or a text is not a string.
         """
-        if isinstance(texts, Mapping) or hasattr(texts, "columns") or hasattr(texts, "column_names"):
-            return self._predict_table(as_table(texts))
-        if isinstance(texts, str):
-            texts = [texts]
-        if isinstance(texts, bytes) or not isinstance(texts, Iterable):
-            raise DataError(f"predict takes a text, a list of texts or a table, not {type(texts).__name__}")
-        values: Any = texts if hasattr(texts, "dtype") else list(texts)
-        first = values[0] if isinstance(values, list) and values else None
-        if isinstance(first, Mapping):
-            return self._predict_table(as_table(values))
-        if isinstance(first, (list, tuple)):
-            if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in values):
-                raise DataError("every pair must be (text, text_pair)")
-            sides = {"text": 0, "text_pair": 1}
-            pairs = {name: string_array([pair[side] for pair in values]) for name, side in sides.items()}
-            return self.score_table(pa.table(pairs), *pairs)
-        return self.score_table(pa.table({"text": string_array(values)}))
+        table = _texts_in(texts)
+        return self._results_of(table, table.column_names, windows=windows)
 
-    def _predict_table(self, table: pa.Table) -> pa.Table:
-        """Score the column text of a table, and text_pair if it has this column too."""
-        for name in ("text", "text_pair"):
-            if name in table.column_names and table[name].null_count == len(table):  # pandas stores no texts as floats
-                table = table.set_column(table.column_names.index(name), name, pa.nulls(len(table)))
-        check_text_column(table.schema, "text", where="the table")
-        return self.score_table(table, "text", "text_pair" if "text_pair" in table.column_names else None)
+    def _results_of(self, table: pa.Table, columns: Sequence[str], *, windows: bool = False) -> pa.Table:
+        """Score the texts of some columns, CHUNK_ROWS at a time."""
+        found = []
+        is_long = len(table) > CHUNK_ROWS
+        with Progress(logger, "scored", total=len(table), unit="texts", is_shown=is_long) as progress:
+            for start in range(0, max(len(table), 1), CHUNK_ROWS):
+                chunk = table.slice(start, CHUNK_ROWS)
+                scores = self.score_documents(self.tokenizer.documents(chunk, *columns))
+                results = self.results(scores)
+                if windows:
+                    column = window_column(self.tokenizer, scores, chunk.column(columns[-1]), self.decision.labels)
+                    results = results.append_column("windows", column)
+                found.append(results)
+                progress.advance(len(chunk))
+        return pa.concat_tables(found)
+
+
+def _texts_in(texts: Any) -> pa.Table:
+    """Return texts in memory as a table with the column text, and text_pair for pairs."""
+    if isinstance(texts, Mapping) or hasattr(texts, "columns") or hasattr(texts, "column_names"):
+        return _text_columns(as_table(texts))
+    if isinstance(texts, str):
+        texts = [texts]
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise DataError(f"predict takes a text, a list of texts or a table, not {type(texts).__name__}")
+    values: Any = texts if hasattr(texts, "dtype") else list(texts)
+    first = values[0] if isinstance(values, list) and values else None
+    if isinstance(first, Mapping):
+        return _text_columns(as_table(values))
+    if isinstance(first, (list, tuple)):
+        if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in values):
+            raise DataError("every pair must be (text, text_pair)")
+        sides = {"text": 0, "text_pair": 1}
+        return pa.table({name: string_array([pair[side] for pair in values]) for name, side in sides.items()})
+    return pa.table({"text": string_array(values)})
+
+
+def _text_columns(table: pa.Table) -> pa.Table:
+    """Return the columns text and, if there is one, text_pair of a table."""
+    check_text_column(table.schema, "text", where="the table")
+    names = [name for name in ("text", "text_pair") if name in table.column_names]
+    for name in names:
+        if table[name].null_count == len(table):  # pandas stores no texts as floats
+            table = table.set_column(table.column_names.index(name), name, pa.nulls(len(table)))
+    return table.select(names)
 
 
 def rescored(scores: DocumentScores, decision: DecisionSettings, calibration: Calibration) -> DocumentScores:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.model.devices import RANDOM
 from pipelines.model.lora import Adapter, add_adapter, find_adapter
-from pipelines.model_folder import ADAPTER_CONFIG, TOKENIZER_FILES, check_weights
+from pipelines.model_files import ADAPTER_CONFIG, TOKENIZER_FILES, check_weights
 from pipelines.settings import DecisionSettings, TrainSettings
 from pipelines.text.pretrained import quiet_transformers
 

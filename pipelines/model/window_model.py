@@ -47,7 +47,7 @@ from pipelines.model.weights import (
     set_pad_token,
     vocabulary_of,
 )
-from pipelines.model_folder import check_weights
+from pipelines.model_files import check_weights
 from pipelines.settings import ComputeSettings
 from pipelines.text.pretrained import quiet_transformers, uses_type_ids
 from pipelines.text.template import Template

@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from pipelines.decisions.labels import thresholds_by_label
 from pipelines.errors import DataError
+from pipelines.model.evidence import code_points
 from pipelines.model.scorer import DocumentScores, Scorer
 from pipelines.serving.schema import Pair, Prediction, WindowEvidence
 from pipelines.settings import DecisionSettings
@@ -69,10 +70,9 @@ def predictions_of(
 
 def _evidence(scorer: Scorer, scores: DocumentScores, text: str, names: list[str]) -> list[WindowEvidence]:
     """Return the code points and scores of each window of one document."""
-    spans = scorer.tokenizer.character_spans(text)
-    evidence = []
-    windows = zip(scores.windows.start_W, scores.windows.stop_W, scores.window_scores_WL.tolist(), strict=True)
-    for start, stop, window_scores in windows:
-        first, last = (int(spans[start, 0]), int(spans[stop - 1, 1])) if stop > start else (0, 0)
-        evidence.append(WindowEvidence(start=first, end=last, scores=dict(zip(names, window_scores, strict=True))))
-    return evidence
+    start_W, end_W = code_points(scorer.tokenizer, scores.windows, text)
+    windows = zip(start_W.tolist(), end_W.tolist(), scores.window_scores_WL.tolist(), strict=True)
+    return [
+        WindowEvidence(start=start, end=end, scores=dict(zip(names, window_scores, strict=True)))
+        for start, end, window_scores in windows
+    ]

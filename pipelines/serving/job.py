@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pipelines.decisions.early_exit import margin_of
 from pipelines.decisions.labels import resolve_thresholds
 from pipelines.fields import parse
-from pipelines.model_folder import model_location, read_model_folder
+from pipelines.model_files import model_location
+from pipelines.model_folder import read_model_folder
 from pipelines.serving.settings import ServePaths, ServeSettings
 from pipelines.settings import ComputeSettings
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 
@@ -43,8 +43,8 @@ def run_local(job: ServeJob) -> None:
         if getattr(job.serve, name) != usual[name]:
             raise SettingsError(f"{name}={getattr(job.serve, name)} is for Ray Serve; leave it or --local out")
     check_job(job)
-    with own_port(job.serve.host, job.serve.port):
-        asyncio.run(_serve(job))
+    with own_port(job.serve.host, job.serve.port), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(job))
 
 
 class _Server(uvicorn.Server):
@@ -59,6 +59,16 @@ class _Server(uvicorn.Server):
         yield
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes uvloop's event loop if it is installed (it comes with Ray Serve, not on Windows)."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 async def _serve(job: ServeJob) -> None:

@@ -32,7 +32,8 @@ from pipelines.model.weights import (
     set_pad_token,
     vocabulary_of,
 )
-from pipelines.model_folder import PIPELINE_FILE, ModelFolder, check_is_new, local_folder, new_folder, seal
+from pipelines.model_files import PIPELINE_FILE, local_folder
+from pipelines.model_folder import ModelFolder, check_is_new, new_folder, seal
 from pipelines.settings import DecisionSettings, Kind, TrainSettings, WindowSettings
 from pipelines.simpletransformers.arguments import (
     MODEL_ARGS,

@@ -11,7 +11,8 @@ from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.fields import plain
 from pipelines.model.devices import resolve_device
 from pipelines.model.weights import OPENING_ERRORS, safe_config
-from pipelines.model_folder import PIPELINE_FILE, check_weights, read_model_folder
+from pipelines.model_files import PIPELINE_FILE, check_weights
+from pipelines.model_folder import read_model_folder
 from pipelines.simpletransformers.arguments import MODEL_ARGS, ClassificationArgs
 from pipelines.simpletransformers.translate import saved_args
 from pipelines.text.pretrained import quiet_transformers

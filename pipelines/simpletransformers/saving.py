@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.errors import OutputError
-from pipelines.model_folder import ASIDE, PIPELINE_FILE
+from pipelines.model_files import ASIDE, PIPELINE_FILE
 from pipelines.simpletransformers.arguments import MODEL_ARGS, ClassificationArgs
 from pipelines.storage.locations import sync_folder
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.errors import JobError
-from pipelines.model_folder import is_hub_name, local_folder
+from pipelines.model_files import is_hub_name, local_folder
 from pipelines.storage.columns import SOURCE_COLUMNS
 from pipelines.storage.filters import kept_rows, parse_filter
 from pipelines.storage.rows import Rows, read_units

@@ -21,7 +21,7 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.errors import JobError, OutputError, first_line
-from pipelines.model_folder import PIPELINE_FILE, RUN_FILE, file_sha256
+from pipelines.model_files import PIPELINE_FILE, RUN_FILE, file_sha256
 from pipelines.storage.locations import (
     commit_json,
     exists,
@@ -184,6 +184,29 @@ def remove_folder(location: str) -> None:
         filesystem.rm(folder, recursive=True)
 
 
+def remove_training(output: str) -> None:
+    """Remove a finished model or an unfinished run, with all files of its folder.
+
+    Raises:
+        OutputError: The folder contains something else.
+    """
+    if is_empty(output, besides=MARK):
+        return
+    if not (exists(output, RUN_FILE) or exists(output, PIPELINE_FILE)):
+        raise OutputError(
+            f"--output {shown(output)} is neither a model folder nor an unfinished run, so --overwrite does not remove "
+            f"it; give a new folder"
+        )
+    logger.info("removing what is in %s", shown(output))
+    filesystem, folder = filesystem_of(output)
+    paths = [path.rstrip("/") for path in filesystem.ls(folder, detail=False)]
+    last = (RUN_FILE, PIPELINE_FILE)  # a removal that is killed can be repeated
+    for path in sorted(paths, key=lambda path: posixpath.basename(path) in last):
+        if not posixpath.basename(path).startswith(MARK):
+            filesystem.rm(path, recursive=True)
+    filesystem.invalidate_cache()
+
+
 def open_training(output: str, identity: Mapping[str, Any]) -> bool:
     """Begin a run in an empty folder, or resume the unfinished run in it. Return whether a run is resumed.
 
@@ -207,7 +230,7 @@ def open_training(output: str, identity: Mapping[str, Any]) -> bool:
         with suppress(OSError):  # the folder is refused below in any case
             remove_all(output)
     if has_model or not is_empty(output, besides=MARK):
-        raise OutputError(f"--output {shown(output)} is not empty; give a new folder, or remove it first")
+        raise OutputError(f"--output {shown(output)} is not empty; give a new folder, or add --overwrite")
     try:
         commit_json(output, RUN_FILE, dict(identity))
     except OSError as error:

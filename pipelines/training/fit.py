@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,17 +25,21 @@ from pipelines.decisions.calibration import WindowLogits, calibration_error, fit
 from pipelines.decisions.labels import Decisions, Scaling, decide
 from pipelines.decisions.metrics import count_distinct, evaluate, histograms_of, tie_warning, tune_thresholds
 from pipelines.errors import JobError
+from pipelines.evaluation.curves import label_rows
 from pipelines.evaluation.report import ReportData, render
+from pipelines.evaluation.summary import uselessness
 from pipelines.model.lora import has_adapter, load_trained, merge_adapter, save_adapter
 from pipelines.model.scorer import DocumentScores, concat_scores, plan_of, rescored
 from pipelines.model.torch_scorer import TorchScorer
 from pipelines.model.weights import describe, new_classifier
 from pipelines.model.window_model import WindowModel
-from pipelines.model_folder import PIPELINE_FILE, ModelFolder, seal
+from pipelines.model_files import PIPELINE_FILE
+from pipelines.model_folder import COLUMNS, ModelFolder, seal
 from pipelines.settings import (
     UNCALIBRATED,
     Calibration,
     ComputeSettings,
+    DataSettings,
     DecisionSettings,
     TrainSettings,
     WindowSettings,
@@ -50,6 +54,7 @@ from pipelines.training.losses import Loss, resolve_loss
 from pipelines.training.order import TrainingWindows, training_windows
 from pipelines.training.ranks import barrier, rank, shared_dtype, worker_device, world_size
 from pipelines.training.state import BestMetric, Evaluation, TrainState
+from pipelines.version import VERSION
 
 REPORT_FILE = "report.html"
 ADAPTER_FOLDER = "adapter"
@@ -70,6 +75,8 @@ class RunSpec:
     decision: DecisionSettings
     train: TrainSettings
     compute: ComputeSettings
+    data: DataSettings = field(default_factory=DataSettings)
+    """The columns of the data, which the model folder remembers."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,10 @@ class TrainSummary:
     packed: bool
     seconds: float
     settings: Mapping[str, Any] = field(default_factory=dict)
+    labels: Sequence[Mapping[str, Any]] = ()
+    """The numbers of each label on valid (`curves.label_rows`), the most frequent first."""
+    report: str | None = None
+    """Location of the report page, if there is validation data."""
 
     def __repr__(self) -> str:
         lines = [
@@ -130,6 +141,7 @@ def fit(
     valid: Corpus | None,
     *,
     is_preempted: Callable[[], bool] | None = None,
+    is_interrupted: Callable[[], bool] | None = None,
     on_metrics: Callable[[Mapping[str, float]], None] | None = None,
 ) -> TrainSummary:
     """Fine-tune, keep the best weights, tune thresholds on valid, and write the model folder.
@@ -142,6 +154,8 @@ def fit(
         train: The training data.
         valid: The validation data, or None.
         is_preempted: Returns whether a machine of the run will be taken away.
+        is_interrupted: For a run in one process, whose data is complete: returns whether it is to end with a
+            checkpoint.
         on_metrics: Receives numbers by name during the run, on rank 0.
     """
     started = time.perf_counter()
@@ -157,8 +171,11 @@ def fit(
             evaluate=evaluate_valid,
             on_checkpoint=lambda loop: _save_checkpoint(loop, scorer.model, checkpoints, spec.train),
             is_preempted=is_preempted,
+            is_interrupted=is_interrupted,
             on_metrics=on_metrics,
         )
+        if is_interrupted is not None:
+            _say_sizes(train, data)
         loop = TrainLoop(scorer.model, data, spec.train, loss, BestMetric.of(spec.train, spec.decision), hooks=hooks)
         first_step = _resume(loop, checkpoint)
         try:
@@ -173,7 +190,8 @@ def fit(
         if rank() == 0:
             seconds = time.perf_counter() - started
             page = _page(spec, result, train, valid, state=state, steps_here=state.step - first_step, seconds=seconds)
-            _write_folder(spec, result, scorer, folder, has_pairs=train.has_pairs, page=page)
+            training = _training_of(spec, train, valid)
+            _write_folder(spec, result, scorer, folder, has_pairs=train.has_pairs, page=page, training=training)
         barrier()
         return _summary(spec, result, (train, valid), data, state, packed=scorer.model.is_packed, started=started)
 
@@ -258,8 +276,20 @@ def _resume(loop: TrainLoop, checkpoint: Path | None) -> int:
     if checkpoint is not None:
         loop.restore(checkpoint)
         if rank() == 0:
-            logger.info("resuming from step %d", loop.state.step)
+            logger.info("resuming from step %d, in epoch %d", loop.state.step, loop.state.epoch + 1)
     return loop.state.step
+
+
+def _say_sizes(train: Corpus, data: TrainingWindows) -> None:
+    """Log how much there is to train on."""
+    longest = int(np.argmax(train.num_tokens_D))
+    logger.info(
+        "training on %s windows of %s documents; the longest has %s tokens (%s)",
+        f"{data.num_windows(range(data.num_units)):,}",
+        f"{len(train):,}",
+        f"{int(train.num_tokens_D[longest]):,}",
+        train.name(int(train.rows_D[longest])),
+    )
 
 
 def _save_checkpoint(loop: TrainLoop, model: WindowModel, checkpoints: Checkpoints, settings: TrainSettings) -> None:
@@ -306,7 +336,14 @@ def _has_tunable_thresholds(decision: DecisionSettings) -> bool:
 
 
 def _write_folder(
-    spec: RunSpec, result: _Result, scorer: TorchScorer, folder: Path, *, has_pairs: bool, page: str | None
+    spec: RunSpec,
+    result: _Result,
+    scorer: TorchScorer,
+    folder: Path,
+    *,
+    has_pairs: bool,
+    page: str | None,
+    training: Mapping[str, Any],
 ) -> None:
     """Finish the model folder, copy it to the output, and then remove the checkpoints."""
     module = scorer.model.module
@@ -327,10 +364,26 @@ def _write_folder(
             metrics=result.metrics,
             histograms=result.histograms,
             reads_pairs=has_pairs,
+            training=training,
         )
     )
     publish(folder, spec.output, last=PIPELINE_FILE)
     remove_all(spec.output)
+
+
+def _training_of(spec: RunSpec, train: Corpus, valid: Corpus | None) -> dict[str, Any]:
+    """Return what the model folder remembers of its training."""
+    usual = TrainSettings()
+    return {
+        "version": VERSION,
+        "model": shown(spec.model),
+        "columns": {name: value for name, value in asdict(spec.data).items() if name in COLUMNS and value},
+        "settings": {name: value for name, value in asdict(spec.train).items() if value != getattr(usual, name)},
+        "documents": len(train),
+        "fingerprint": train.fingerprint,
+        "valid_documents": 0 if valid is None else len(valid),
+        "valid_fingerprint": None if valid is None else valid.fingerprint,
+    }
 
 
 def _page(
@@ -412,7 +465,23 @@ def _summary(
         packed=packed,
         seconds=round(time.perf_counter() - started, 2),
         settings=asdict(spec.train),
+        labels=[] if valid is None or result.scores is None else _labels(valid, result),
+        report=None if valid is None else f"{shown(spec.output)}/{REPORT_FILE}",
     )
+
+
+def _labels(valid: Corpus, result: _Result) -> list[dict[str, Any]]:
+    """Return the numbers of each label on valid. Warns if the model is worth no more than a constant answer."""
+    assert result.scores is not None
+    decision, scores_DL = result.decision, result.scores.scores_DL
+    decisions = decide(scores_DL, decision, result.scores.votes_DL)
+    if rank() == 0 and (useless := uselessness(valid.targets, decisions, decision)):
+        logger.warning(
+            "the model is useless on the validation data: %s; train longer or with more rows (--epochs, "
+            "--learning-rate), and check the labels",
+            useless,
+        )
+    return label_rows(valid.targets, scores_DL, decisions, decision)
 
 
 def _log_once(message: str, value: object) -> None:

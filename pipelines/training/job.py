@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -39,7 +42,7 @@ from pipelines.storage.marks import HEARTBEAT_SECONDS, heartbeat
 from pipelines.storage.shards import InputFile, fingerprint, split_into_units, usual_unit_bytes
 from pipelines.text.stage import TokenizeStage
 from pipelines.text.windows import leads_with_space
-from pipelines.training.checkpoints import open_training, remove_folder, steps_of
+from pipelines.training.checkpoints import open_training, remove_folder, remove_training, steps_of
 from pipelines.training.fit import RunSpec, TrainSummary, fit, prepare_folder
 from pipelines.training.loop import HARMLESS
 from pipelines.training.losses import resolve_loss
@@ -143,7 +146,31 @@ def train_here(job: TrainJob) -> TrainSummary:
                 corpora = {
                     name: tokenize_into_files(split, Path(scratch, name), progress) for name, split in splits.items()
                 }
-            return fit(checked.spec, corpora["train"], corpora.get("valid"))
+            with _ends_at_interrupt() as is_interrupted:
+                return fit(checked.spec, corpora["train"], corpora.get("valid"), is_interrupted=is_interrupted)
+
+
+@contextmanager
+def _ends_at_interrupt() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C only be noted, so that a run can write a checkpoint. Yields whether there was one.
+
+    A second one raises KeyboardInterrupt as usual. Outside of the main thread, nothing changes.
+    """
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield noted.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -157,6 +184,8 @@ def opened_run(job: TrainJob) -> Iterator[CheckedTrainJob]:
                 f"another training writes to --output {shown(job.paths.output)} now ({mark.others[0]}); wait for it, "
                 f"or give a new folder. A killed job counts as running for {3 * HEARTBEAT_SECONDS:g} s"
             )
+        if job.paths.overwrite:
+            remove_training(job.paths.output)
         with _begun(job, checked):
             yield checked
 
@@ -168,14 +197,35 @@ def _begun(job: TrainJob, checked: CheckedTrainJob) -> Iterator[None]:
     labels = ", ".join(checked.spec.decision.labels) or "regression"
     num_valid = 0 if checked.valid is None else len(checked.valid.targets)
     logger.info("%s training rows, %s valid; %s", f"{len(checked.train.targets):,}", f"{num_valid:,}", labels)
+    if not is_new:
+        steps = steps_of(job.paths.output)
+        state = f"from its checkpoint of step {steps[-1]}" if steps else "from the beginning: it has no checkpoint"
+        logger.info("%s contains an unfinished run, which is resumed %s", shown(job.paths.output), state)
     try:
         yield
     except PipelinesError:
         if is_new and not steps_of(job.paths.output):  # no checkpoint to resume from
             remove_folder(job.paths.output)
         raise
+    except KeyboardInterrupt:
+        _say_what_is_kept(job, is_new=is_new)
+        raise
     except OSError as error:  # from a disk or an object store, after the retries of `retried`
         raise JobError(f"training stopped: {error}; after the repair, the same command resumes the run") from error
+
+
+def _say_what_is_kept(job: TrainJob, *, is_new: bool) -> None:
+    """After an interruption, log what is kept. A new run without a checkpoint leaves nothing."""
+    steps = steps_of(job.paths.output)
+    if steps:
+        logger.info(
+            "the checkpoint of step %d is kept in %s: the same command resumes the run, and --overwrite begins again",
+            steps[-1],
+            shown(job.paths.output),
+        )
+    elif is_new:
+        remove_folder(job.paths.output)
+        logger.info("nothing is kept, because no checkpoint was written yet")
 
 
 def check_job(job: TrainJob) -> CheckedTrainJob:
@@ -192,11 +242,16 @@ def check_job(job: TrainJob) -> CheckedTrainJob:
     train = _labelled(paths.train, train_labels, decision)
     valid = None
     if paths.valid is not None and valid_labels is not None:
-        valid = _labelled(paths.valid, valid_labels, decision)
+        valid = _labelled_as_in_training(paths.valid, valid_labels, decision, limit=job.data.limit)
+    else:
+        logger.warning(
+            "no --valid: nothing measures the model, its thresholds are not tuned, there is no report, and the last "
+            "weights are kept instead of the best"
+        )
     _check_targets(train.targets, decision, job.settings)
     _check_without_effect(job.settings, has_valid=valid is not None)
     pretrained = describe(paths.model, attention_dropout=job.settings.attention_dropout)
-    spec = RunSpec(paths.model, paths.output, job.windows, decision, job.settings, job.compute)
+    spec = RunSpec(paths.model, paths.output, job.windows, decision, job.settings, job.compute, job.data)
     return CheckedTrainJob(job, spec, train, valid, pretrained)
 
 
@@ -223,6 +278,21 @@ def _labelled(location: str, labels: LabelColumn, decision: DecisionSettings) ->
         return LabelledFiles(location, labels.files, encode_labels(labels.values, decision))
     except DataError as error:
         raise DataError(f"{shown(location)}: {error}") from error
+
+
+def _labelled_as_in_training(
+    location: str, labels: LabelColumn, decision: DecisionSettings, *, limit: int | None
+) -> LabelledFiles:
+    """Convert the labels of the validation data. A label that no training row has gets a remedy."""
+    try:
+        return _labelled(location, labels, decision)
+    except DataError as error:
+        if "outside the label set" not in str(error):
+            raise
+        first = f"; --limit takes the first {limit:,} rows of each input, which may lack a label" if limit else ""
+        raise DataError(
+            f"{error}. The set is that of the training rows{first}. Name all labels with --labels, separated by commas"
+        ) from error
 
 
 def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, settings: TrainSettings) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from pipelines.errors import ModelFolderError
 from pipelines.model.window_model import WindowModel
-from pipelines.progress import PROGRESS_SECONDS, Progress
+from pipelines.progress import HINT_AFTER_SECONDS, LONG_SECONDS, PROGRESS_SECONDS, Progress, duration
 from pipelines.settings import TrainSettings
 from pipelines.training.checkpoints import STATE_FILE
 from pipelines.training.losses import Loss
@@ -66,6 +66,8 @@ class Hooks:
     """Writes a checkpoint. Called when the settings require one, and when a machine will be taken away."""
     is_preempted: Callable[[], bool] | None = None
     """Returns whether a machine of the run will be taken away."""
+    is_interrupted: Callable[[], bool] | None = None
+    """Returns whether the run is to end after this step, with a checkpoint. Only for runs of one process."""
     on_metrics: Callable[[Mapping[str, float]], None] | None = None
     """Receives numbers by name every few seconds and at each evaluation, on rank 0."""
     steps: Callable[[int, int], Iterator[Step]] | None = None
@@ -170,6 +172,8 @@ class TrainLoop:
             self._run_step(step)
             is_evaluated = self._evaluate_if_due()
             self._save_if_due(is_evaluated=is_evaluated)
+            if self._hooks.is_interrupted is not None and self._hooks.is_interrupted():
+                self._end_with_checkpoint()
             if self.state.stopped:
                 return
         self._losses.flush(self.state)
@@ -244,6 +248,14 @@ class TrainLoop:
             self._hooks.on_checkpoint(self)
             self._clock.saved()
 
+    def _end_with_checkpoint(self) -> NoReturn:
+        """Write a checkpoint, unless it was written for this step, and end the run. Raises KeyboardInterrupt."""
+        if self._hooks.on_checkpoint is not None:
+            logger.info("interrupted: writing a checkpoint of step %d; a second Ctrl-C does not wait", self.state.step)
+            self._losses.flush(self.state)
+            self._hooks.on_checkpoint(self)
+        raise KeyboardInterrupt
+
     def _documents_of_step(self, number: int) -> str:
         """Return the names of the first few documents of a step, over all ranks."""
         epoch = self.state.epoch
@@ -303,6 +315,7 @@ class _Monitor:
         is_shown = rank() == 0
         self._on_metrics = on_metrics if is_shown else None
         self._is_shown, self._tokens, self._told = is_shown, 0, time.monotonic()
+        self._has_hinted = False
         self._writer: Any = None
         if settings.tensorboard_dir is not None and is_shown:
             from tensorboardX import SummaryWriter  # comes with Ray Train; imported only where it is needed
@@ -330,10 +343,24 @@ class _Monitor:
         self._progress.advance(
             1, [f"loss {mean_loss:.3f}", f"learning rate {learning_rate:.1e}", f"{rate:,.0f} tokens/s"]
         )
+        self._hint()
         if self._on_metrics is not None:
             numbers = {"step": self._progress.done, "loss": mean_loss, "learning_rate": learning_rate}
             left = self._progress.seconds_left or 0.0
             self._on_metrics({**numbers, "tokens_per_second": rate, "seconds_left": left})
+
+    def _hint(self) -> None:
+        """Say once what makes a long run quicker."""
+        left = self._progress.seconds_left
+        if self._has_hinted or left is None or self._progress.measured_seconds < HINT_AFTER_SECONDS:
+            return
+        self._has_hinted = True
+        if left > LONG_SECONDS and self._is_shown:
+            logger.info(
+                "about %s to go. Quicker: a GPU, --train-max-windows 1 (trains on the first window of each document), "
+                "--limit (fewer rows), fewer --epochs, a smaller --model",
+                duration(left),
+            )
 
     def show_evaluation(self, state: TrainState, name: str, *, improves: bool) -> None:
         """Log the main metric of the newest evaluation, and export all of its numbers."""

@@ -40,8 +40,14 @@ def test_relabel_matches_scoring_with_thresholds(folders, source, tmp_path, caps
                   "--json", code=3)  # fmt: skip
     assert read_scored(tmp_path / "new").equals(read_scored(tmp_path / "again"))
     assert not read_scored(tmp_path / "new").equals(read_scored(tmp_path / "scored"))
+    content = json.loads((tmp_path / "new" / "_summary.json").read_text())
     for name in ("rows_out", "rows_in_error", "positive_rates", "histograms", "tokens"):
-        assert summary[name] == expected[name], name
+        assert content[name] == expected[name], name
+    assert not content["seconds"], "its own summary, not that of the scoring"
+    assert (summary["rows"], summary["rows_in_error"]) == (expected["rows_out"], expected["rows_in_error"])
+    scored = summary["rows"] - summary["rows_in_error"]
+    assert {k: v / scored for k, v in summary["rows_now"].items()} == pytest.approx(expected["positive_rates"])
+    assert summary["rows_before"] != summary["rows_now"]
     first = list_files(str(tmp_path / "new"))[0]
     limits = json.loads(pq.read_schema(first).metadata[b"pipelines.thresholds"])
     assert list(limits.values()) == ([median] if kind == "binary" else [0.3, 0.6, median])

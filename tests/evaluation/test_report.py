@@ -185,7 +185,9 @@ def test_numbers_of_each_label_match_scikit_learn():
     rows = label_rows(targets, scores_DL, decide(scores_DL, decision), decision)
     predicted = scores_DL.argmax(axis=1)
     precision, recall, f1, support = precision_recall_fscore_support(targets, predicted)
-    for row, *expected in zip(rows, precision, recall, f1, support, strict=True):
+    assert [row["rows"] for row in rows] == sorted(support, reverse=True), "the most frequent first"
+    by_name = sorted(rows, key=lambda row: row["label"])
+    for row, *expected in zip(by_name, precision, recall, f1, support, strict=True):
         assert [row["precision"], row["recall"], row["f1"], row["rows"]] == pytest.approx(expected)
 
 

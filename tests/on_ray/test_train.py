@@ -75,7 +75,7 @@ def test_lost_worker_is_replaced(training_data, tmp_path):
     workers[-1].kill()
     out, err = process.communicate(timeout=300)
     assert process.returncode == 3, err[-3000:]
-    assert re.search(r"resuming from step \d*0$", err, re.MULTILINE), "save_minutes is checked every ten steps"
+    assert re.search(r"resuming from step \d*0, ", err, re.MULTILINE), "save_minutes is checked every ten steps"
     summary = json.loads(out)
     expected = train_here(train_job(training_data, tmp_path / "undisturbed", **STEPS))
     assert summary["steps"] == expected.steps
@@ -105,7 +105,7 @@ def test_elastic_workers(training_data, tmp_path):
     begun = [line for line in lines if line.startswith("training on")]
     assert begun == [f"training on {count} workers" for count in (1, 2, 1)], "the number of workers grows and shrinks"
     (notice,) = [line for line in lines if "a machine of this run will be taken away" in line]
-    resumed = [line.split()[-1] for line in lines if line.startswith("resuming from step")]
+    resumed = [line.split()[3].strip(",") for line in lines if line.startswith("resuming from step")]
     assert int(resumed[-1]) >= int(notice.split()[-1])
     summary = json.loads(done.stdout.splitlines()[-1])
     assert len(summary["losses"]) == summary["steps"], "no step is missing or repeated"

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from pipelines.errors import PipelinesError
-from pipelines.model_folder import PIPELINE_FILE
+from pipelines.model_files import PIPELINE_FILE
 from pipelines.storage.locations import make_folder
 from pipelines.storage.marks import heartbeat
 from pipelines.training.checkpoints import Checkpoints, fetch_newest, open_training, publish, remove_all

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.errors import DataError, ModelFolderError, OutputError
-from pipelines.model_folder import local_folder
+from pipelines.model_files import local_folder
 from pipelines.storage import footers, locations, shards
 from pipelines.storage.listing import list_files
 from pipelines.storage.rows import read_tables, read_units, together

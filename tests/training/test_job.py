@@ -2,11 +2,14 @@
 
 import json
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import pipelines
 from pipelines.bulk.score import score_here
+from pipelines.cli import main
 from pipelines.errors import DataError, JobError, ModelFolderError, OutputError, SettingsError
 from pipelines.evaluation.labelled import evaluate_folder
 from pipelines.model_folder import read_model_folder
@@ -23,7 +26,7 @@ def test_run_writes_folder_report_and_tensorboard(training_data, tmp_path, log_l
     assert sum("valid auprc" in line for line in log_lines) == 1
     assert read_model_folder(tmp_path / "out").metrics == summary.valid
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "valid mcc" in page
+    assert "Training loss" in page
     assert "training fingerprint" in page
     assert "1.parquet row" in page, "documents are named by file and row"
     assert list((tmp_path / "logs").glob("events.*"))
@@ -40,8 +43,9 @@ def test_pair_training_and_scoring(training_data, tmp_path, emails):
     assert summary.windows > 24, "the second text is cut into windows"
     folder = read_model_folder(tmp_path / "model")
     with pytest.raises(DataError, match="trained on pairs of texts: give the second text too"):
-        score_here(score_job(folder, pairs["train"], tmp_path / "scored"))
-    job = score_job(folder, pairs["train"], tmp_path / "scored", text_pair_column="mail")
+        score_here(score_job(folder, pairs["train"], tmp_path / "scored", text_pair_column=None))
+    job = score_job(folder, pairs["train"], tmp_path / "scored")
+    assert job.data.text_pair_column == "mail", "the folder remembers it"
     assert score_here(job).rows_in_error == 0
     data, compute = DataSettings(text_pair_column="mail"), ComputeSettings(device="cpu")
     assert evaluate_folder(summary.model, pairs["train"], data, compute).rows == 24
@@ -152,3 +156,79 @@ def test_single_class_and_pickle_are_refused(training_data, tmp_path):
     (pickled / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(ModelFolderError, match=r"as a pickle \(pytorch_model\.bin\)"):
         train_here(train_job(training_data, tmp_path / "out", model=str(pickled)))
+
+
+@pytest.fixture
+def renamed_data(training_data, tmp_path):
+    """The training data with other column names."""
+    table = pq.read_table(training_data / "data")
+    pq.write_table(table.rename_columns(["body", "group"]), tmp_path / "renamed.parquet")
+    return tmp_path / "renamed.parquet"
+
+
+def test_folder_remembers_columns_and_settings(training_data, renamed_data, tmp_path, capsys):
+    columns = {"text_column": "body", "label_column": "group"}
+    data = {"train": str(renamed_data), "valid": str(renamed_data)}
+    train_here(train_job(training_data, tmp_path / "out", **data, **columns))
+    training = read_model_folder(tmp_path / "out").training
+    assert training["columns"] == columns
+    assert training["settings"] == {
+        "epochs": 1, "batch_size": 5, "learning_rate": 1e-3, "train_dtype": "float32", "weight": [1, 4],
+    }  # fmt: skip
+    assert training["model"] == str(training_data / "base")
+    assert (training["documents"], training["valid_documents"]) == (59, 59)
+    model = str(tmp_path / "out")
+    assert main(["inspect", model]) == 0
+    shown = capsys.readouterr().out
+    assert "trained with text_column: body" in shown
+    assert "trained with learning_rate: 0.001" in shown
+    assert main(["evaluate", model, "--data", str(renamed_data), "--report", str(tmp_path / "page.html")]) == 3
+    result = capsys.readouterr()
+    assert "the columns are those of the training: text_column body, label_column group" in result.err
+    assert "page.html" in result.out
+    assert main(["tune", model, "--data", str(renamed_data)]) == 3
+    assert read_model_folder(tmp_path / "out").training == training, "tune keeps it"
+    assert score_here(score_job(read_model_folder(model), renamed_data, tmp_path / "scored")).rows_out == 60
+    with pytest.raises(DataError, match="has no column 'text'"):
+        score_here(score_job(read_model_folder(model), renamed_data, tmp_path / "other", text_column="text"))
+    assert pipelines.evaluate(model, pd.read_parquet(renamed_data)).rows == 60
+    assert pipelines.evaluate(model, pd.read_parquet(training_data / "data")).rows == 60, "a frame with other names"
+    scored = pipelines.score(model, pd.read_parquet(renamed_data))
+    assert "body" not in scored.column_names
+
+
+def test_overwrite_removes_a_model_or_a_run_and_nothing_else(training_data, tmp_path):
+    job = train_job(training_data, tmp_path / "out", overwrite=True)
+    first = train_here(job)
+    (tmp_path / "out" / "notes.txt").write_text("of the old model")
+    with pytest.raises(OutputError, match="is not empty; give a new folder, or add --overwrite"):
+        train_here(train_job(training_data, tmp_path / "out"))
+    assert train_here(job).valid == first.valid
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_bytes(b"1")
+    with pytest.raises(OutputError, match="neither a model folder nor an unfinished run, so --overwrite does not"):
+        train_here(train_job(training_data, tmp_path / "photos", overwrite=True))
+    assert (tmp_path / "photos" / "one.jpg").exists()
+
+
+def test_what_is_lost_without_valid_is_said(training_data, tmp_path, log_lines):
+    train_here(train_job(training_data, tmp_path / "out", valid=None))
+    assert any("no --valid: nothing measures the model" in line for line in log_lines)
+    assert any("training on 341 windows of 59 documents; the longest has" in line for line in log_lines), log_lines
+
+
+def test_label_that_only_valid_has(training_data, tmp_path):
+    pq.write_table(pa.table({"text": ["a"], "label": ["phishing"]}), tmp_path / "valid.parquet")
+    with pytest.raises(
+        DataError, match=r"'phishing'; .*the first 20 rows of each input.*Name all labels with --labels"
+    ):
+        train_here(train_job(training_data, tmp_path / "out", valid=str(tmp_path / "valid.parquet"), limit=20))
+
+
+def test_useless_model_is_called_so(training_data, tmp_path, log_lines):
+    summary = train_here(train_job(training_data, tmp_path / "out", learning_rate=1e-9, thresholds=0.999))
+    assert any(
+        "the model is useless on the validation data: it calls every document 'ham'" in line for line in log_lines
+    )
+    assert summary.valid["mcc"] == 0

@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from pipelines.errors import JobError, OutputError
-from pipelines.model_folder import local_folder, read_model_folder
+from pipelines.model_files import local_folder
+from pipelines.model_folder import read_model_folder
 from pipelines.training import checkpoints
 from pipelines.training import job as job_module
 from pipelines.training.checkpoints import STATE_FILE, fetch_newest, open_training, publish, remove_all
@@ -72,7 +73,7 @@ def test_killed_run_resumes_with_same_weights(training_data, tmp_path):
     with pytest.raises(OutputError, match="train was 'sha256:"):
         train_here(train_job(training_data, output, **STEPS, train=str(training_data / "data" / "0.parquet")))
     summary, log = finish(start(tmp_path, train_values(training_data, output, **{**STEPS, "save_steps": 5})))
-    (resumed,) = re.findall(r"^resuming from step (\d+)$", log, re.MULTILINE)
+    (resumed,) = re.findall(r"^resuming from step (\d+), in epoch", log, re.MULTILINE)
     assert int(resumed) >= 4
     assert summary["steps"] == expected["steps"]
     np.testing.assert_allclose(summary["losses"], expected["losses"], rtol=1e-4)
@@ -151,8 +152,8 @@ def test_checkpoint_on_preemption_notice(training_data, tmp_path, monkeypatch, l
         written.append(Path(location).name)
         real(folder, location, last=last)
 
-    def fit_preempted(*arguments):
-        return fit(*arguments, is_preempted=lambda: True)
+    def fit_preempted(*arguments, **more):
+        return fit(*arguments, is_preempted=lambda: True, **more)
 
     monkeypatch.setattr(checkpoints, "publish", recorded)
     monkeypatch.setattr("pipelines.training.job.fit", fit_preempted)
@@ -222,7 +223,7 @@ def test_run_goes_back_to_the_older_checkpoint(stopped_run, training_data, tmp_p
     whole = train_here(train_job(training_data, tmp_path / "whole", **settings))
     DAMAGE["truncated weights"](output / "checkpoints" / "step-000000006")
     resumed = train_here(train_job(training_data, output, **settings))
-    assert "resuming from step 3" in log_lines
+    assert "resuming from step 3, in epoch 1" in log_lines
     np.testing.assert_allclose(resumed.losses, whole.losses, rtol=1e-5)
 
 
@@ -232,11 +233,11 @@ def test_two_trainings_into_one_folder(training_data, tmp_path, monkeypatch):
     second = train_job(training_data, tmp_path / "out", limit=10, seed=3)
     original = job_module.fit
 
-    def fit_later(*args):
+    def fit_later(*args, **more):
         monkeypatch.setattr(job_module, "fit", original)
         with pytest.raises(OutputError, match=r"another training writes to --output .* now \(process \d+ on"):
             train_here(second)
-        return original(*args)
+        return original(*args, **more)
 
     monkeypatch.setattr(job_module, "fit", fit_later)
     train_here(first)
@@ -248,3 +249,38 @@ def test_two_trainings_into_one_folder(training_data, tmp_path, monkeypatch):
     (killed / "_running-x.json").write_text(json.dumps(mark))
     train_here(train_job(training_data, killed, limit=10))
     assert read_model_folder(killed).decision.kind == "binary"
+
+
+def test_interrupt_writes_a_checkpoint_and_says_what_is_kept(training_data, tmp_path):
+    settings = train_values(training_data, tmp_path / "out", epochs=200, save_each_epoch=False)
+    (tmp_path / "train.yaml").write_text(json.dumps(settings))
+    first = start_command("train", "--config", tmp_path / "train.yaml")
+    lines = []
+    for line in first.stderr:
+        lines.append(line)
+        if "trained" in line and "steps" in line:
+            first.send_signal(signal.SIGINT)
+            break
+    _, rest = first.communicate(timeout=120)
+    assert first.returncode == 130, "".join(lines) + rest
+    assert "Traceback" not in rest
+    step = int(re.search(r"the checkpoint of step (\d+) is kept", rest)[1])
+    assert f"interrupted: writing a checkpoint of step {step}" in rest
+    again = start_command("train", "--config", tmp_path / "train.yaml")
+    for line in again.stderr:
+        if "resuming from step" in line:
+            break
+    again.kill()
+    again.communicate()
+    assert re.search(rf"resuming from step {step}, in epoch \d+$", line.strip())
+
+
+def test_interrupt_before_a_step_keeps_nothing(training_data, tmp_path, monkeypatch, log_lines):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job_module, "fit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_here(train_job(training_data, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert "nothing is kept, because no checkpoint was written yet" in log_lines

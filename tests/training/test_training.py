@@ -137,7 +137,7 @@ def test_resume_in_another_dtype(tmp_path, emails, monkeypatch, log_lines, first
     monkeypatch.setattr(ranks, "resolve_dtype", lambda dtype, device: getattr(torch, then))
     monkeypatch.setattr(training, "_save_checkpoint", save)
     summary = run(job, train)
-    assert "resuming from step 2" in log_lines
+    assert "resuming from step 2, in epoch 1" in log_lines
     assert np.isfinite(summary.losses).all()
 
 
