@@ -31,11 +31,27 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # a safe loader
     except yaml.YAMLError as error:
-        raise SettingsError(f"{where} is no valid YAML: {first_line(error)}") from error
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise SettingsError(f"{where}{place}: no valid YAML: {problem}") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """The scalars of YAML 1.2: off and no are words, 1:8 is no number of base 60, and 1e-4 is a number."""
+    """The scalars of YAML 1.2: off and no are words, 1:8 is no number of base 60, and 1e-4 is a number.
+
+    A name that occurs twice in a mapping is an error, as in YAML 1.2.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping. Raises a YAML error if a name occurs twice."""
+        names: set[object] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} occurs twice", key.start_mark)
+            names.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        found: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return found
 
 
 _SCALARS = {

@@ -102,7 +102,7 @@ def test_settings_precedence_yaml_set_flags(folder, input_folder, tmp_path, caps
             "did you mean 'keep'",
         ),
         (["score", "{folder}", "--set", "limit"], "has no '='"),
-        (["score", "{folder}", "--set", "keep=[a"], "is no valid YAML"),
+        (["score", "{folder}", "--set", "keep=[a"], "no valid YAML"),
         (["score", "{folder}", "--config", "{empty}/none.yaml"], "cannot be read: No such file"),
         (
             ["train", "--train", "{data}"],
@@ -260,3 +260,30 @@ def test_label_columns_of_the_command_line(folders, tmp_path, capsys):
     wrong = ["evaluate", folder, "--data", str(tmp_path / "wide.parquet"), "--label-columns", "a,b"]
     assert main(wrong) == 2
     assert "both must have the same names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind: binary\nepochs: [1\nseed: 2\n", "line 3, column 5: no valid YAML: expected ',' or ']'"),
+        ("kind: binary\nepochs: 1\nkind: multilabel\n", "line 3, column 1: no valid YAML: 'kind' occurs twice"),
+    ],
+)
+def test_yaml_errors_have_a_line(text, message, tmp_path, capsys):
+    (tmp_path / "train.yaml").write_text(text)
+    code, _, err = run("train", "--config", tmp_path / "train.yaml", capsys=capsys)
+    assert code == 2
+    assert f"train.yaml, {message}" in err
+
+
+def test_results_are_tables_with_what_comes_next(folder, labelled, tmp_path, capsys):
+    code, out, _ = run("evaluate", folder, "--data", labelled, capsys=capsys)
+    assert code == 0
+    assert re.search(r"^label +rows +predicted +precision +recall +f1 +auprc +calibration error +threshold$", out, re.M)
+    assert re.search(r"^spam +\d+ +\d+ +0\.\d{4} ", out, re.MULTILINE)
+    code, out, _ = run("score", folder, "--input", labelled, "--output", tmp_path / "out", "--local", capsys=capsys)
+    assert f"next:\n  pipelines evaluate --scored {tmp_path / 'out'}" in out
+    code, out, _ = run("relabel", tmp_path / "out", "--thresholds", "0.9", "--output", tmp_path / "new", capsys=capsys)
+    assert re.search(r"^label +threshold +rows before +rows now$", out, re.MULTILINE)
+    code, out, _ = run("score", folder, "--input", labelled, "--output", tmp_path / "o", "--dry-run", capsys=capsys)
+    assert re.match(r"takes: \d+ s with 1 replica\n", out)

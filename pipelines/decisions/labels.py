@@ -309,8 +309,9 @@ def _not_a_list(column: pa.ChunkedArray) -> str:
     problem = f"the label column has type {column.type}; kind multilabel takes list<string> or a 0/1 list"
     if not _is_string(column.type):
         return f"{problem}. For one column with 0 or 1 for each label: --label-columns A,B,C"
-    first = next((text for text in column.slice(0, 1000).to_pylist() if text), "")
-    mark = next((mark for mark in ("; ", ";", "|", ", ", ",") if mark in first), ";")
+    texts = [text for text in column.slice(0, 1000).to_pylist() if text]
+    marks = ("; ", ";", "|", ", ", ",")
+    first, mark = next(((text, mark) for mark in marks for text in texts if mark in text), ("a;b", ";"))
     return (
         f"{problem}. To split texts such as {first[:40]!r}: frame['label'] = frame['label'].str.split({mark!r}), and "
         "write the frame with to_parquet. For one column with 0 or 1 for each label: --label-columns A,B,C"

@@ -6,6 +6,8 @@ import builtins
 import logging
 import os
 import re
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ RAISED = re.compile(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception|Died\w*|Interrupt|Exi
 """A line of a traceback that names an exception and its message."""
 WRAPPERS = ("UserCodeException", "RayTaskError")
 """Exceptions of Ray around the exception of a task."""
+ANNOUNCEMENT = b"Set ray log level from environment variable"
+JOIN_SECONDS = 1.0
 SPARE_CPUS = 2
 """A local Ray declares this many extra CPUs, so that small tasks can run while a model uses all real ones."""
 
@@ -53,19 +57,10 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS") or None
-    _quiet(is_local=address is None)
+    _quiet()
     try:
-        if address is None:
-            ray.init(
-                address="local",
-                num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
-                include_dashboard=False,
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with _without_announcement():
+            _start(address)
     except Exception as error:  # Ray raises plain exceptions if a local Ray does not start
         if "Version mismatch" in str(error):
             raise SettingsError(
@@ -82,6 +77,51 @@ def connected(address: str | None = None) -> Iterator[None]:
     finally:
         _state.is_local = False
         ray.shutdown()
+
+
+def _start(address: str | None) -> None:
+    """Connect to a cluster, or start a local Ray."""
+    if address is not None:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    ray.init(
+        address="local",
+        num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
+        include_dashboard=False,
+        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+@contextmanager
+def _without_announcement() -> Iterator[None]:
+    """Hide the line with which Ray says on stderr that it has read RAY_BACKEND_LOG_LEVEL. Other lines pass.
+
+    The line comes from Ray's C++ part, before the level holds, so no setting of Ray hides it.
+    """
+    real = os.dup(2)
+    reading, writing = os.pipe()
+
+    def forward() -> None:
+        with os.fdopen(reading, "rb") as lines:
+            for line in lines:
+                if ANNOUNCEMENT not in line:
+                    os.write(real, line)
+
+    sys.stderr.flush()
+    os.dup2(writing, 2)
+    os.close(writing)
+    thread = threading.Thread(target=forward, daemon=True, name="stderr")
+    thread.start()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(real, 2)
+        thread.join(timeout=JOIN_SECONDS)  # a process that Ray has started may still have the pipe
+        if not thread.is_alive():
+            os.close(real)
 
 
 def uses_gpus(device: str) -> bool:
@@ -149,12 +189,11 @@ def root_cause(error: BaseException) -> RootCause:
     return RootCause(getattr(type(error), "__name__", "Error"), first_line(error))
 
 
-def _quiet(*, is_local: bool) -> None:
-    """Set what Ray reads when it starts. Its own logs still go to files, and users see only our messages."""
+def _quiet() -> None:
+    """Set what Ray reads when it starts, so that users see only our messages. Ray's other processes log to files."""
     os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default; otherwise Ray warns
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if is_local:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     for name in ("ray.data", "ray.train", "ray.serve"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

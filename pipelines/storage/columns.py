@@ -108,8 +108,8 @@ def check_label_column(schema: pa.Schema, name: str, *, where: str) -> None:
     """
     if name not in schema.names:
         raise DataError(
-            f"{where} has no column {name!r}; name the label column with --label-column; "
-            f"it has: {', '.join(schema.names)}"
+            f"{where} has no column {name!r}; it has: {', '.join(schema.names)}; name the label column with "
+            "--label-column, or with --label-columns A,B,C for one column with 0 or 1 for each label"
         )
 
 

@@ -126,6 +126,7 @@ def test_labels_are_found_sorted_and_encoded():
         ([1.0, float("nan")], DecisionSettings(kind="regression"), "label of row 1 is nan"),
         (["x"], DecisionSettings(kind="regression"), "has type string; kind regression takes numbers"),
         (["a"], MULTILABEL, "has type string; kind multilabel takes list<string> or a 0/1 list"),
+        (["x", "a;b"], MULTILABEL, r"To split texts such as 'a;b': .*str.split\(';'\).*--label-columns A,B,C"),
         ([[{"label": "a"}]], MULTILABEL, "has type struct<label: string>; kind multilabel takes list<string>"),
         ([[["a"]]], MULTILABEL, "has type list<.*string>; kind multilabel takes list<string>"),
         ([[b"a"]], MULTILABEL, "has type binary; kind multilabel takes list<string>"),

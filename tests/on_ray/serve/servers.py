@@ -31,6 +31,7 @@ def started(folder, *settings, port=None):
         assert process.poll() is None, "".join(lines)
         assert time.monotonic() < deadline, "".join(lines)
         time.sleep(0.2)
+    assert not any(".cc:" in line for line in lines), "a line of Ray's C++ part"
     headers = {"authorization": f"Bearer {KEYS[1]}"}
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers) as client:
         yield client
