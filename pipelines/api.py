@@ -28,10 +28,10 @@ from pipelines.settings import (
     DecisionSettings,
     Kind,
     ScoreSettings,
-    TrainSettings,
     WindowSettings,
 )
 from pipelines.storage.tables import as_table, is_location, single_label_column
+from pipelines.training_settings import TrainSettings
 
 if TYPE_CHECKING:
     from pipelines.bulk.job import ScoreJob

@@ -26,10 +26,9 @@ from pipelines.settings import (
     Kind,
     ScorePaths,
     ScoreSettings,
-    TrainPaths,
-    TrainSettings,
     WindowSettings,
 )
+from pipelines.training_settings import TrainPaths, TrainSettings
 from pipelines.version import VERSION
 
 TRAIN_GROUPS = (TrainPaths, DecisionSettings, DataSettings, WindowSettings, TrainSettings, ComputeSettings)
@@ -83,7 +82,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse a command line. Exits with code 2 if it is wrong."""
-    parser, commands = _parsers()
+    parser, commands = parsers()
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         commands.choices[options.command].refuse(unknown)
@@ -127,7 +126,8 @@ def commented_settings(kind: str) -> Iterator[str]:
                 yield f"#{field.name}: {_shown_default(field.default)}"
 
 
-def _parsers() -> tuple[Parser, Any]:
+def parsers() -> tuple[Parser, Any]:
+    """Return the parser of the command, and its commands by name (`choices`)."""
     parser = Parser(
         prog="pipelines",
         description="Train, score and serve text classifiers for long texts and large data, on Ray.",

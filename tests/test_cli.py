@@ -13,8 +13,8 @@ from pipelines.arguments import parse_arguments, settings_of
 from pipelines.bulk.job import ScoreJob
 from pipelines.cli import main
 from pipelines.model_folder import read_model_folder
-from pipelines.settings import TrainSettings
 from pipelines.training.job import TrainJob
+from pipelines.training_settings import TrainSettings
 
 
 def run(*arguments, capsys):

@@ -8,13 +8,8 @@ from pipelines import settings
 from pipelines.config_file import read_config
 from pipelines.errors import SettingsError
 from pipelines.fields import field_help, parse
-from pipelines.settings import (
-    DecisionSettings,
-    ScoreSettings,
-    TrainPaths,
-    TrainSettings,
-    WindowSettings,
-)
+from pipelines.settings import DecisionSettings, ScoreSettings, WindowSettings
+from pipelines.training_settings import TrainPaths, TrainSettings
 
 GROUPS = [group for group in vars(settings).values() if isinstance(group, type) and dataclasses.is_dataclass(group)]
 

@@ -22,7 +22,8 @@ from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.fields import parse
 from pipelines.model.precision import head_of, pooler_of
 from pipelines.model_files import ADAPTER_CONFIG
-from pipelines.settings import DecisionSettings, TrainSettings, WindowSettings
+from pipelines.settings import DecisionSettings, WindowSettings
+from pipelines.training_settings import TrainSettings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TRAINED_FILE = "trained.safetensors"

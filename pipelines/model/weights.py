@@ -20,8 +20,9 @@ from pipelines.errors import ModelFolderError, SettingsError, first_line
 from pipelines.model.devices import RANDOM
 from pipelines.model.lora import Adapter, add_adapter, find_adapter
 from pipelines.model_files import ADAPTER_CONFIG, TOKENIZER_FILES, check_weights
-from pipelines.settings import DecisionSettings, TrainSettings
+from pipelines.settings import DecisionSettings
 from pipelines.text.pretrained import quiet_transformers
+from pipelines.training_settings import TrainSettings
 
 PROBLEM_TYPES = {
     "binary": "single_label_classification",

@@ -34,7 +34,7 @@ from pipelines.model.weights import (
 )
 from pipelines.model_files import PIPELINE_FILE, local_folder
 from pipelines.model_folder import ModelFolder, check_is_new, new_folder, seal
-from pipelines.settings import DecisionSettings, Kind, TrainSettings, WindowSettings
+from pipelines.settings import DecisionSettings, Kind, WindowSettings
 from pipelines.simpletransformers.arguments import (
     MODEL_ARGS,
     ClassificationArgs,
@@ -44,6 +44,7 @@ from pipelines.simpletransformers.arguments import (
 from pipelines.simpletransformers.translate import count_labels, decision_settings, resolve_args, window_settings
 from pipelines.text.pretrained import quiet_transformers, save_tokenizer
 from pipelines.text.tokenization import Tokenizer
+from pipelines.training_settings import TrainSettings
 
 
 def convert(old: str, new: str, kind: Kind | None = None, labels: Sequence[str] | None = None) -> ModelFolder | None:

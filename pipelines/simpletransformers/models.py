@@ -22,7 +22,6 @@ from pipelines.decisions.metrics import evaluate
 from pipelines.errors import DataError, SettingsError
 from pipelines.fields import plain
 from pipelines.progress import hidden_progress
-from pipelines.settings import TrainSettings
 from pipelines.simpletransformers.arguments import ClassificationArgs, MultiLabelClassificationArgs
 from pipelines.simpletransformers.engine import Engine, ModelSource
 from pipelines.simpletransformers.inputs import read_rows, read_texts
@@ -49,6 +48,7 @@ from pipelines.training.checkpoints import STATE_FILE
 from pipelines.training.fit import mean_loss
 from pipelines.training.losses import resolve_loss
 from pipelines.training.state import BestMetric
+from pipelines.training_settings import TrainSettings
 
 
 class ClassificationModel:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from pipelines.decisions.labels import Decisions
 from pipelines.errors import ModelFolderError
 from pipelines.model.scorer import DocumentScores
-from pipelines.settings import TrainSettings
 from pipelines.simpletransformers.arguments import BY_NAME
 from pipelines.simpletransformers.engine import Engine
 from pipelines.simpletransformers.outputs import predicted, raw_outputs, write_progress, write_results
@@ -29,6 +28,7 @@ from pipelines.training.losses import resolve_loss
 from pipelines.training.order import training_windows
 from pipelines.training.ranks import rank
 from pipelines.training.state import BestMetric, Evaluation, TrainState
+from pipelines.training_settings import TrainSettings
 
 Metric = Callable[[Any, Any], Any]
 

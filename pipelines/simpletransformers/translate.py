@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import SettingsError
-from pipelines.settings import ComputeSettings, DecisionSettings, Kind, TrainSettings, WindowSettings
+from pipelines.settings import ComputeSettings, DecisionSettings, Kind, WindowSettings
 from pipelines.simpletransformers.arguments import SCHEDULERS, ClassificationArgs, read_model_args
+from pipelines.training_settings import TrainSettings
 
 DEFAULT_SEED = 42
 METRIC_NAMES = {"loss": "eval_loss", "lrap": "LRAP"}

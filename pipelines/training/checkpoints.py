@@ -37,6 +37,8 @@ from pipelines.storage.locations import (
 from pipelines.storage.marks import MARK
 
 FOLDER = "checkpoints"
+TRACKING_FILE = "_tracking.json"
+"""File in the output folder of a run that is not finished: the id of its run at a tracker."""
 CHECKSUMS_FILE = "checksums.json"
 STATE_FILE = "training_state.json"
 """File with the state of the run. It is written last in a checkpoint."""
@@ -168,11 +170,13 @@ def _damage(folder: Path) -> str:
 
 
 def remove_all(output: str) -> None:
-    """Remove the checkpoints and `_run.json`, which only an unfinished run needs."""
+    """Remove the checkpoints and the other files that only an unfinished run needs."""
     remove_folder(posixpath.join(output, FOLDER))
     filesystem, folder = filesystem_of(output)
-    if RUN_FILE in list_names(output):
-        filesystem.rm_file(posixpath.join(folder, RUN_FILE))
+    names = list_names(output)
+    for name in (TRACKING_FILE, RUN_FILE):
+        if name in names:
+            filesystem.rm_file(posixpath.join(folder, name))
 
 
 def remove_folder(location: str) -> None:

@@ -41,7 +41,6 @@ from pipelines.settings import (
     ComputeSettings,
     DataSettings,
     DecisionSettings,
-    TrainSettings,
     WindowSettings,
 )
 from pipelines.storage.locations import shown
@@ -54,6 +53,8 @@ from pipelines.training.losses import Loss, resolve_loss
 from pipelines.training.order import TrainingWindows, training_windows
 from pipelines.training.ranks import barrier, rank, shared_dtype, worker_device, world_size
 from pipelines.training.state import BestMetric, Evaluation, TrainState
+from pipelines.training.tracking import tracked
+from pipelines.training_settings import TrainSettings
 from pipelines.version import VERSION
 
 REPORT_FILE = "report.html"
@@ -159,7 +160,11 @@ def fit(
         on_metrics: Receives numbers by name during the run, on rank 0.
     """
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="pipelines-train-") as scratch:
+    values = {"model": shown(spec.model), **asdict(spec.decision), **asdict(spec.windows), **asdict(spec.train)}
+    with (
+        tempfile.TemporaryDirectory(prefix="pipelines-train-") as scratch,
+        tracked(spec.train, spec.output, values, is_shown=rank() == 0) as tracking,
+    ):
         folder = Path(scratch, "model")
         checkpoint = fetch_newest(spec.output, Path(scratch))
         scorer = _open(spec, train, folder, checkpoint)
@@ -173,6 +178,7 @@ def fit(
             is_preempted=is_preempted,
             is_interrupted=is_interrupted,
             on_metrics=on_metrics,
+            on_scalars=tracking.log,
         )
         if is_interrupted is not None:
             _say_sizes(train, data)
@@ -192,6 +198,8 @@ def fit(
             page = _page(spec, result, train, valid, state=state, steps_here=state.step - first_step, seconds=seconds)
             training = _training_of(spec, train, valid)
             _write_folder(spec, result, scorer, folder, has_pairs=train.has_pairs, page=page, training=training)
+            tracking.log({f"final_{name}": value for name, value in result.metrics.items()}, state.step)
+            tracking.log_files(folder / REPORT_FILE, folder / PIPELINE_FILE)
         barrier()
         return _summary(spec, result, (train, valid), data, state, packed=scorer.model.is_packed, started=started)
 

@@ -27,14 +27,7 @@ from pipelines.model.lora import LORA_SETTINGS
 from pipelines.model.scorer import plan_of
 from pipelines.model.weights import Pretrained, describe
 from pipelines.progress import Progress
-from pipelines.settings import (
-    ComputeSettings,
-    DataSettings,
-    DecisionSettings,
-    TrainPaths,
-    TrainSettings,
-    WindowSettings,
-)
+from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, WindowSettings
 from pipelines.storage.columns import text_schema
 from pipelines.storage.labels import LabelColumn, check_label_columns, read_label_column
 from pipelines.storage.locations import absolute, make_folder, shown
@@ -48,6 +41,8 @@ from pipelines.training.loop import HARMLESS
 from pipelines.training.losses import resolve_loss
 from pipelines.training.splits import Split, tokenize_into_files
 from pipelines.training.state import BestMetric
+from pipelines.training.tracking import check_tracking
+from pipelines.training_settings import TrainPaths, TrainSettings
 
 BYTES_PER_TOKEN = 4
 """Approximate number of bytes of text per token."""
@@ -305,6 +300,7 @@ def _check_targets(targets: NDArray[np.generic], decision: DecisionSettings, set
             f"objective={settings.objective!r} tunes thresholds, and kind {decision.kind} has no thresholds"
         )
     check_calibration(settings.calibrate, decision)
+    check_tracking(settings)
     if decision.kind in ("binary", "multiclass") and len(np.unique(targets)) < 2:
         only = decision.labels[int(targets[0])]
         raise DataError(f"every training row has the label {only!r}: a classifier needs at least two")

@@ -23,13 +23,13 @@ from torch.utils._pytree import tree_map
 from pipelines.errors import ModelFolderError
 from pipelines.model.window_model import WindowModel
 from pipelines.progress import HINT_AFTER_SECONDS, LONG_SECONDS, PROGRESS_SECONDS, Progress, duration
-from pipelines.settings import TrainSettings
 from pipelines.training.checkpoints import STATE_FILE
 from pipelines.training.losses import Loss
 from pipelines.training.order import Step, TrainingWindows, epoch_steps, num_steps_of_epoch, num_steps_of_run
 from pipelines.training.ranks import answer_of_rank_0, rank, world_size
 from pipelines.training.state import BestMetric, BestWeights, Evaluation, LossLog, TrainState
 from pipelines.training.steps import Stepper
+from pipelines.training_settings import TrainSettings
 
 TENSORS_FILE = "training_state.pt"
 """File of a checkpoint: optimizer, schedule and the best weights so far."""
@@ -47,6 +47,8 @@ HARMLESS = frozenset(
         "keep_checkpoints",
         "max_failures",
         "tensorboard_dir",
+        "tracking",
+        "tracking_project",
         "logging_steps",
     }
 )
@@ -70,6 +72,8 @@ class Hooks:
     """Returns whether the run is to end after this step, with a checkpoint. Only for runs of one process."""
     on_metrics: Callable[[Mapping[str, float]], None] | None = None
     """Receives numbers by name every few seconds and at each evaluation, on rank 0."""
+    on_scalars: Callable[[Mapping[str, float], int], None] | None = None
+    """Receives losses, learning rates and metrics of valid, with their step: points of curves."""
     steps: Callable[[int, int], Iterator[Step]] | None = None
     """Returns the steps of an epoch after the first n, given (epoch, n). Default: drawn with settings.seed."""
     identity: Mapping[str, Any] = field(default_factory=dict)
@@ -100,7 +104,7 @@ class TrainLoop:
         self._num_steps = num_steps_of_run(data, settings)
         self._stepper = Stepper(model, data.first().cut, settings, loss, self._num_steps)
         self._draw = partial(epoch_steps, data, settings, loss)
-        self._monitor = _Monitor(settings, self._hooks.on_metrics)
+        self._monitor = _Monitor(settings, self._hooks.on_metrics, self._hooks.on_scalars)
 
     @property
     def best_scores(self) -> Any:
@@ -191,7 +195,8 @@ class TrainLoop:
         num_tokens = int(step.data.length_W[step.index_W].sum())
         learning_rate = self._stepper.learning_rate
         self._monitor.count_step(self._num_steps, loss, num_tokens=num_tokens, learning_rate=learning_rate)
-        if self._settings.tensorboard_dir is not None and self.state.step % self._settings.logging_steps == 0:
+        has_curves = self._settings.tensorboard_dir is not None or self._settings.tracking != "none"
+        if has_curves and self.state.step % self._settings.logging_steps == 0:
             self._losses.flush(self.state)  # on every rank: it is a collective operation
             self._monitor.add_scalars({"loss": self.state.losses[-1], "lr": learning_rate}, self.state.step)
 
@@ -311,8 +316,14 @@ class _CheckpointClock:
 class _Monitor:
     """Shows a run on rank 0: progress, evaluations, TensorBoard's curves and exported numbers."""
 
-    def __init__(self, settings: TrainSettings, on_metrics: Callable[[Mapping[str, float]], None] | None) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        on_metrics: Callable[[Mapping[str, float]], None] | None,
+        on_scalars: Callable[[Mapping[str, float], int], None] | None,
+    ) -> None:
         is_shown = rank() == 0
+        self._on_scalars = on_scalars if is_shown else None
         self._on_metrics = on_metrics if is_shown else None
         self._is_shown, self._tokens, self._told = is_shown, 0, time.monotonic()
         self._has_hinted = False
@@ -380,7 +391,9 @@ class _Monitor:
             self._on_metrics({f"valid_{key}": number for key, number in numbers.items()})
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Add one point to each of TensorBoard's curves."""
+        """Add one point to each curve of TensorBoard and of the tracker."""
+        if self._on_scalars is not None:
+            self._on_scalars(values, step)
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)

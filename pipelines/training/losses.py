@@ -26,8 +26,9 @@ from torch import Tensor
 from pipelines.decisions.labels import Scaling
 from pipelines.errors import DataError, SettingsError
 from pipelines.model.devices import to_device
-from pipelines.settings import DecisionSettings, Kind, TrainSettings
+from pipelines.settings import DecisionSettings, Kind
 from pipelines.text.windows import Windows
+from pipelines.training_settings import TrainSettings
 
 
 def cross_entropy(

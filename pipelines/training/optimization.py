@@ -12,7 +12,7 @@ from transformers import get_scheduler
 from transformers.optimization import Adafactor
 
 from pipelines.errors import SettingsError
-from pipelines.settings import TrainSettings
+from pipelines.training_settings import TrainSettings
 
 Group = dict[str, Any]
 

@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.model.scorer import Scorer
-from pipelines.settings import TrainSettings
 from pipelines.text.tokenization import CutDocuments, Tokens, concat_documents, cut_documents, offsets_of
 from pipelines.training.corpus import Corpus, UnitLengths
 from pipelines.training.losses import Loss
+from pipelines.training_settings import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from pipelines.decisions.metrics import LESS_IS_BETTER, METRICS, default_metric
 from pipelines.errors import JobError, SettingsError
 from pipelines.model.lora import has_adapter, trained_weights
 from pipelines.model.scorer import DocumentScores
-from pipelines.settings import DecisionSettings, TrainSettings
+from pipelines.settings import DecisionSettings
 from pipelines.training.ranks import world_size
+from pipelines.training_settings import TrainSettings
 
 
 @dataclass(frozen=True)

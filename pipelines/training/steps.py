@@ -20,12 +20,12 @@ from pipelines.errors import SettingsError
 from pipelines.model.batching import token_batches
 from pipelines.model.devices import RANDOM, to_device
 from pipelines.model.window_model import WindowModel
-from pipelines.settings import TrainSettings
 from pipelines.text.tokenization import CutDocuments, InputRows, assemble
 from pipelines.training.losses import Loss
 from pipelines.training.optimization import make_optimizer, make_schedule
 from pipelines.training.order import Step
 from pipelines.training.ranks import rank, shared_dtype, world_size
+from pipelines.training_settings import TrainSettings
 
 
 class Stepper:

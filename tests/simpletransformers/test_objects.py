@@ -378,6 +378,13 @@ def test_wandb_gets_every_number(monkeypatch):
     assert "valid_mcc" in logged[-1]
 
 
+def test_wandb_offline(tmp_path):
+    pytest.importorskip("wandb")
+    options = {"mode": "offline", "dir": str(tmp_path)}
+    open_model("binary", wandb_project="mine", wandb_kwargs=options, no_save=True).train_model(train_frame("binary"))
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
 def test_lower_case(tmp_path, emails):
     for kind, labels in (("binary", 2), ("multilabel", 3)):
         base = tmp_path / kind

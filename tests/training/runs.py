@@ -8,10 +8,11 @@ import pyarrow as pa
 import pytest
 
 from pipelines.decisions.labels import encode_labels
-from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings, WindowSettings
+from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
 from pipelines.training.corpus import Corpus, LabelledDocuments, UnitLengths
 from pipelines.training.fit import RunSpec, fit, prepare_folder
 from pipelines.training.steps import Stepper
+from pipelines.training_settings import TrainSettings
 from tests import tiny
 
 BINARY = DecisionSettings(kind="binary", labels=("ham", "spam"))

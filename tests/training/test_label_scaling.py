@@ -9,10 +9,11 @@ from pipelines.decisions.labels import Scaling
 from pipelines.model.scorer import Scorer
 from pipelines.model.weights import new_classifier
 from pipelines.model.window_model import WindowModel
-from pipelines.settings import ComputeSettings, DecisionSettings, TrainSettings
+from pipelines.settings import ComputeSettings, DecisionSettings
 from pipelines.text.template import Template
 from pipelines.text.tokenization import InputRows
 from pipelines.training.corpus import LabelledDocuments
+from pipelines.training_settings import TrainSettings
 from tests import tiny
 from tests.training.runs import FLOAT32, make_job, run
 

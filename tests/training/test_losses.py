@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from pipelines.errors import DataError, SettingsError
-from pipelines.settings import DecisionSettings, TrainSettings
+from pipelines.settings import DecisionSettings
 from pipelines.training.losses import Loss, resolve_loss
+from pipelines.training_settings import TrainSettings
 
 BINARY = DecisionSettings(kind="binary", labels=("ham", "spam"))
 MULTICLASS = DecisionSettings(kind="multiclass", labels=("a", "b", "c"))

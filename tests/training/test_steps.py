@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.settings import TrainSettings
 from pipelines.text.template import Template
 from pipelines.text.tokenization import Tokens, cut_documents, offsets_of
 from pipelines.text.windows import WindowPlan
 from pipelines.training.losses import Loss
 from pipelines.training.order import LabelledWindows, TrainingWindows, WindowCounts, epoch_steps, num_steps_of_epoch
+from pipelines.training_settings import TrainSettings
 
 
 def windows_of(lengths_UD):

@@ -12,7 +12,7 @@ from pipelines.model.scorer import Scorer
 from pipelines.model.weights import describe
 from pipelines.model.window_model import WindowModel
 from pipelines.model_folder import read_model_folder
-from pipelines.settings import Calibration, DecisionSettings, TrainSettings
+from pipelines.settings import Calibration, DecisionSettings
 from pipelines.text.tokenization import Documents, Tokens
 from pipelines.training.checkpoints import steps_of
 from pipelines.training.corpus import Corpus, UnitLengths
@@ -20,6 +20,7 @@ from pipelines.training.fit import fit, prepare_folder
 from pipelines.training.losses import LOSSES
 from pipelines.training.optimization import make_optimizer, make_schedule
 from pipelines.training.state import BestMetric
+from pipelines.training_settings import TrainSettings
 from tests import tiny
 from tests.training.runs import BINARY, FLOAT32, KINDS, MULTILABEL, in_units, make_job, run
 

@@ -1,0 +1,117 @@
+"""Pages of the documentation that are written from the code when the site is built: settings, commands, HTTP schema."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from pipelines import arguments
+from pipelines.fields import field_help
+from pipelines.serving.api import build_api
+from pipelines.serving.settings import ServePaths, ServeSettings
+from pipelines.serving.timings import NoMetrics
+from pipelines.settings import (
+    ComputeSettings,
+    DataSettings,
+    DecisionSettings,
+    ScorePaths,
+    ScoreSettings,
+    WindowSettings,
+)
+from pipelines.training_settings import TrainPaths, TrainSettings
+
+GROUPS = (
+    TrainPaths,
+    ScorePaths,
+    ServePaths,
+    DecisionSettings,
+    DataSettings,
+    WindowSettings,
+    TrainSettings,
+    ScoreSettings,
+    ServeSettings,
+    ComputeSettings,
+)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages to the site."""
+    pages = {
+        "reference/settings.md": "\n".join(settings_page()),
+        "reference/command-line.md": "\n".join(command_page()),
+        "reference/openapi.md": "\n".join(schema_page()),
+    }
+    for path, content in pages.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def settings_page() -> Iterator[str]:
+    """Yield the lines of the page of all settings."""
+    yield "# Settings\n"
+    yield (
+        "The same names work as keyword arguments in Python, as `--set name=value`, as flags where a command has one, "
+        "and in the YAML file of `--config`. A flag wins over `--set`, and `--set` over the file.\n"
+    )
+    for group in GROUPS:
+        users = ", ".join(f"`{command}`" for command, groups in commands_of().items() if group in groups)
+        yield f"## {group.__name__}\n"
+        yield f"{(group.__doc__ or '').strip().splitlines()[0]} Used by {users}.\n"
+        yield "| setting | type | default | meaning |"
+        yield "|---|---|---|---|"
+        for field in dataclasses.fields(group):
+            kind = str(field.type).replace("|", "\\|")
+            default = "required" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+            yield f"| `{field.name}` | `{kind}` | {default} | {cell(field_help(group)[field.name])} |"
+        yield ""
+
+
+def commands_of() -> dict[str, Sequence[type[Any]]]:
+    """Return the settings groups of each command that has settings."""
+    labelled = arguments.EVALUATE_GROUPS
+    return {
+        "train": arguments.TRAIN_GROUPS,
+        "score": arguments.SCORE_GROUPS,
+        "serve": arguments.SERVE_GROUPS,
+        "evaluate": labelled,
+        "tune": labelled,
+        "quantize": labelled,
+    }
+
+
+def command_page() -> Iterator[str]:
+    """Yield the lines of the page of all commands, from their help."""
+    yield "# Command line\n"
+    yield "`pipelines COMMAND --help` prints what stands here; `--help-all` adds the settings that have no flag.\n"
+    parser, commands = arguments.parsers()
+    yield f"```text\n{parser.format_help().strip()}\n```\n"
+    for name, command in commands.choices.items():
+        assert isinstance(command, argparse.ArgumentParser)
+        yield f"## {name}\n\n```text\n{command.format_help().strip()}\n```\n"
+
+
+def schema_page() -> Iterator[str]:
+    """Yield the lines of the page of routes and bodies, from the server's OpenAPI document."""
+    predictor: Any = SimpleNamespace(settings=ServeSettings(), metrics=NoMetrics())
+    document = build_api(predictor).openapi()
+    yield "# HTTP schema\n"
+    yield "Generated from the server's OpenAPI document. [HTTP](http.md) explains routes, headers and status codes.\n"
+    yield "## Routes\n"
+    for path, methods in document["paths"].items():
+        for method, route in methods.items():
+            yield f"- `{method.upper()} {path}`: {route.get('description') or route.get('summary', '')}".split("\n")[0]
+    yield "\n## Bodies\n"
+    for name, schema in document["components"]["schemas"].items():
+        yield f"### {name}\n\n```json\n{json.dumps(schema, indent=2)}\n```\n"
+
+
+def cell(text: str) -> str:
+    """Return a text as the cell of a table."""
+    return " ".join(text.replace("|", "\\|").split())
