@@ -57,6 +57,19 @@ class RunTotals:
         else:
             self.progress.show_if_due()
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The counts that are exported while the job runs, by name."""
+        total = self.total
+        return {
+            "rows": total.rows_in,
+            "rows_total": self._num_rows,
+            "rows_in_error": total.rows_in_error,
+            "tokens": total.tokens,
+            "units": total.units,
+            "seconds_left": self.progress.seconds_left or 0.0,
+        }
+
     def _hint(self) -> None:
         """Say once what makes a long job quicker."""
         left = self.progress.seconds_left

@@ -55,10 +55,17 @@ def score_here(job: ScoreJob) -> ScoreSummary:
     return run_job(check_job(job), score_units_here)
 
 
-def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
+def run_job(
+    checked: CheckedJob, score_units: ScoreUnits, *, on_numbers: Callable[[Mapping[str, float]], None] | None = None
+) -> ScoreSummary:
     """Score every row of the input, and return the summary, which is also written to the output folder.
 
     If the output folder contains an unfinished run, it is resumed. A finished run is not changed.
+
+    Args:
+        checked: The job.
+        score_units: Scores and commits units.
+        on_numbers: Receives the counts so far, by name, after each unit.
     """
     job = checked.job
     make_folder(job.output)
@@ -91,7 +98,7 @@ def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
                 mark.others[0],
             )
         checked = replace(checked, run=run.manifest.run)
-        totals = _score_rest(checked, run, score_units)
+        totals = _score_rest(checked, run, score_units, on_numbers)
         names = list_names(run.location)
         check_same_run(run)
         remove_strays(run, names)
@@ -100,7 +107,9 @@ def run_job(checked: CheckedJob, score_units: ScoreUnits) -> ScoreSummary:
         return summary
 
 
-def _score_rest(checked: CheckedJob, run: Run, score_units: ScoreUnits) -> RunTotals:
+def _score_rest(
+    checked: CheckedJob, run: Run, score_units: ScoreUnits, on_numbers: Callable[[Mapping[str, float]], None] | None
+) -> RunTotals:
     """Score the units that are not finished. Returns the counts of all units."""
     job = checked.job
     totals = RunTotals(run, checked.decision, job.score.max_errors)
@@ -117,6 +126,8 @@ def _score_rest(checked: CheckedJob, run: Run, score_units: ScoreUnits) -> RunTo
     with totals.progress, repeated(totals.show):
         for counts in score_units(checked, units):
             totals.add(counts)
+            if on_numbers is not None:
+                on_numbers(totals.numbers)
     totals.add_finished(remove_replaced_rows(run, checked.decision, prefix=job.score.prefix))
     return totals
 

@@ -23,6 +23,8 @@ from pipelines.on_ray.cluster import check_resources, connected, root_cause, use
 from pipelines.on_ray.datasets import tokenized_units
 from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.replica import COUNTS, CrashRecordActor, RemoteAttempts, ScoreUnits
+from pipelines.on_ray.telemetry import Gauges
+from pipelines.storage.locations import shown
 from pipelines.storage.shards import WorkUnit
 
 ACTOR_CPUS = 0.5
@@ -52,7 +54,8 @@ def score(job: ScoreJob, *, address: str | None = None) -> ScoreSummary:
 
 def score_checked(checked: CheckedJob, *, address: str | None = None) -> ScoreSummary:
     """Score a job that was checked already on Ray. Parameters and errors are those of `score`."""
-    return run_job(checked, partial(_score_units, address=address))
+    gauges = Gauges("score", {"output": shown(checked.job.output)})
+    return run_job(checked, partial(_score_units, address=address), on_numbers=gauges)
 
 
 def _score_units(checked: CheckedJob, units: Iterator[WorkUnit], *, address: str | None) -> Iterator[Counts]:

@@ -1,4 +1,4 @@
-"""The tests named in docs/security.md exist. Its claims about the source code are true."""
+"""The tests named in docs/explanation/security.md exist. Its claims about the source code are true."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.infra.paths import ROOT
 
-PAGE = (ROOT / "docs" / "security.md").read_text()
+PAGE = (ROOT / "docs" / "explanation" / "security.md").read_text()
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`(tests/[\w/]+\.py(?:::\w+)?)`", PAGE))))

