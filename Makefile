@@ -6,7 +6,7 @@ TOOLS := $(VENV)-tools
 PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo check test test-ray test-core test-slow simulate soak requirements audit sbom clean
+.PHONY: help demo check test test-ray test-core test-slow simulate soak docs requirements audit sbom clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test-core:
 
 test-slow: $(VENV)/.installed ## the rest: random kills, clusters that lose nodes, image install, guides (at most 25 minutes)
 	$(PYTEST) -m slow
+
+docs: $(VENV)/.installed ## build the documentation as a site, in build/site (links and warnings are errors)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 soak: $(VENV)/.installed ## kill a scoring job KILLS times at random moments (default 100)
 	KILLS=$${KILLS:-100} $(BIN)/python -m pytest tests/on_ray/test_kill.py -s
