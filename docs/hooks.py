@@ -15,6 +15,7 @@ from mkdocs.structure.files import File, Files
 from pipelines import arguments
 from pipelines.fields import field_help
 from pipelines.serving.api import build_api
+from pipelines.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from pipelines.serving.settings import ServePaths, ServeSettings
 from pipelines.serving.timings import NoMetrics
 from pipelines.settings import (
@@ -40,12 +41,29 @@ GROUPS = (
     ComputeSettings,
 )
 
+JOB_METRICS = {
+    "score_rows": "Rows that are done.",
+    "score_rows_total": "Rows of the job.",
+    "score_rows_in_error": "Rows without scores.",
+    "score_tokens": "Tokens that were scored.",
+    "score_units": "Finished units.",
+    "score_seconds_left": "Estimated seconds to the end.",
+    "train_step": "Optimizer steps that are done.",
+    "train_loss": "Loss of a step.",
+    "train_learning_rate": "Learning rate.",
+    "train_tokens_per_second": "Tokens per second, of all workers.",
+    "train_seconds_left": "Estimated seconds to the end.",
+    "train_valid_...": "Each metric of the newest evaluation.",
+}
+"""Metrics of jobs on Ray, without their common beginning. tests/infra/test_monitoring.py compares them."""
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages to the site."""
     pages = {
         "reference/settings.md": "\n".join(settings_page()),
         "reference/command-line.md": "\n".join(command_page()),
+        "reference/metric-names.md": "\n".join(metrics_page()),
         "reference/openapi.md": "\n".join(schema_page()),
     }
     for path, content in pages.items():
@@ -57,8 +75,8 @@ def settings_page() -> Iterator[str]:
     """Yield the lines of the page of all settings."""
     yield "# Settings\n"
     yield (
-        "The same names work as keyword arguments in Python, as `--set name=value`, as flags where a command has one, "
-        "and in the YAML file of `--config`. A flag wins over `--set`, and `--set` over the file.\n"
+        "The same names work as keyword arguments in Python, as `--set name=value`, as flags where a command has "
+        "one, and in the YAML file of `--config`. A flag wins over `--set`, and `--set` over the file.\n"
     )
     for group in GROUPS:
         users = ", ".join(f"`{command}`" for command, groups in commands_of().items() if group in groups)
@@ -110,6 +128,21 @@ def schema_page() -> Iterator[str]:
     yield "\n## Bodies\n"
     for name, schema in document["components"]["schemas"].items():
         yield f"### {name}\n\n```json\n{json.dumps(schema, indent=2)}\n```\n"
+
+
+def metrics_page() -> Iterator[str]:
+    """Yield the lines of the page of all metrics, from the code that exports them."""
+    yield "# Metric names\n"
+    yield "Prometheus adds tags of its own. On Ray, each series also names the replica. [More](metrics.md).\n"
+    yield "| metric | type | tags | meaning |"
+    yield "|---|---|---|---|"
+    kinds = (("counter", COUNTERS, "_total"), ("gauge", GAUGES, ""), ("histogram", HISTOGRAMS, "_bucket, _sum, _count"))
+    for kind, metrics, ending in kinds:
+        for name, metric in metrics.items():
+            full = f"ray_{name}{ending}" if kind != "histogram" else f"ray_{name} ({ending})"
+            yield f"| `{full}` | {kind} | {', '.join(metric.tags) or '-'} | {cell(metric.about)} |"
+    for name, about in JOB_METRICS.items():
+        yield f"| `ray_pipelines_{name}` | gauge | {'output' if name.startswith('score') else 'model'} | {about} |"
 
 
 def cell(text: str) -> str:

@@ -9,7 +9,7 @@ LONG_PASS_SECONDS = 0.1
 class Rate:
     """Tokens per second of a model in large forward passes.
 
-    Windows with the same tokens are computed once, so repetitive texts make the estimate too high. Then less is refused.
+    Windows with the same tokens are computed once, so repetitive texts make the estimate too high: less is refused.
     """
 
     def __init__(self, tokens_per_second: float | None = None) -> None:

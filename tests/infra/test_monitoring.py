@@ -61,6 +61,16 @@ def test_every_metric_is_exported(exported):
     assert any(re.fullmatch(pattern, name) for name in exported)
 
 
+def test_documented_names_are_exported(exported):
+    text = (ROOT / "docs" / "hooks.py").read_text()
+    names = re.findall(r'^    "((?:score|train)_[a-z_]+)": "', text, re.MULTILINE)
+    found = {name.removeprefix("ray_pipelines_") for name in exported if "_valid_" not in name}
+    of_jobs = {name for name in found if re.fullmatch(r"(score|train)_\w+", name)} - {
+        f"score_{part}" for part in ("bucket", "sum", "count")
+    }
+    assert set(names) == of_jobs
+
+
 def test_alerts_say_what_to_do():
     assert len({rule["alert"] for rule in rules()}) == len(rules()) >= 8
     for rule in rules():
