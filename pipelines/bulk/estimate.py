@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.bulk.job import CheckedJob
+from pipelines.model.loading import row_limit_of
 from pipelines.model.scorer import Scorer, plan_of
-from pipelines.model.weights import describe
 from pipelines.model_folder import ModelFolder
 from pipelines.progress import LONG_SECONDS, duration
 from pipelines.settings import ComputeSettings
@@ -81,8 +81,8 @@ def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
     started = time.perf_counter()
     documents = tokenizer.documents(table, *job.data.text_columns)
     tokenize_seconds = time.perf_counter() - started
-    model = describe(str(folder.path))
-    plan = plan_of(folder.windows, tokenizer, model_type=model.model_type, model_limit=model.row_limit)
+    limit = row_limit_of(folder)
+    plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type, model_limit=limit)
     cut = cut_documents(documents.tokens, plan, tokenizer.template, documents.pair_tokens)
     rows = units.num_rows * share
     per_row = rows / max(len(documents), 1)

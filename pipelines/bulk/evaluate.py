@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.bulk.manifest import MANIFEST
-from pipelines.bulk.run_folder import SUMMARY
+from pipelines.bulk.run_folder import SUMMARY, read_scored_metadata
 from pipelines.decisions.columns import DECISION_METADATA, EARLY_EXIT_METADATA, PREFIX_METADATA
 from pipelines.decisions.labels import Decisions, encode_labels
 from pipelines.decisions.metrics import evaluate
@@ -112,8 +112,8 @@ def read_scored(location: str, data: DataSettings) -> ScoredRows:
     def read(path: str, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(pa.BufferReader(retried(lambda: filesystem.cat_file(path))), columns=columns)
 
+    decision, prefix = _decision_of(read_scored_metadata(filesystem, files[0]))
     first = read(files[0])
-    decision, prefix = _decision_of(first.schema.metadata or {}, files[0])
     check_label_columns(data, decision)
     labels = list(data.target_columns)
     for name in labels:
@@ -144,10 +144,8 @@ def read_scored(location: str, data: DataSettings) -> ScoredRows:
     )
 
 
-def _decision_of(metadata: dict[bytes, bytes], path: str) -> tuple[DecisionSettings, str]:
+def _decision_of(metadata: dict[bytes, bytes]) -> tuple[DecisionSettings, str]:
     """Return how the labels of a scored file were decided, and the prefix of its output columns."""
-    if DECISION_METADATA not in metadata:
-        raise DataError(f"{path} was not written by `pipelines score`; give the output folder of a scoring job")
     if EARLY_EXIT_METADATA in metadata:
         logger.warning(
             "the rows were scored with early_exit=%s: their labels are sure, but their scores are those of the windows "

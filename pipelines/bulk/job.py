@@ -21,6 +21,7 @@ from pipelines.decisions.early_exit import margin_of
 from pipelines.decisions.labels import resolve_thresholds
 from pipelines.errors import DataError, SettingsError
 from pipelines.fields import parse
+from pipelines.model.loading import check_engine
 from pipelines.model_files import model_location
 from pipelines.model_folder import ModelFolder, read_model_folder, with_columns_of_training
 from pipelines.settings import ComputeSettings, DataSettings, DecisionSettings, ScorePaths, ScoreSettings
@@ -166,6 +167,7 @@ def check_job(job: ScoreJob) -> CheckedJob:
     folder = read_model_folder(job.model)
     folder.check_texts(are_pairs=job.data.text_pair_column is not None)
     folder.say_int8()
+    check_engine(folder, job.compute)
     decision = resolve_thresholds(job.score.thresholds, folder.decision)
     margin = margin_of(folder, decision, job.score.early_exit)
     folder = replace(

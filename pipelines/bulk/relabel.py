@@ -21,7 +21,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.bulk.manifest import MANIFEST
-from pipelines.bulk.run_folder import COUNTS_METADATA, SUMMARY, commit_unit, read_counts, read_metadata
+from pipelines.bulk.run_folder import (
+    COUNTS_METADATA,
+    SUMMARY,
+    commit_unit,
+    read_counts,
+    read_metadata,
+    read_scored_metadata,
+)
 from pipelines.bulk.summary import Counts, count_table, sum_counts, summarize
 from pipelines.decisions.columns import (
     DECISION_METADATA,
@@ -152,9 +159,7 @@ def _open_output(scored: str, output: str, decision: DecisionSettings, names: li
 
 def _read_decision(scored: str, path: str) -> tuple[DecisionSettings, str, bool]:
     """Return the decision of a scored file, its prefix, and whether something was promised of its thresholds."""
-    metadata = read_metadata(filesystem_of(scored)[0], path)
-    if DECISION_METADATA not in metadata:
-        raise DataError(f"{path} was not written by `pipelines score`; give the output folder of a scoring job")
+    metadata = read_scored_metadata(filesystem_of(scored)[0], path)
     (decision,) = parse(json.loads(metadata[DECISION_METADATA]), DecisionSettings)
     if EARLY_EXIT_METADATA in metadata:
         raise SettingsError(

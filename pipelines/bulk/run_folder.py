@@ -38,7 +38,8 @@ from pipelines.bulk.manifest import (
     read_manifest,
 )
 from pipelines.bulk.summary import Counts, ScoreSummary
-from pipelines.errors import JobError, OutputError, first_line
+from pipelines.decisions.columns import DECISION_METADATA
+from pipelines.errors import DataError, JobError, OutputError, first_line
 from pipelines.storage.locations import (
     commit_json,
     commit_new_json,
@@ -242,6 +243,17 @@ def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
 def read_metadata(filesystem: AbstractFileSystem, path: str) -> dict[bytes, bytes]:
     """Read the schema metadata of a Parquet file."""
     return from_parquet(filesystem, path, lambda file: dict(file.schema_arrow.metadata or {}))
+
+
+def read_scored_metadata(filesystem: AbstractFileSystem, path: str) -> dict[bytes, bytes]:
+    """Read the schema metadata of a scored file. Raises DataError if no scoring job has written it."""
+    try:
+        metadata = read_metadata(filesystem, path)
+    except pa.ArrowInvalid:
+        metadata = {}
+    if DECISION_METADATA not in metadata:
+        raise DataError(f"{path} was not written by `pipelines score`; give the output folder of a scoring job")
+    return metadata
 
 
 def commit_unit(location: str, name: str, table: pa.Table, counts: Counts, *, replaces: bool = False) -> Counts:

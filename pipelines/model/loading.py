@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.model.openvino_files import GRAPH, CannotConvertError, converted, is_installed, read_details
 from pipelines.model.openvino_model import REMEDY, OpenVinoModel
+from pipelines.model_files import has_openvino
 from pipelines.model_folder import ModelFolder
 from pipelines.settings import ComputeSettings
 from pipelines.text.template import Template
@@ -41,11 +42,11 @@ def load_engine(folder: ModelFolder, template: Template, compute: ComputeSetting
         SettingsError: This machine does not have the engine, the device or the dtype, or they exclude each other.
         ModelFolderError: The model cannot be opened, or not with the engine.
     """
+    check_engine(folder, compute)
+    if folder.quantization or compute.engine == "openvino":
+        _check_installed()
     if folder.quantization:
-        _check_int8(folder, compute)
         return _open(folder, folder.path, template, compute)
-    if compute.engine == "openvino":
-        _check_openvino(compute)
     if compute.engine == "openvino" or (compute.engine == "auto" and _is_worth_it(folder, compute)):
         try:
             return _open(folder, converted(folder, template, must=compute.engine == "openvino"), template, compute)
@@ -60,6 +61,15 @@ def load_engine(folder: ModelFolder, template: Template, compute: ComputeSetting
     return load_model(folder.path, template, compute, num_labels=folder.decision.num_labels)
 
 
+def row_limit_of(folder: ModelFolder) -> int | None:
+    """Return the longest input row of a model, in tokens, without loading its weights. None means no limit."""
+    if has_openvino(folder.path):
+        return read_details(folder.path).row_limit
+    from pipelines.model.weights import describe
+
+    return describe(str(folder.path)).row_limit
+
+
 def _open(folder: ModelFolder, path: Path, template: Template, compute: ComputeSettings) -> OpenVinoModel:
     details = read_details(path)
     if details.num_labels != folder.decision.num_labels:
@@ -70,7 +80,12 @@ def _open(folder: ModelFolder, path: Path, template: Template, compute: ComputeS
     return OpenVinoModel.compile(str(path / GRAPH), details, template, compute)
 
 
-def _check_int8(folder: ModelFolder, compute: ComputeSettings) -> None:
+def check_engine(folder: ModelFolder, compute: ComputeSettings) -> None:
+    """Raise SettingsError if engine, device or dtype exclude each other, or do not fit an int8 model."""
+    if not folder.quantization:
+        if compute.engine == "openvino" and compute.device not in ("auto", "cpu"):
+            raise SettingsError(f"engine=openvino runs on a CPU, not on device={compute.device}; use engine=torch")
+        return
     source = folder.quantization.get("source", "the folder it was made of")
     if compute.engine == "torch" or compute.device.startswith("cuda"):
         wanted = "engine=torch" if compute.engine == "torch" else f"device={compute.device}"
@@ -79,14 +94,11 @@ def _check_int8(folder: ModelFolder, compute: ComputeSettings) -> None:
         raise SettingsError(
             f"{folder.path.name} is an int8 model, which has its own number formats; leave dtype={compute.dtype} out"
         )
-    _check_openvino(compute)
 
 
-def _check_openvino(compute: ComputeSettings) -> None:
+def _check_installed() -> None:
     if not is_installed():
         raise SettingsError(f"OpenVINO is not installed: {REMEDY}")
-    if compute.device not in ("auto", "cpu"):
-        raise SettingsError(f"engine=openvino runs on a CPU, not on device={compute.device}; use engine=torch")
 
 
 def _is_worth_it(folder: ModelFolder, compute: ComputeSettings) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pipelines.decisions.early_exit import margin_of
 from pipelines.decisions.labels import resolve_thresholds
 from pipelines.fields import parse
+from pipelines.model.loading import check_engine
 from pipelines.model_files import model_location
 from pipelines.model_folder import read_model_folder
 from pipelines.serving.settings import ServePaths, ServeSettings
@@ -33,4 +34,5 @@ def check_job(job: ServeJob) -> None:
     """Raise a UsageError if the model folder cannot be opened, or thresholds or early exit do not fit it."""
     folder = read_model_folder(job.model)
     folder.say_int8()
+    check_engine(folder, job.compute)
     margin_of(folder, resolve_thresholds(job.serve.thresholds, folder.decision), job.serve.early_exit)

@@ -59,6 +59,10 @@ def test_command_and_its_errors(folders, labelled_of_kinds, tmp_path, capsys):
     assert "leave out --data" in capsys.readouterr().err
     assert main(["evaluate"]) == 2
     assert "DIR and --data missing: give a model folder and --data FILES, or --scored" in capsys.readouterr().err
+    path = str(folders["binary"].path)
+    for command in (["evaluate", "--scored", path], ["relabel", path, "--thresholds", "0.5", "--output", "new"]):
+        assert main(command) == 2
+        assert "was not written by `pipelines score`" in capsys.readouterr().err
     (tmp_path / "scored" / "_summary.json").unlink()
     with pytest.raises(DataError, match="unfinished run"):
         evaluate_scored(str(tmp_path / "scored"), DataSettings())

@@ -10,6 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import pipelines
+from pipelines.bulk.estimate import estimate
+from pipelines.bulk.job import ScoreJob, check_job
 from pipelines.classification import ClassificationModel
 from pipelines.cli import main
 from pipelines.errors import JobError, ModelFolderError, OutputError, SettingsError
@@ -185,6 +187,11 @@ def test_int8_folder_is_for_openvino_on_cpus_and_is_not_trained(labelled, tmp_pa
     for compute in (ComputeSettings(engine="torch"), ComputeSettings(device="cuda")):
         with pytest.raises(SettingsError, match="int8 model for CPUs"):
             pipelines.Scorer.load(new, compute=compute)
+    job = {"model": str(new), "input": str(data), "output": str(tmp_path / "out"), "dtype": "float32"}
+    with pytest.raises(SettingsError, match="leave dtype=float32 out"):
+        check_job(ScoreJob.parse(job))
+    assert not (tmp_path / "out").exists()
+    assert estimate(check_job(ScoreJob.parse({**job, "dtype": "auto"})), rate=1000).rows == 120
     with pytest.raises(ModelFolderError, match="int8 model already"):
         quantized(new, tmp_path / "again", data)
     with pytest.raises(ModelFolderError, match="int8 model, which can be scored and served"):
