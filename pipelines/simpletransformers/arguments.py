@@ -299,7 +299,7 @@ def check_argument(name: str, value: Any) -> None:
         raise UnknownArgumentError(f"{name} is a parameter of the model class, not one of args: pass {name}=... to it")
     if name not in BY_NAME:
         nearest = difflib.get_close_matches(name, BY_NAME, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "docs/simpletransformers.md lists them all"
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "docs/reference/simpletransformers.md lists them all"
         raise UnknownArgumentError(f"unknown argument {name!r}; {hint}")
     argument = BY_NAME[name]
     if argument.use == "refused" and value is not None and not _is_default(argument, value):
@@ -322,7 +322,7 @@ def _is_kind(value: Any, kind: str) -> bool:
 
 
 def markdown_table() -> str:
-    """Return the table of arguments in docs/simpletransformers.md."""
+    """Return the table of arguments in docs/reference/simpletransformers.md."""
     lines = ["| argument | default | here | how or why |", "|---|---|---|---|"]
     for argument in sorted(ARGUMENTS, key=lambda item: (item.use == "ours", item.name)):
         default = json.dumps(argument.default).replace("|", "\\|")

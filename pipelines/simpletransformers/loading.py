@@ -104,7 +104,7 @@ def warn_of_inert(args: ClassificationArgs) -> None:
     """Give one warning for all arguments that are set and have no effect here."""
     names = args.changed("inert")
     if names:
-        message = f"without effect here: {', '.join(names)} (docs/simpletransformers.md says why)"
+        message = f"without effect here: {', '.join(names)} (docs/reference/simpletransformers.md says why)"
         warnings.warn(message, UserWarning, stacklevel=3)
 
 

@@ -1,8 +1,8 @@
 """A drop-in replacement for the classification models of Simple Transformers: only the import changes.
 
 The two classes are facades. They translate arguments to settings, data to documents, and results to the shapes that
-scripts expect. The core does tokenizing, windows, training and scoring. docs/simpletransformers.md lists intended
-differences. Several threads may use one model: while one trains or predicts, the others wait.
+scripts expect. The core does tokenizing, windows, training and scoring. Intended differences are in
+docs/reference/simpletransformers.md. Several threads may use one model: while one trains or predicts, the others wait.
 
 Shapes: n texts, W windows of one text, L labels.
 """

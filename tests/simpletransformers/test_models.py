@@ -289,7 +289,7 @@ def test_argument_defaults_and_refusals(argument):
 
 
 def test_docs_argument_table_is_current():
-    page = (Path(__file__).parent.parent.parent / "docs" / "simpletransformers.md").read_text()
+    page = (Path(__file__).parent.parent.parent / "docs" / "reference" / "simpletransformers.md").read_text()
     assert markdown_table() in page
 
 
@@ -323,5 +323,7 @@ def test_error_messages(tmp_path):
 
 
 def test_inert_arguments_warn():
-    with pytest.warns(UserWarning, match=r"without effect here: .*use_multiprocessing.*docs/simpletransformers\.md"):
+    with pytest.warns(
+        UserWarning, match=r"without effect here: .*use_multiprocessing.*docs/reference/simpletransformers\.md"
+    ):
         ClassificationModel("bert", str(golden.HERE / "binary"), args={"use_multiprocessing": False}, use_cuda=False)
