@@ -10,6 +10,7 @@ last ten seconds.
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import aiohttp
 import matplotlib
 import numpy as np
 import psutil
-from serve_vs_servers import WORDS, body_of, wait_for
+from serve_vs_servers import bodies_of, wait_for
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -47,7 +48,7 @@ def replicas(process):
 async def follow(url, process, low, high):
     """Return rows of (second, rate, replicas, queued tokens), and (second, milliseconds, status) of every request."""
     random, rows, answers = np.random.default_rng(0), [], []
-    body, began = body_of("ours", WORDS * 3), time.perf_counter()
+    texts, began = itertools.cycle(bodies_of("ours", 66)), time.perf_counter()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         def now():
@@ -59,7 +60,7 @@ async def follow(url, process, low, high):
         async def one():
             sent = now()
             try:
-                async with session.post(url, data=body, headers={"content-type": "application/json"}) as answer:
+                async with session.post(url, data=next(texts), headers={"content-type": "application/json"}) as answer:
                     await answer.read()
                     answers.append((sent, 1000 * (now() - sent), answer.status))
             except aiohttp.ClientError:
@@ -127,7 +128,7 @@ def main():
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}/v1/predict"
     try:
-        wait_for(url, body_of("ours", "ready?"), process)
+        wait_for(url, bodies_of("ours", 66), process)
         rows, answers = asyncio.run(follow(url, process, options.low, options.high))
     finally:
         process.send_signal(signal.SIGTERM)

@@ -10,6 +10,7 @@ answered per second.
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -22,26 +23,26 @@ import time
 import aiohttp
 import numpy as np
 import psutil
-from serve_vs_servers import WORDS, ask, body_of, wait_for
+from serve_vs_servers import ask, bodies_of, wait_for
 
 QUEUED_TOKENS, BATCH_TOKENS = 50_000, 4096
 WINDOW_TOKENS = {66: 68, 2200: 2722}
 """Tokens in the windows of 256 of one text, with overlaps and special tokens. The queue counts these tokens."""
 
 
-async def flood(url, text, rate, seconds):
+async def flood(url, bodies, rate, seconds):
     """Send requests at a fixed mean rate, whether earlier requests are answered or not.
 
     Return (status, milliseconds) of each request, and the seconds until the last was answered.
     """
-    found, body = [], body_of("ours", text)
+    found, texts = [], itertools.cycle(bodies)
     waits = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds))
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def one():
             began = time.perf_counter()
             try:
-                async with session.post(url, data=body, headers={"content-type": "application/json"}) as answer:
+                async with session.post(url, data=next(texts), headers={"content-type": "application/json"}) as answer:
                     await answer.read()
                     found.append((answer.status, 1000 * (time.perf_counter() - began)))
             except aiohttp.ClientError:
@@ -62,15 +63,15 @@ def memory_mb(root):
     return sum(m.memory_full_info().uss for m in members if "ServeReplica" in " ".join(m.cmdline())) >> 20
 
 
-def measure(url, process, tokens, text, factor, seconds):
+def measure(url, process, tokens, factor, seconds):
     """Run one overload phase and print a line of JSON."""
-    body = body_of("ours", text)
-    asyncio.run(ask(url, body, 16, 3))
-    sustained = len(asyncio.run(ask(url, body, 16, 8))) / 8
+    bodies = bodies_of("ours", tokens)
+    asyncio.run(ask(url, bodies, 16, 3))
+    sustained = len(asyncio.run(ask(url, bodies, 16, 8))) / 8
     before = memory_mb(process.pid)
-    found, elapsed = asyncio.run(flood(url, text, factor * sustained, seconds))
+    found, elapsed = asyncio.run(flood(url, bodies, factor * sustained, seconds))
     after, began = memory_mb(process.pid), time.perf_counter()
-    asyncio.run(ask(url, body_of("ours", "well?"), 1, 0.01))
+    asyncio.run(ask(url, bodies, 1, 0.01))
     recovered = time.perf_counter() - began
     statuses = {status: [ms for code, ms in found if code == status] for status in {code for code, _ in found}}
     good, refused = statuses.get(200, [0.0]), statuses.get(429, [0.0])
@@ -112,9 +113,9 @@ def main():
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}/v1/predict"
     try:
-        wait_for(url, body_of("ours", "ready?"), process)
-        measure(url, process, 66, WORDS * 3, 3, options.seconds)
-        measure(url, process, 2200, WORDS * 100, 10, options.seconds)
+        wait_for(url, bodies_of("ours", 66), process)
+        measure(url, process, 66, 3, options.seconds)
+        measure(url, process, 2200, 10, options.seconds)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
