@@ -189,10 +189,7 @@ def fit(
         finally:
             checkpoints.close()
         scores = None if evaluate_valid is None else loop.best_scores or evaluate_valid().scores
-        if valid is None or scores is None:
-            result = _Result(spec.decision, metrics=state.best_metrics)
-        else:
-            result = _tune_decision(spec, valid, scores, state.best_metrics)
+        result = _result_of(spec, valid, scores, state)
         if rank() == 0:
             seconds = time.perf_counter() - started
             page = _page(spec, result, train, valid, state=state, steps_here=state.step - first_step, seconds=seconds)
@@ -311,6 +308,13 @@ def _save_checkpoint(loop: TrainLoop, model: WindowModel, checkpoints: Checkpoin
         write_state(folder)
 
     checkpoints.save(loop.state.step, write)
+
+
+def _result_of(spec: RunSpec, valid: Corpus | None, scores: DocumentScores | None, state: TrainState) -> _Result:
+    """Return the decision of the finished model: without valid, that of the settings."""
+    if valid is None or scores is None:
+        return _Result(spec.decision, metrics=state.best_metrics)
+    return _tune_decision(spec, valid, scores, state.best_metrics)
 
 
 def _tune_decision(spec: RunSpec, valid: Corpus, scores: DocumentScores, best_metrics: Mapping[str, Any]) -> _Result:
