@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from pipelines.evaluation.quantizing import QuantizeResult
     from pipelines.evaluation.tuning import TuneResult
     from pipelines.model_folder import ModelFolder
-    from pipelines.training.fit import TrainSummary
     from pipelines.training.job import TrainJob
+    from pipelines.training.run import TrainSummary
 
 logger = logging.getLogger(__name__)
 Location = str | os.PathLike[str]

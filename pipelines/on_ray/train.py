@@ -27,9 +27,10 @@ from pipelines.on_ray.nodes import check_nodes
 from pipelines.on_ray.telemetry import Gauges, LogRelay, relay_logs, relayed_logs, waits_logged
 from pipelines.storage.locations import shown
 from pipelines.training.corpus import Corpus
-from pipelines.training.fit import RunSpec, TrainSummary, fit
+from pipelines.training.fit import fit
 from pipelines.training.job import CheckedTrainJob, TrainJob, opened_run, train_here
 from pipelines.training.ranks import rank, world_size
+from pipelines.training.run import RunSpec, TrainSummary
 
 logger = logging.getLogger(__name__)
 

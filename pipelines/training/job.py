@@ -36,9 +36,10 @@ from pipelines.storage.shards import InputFile, fingerprint, split_into_units, u
 from pipelines.text.stage import TokenizeStage
 from pipelines.text.windows import leads_with_space
 from pipelines.training.checkpoints import open_training, remove_folder, remove_training, steps_of
-from pipelines.training.fit import RunSpec, TrainSummary, fit, prepare_folder
+from pipelines.training.fit import fit, prepare_folder
 from pipelines.training.loop import HARMLESS
 from pipelines.training.losses import resolve_loss
+from pipelines.training.run import RunSpec, TrainSummary
 from pipelines.training.splits import Split, tokenize_into_files
 from pipelines.training.state import BestMetric
 from pipelines.training.tracking import check_tracking

@@ -10,7 +10,8 @@ import pytest
 from pipelines.decisions.labels import encode_labels
 from pipelines.settings import ComputeSettings, DecisionSettings, WindowSettings
 from pipelines.training.corpus import Corpus, LabelledDocuments, UnitLengths
-from pipelines.training.fit import RunSpec, fit, prepare_folder
+from pipelines.training.fit import fit, prepare_folder
+from pipelines.training.run import RunSpec
 from pipelines.training.steps import Stepper
 from pipelines.training_settings import TrainSettings
 from tests import tiny
