@@ -249,15 +249,16 @@ def test_pods_are_locked_down(rendered):
 
 
 def test_network_policies(rendered):
-    """Allowed ingress: own pods, the operator to the dashboard, and in serve/ labelled namespaces to Serve's port."""
+    """Allowed ingress: own pods, the operator to the dashboard, Prometheus, and in serve/ clients to Serve's port."""
     for overlay, manifests in rendered.items():
         policies = {m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "NetworkPolicy"}
         ours = {"app.kubernetes.io/part-of": "text-classification"}
         assert policies["ray"]["podSelector"] == {"matchLabels": ours}
         assert policies["ray"]["policyTypes"] == ["Ingress", "Egress"]
-        own, operator = policies["ray"]["ingress"]
+        own, operator, prometheus = policies["ray"]["ingress"]
         assert own == {"from": [{"podSelector": {"matchLabels": ours}}]}
         assert [port["port"] for port in operator["ports"]] == [8265]
+        assert [port["port"] for port in prometheus["ports"]] == [8080]
         opened = [
             port["port"]
             for name, spec in policies.items()

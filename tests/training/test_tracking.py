@@ -75,12 +75,14 @@ def test_wandb_offline(training_data, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # it reads its environment once in a process
     job = train_job(training_data, tmp_path / "spam", tracking="wandb", tracking_project="mail", logging_steps=5)
     train_here(job)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb"))
     assert (folder / "files" / "report.html").exists()
     assert wandb.run is None
+    wandb.teardown()
 
 
 def test_failing_tracker_costs_no_run(training_data, tmp_path, store, monkeypatch, log_lines):
