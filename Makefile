@@ -48,7 +48,7 @@ ASK_PYPI := import json, urllib.request as r; \
 
 # The three below use tools of their own environment: they are not needed to run or to test.
 requirements: $(TOOLS)/.installed ## write infra/requirements.txt: what the image installs, with hashes (10 minutes)
-	$(TOOLS)/bin/pip-compile --quiet --generate-hashes --allow-unsafe --extra s3 --extra gcs --extra azure \
+	$(TOOLS)/bin/pip-compile --quiet --generate-hashes --allow-unsafe --extra s3 --extra gcs --extra azure --extra openvino \
 	  --constraint constraints.txt --no-header --no-annotate --strip-extras --no-emit-index-url --no-emit-find-links \
 	  --no-emit-trusted-host --output-file $(TOOLS)/requirements.txt pyproject.toml
 	$(BIN)/python infra/requirements.py $(TOOLS)/requirements.txt > infra/requirements.txt

@@ -38,6 +38,8 @@ from pipelines.version import VERSION
 
 INLINE_BYTES = 2**16
 """Texts up to this size are split into words on the event loop, which is faster than a switch to a thread."""
+QUICK_BYTES, QUICK_DOCUMENTS = 4096, 16
+"""Small requests are also tokenized and answered on the event loop, in less time than a switch to a thread takes."""
 MOST_LONG_BYTES = 16 * 2**20
 """Bytes of longer texts that may wait to be tokenized, or one request of the maximum size. Further ones get 429."""
 FULL_COLLECTION = 1000
@@ -179,12 +181,14 @@ class Predictor:
         """
         decision = decision or self.decision
         scores, texts = await self._score(inputs, decision)
-        lane = self._lane(sum(map(len, texts)) if with_windows else 0)
+        lane: ThreadPoolExecutor | None = self._lane(sum(map(len, texts)) if with_windows else 0)
+        if len(inputs) <= QUICK_DOCUMENTS and not with_windows:
+            lane = None
         try:
             predictions = await _in(lane, predictions_of, self._scorer, decision, scores, with_windows, texts)
         except ModelFolderError as error:  # a tokenizer that gives no character positions
             raise RequestError(422, "validation", str(error)) from error
-        await _in(self._tokenizing, self.metrics.count_predictions, predictions)
+        await _in(lane and self._tokenizing, self.metrics.count_predictions, predictions)
         usage = Usage(num_tokens=int(scores.num_tokens_D.sum()), num_windows=int(scores.num_windows_D.sum()))
         return predictions, usage
 
@@ -268,8 +272,8 @@ class Predictor:
     async def _tokenized(self, table: pa.Table) -> Documents:
         """Tokenize texts. Raises RequestError if too many long ones wait already."""
         size = int(table.nbytes)
-        lane = self._lane(size)
-        long_bytes = 0 if lane is self._tokenizing else size
+        lane = None if size < QUICK_BYTES else self._lane(size)
+        long_bytes = size if lane is self._tokenizing_long else 0
         most = max(MOST_LONG_BYTES, self.settings.max_body_bytes)
         if long_bytes and self._long_bytes + long_bytes > most:
             problem = f"{self._long_bytes:,} bytes of long texts wait to be tokenized, and the limit is {most:,}"
@@ -288,7 +292,10 @@ class Predictor:
         return self._tokenizing if size < INLINE_BYTES else self._tokenizing_long
 
 
-async def _in(lane: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Any:
+async def _in(lane: ThreadPoolExecutor | None, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a function in a thread. None means on the event loop, which is quicker for what is short."""
+    if lane is None:
+        return function(*arguments)
     return await asyncio.get_running_loop().run_in_executor(lane, function, *arguments)
 
 

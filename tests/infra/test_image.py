@@ -61,7 +61,7 @@ def test_requirements_have_hashes_and_the_tested_versions():
     assert len(entries) == len(versions)
     assert all("--hash=sha256:" in entry for entry in entries)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [project["optional-dependencies"][name] for name in ("s3", "gcs", "azure")]
+    extras = [project["optional-dependencies"][name] for name in ("s3", "gcs", "azure", "openvino")]
     needed = {re.match(r"[\w-]+", item)[0] for item in sum(extras, project["dependencies"])}
     assert needed - set(versions) == {"torch"}
 
