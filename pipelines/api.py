@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.errors import SettingsError
+from pipelines.errors import SettingsError, UsageError
 from pipelines.fields import documented, parse
 from pipelines.settings import (
     CalibrationMethod,
@@ -78,6 +79,7 @@ def train(
     """
     with ExitStack() as stack:
         train, settings = _labelled(train, settings)
+        stack.enter_context(_names_of_python(is_table=not isinstance(train, str)))
         values: dict[str, Any] = {"train": stack.enter_context(_on_disk(train)), "model": _path(model)}
         if valid is not None:
             values["valid"] = stack.enter_context(_on_disk(valid))
@@ -342,15 +344,30 @@ def _labelled(data: Any, settings: dict[str, Any], *, model: str | None = None) 
     if is_location(data):
         return _path(data), settings if model is None else with_columns_of_training(model, settings)
     table = as_table(data)
+    known = {*table.column_names}
     if model is not None:
-        known = {*table.column_names}
         remembered = with_columns_of_training(model, settings)
-        settings = {k: v for k, v in remembered.items() if k in settings or k not in COLUMNS or _has(known, v)}
+        usual = {"text_column": "text", "label_column": "label"}
+        added = {name: value for name, value in remembered.items() if name in COLUMNS and name not in settings}
+        settings = {**settings, **{k: v for k, v in added.items() if _has(known, v) or usual.get(k) not in known}}
     if "label_column" in settings or "label_columns" in settings:
         return table, settings
     texts = [settings.get("text_column", DataSettings.text_column), settings.get("text_pair_column")]
     name = single_label_column(table, [text for text in texts if text is not None])
     return table, settings if name is None else {**settings, "label_column": name}
+
+
+@contextmanager
+def _names_of_python(*, is_table: bool) -> Iterator[None]:
+    """Name settings as in Python in the errors about a table, which is in a temporary file: text_column=NAME."""
+    try:
+        yield
+    except UsageError as error:
+        if not is_table:
+            raise
+        text = re.sub(r"\S*pipelines-table-[^/\s]*/table\.parquet", "the table", str(error))
+        text = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda flag: flag[1].replace("-", "_"), text)
+        raise type(error)(text) from error
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from pipelines.arguments import EVALUATE_GROUPS, commented_settings, parse_argum
 from pipelines.config_file import parse_yaml
 from pipelines.errors import PipelinesError, SettingsError
 from pipelines.fields import parse
-from pipelines.printing import table_lines, value_lines
+from pipelines.printing import renamed, table_lines, value_lines
 from pipelines.progress import show_logs
-from pipelines.settings import ComputeSettings, DataSettings, ScoreSettings
+from pipelines.settings import NEVER, ComputeSettings, DataSettings, ScoreSettings
 
 if TYPE_CHECKING:
     from pipelines.bulk.job import ScoreJob
@@ -76,6 +76,8 @@ def _train(options: argparse.Namespace) -> int:
     names = ("model", "documents", "rows_in_error", "windows", "steps", "seconds")
     values = {name: getattr(summary, name) for name in names}
     values.update({f"valid {name}": value for name, value in summary.valid.items() if not isinstance(value, dict)})
+    if summary.documents_truncated:
+        values["documents_truncated"] = summary.documents_truncated
     if summary.report is not None:
         values["report"] = summary.report
     following = (
@@ -119,8 +121,8 @@ def _print_scored(options: argparse.Namespace, summary: ScoreSummary) -> None:
     ]
     output = summary.output
     following = [f"evaluate --scored {output} --label-column LABEL"]
-    if len(summary.positive_rates) > 0:
-        following.append(f"relabel {output} NEW_FOLDER --thresholds 0.9")
+    if len(summary.labels) == 2 or sum(summary.positive_rates.values()) > 1 + 1e-6:  # not for several classes
+        following.append(f"relabel {output} --thresholds 0.9 --output NEW_FOLDER")
     _print(options, result, {"output": output, **values}, rows, following)
 
 
@@ -256,9 +258,11 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from pipelines.decisions.labels import thresholds_by_label
     from pipelines.model_folder import CALIBRATION, read_model_folder
 
-    content = read_model_folder(options.model).to_json()
+    folder = read_model_folder(options.model)
+    content = folder.to_json()
     values = {**content["decision"], **content["windows"], **{k: v for k, v in content.items() if k.endswith("_hash")}}
     for name in (*CALIBRATION, "guarantees", "early_exit", "quantization"):
         if content.get(name):
@@ -269,7 +273,13 @@ def _inspect(options: argparse.Namespace) -> int:
     values.update({f"trained with {name}": value for name, value in training.items()})
     metrics = content["metrics"]
     values.update({f"valid {name}": value for name, value in metrics.items() if name != "per_label"})
-    rows = [{"label": label, **numbers} for label, numbers in metrics.get("per_label", {}).items()]
+    thresholds = thresholds_by_label(folder.decision)
+    per_label = metrics.get("per_label", {})
+    rows = [
+        {"label": label, "threshold": "never" if threshold == NEVER else threshold, **renamed(per_label.get(label, {}))}
+        for label, threshold in thresholds.items()
+    ]
+    del values["thresholds"]
     _print(options, content, values, rows)
     return DONE
 

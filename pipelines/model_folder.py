@@ -237,9 +237,11 @@ def _of_classifier(path: Path, where: str) -> ModelFolder:
     """Open a Hugging Face classifier without pipeline.json, with default windows and the labels of its config.json."""
     is_unfinished = (path / RUN_FILE).is_file() or any(path.glob(f"{ASIDE}*"))
     if is_unfinished or not ((path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()):
-        raise ModelFolderError(
-            f"{where} has no {PIPELINE_FILE}, so it is not a finished model folder; create one with `pipelines train`"
+        has_run = (path / RUN_FILE).is_file()
+        remedy = (
+            "start its `pipelines train` again, which resumes it" if has_run else "create one with `pipelines train`"
         )
+        raise ModelFolderError(f"{where} has no {PIPELINE_FILE}, so it is not a finished model folder; {remedy}")
     check_weights(path)
     config = read_config(path)
     if not is_classifier(config):

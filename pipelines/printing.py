@@ -31,6 +31,12 @@ def table_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "  ".join(padded).rstrip()
 
 
+def renamed(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of a label with the names that all tables have: rows, precision, recall, f1."""
+    names = {"support": "rows", "precision": "precision", "recall": "recall", "f1_score": "f1"}
+    return {name: metrics.get(key) for key, name in names.items()}
+
+
 def shown(value: Any) -> str:
     """Return a value as it is shown to people."""
     if isinstance(value, float):

@@ -207,3 +207,19 @@ def test_what_model_folders_show(spam_folder):
         r"ModelFolder\(.*spam; binary: ham, spam; thresholds \(0.4,\); windows of .* tokens, merge mean\)",
         repr(read_model_folder(spam_folder.path)),
     )
+
+
+def test_frames_with_other_columns_are_refused_in_words_of_python(training_data, tmp_path):
+    table = pq.read_table(training_data / "data").rename_columns(["body", "topic"])
+    columns = {"text_column": "body", "label_column": "topic"}
+    pipelines.train(table, training_data / "base", tmp_path / "model", valid=table, **columns, **RUN)
+    assert pipelines.evaluate(tmp_path / "model", table).rows == 60
+    with pytest.raises(DataError, match=r"the table in memory has no column 'topic'; it has: body, y"):
+        pipelines.evaluate(tmp_path / "model", table.rename_columns(["body", "y"]))
+    with pytest.raises(DataError, match=r"the table in memory has no column 'body'; it has: words, topic"):
+        pipelines.evaluate(tmp_path / "model", table.rename_columns(["words", "topic"]))
+    with pytest.raises(DataError) as wrong:
+        pipelines.train(table, training_data / "base", tmp_path / "other", **RUN)
+    assert re.match(
+        r"the table has no column 'text'; it has: body, topic; name the text column with text_column", str(wrong.value)
+    )

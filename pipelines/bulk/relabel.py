@@ -42,7 +42,7 @@ from pipelines.decisions.labels import decide, resolve_thresholds, thresholds_by
 from pipelines.errors import DataError, OutputError, SettingsError
 from pipelines.fields import parse
 from pipelines.progress import Progress
-from pipelines.settings import DecisionSettings
+from pipelines.settings import NEVER, DecisionSettings
 from pipelines.storage.listing import list_files
 from pipelines.storage.locations import commit_json, filesystem_of, list_names, make_folder, read_json, retried, shown
 
@@ -73,7 +73,7 @@ class RelabelSummary:
         return [
             {
                 "label": label,
-                "threshold": self.thresholds.get(label),
+                "threshold": "never" if self.thresholds.get(label) == NEVER else self.thresholds.get(label),
                 "rows before": self.rows_before.get(label, 0),
                 "rows now": count,
             }

@@ -313,8 +313,9 @@ def _not_a_list(column: pa.ChunkedArray) -> str:
     marks = ("; ", ";", "|", ", ", ",")
     first, mark = next(((text, mark) for mark in marks for text in texts if mark in text), ("a;b", ";"))
     return (
-        f"{problem}. To split texts such as {first[:40]!r}: frame['label'] = frame['label'].str.split({mark!r}), and "
-        "write the frame with to_parquet. For one column with 0 or 1 for each label: --label-columns A,B,C"
+        f"{problem}. To split texts such as {first[:40] + '...' * (len(first) > 40)!r}: frame['label'] = "
+        f"frame['label'].fillna('').str.split({mark!r}).map(lambda names: [name for name in names if name]), and write "
+        "the frame with to_parquet. For one column with 0 or 1 for each label: --label-columns A,B,C"
     )
 
 

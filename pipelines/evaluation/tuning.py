@@ -27,9 +27,12 @@ from pipelines.evaluation.labelled import (
 )
 from pipelines.fields import check_types
 from pipelines.model_folder import ModelFolder, write_pipeline_file
+from pipelines.printing import renamed
 from pipelines.settings import NEVER, CalibrationMethod, ComputeSettings, DataSettings, DecisionSettings
 from pipelines.storage.locations import shown
 
+MOST_REMARKS = 5
+"""Remarks about labels that are logged one by one."""
 USUAL_CONFIDENCE = 0.95
 """Confidence of a fitted early exit, if none is given."""
 logger = logging.getLogger(__name__)
@@ -113,9 +116,9 @@ class TuneResult:
         return [
             {
                 "label": label,
-                "before": was,
+                "before": "never" if was == NEVER else was,
                 "threshold": "never" if threshold == NEVER else threshold,
-                **{name: per_label.get(label, {}).get(name) for name in ("support", "precision", "recall", "f1_score")},
+                **renamed(per_label.get(label, {})),
                 "promise": promises.get(label),
             }
             for label, was, threshold in zip(self.labels, old, self.thresholds, strict=True)
@@ -178,8 +181,16 @@ def tune_folder(
     )
     if had_early_exit:
         logger.warning("early_exit=certified needs a new fit for these thresholds: pipelines tune --early-exit")
-    for line in tuned.remarks(options.objective):
+    remarks = tuned.remarks(options.objective)
+    for line in remarks[:MOST_REMARKS]:
         logger.warning("%s", line)
+    if len(remarks) > MOST_REMARKS:
+        logger.warning("%d more remarks of this kind; the table has all labels", len(remarks) - MOST_REMARKS)
+    if all(threshold == NEVER for threshold in tuned.thresholds):
+        logger.warning(
+            "no label is assigned any more: ask for less, or tune on more documents. The old thresholds were %s",
+            thresholds_by_label(folder.decision),
+        )
     return TuneResult(
         model=shown(model),
         rows_in_error=scored.rows_in_error,

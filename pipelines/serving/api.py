@@ -335,6 +335,12 @@ async def _answer_validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     problems = []
     for item in error.errors():
+        if item["type"] == "extra_forbidden":
+            route = item["loc"][:-1]
+            problems.append(
+                f"{'.'.join(str(part) for part in route if part in FIELDS)}: a field that is not known here"
+            )
+            continue
         place = ".".join(str(part) for part in item["loc"] if isinstance(part, int) or part in FIELDS)
         problems.append(f"{place}: {item['msg']}")
     return _error(422, "validation", "; ".join(problems[:3]))

@@ -109,7 +109,9 @@ def _matches(filesystem: AbstractFileSystem, path: str, location: str) -> tuple[
     if filesystem.isdir(path):  # also a folder whose name contains a bracket
         return retried(lambda: filesystem.find(path, detail=True)), set()
     if not any(character in path for character in GLOB_CHARACTERS):
-        raise DataError(f"{shown(location)} does not exist; give a Parquet file, a folder of them, or a glob")
+        raise DataError(
+            f"{shown(location)} does not exist; give a file (Parquet, JSON Lines, CSV), a folder of them, or a glob"
+        )
     matches = retried(lambda: filesystem.glob(path, detail=True))
     found = {name: entry for name, entry in matches.items() if entry["type"] != "directory"}
     named = set(found)

@@ -234,7 +234,8 @@ def open_training(output: str, identity: Mapping[str, Any]) -> bool:
         with suppress(OSError):  # the folder is refused below in any case
             remove_all(output)
     if has_model or not is_empty(output, besides=MARK):
-        raise OutputError(f"--output {shown(output)} is not empty; give a new folder, or add --overwrite")
+        remedy = ", or add --overwrite to replace the model" if has_model else ""
+        raise OutputError(f"--output {shown(output)} is not empty; give a new folder{remedy}")
     try:
         commit_json(output, RUN_FILE, dict(identity))
     except OSError as error:

@@ -215,9 +215,10 @@ def _say_what_is_kept(job: TrainJob, *, is_new: bool) -> None:
     steps = steps_of(job.paths.output)
     if steps:
         logger.info(
-            "the checkpoint of step %d is kept in %s: the same command resumes the run, and --overwrite begins again",
+            "the checkpoint of step %d is kept in %s: the same command%s resumes the run",
             steps[-1],
             shown(job.paths.output),
+            " without --overwrite" if job.paths.overwrite else "",
         )
     elif is_new:
         remove_folder(job.paths.output)

@@ -60,7 +60,8 @@ class TrainSummary:
     def __repr__(self) -> str:
         lines = [
             f"TrainSummary of {self.model}",
-            f"  {self.documents:,} documents, {self.windows:,} windows, {self.steps:,} steps in {self.seconds:,.0f} s",
+            f"  {self.documents:,} documents ({self.rows_in_error:,} more rows in error), {self.windows:,} windows, "
+            f"{self.steps:,} steps in {self.seconds:,.0f} s",
         ]
         shown_metrics = [f"{name} {value:.4g}" for name, value in self.valid.items() if isinstance(value, (int, float))]
         return "\n".join([*lines, *([f"  valid: {', '.join(shown_metrics)}"] if shown_metrics else [])])

@@ -6,6 +6,7 @@ Imports neither torch nor Ray.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ from pipelines.storage.shards import WorkUnits, fingerprint, group_units
 from pipelines.text.stage import TokenizeStage, documents_of
 from pipelines.text.tokenization import Documents
 from pipelines.training.corpus import Corpus, UnitLengths
+
+ROWS_SHOWN = 3
+"""Rows without a text that a warning names."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,21 +84,36 @@ class _UnitDocuments:
         return documents_of(self.table(unit))
 
     def name(self, unit: int, row: int) -> str:
-        file, source_row = (self.table(unit).column(name)[row] for name in SOURCE_COLUMNS)
-        return f"{shown(str(file))} row {source_row}"
+        return _row_name(self.table(unit), row)
+
+
+def _row_name(table: pa.Table, row: int) -> str:
+    file, source_row = (table.column(name)[row] for name in SOURCE_COLUMNS)
+    return f"{shown(str(file))} row {source_row}"
 
 
 def tokenize_into_files(split: Split, folder: Path, progress: Progress) -> Corpus:
     """Tokenize a split in this process, into one file per unit. The files are mapped into memory when they are read."""
     folder.mkdir()
     lengths = []
+    bad: list[str] = []
     for number, table in enumerate(split.stage(split.units)):
         with pa.OSFile(str(folder / f"{number}.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
-        lengths.append(UnitLengths.of(documents_of(table)))
+        documents = documents_of(table)
+        lengths.append(UnitLengths.of(documents))
+        bad += [f"{_row_name(table, row)}: {error}" for row, error in enumerate(documents.errors) if error is not None]
         progress.advance(len(table))
     corpus = split.corpus(lengths.__getitem__, lambda number: _mapped(folder / f"{number}.arrow"))
     corpus.check_texts()
+    if bad:
+        logger.warning(
+            "%s of %s rows have no text that can be read, and are left out: %s%s",
+            f"{len(bad):,}",
+            f"{split.units.num_rows:,}",
+            "; ".join(bad[:ROWS_SHOWN]),
+            " ..." if len(bad) > ROWS_SHOWN else "",
+        )
     return corpus
 
 

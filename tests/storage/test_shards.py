@@ -160,7 +160,7 @@ def test_unit_size_grows_and_is_bounded():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", "does not exist; give a Parquet file"),
+        ("nowhere", "does not exist; give a file"),
         ("empty", r"contains no Parquet, JSON Lines or CSV files \(0 other files\)"),
         ("text", r"contains no Parquet, JSON Lines or CSV files \(1 other files\)"),
         ("broken", r"broken\.parquet is not a readable Parquet file"),
