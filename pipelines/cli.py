@@ -120,7 +120,7 @@ def _print_scored(options: argparse.Namespace, summary: ScoreSummary) -> None:
         for label, rate in summary.positive_rates.items()
     ]
     output = summary.output
-    following = [f"evaluate --scored {output} --label-column LABEL"]
+    following = [f"evaluate --scored {output}"]
     if len(summary.labels) == 2 or sum(summary.positive_rates.values()) > 1 + 1e-6:  # not for several classes
         following.append(f"relabel {output} --thresholds 0.9 --output NEW_FOLDER")
     _print(options, result, {"output": output, **values}, rows, following)
@@ -179,14 +179,15 @@ def _evaluate_model(options: argparse.Namespace) -> EvaluationResult:
 
 
 def _evaluate_scored(options: argparse.Namespace) -> EvaluationResult:
-    from pipelines.bulk.evaluate import evaluate_scored
+    from pipelines.bulk.evaluate import evaluate_scored, with_columns_of_scored
     from pipelines.storage.locations import absolute
 
     for name, value in (("DIR", options.model), ("--data", options.data), ("--report-texts", options.report_texts)):
         if value:
             raise SettingsError(f"--scored reads labels and scores of scored files; leave out {name}")
-    data, _ = parse(settings_of(options), *EVALUATE_GROUPS)
-    return evaluate_scored(absolute(options.scored), data, report=options.report)
+    scored = absolute(options.scored)
+    data, _ = parse(with_columns_of_scored(scored, settings_of(options)), *EVALUATE_GROUPS)
+    return evaluate_scored(scored, data, report=options.report)
 
 
 def _tune(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import posixpath
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipelines.bulk.manifest import MANIFEST
 from pipelines.bulk.run_folder import SUMMARY, read_scored_metadata
-from pipelines.decisions.columns import DECISION_METADATA, EARLY_EXIT_METADATA, PREFIX_METADATA
+from pipelines.decisions.columns import COLUMNS_METADATA, DECISION_METADATA, EARLY_EXIT_METADATA, PREFIX_METADATA
 from pipelines.decisions.labels import Decisions, encode_labels
 from pipelines.decisions.metrics import evaluate
 from pipelines.errors import DataError
@@ -95,6 +96,21 @@ def evaluate_scored(location: str, data: DataSettings, *, report: str | None = N
         sentence(targets, decisions, decision, metrics),
         label_rows(targets, rows.scores_DL, decisions, decision),
     )
+
+
+def with_columns_of_scored(location: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the label columns of the model's training, if they name none and the files have these.
+
+    Args:
+        location: Output folder of `pipelines score` or `pipelines relabel`.
+        values: Settings by name.
+    """
+    if "label_column" in values or "label_columns" in values:
+        return dict(values)
+    filesystem, _ = filesystem_of(location)
+    first = list_files(location, also_in_tables=True)[0]
+    columns = json.loads(read_scored_metadata(filesystem, first).get(COLUMNS_METADATA, b"{}"))
+    return {**values, **{name: columns[name] for name in ("label_column", "label_columns") if columns.get(name)}}
 
 
 def read_scored(location: str, data: DataSettings) -> ScoredRows:

@@ -143,6 +143,7 @@ class CheckedJob:
             prefix=job.score.prefix,
             guarantees=folder.guarantees,
             early_exit=self.early_exit_in_words,
+            columns=folder.training.get("columns"),
         )
         return ReplicaSetup(
             job.model,

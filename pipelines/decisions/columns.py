@@ -18,6 +18,7 @@ from pipelines.storage.columns import SOURCE_COLUMNS
 
 DECISION_METADATA, PREFIX_METADATA = b"pipelines.decision", b"pipelines.prefix"
 GUARANTEES_METADATA, EARLY_EXIT_METADATA = b"pipelines.guarantees", b"pipelines.early_exit"
+COLUMNS_METADATA = b"pipelines.columns"
 """Keys in the schema metadata of a scored file."""
 
 
@@ -135,16 +136,18 @@ def schema_metadata(
     prefix: str = "",
     guarantees: Mapping[str, Any] | None = None,
     early_exit: str = "off",
+    columns: Mapping[str, Any] | None = None,
 ) -> dict[bytes, bytes]:
     """Return the schema metadata of a scored file.
 
-    It has the hashes of model and settings, the prefix, the decision settings, what is promised of the thresholds, and
-    how documents stopped early.
+    It has the hashes of model and settings, the prefix, the decision settings, what is promised of the thresholds, how
+    documents stopped early, and the columns on which the model was trained.
     """
     hashes = {b"pipelines.weights_hash": weights_hash.encode(), b"pipelines.settings_hash": settings_hash.encode()}
     promises = {GUARANTEES_METADATA: json.dumps(dict(guarantees)).encode()} if guarantees else {}
     stops = {} if early_exit == "off" else {EARLY_EXIT_METADATA: early_exit.encode()}
-    return {**hashes, PREFIX_METADATA: prefix.encode(), **promises, **stops, **decision_metadata(decision)}
+    trained = {COLUMNS_METADATA: json.dumps(dict(columns)).encode()} if columns else {}
+    return {**hashes, PREFIX_METADATA: prefix.encode(), **promises, **stops, **trained, **decision_metadata(decision)}
 
 
 def decision_metadata(decision: DecisionSettings) -> dict[bytes, bytes]:

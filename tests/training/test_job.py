@@ -189,6 +189,8 @@ def test_folder_remembers_columns_and_settings(training_data, renamed_data, tmp_
     assert main(["tune", model, "--data", str(renamed_data)]) == 3
     assert read_model_folder(tmp_path / "out").training == training, "tune keeps it"
     assert score_here(score_job(read_model_folder(model), renamed_data, tmp_path / "scored")).rows_out == 60
+    assert main(["evaluate", "--scored", str(tmp_path / "scored")]) == 3
+    assert "mcc: " in capsys.readouterr().out
     with pytest.raises(DataError, match="has no column 'text'"):
         score_here(score_job(read_model_folder(model), renamed_data, tmp_path / "other", text_column="text"))
     assert pipelines.evaluate(model, pd.read_parquet(renamed_data)).rows == 60
