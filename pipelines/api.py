@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Location = str | os.PathLike[str]
+TABLE_FLAGS = ("text-column", "text-pair-column", "label-columns", "label-column", "labels", "limit", "keep", "prefix")
+"""Flags of the command line in errors about tables."""
 TABLE_SETTINGS = ("thresholds", "keep", "prefix", "early_exit")
 """The settings of a scoring job that also apply to a table in memory."""
 
@@ -78,8 +80,8 @@ def train(
         >>> pipelines.train(frame, model="bert-base-uncased", output="runs/spam", kind="binary", epochs=1)
     """
     with ExitStack() as stack:
+        stack.enter_context(_names_of_python(train))
         train, settings = _labelled(train, settings)
-        stack.enter_context(_names_of_python(is_table=not isinstance(train, str)))
         values: dict[str, Any] = {"train": stack.enter_context(_on_disk(train)), "model": _path(model)}
         if valid is not None:
             values["valid"] = stack.enter_context(_on_disk(valid))
@@ -116,7 +118,8 @@ def score(
     if not is_location(input):
         if output is not None:
             raise SettingsError("a table in memory is scored into a table; leave output out, or write it to Parquet")
-        return _score_table(model, as_table(input), settings)
+        with _names_of_python(input):
+            return _score_table(model, as_table(input), settings)
     if output is None:
         from pipelines.storage.locations import shown
 
@@ -148,16 +151,11 @@ def evaluate(
     """
     from pipelines.evaluation.labelled import evaluate_folder
 
-    data, settings = _labelled(data, settings, model=_path(model))
-    columns, compute = parse(settings, DataSettings, ComputeSettings)
-    return evaluate_folder(
-        _path(model),
-        data,
-        columns,
-        compute,
-        report=None if report is None else _path(report),
-        report_texts=report_texts,
-    )
+    page = None if report is None else _path(report)
+    with _names_of_python(data):
+        data, settings = _labelled(data, settings, model=_path(model))
+        columns, compute = parse(settings, DataSettings, ComputeSettings)
+        return evaluate_folder(_path(model), data, columns, compute, report=page, report_texts=report_texts)
 
 
 @documented(DataSettings, ComputeSettings)
@@ -195,10 +193,11 @@ def tune(
     """
     from pipelines.evaluation.tuning import TuneOptions, tune_folder
 
-    data, settings = _labelled(data, settings, model=_path(model))
-    columns, compute = parse(settings, DataSettings, ComputeSettings)
     options = TuneOptions(objective, confidence, joint, calibrate, early_exit)
-    return tune_folder(_path(model), data, columns, compute, options)
+    with _names_of_python(data):
+        data, settings = _labelled(data, settings, model=_path(model))
+        columns, compute = parse(settings, DataSettings, ComputeSettings)
+        return tune_folder(_path(model), data, columns, compute, options)
 
 
 @documented(DataSettings, ComputeSettings)
@@ -235,9 +234,10 @@ def quantize(
     from pipelines.evaluation.quantizing import QuantizeOptions, quantize_folder
 
     options = QuantizeOptions(max_label_changes, max_drop, metric)
-    data, settings = _labelled(data, settings, model=_path(model))
-    columns, compute = parse(settings, DataSettings, ComputeSettings)
-    return quantize_folder(_path(model), _path(new), data, columns, compute=compute, options=options)
+    with _names_of_python(data):
+        data, settings = _labelled(data, settings, model=_path(model))
+        columns, compute = parse(settings, DataSettings, ComputeSettings)
+        return quantize_folder(_path(model), _path(new), data, columns, compute=compute, options=options)
 
 
 def convert(
@@ -358,15 +358,15 @@ def _labelled(data: Any, settings: dict[str, Any], *, model: str | None = None) 
 
 
 @contextmanager
-def _names_of_python(*, is_table: bool) -> Iterator[None]:
-    """Name settings as in Python in the errors about a table, which is in a temporary file: text_column=NAME."""
+def _names_of_python(data: Any) -> Iterator[None]:
+    """Name columns as in Python in the errors about a table in memory: text_column instead of --text-column."""
     try:
         yield
     except UsageError as error:
-        if not is_table:
+        if is_location(data):
             raise
         text = re.sub(r"\S*pipelines-table-[^/\s]*/table\.parquet", "the table", str(error))
-        text = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda flag: flag[1].replace("-", "_"), text)
+        text = re.sub(rf"--({'|'.join(TABLE_FLAGS)})\b", lambda flag: flag[1].replace("-", "_"), text)
         raise type(error)(text) from error
 
 

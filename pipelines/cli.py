@@ -121,7 +121,7 @@ def _print_scored(options: argparse.Namespace, summary: ScoreSummary) -> None:
     ]
     output = summary.output
     following = [f"evaluate --scored {output}"]
-    if len(summary.labels) == 2 or sum(summary.positive_rates.values()) > 1 + 1e-6:  # not for several classes
+    if summary.kind in ("binary", "multilabel"):  # the other kinds have no thresholds
         following.append(f"relabel {output} --thresholds 0.9 --output NEW_FOLDER")
     _print(options, result, {"output": output, **values}, rows, following)
 
@@ -159,7 +159,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     values = {name: value for name, value in result.to_json().items() if name != "per_label"}
     if result.report is not None:
         values["report"] = result.report
-    _print(options, result.to_json(), {"in words": result.in_words, **values}, result.labels)
+    _print(options, result.to_json(), {"summary": result.in_words, **values}, result.labels)
     return ROWS_IN_ERROR if result.rows_in_error else DONE
 
 

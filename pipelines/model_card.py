@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.settings import NEVER
+
 CARD = "README.md"
 MARK = "<!-- Written by ray-text-classification from pipeline.json. Remove this line to keep your own changes. -->"
 """A card without this line is not replaced."""
@@ -91,7 +93,8 @@ def _about(content: Mapping[str, Any]) -> str:
     }
     text = kinds[decision["kind"]]
     if training:
-        text += f", fine-tuned from `{training['model']}` on {training['documents']:,} documents"
+        text += f", fine-tuned from `{training['model']}` on {training['documents']:,} documents "
+        text += f"(fingerprint `{training['fingerprint']}`)"
     length = windows["max_length"] or "up to 512"
     if windows["sliding_window"]:
         text += f".\nTexts of any length are read in windows of {length} tokens, whose scores are merged by "
@@ -123,17 +126,13 @@ def _labels(content: Mapping[str, Any]) -> str:
 
 
 def _metrics(content: Mapping[str, Any]) -> str:
-    training = content["training"]
+    measured = content["measured"]
     metrics = {name: value for name, value in content["metrics"].items() if isinstance(value, (int, float))}
     if not metrics:
         return ""
     lines = ["## Metrics", ""]
-    if training.get("valid_documents"):
-        lines += [
-            f"On {training['valid_documents']:,} validation documents (fingerprint `{training['valid_fingerprint']}`; "
-            f"training data: `{training['fingerprint']}`):",
-            "",
-        ]
+    if measured:
+        lines += [f"On {measured['documents']:,} validation documents (fingerprint `{measured['fingerprint']}`):", ""]
     lines += ["| metric | value |", "|---|---|", *(f"| {name} | {_number(value)} |" for name, value in metrics.items())]
     if content["guarantees"]:
         found = content["guarantees"]
@@ -186,6 +185,8 @@ def _use(content: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any) -> str:
+    if value == NEVER:
+        return "never"
     return "" if value is None else f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
 
 

@@ -71,6 +71,8 @@ class ModelFolder:
     """The margin of `tune --early-exit` (`early_exit.Margin`). Empty without one."""
     quantization: Mapping[str, Any] = field(default_factory=dict)
     """What `pipelines quantize` measured of its int8 model. Empty for a folder with float weights."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """The data of `metrics` and `histograms`: number of documents, and fingerprint. Empty if this is unknown."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """How the model was trained: base model, columns, settings, data (`training.fit`). Empty if this is unknown."""
     tokenizer: str = OWN_TOKENIZER
@@ -150,6 +152,7 @@ class ModelFolder:
             "early_exit": dict(self.early_exit),
             "quantization": dict(self.quantization),
             "reads_pairs": self.reads_pairs,
+            "measured": dict(self.measured),
             "training": dict(self.training),
             "tokenizer": self.tokenizer,
             "weights_hash": self.weights_hash,
@@ -196,6 +199,7 @@ def read_model_folder(location: str | Path) -> ModelFolder:
             content.get("guarantees", {}),
             content.get("early_exit", {}),
             content.get("quantization", {}),
+            content.get("measured", {}),
             content.get("training", {}),
             content.get("tokenizer", OWN_TOKENIZER),
         )

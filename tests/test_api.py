@@ -216,6 +216,10 @@ def test_frames_with_other_columns_are_refused_in_words_of_python(training_data,
     assert pipelines.evaluate(tmp_path / "model", table).rows == 60
     with pytest.raises(DataError, match=r"the table in memory has no column 'topic'; it has: body, y"):
         pipelines.evaluate(tmp_path / "model", table.rename_columns(["body", "y"]))
+    with pytest.raises(
+        DataError, match=r"has no column 'nope'; it has: body, topic; name the text column with text_col"
+    ):
+        pipelines.score(tmp_path / "model", table, text_column="nope")
     with pytest.raises(DataError, match=r"the table in memory has no column 'body'; it has: words, topic"):
         pipelines.evaluate(tmp_path / "model", table.rename_columns(["words", "topic"]))
     with pytest.raises(DataError) as wrong:

@@ -31,9 +31,10 @@ def test_card_of_a_trained_model(folders):
     metrics = {"f1_macro": 0.25, "lrap": 0.75, "per_label": per_label}
     training = {
         "version": "0.1.0", "model": "bert-base-uncased", "columns": {}, "settings": {}, "documents": 1200,
-        "fingerprint": "sha256:ab", "valid_documents": 300, "valid_fingerprint": "sha256:cd",
+        "fingerprint": "sha256:ab",
     }  # fmt: skip
-    text = card_of(content_of(folders["multilabel"], metrics=metrics, training=training))
+    measured = {"documents": 300, "fingerprint": "sha256:cd"}
+    text = card_of(content_of(folders["multilabel"], metrics=metrics, training=training, measured=measured))
     card = ModelCard(text)
     assert card.data.base_model == "bert-base-uncased"
     assert {one.metric_type: one.metric_value for one in card.data.eval_results} == {"f1_macro": 0.25, "lrap": 0.75}

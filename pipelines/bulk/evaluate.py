@@ -9,13 +9,13 @@ import json
 import logging
 import posixpath
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.bulk.manifest import MANIFEST
@@ -33,8 +33,17 @@ from pipelines.fields import parse
 from pipelines.settings import DataSettings, DecisionSettings
 from pipelines.storage.labels import check_label_columns, label_values
 from pipelines.storage.listing import list_files
-from pipelines.storage.locations import absolute, commit_bytes, filesystem_of, list_names, make_folder, retried, shown
+from pipelines.storage.locations import (
+    absolute,
+    commit_bytes,
+    filesystem_of,
+    from_parquet,
+    list_names,
+    make_folder,
+    shown,
+)
 
+THREADS = 8
 logger = logging.getLogger(__name__)
 
 
@@ -99,7 +108,7 @@ def evaluate_scored(location: str, data: DataSettings, *, report: str | None = N
 
 
 def with_columns_of_scored(location: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with the label columns of the model's training, if they name none and the files have these.
+    """Return settings with the label columns of the model's training, if they name none.
 
     Args:
         location: Output folder of `pipelines score` or `pipelines relabel`.
@@ -125,24 +134,23 @@ def read_scored(location: str, data: DataSettings) -> ScoredRows:
     files = list_files(location, also_in_tables=True)
     filesystem, _ = filesystem_of(location)
 
-    def read(path: str, columns: list[str] | None = None) -> pa.Table:
-        return pq.read_table(pa.BufferReader(retried(lambda: filesystem.cat_file(path))), columns=columns)
-
     decision, prefix = _decision_of(read_scored_metadata(filesystem, files[0]))
-    first = read(files[0])
+    names = from_parquet(filesystem, files[0], lambda file: file.schema_arrow.names)
     check_label_columns(data, decision)
     labels = list(data.target_columns)
     for name in labels:
-        if name not in first.column_names:
+        if name not in names:
             raise DataError(
-                f"{shown(location)} has no label column {name!r}; its columns are {', '.join(first.column_names)}. "
+                f"{shown(location)} has no label column {name!r}; its columns are {', '.join(names)}. "
                 f"Name the label column with --label-column, or score again with --keep {name}"
             )
     of_kinds = {"multilabel": "predicted_labels", "regression": "predicted_value"}
     predicted = of_kinds.get(decision.kind, "predicted_label")
     outputs = [prefix + name for name in ("source_file", "source_row", "scores", "num_tokens", "error", predicted)]
-    tables = [read(path, [*dict.fromkeys([*labels, *outputs])]) for path in files]
-    table = pa.concat_tables(tables, promote_options="permissive")
+    columns = [*dict.fromkeys([*labels, *outputs])]
+    with ThreadPoolExecutor(THREADS) as pool:
+        tables = pool.map(lambda path: from_parquet(filesystem, path, lambda file: file.read(columns)), files)
+        table = pa.concat_tables(tables, promote_options="permissive")
     table = table if data.limit is None else table.slice(0, data.limit)
     good = table.filter(pc.is_null(table.column(prefix + "error")))
     if not len(good):

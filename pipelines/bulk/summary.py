@@ -96,6 +96,8 @@ class ScoreSummary:
     """Number of input files that do not exist any more, and whose rows were kept."""
     table: str = ""
     """The table that has the rows, and its version."""
+    kind: str = ""
+    """Kind of the model: binary, multiclass, multilabel or regression."""
     labels: tuple[str, ...] = ()
     wall_seconds: float = 0.0
     rows_per_second: float = 0.0
@@ -186,7 +188,7 @@ def summarize(output: str, total: Counts, decision: DecisionSettings, **more: An
     content["errors"] = dict(commonest)
     content["seconds"] = {name: round(value, 2) for name, value in total.seconds.items()}
     content["positive_rates"] = {label: count / scored for label, count in positives.items()}
-    return ScoreSummary(output, **content, labels=decision.labels, **more)
+    return ScoreSummary(output, **content, kind=decision.kind, labels=decision.labels, **more)
 
 
 def _error_kinds(error: pa.ChunkedArray) -> dict[str, int]:

@@ -177,20 +177,19 @@ def tune_folder(
     metrics = {**evaluate(scored.targets, scored.scores_DL, scored.decide(decision), decision), **errors}
     histograms = histograms_of(scored.scores_DL, decision)
     write_pipeline_file(
-        replace(folder, decision=decision, metrics=metrics, histograms=histograms, guarantees=guarantees, early_exit={})
+        replace(
+            folder,
+            decision=decision,
+            metrics=metrics,
+            histograms=histograms,
+            measured={"documents": len(scored.row_D), "fingerprint": labelled.fingerprint},
+            guarantees=guarantees,
+            early_exit={},
+        )
     )
     if had_early_exit:
         logger.warning("early_exit=certified needs a new fit for these thresholds: pipelines tune --early-exit")
-    remarks = tuned.remarks(options.objective)
-    for line in remarks[:MOST_REMARKS]:
-        logger.warning("%s", line)
-    if len(remarks) > MOST_REMARKS:
-        logger.warning("%d more remarks of this kind; the table has all labels", len(remarks) - MOST_REMARKS)
-    if all(threshold == NEVER for threshold in tuned.thresholds):
-        logger.warning(
-            "no label is assigned any more: ask for less, or tune on more documents. The old thresholds were %s",
-            thresholds_by_label(folder.decision),
-        )
+    _say_remarks(tuned, folder.decision, options.objective)
     return TuneResult(
         model=shown(model),
         rows_in_error=scored.rows_in_error,
@@ -204,6 +203,20 @@ def tune_folder(
         metrics=metrics,
         guarantees=guarantees,
     )
+
+
+def _say_remarks(tuned: Tuned | Guarantees, before: DecisionSettings, objective: str) -> None:
+    """Log what is special about the new thresholds."""
+    remarks = tuned.remarks(objective)
+    for line in remarks[:MOST_REMARKS]:
+        logger.warning("%s", line)
+    if len(remarks) > MOST_REMARKS:
+        logger.warning("%d more remarks of this kind; the table has all labels", len(remarks) - MOST_REMARKS)
+    if all(threshold == NEVER for threshold in tuned.thresholds):
+        logger.warning(
+            "no label is assigned any more: ask for less, or tune on more documents. The old thresholds were %s",
+            thresholds_by_label(before),
+        )
 
 
 def _fit_early_exit(folder: ModelFolder, scored: LabelledScores, options: TuneOptions) -> TuneResult:

@@ -118,14 +118,20 @@ def write_folder(
             metrics=result.metrics,
             histograms=result.histograms,
             reads_pairs=corpora[0].has_pairs,
-            training=_training_of(spec, *corpora),
+            measured=_measured_on(corpora[1]),
+            training=_training_of(spec, corpora[0]),
         )
     )
     publish(folder, spec.output, last=PIPELINE_FILE)
     remove_all(spec.output)
 
 
-def _training_of(spec: RunSpec, train: Corpus, valid: Corpus | None) -> dict[str, Any]:
+def _measured_on(valid: Corpus | None) -> dict[str, Any]:
+    """Return the data of the model folder's metrics."""
+    return {} if valid is None else {"documents": len(valid), "fingerprint": valid.fingerprint}
+
+
+def _training_of(spec: RunSpec, train: Corpus) -> dict[str, Any]:
     """Return what the model folder remembers of its training."""
     usual = TrainSettings()
     return {
@@ -135,8 +141,6 @@ def _training_of(spec: RunSpec, train: Corpus, valid: Corpus | None) -> dict[str
         "settings": {name: value for name, value in asdict(spec.train).items() if value != getattr(usual, name)},
         "documents": len(train),
         "fingerprint": train.fingerprint,
-        "valid_documents": 0 if valid is None else len(valid),
-        "valid_fingerprint": None if valid is None else valid.fingerprint,
     }
 
 

@@ -160,6 +160,7 @@ def _ends_at_interrupt() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.set()
+        logger.info("Ctrl-C: this step ends first, then a checkpoint is written; a second Ctrl-C does not wait")
         signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, note)
@@ -173,6 +174,8 @@ def _ends_at_interrupt() -> Iterator[Callable[[], bool]]:
 def opened_run(job: TrainJob) -> Iterator[CheckedTrainJob]:
     """Check a job, and begin or resume its output folder, which no other job may use at the same time."""
     checked = check_job(job)
+    if job.paths.overwrite:
+        _check_overwrite(job)
     make_folder(job.paths.output)
     with heartbeat(job.paths.output) as mark:
         if mark.others:
@@ -184,6 +187,18 @@ def opened_run(job: TrainJob) -> Iterator[CheckedTrainJob]:
             remove_training(job.paths.output)
         with _begun(job, checked):
             yield checked
+
+
+def _check_overwrite(job: TrainJob) -> None:
+    """Raise SettingsError if the run reads something that --overwrite would remove first."""
+    output = job.paths.output.rstrip("/")
+    for name in ("model", "train", "valid"):
+        location = getattr(job.paths, name)
+        if location is not None and (location.rstrip("/") == output or location.startswith(f"{output}/")):
+            raise SettingsError(
+                f"--overwrite would remove --{name} {shown(location)}, which is in --output {shown(output)}; give "
+                "another --output"
+            )
 
 
 @contextmanager

@@ -256,7 +256,7 @@ class TrainLoop:
     def _end_with_checkpoint(self) -> NoReturn:
         """Write a checkpoint, unless it was written for this step, and end the run. Raises KeyboardInterrupt."""
         if self._hooks.on_checkpoint is not None:
-            logger.info("interrupted: writing a checkpoint of step %d; a second Ctrl-C does not wait", self.state.step)
+            logger.info("interrupted: writing a checkpoint of step %d", self.state.step)
             self._losses.flush(self.state)
             self._hooks.on_checkpoint(self)
         raise KeyboardInterrupt

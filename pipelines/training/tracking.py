@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -110,8 +111,8 @@ def _started(settings: TrainSettings, output: str, values: Mapping[str, Any]) ->
     run_id = before.get("run_id") if before.get("tracker") == settings.tracking else None
     name = output.rstrip("/").rpartition("/")[2]
     texts = {key: str(value)[:LONGEST_VALUE] for key, value in values.items()}
-    project = settings.tracking_project or PROJECT
     kind = _MlflowRun if settings.tracking == "mlflow" else _WandbRun
+    project = settings.tracking_project or os.environ.get(kind.VARIABLE) or PROJECT
     try:
         tracker: Tracker = kind(_package(settings.tracking), project, name, texts, run_id)
     except Exception as error:  # noqa: BLE001  as above
@@ -132,6 +133,9 @@ def _package(tracker: str) -> Any:
 
 class _MlflowRun:
     """A run of MLflow, at MLFLOW_TRACKING_URI. A run that the caller has started is used and stays open."""
+
+    VARIABLE = "MLFLOW_EXPERIMENT_NAME"
+    """Names the experiment if the settings do not."""
 
     def __init__(self, mlflow: Any, project: str, name: str, settings: Mapping[str, str], run_id: str | None) -> None:
         self._mlflow = mlflow
@@ -157,6 +161,9 @@ class _MlflowRun:
 
 class _WandbRun:
     """A run of Weights & Biases. A run that the caller has started is used and stays open."""
+
+    VARIABLE = "WANDB_PROJECT"
+    """Names the project if the settings do not."""
 
     def __init__(self, wandb: Any, project: str, name: str, settings: Mapping[str, str], run_id: str | None) -> None:
         self._is_own = wandb.run is None

@@ -1,6 +1,7 @@
 """A fine-tuning job in this process: refused settings and output files."""
 
 import json
+import shutil
 
 import pandas as pd
 import pyarrow as pa
@@ -176,7 +177,8 @@ def test_folder_remembers_columns_and_settings(training_data, renamed_data, tmp_
         "epochs": 1, "batch_size": 5, "learning_rate": 1e-3, "train_dtype": "float32", "weight": [1, 4],
     }  # fmt: skip
     assert training["model"] == str(training_data / "base")
-    assert (training["documents"], training["valid_documents"]) == (59, 59)
+    measured = read_model_folder(tmp_path / "out").measured
+    assert (training["documents"], measured["documents"]) == (59, 59)
     model = str(tmp_path / "out")
     assert main(["inspect", model]) == 0
     shown = capsys.readouterr().out
@@ -186,7 +188,11 @@ def test_folder_remembers_columns_and_settings(training_data, renamed_data, tmp_
     result = capsys.readouterr()
     assert "the columns are those of the training: text_column body, label_column group" in result.err
     assert "page.html" in result.out
-    assert main(["tune", model, "--data", str(renamed_data)]) == 3
+    assert main(["tune", model, "--data", str(renamed_data), "--limit", "40"]) == 3
+    tuned = read_model_folder(tmp_path / "out")
+    assert tuned.measured["documents"] == 39
+    assert tuned.measured["fingerprint"] != measured["fingerprint"]
+    assert "On 39 validation documents" in (tmp_path / "out" / "README.md").read_text(), "not those of the training"
     assert read_model_folder(tmp_path / "out").training == training, "tune keeps it"
     assert score_here(score_job(read_model_folder(model), renamed_data, tmp_path / "scored")).rows_out == 60
     assert main(["evaluate", "--scored", str(tmp_path / "scored")]) == 3
@@ -207,6 +213,19 @@ def test_overwrite_removes_a_model_or_a_run_and_nothing_else(training_data, tmp_
         train_here(train_job(training_data, tmp_path / "out"))
     assert train_here(job).valid == first.valid
     assert not (tmp_path / "out" / "notes.txt").exists()
+    for name, value in (
+        ("model", first.model),
+        ("train", f"{first.model}/data"),
+        ("valid", f"{first.model}/v.parquet"),
+    ):
+        place = tmp_path / "out" / "data" if name == "train" else tmp_path / "out" / "v.parquet"
+        if name != "model" and not place.exists():
+            shutil.copytree(training_data / "data", place) if name == "train" else shutil.copy(
+                training_data / "data" / "1.parquet", place
+            )
+        with pytest.raises(SettingsError, match=f"--overwrite would remove --{name} "):
+            train_here(train_job(training_data, tmp_path / "out", overwrite=True, **{name: value}))
+    assert read_model_folder(tmp_path / "out").metrics == first.valid, "nothing was removed"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(b"1")
     with pytest.raises(OutputError, match="neither a model folder nor an unfinished run, so --overwrite does not"):

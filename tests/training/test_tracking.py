@@ -62,6 +62,12 @@ def test_resumed_run_continues_the_run_of_the_tracker(training_data, tmp_path, s
     assert len(store.get_metric_history(run.info.run_id, "loss")) == summary.steps
 
 
+def test_experiment_of_the_environment_is_used(training_data, tmp_path, store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    train_here(train_job(training_data, tmp_path / "spam", tracking="mlflow"))
+    assert len(runs_of(store, "mine")) == 1
+
+
 def test_run_of_the_caller_is_used_and_stays_open(training_data, tmp_path, store):
     mlflow.set_experiment("sweep")
     with mlflow.start_run() as mine:
