@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def _train(options: argparse.Namespace) -> int:
     from pipelines.training.job import TrainJob
 
     summary = run_training(TrainJob.parse(settings_of(options)), address=options.address)
-    model = summary.model
+    model = shlex.quote(summary.model)
     names = ("model", "documents", "rows_in_error", "windows", "steps", "seconds")
     values = {name: getattr(summary, name) for name in names}
     values.update({f"valid {name}": value for name, value in summary.valid.items() if not isinstance(value, dict)})
@@ -119,11 +120,11 @@ def _print_scored(options: argparse.Namespace, summary: ScoreSummary) -> None:
         {"label": label, "rows": round(rate * (summary.rows_out - summary.rows_in_error)), "share": rate}
         for label, rate in summary.positive_rates.items()
     ]
-    output = summary.output
+    output = shlex.quote(summary.output)
     following = [f"evaluate --scored {output}"]
     if summary.kind in ("binary", "multilabel"):  # the other kinds have no thresholds
         following.append(f"relabel {output} --thresholds 0.9 --output NEW_FOLDER")
-    _print(options, result, {"output": output, **values}, rows, following)
+    _print(options, result, {"output": summary.output, **values}, rows, following)
 
 
 def _estimate(options: argparse.Namespace, job: ScoreJob) -> int:
@@ -200,7 +201,7 @@ def _tune(options: argparse.Namespace) -> int:
     hidden = {"guarantees", "per_label", "thresholds", "thresholds_before"}
     values = {name: value for name, value in content.items() if name not in hidden and value != []}
     values.update({name: text for name, text in result.promises.items() if name not in result.labels})
-    following = [f"score {result.model} --input FILES --output NEW_FOLDER"]
+    following = [f"score {shlex.quote(result.model)} --input FILES --output NEW_FOLDER"]
     _print(options, content, values, result.rows, following)
     return ROWS_IN_ERROR if result.rows_in_error else DONE
 

@@ -181,7 +181,7 @@ class TrainSettings:
     tracking: Literal["none", "mlflow", "wandb"] = "none"
     """Send settings, losses, metrics and the report to MLflow or Weights & Biases (extras [mlflow], [wandb])."""
     tracking_project: str | None = None
-    """Experiment (MLflow) or project (wandb). Default: MLFLOW_EXPERIMENT_NAME or WANDB_PROJECT, else the package name."""
+    """Experiment (MLflow) or project (wandb). Default: MLFLOW_EXPERIMENT_NAME, WANDB_PROJECT, or our name."""
     logging_steps: int = 50
     """Number of optimizer steps between two entries of loss and learning rate, in TensorBoard or a tracker."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import tempfile
 import threading
@@ -191,14 +192,19 @@ def opened_run(job: TrainJob) -> Iterator[CheckedTrainJob]:
 
 def _check_overwrite(job: TrainJob) -> None:
     """Raise SettingsError if the run reads something that --overwrite would remove first."""
-    output = job.paths.output.rstrip("/")
+    output = _real(job.paths.output)
     for name in ("model", "train", "valid"):
         location = getattr(job.paths, name)
-        if location is not None and (location.rstrip("/") == output or location.startswith(f"{output}/")):
+        if location is not None and f"{_real(location)}/".startswith(f"{output}/"):
             raise SettingsError(
-                f"--overwrite would remove --{name} {shown(location)}, which is in --output {shown(output)}; give "
-                "another --output"
+                f"--overwrite would remove --{name} {shown(location)}, which is in --output "
+                f"{shown(job.paths.output)}; give another --output"
             )
+
+
+def _real(location: str) -> str:
+    """Return a location without a slash at its end and, on this machine, without links."""
+    return location.rstrip("/") if "://" in location else os.path.realpath(location)
 
 
 @contextmanager

@@ -225,6 +225,10 @@ def test_overwrite_removes_a_model_or_a_run_and_nothing_else(training_data, tmp_
             )
         with pytest.raises(SettingsError, match=f"--overwrite would remove --{name} "):
             train_here(train_job(training_data, tmp_path / "out", overwrite=True, **{name: value}))
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for model, output in ((tmp_path / "link", tmp_path / "out"), (tmp_path / "out", tmp_path / "link")):
+        with pytest.raises(SettingsError, match="--overwrite would remove --model "):
+            train_here(train_job(training_data, output, overwrite=True, model=str(model)))
     assert read_model_folder(tmp_path / "out").metrics == first.valid, "nothing was removed"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.jpg").write_bytes(b"1")
