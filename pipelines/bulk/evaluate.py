@@ -103,7 +103,7 @@ def evaluate_scored(location: str, data: DataSettings, *, report: str | None = N
         metrics,
         report,
         sentence(targets, decisions, decision, metrics),
-        label_rows(targets, rows.scores_DL, decisions, decision),
+        label_rows(targets, rows.scores_DL, decisions, decision, metrics),
     )
 
 

@@ -5,7 +5,7 @@ Shapes: D documents, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,12 +91,23 @@ def threshold_costs(
 
 
 def label_rows(
-    targets: NDArray[np.generic], scores_DL: NDArray[np.float32], decisions: Decisions, decision: DecisionSettings
+    targets: NDArray[np.generic],
+    scores_DL: NDArray[np.float32],
+    decisions: Decisions,
+    decision: DecisionSettings,
+    metrics: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Return the numbers of each label: rows, precision, recall, F1, areas, calibration error and threshold.
 
     The most frequent labels come first. The list is empty for regression. Areas and the calibration error are None for
     a label that all rows or none have.
+
+    Args:
+        targets: Targets from `labels.encode_labels`.
+        scores_DL: Document scores.
+        decisions: Decisions for the same documents.
+        decision: Decision settings.
+        metrics: Their metrics (`metrics.evaluate`). Areas that are there are not computed again.
     """
     if decision.kind == "regression":
         return []
@@ -109,7 +120,7 @@ def label_rows(
             assert decisions.label_D is not None
             taken_D = decisions.label_D == column
         hits, has_both = int((positive_D & taken_D).sum()), bool(positive_D.any() and not positive_D.all())
-        threshold = thresholds.get(label)
+        threshold, known = thresholds.get(label), metrics.get("per_label", {}).get(label, {})
         rows.append(
             {
                 "label": label,
@@ -118,7 +129,7 @@ def label_rows(
                 "precision": hits / max(int(taken_D.sum()), 1),
                 "recall": hits / max(int(positive_D.sum()), 1),
                 "f1": 2 * hits / max(int(positive_D.sum() + taken_D.sum()), 1),
-                "auprc": curve_areas(positive_D, score_D)["auprc"],
+                "auprc": known["auprc"] if "auprc" in known else curve_areas(positive_D, score_D)["auprc"],
                 "calibration error": reliability(positive_D, score_D)[1] if has_both else None,
                 "threshold": "never" if threshold == NEVER else threshold,
             }

@@ -260,7 +260,7 @@ def evaluate_folder(
         metrics,
         report,
         sentence(scored.targets, decisions, folder.decision, metrics),
-        label_rows(scored.targets, scored.scores_DL, decisions, folder.decision),
+        label_rows(scored.targets, scored.scores_DL, decisions, folder.decision, metrics),
     )
 
 

@@ -109,7 +109,7 @@ def _shown_labels(decision: DecisionSettings) -> Sequence[int]:
 
 
 def _labels(data: ReportData) -> str:
-    rows = label_rows(data.targets, data.scores_DL, data.decisions, data.decision)
+    rows = label_rows(data.targets, data.scores_DL, data.decisions, data.decision, data.metrics)
     if all(row["threshold"] is None for row in rows):
         for row in rows:
             del row["threshold"]

@@ -240,7 +240,7 @@ def _labels(valid: Corpus, result: Result) -> list[dict[str, Any]]:
             "--learning-rate), and check the labels",
             useless,
         )
-    return label_rows(valid.targets, scores_DL, decisions, decision)
+    return label_rows(valid.targets, scores_DL, decisions, decision, result.metrics)
 
 
 def _log_once(message: str, value: object) -> None:

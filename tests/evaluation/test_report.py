@@ -182,7 +182,7 @@ def test_thresholds_of_recalls(scored):
 
 def test_numbers_of_each_label_match_scikit_learn():
     decision, targets, scores_DL = many(5, "multiclass")
-    rows = label_rows(targets, scores_DL, decide(scores_DL, decision), decision)
+    rows = label_rows(targets, scores_DL, decide(scores_DL, decision), decision, {})
     predicted = scores_DL.argmax(axis=1)
     precision, recall, f1, support = precision_recall_fscore_support(targets, predicted)
     assert [row["rows"] for row in rows] == sorted(support, reverse=True), "the most frequent first"
