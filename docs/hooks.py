@@ -1,18 +1,23 @@
-"""Pages of the documentation that are written from the code when the site is built: settings, commands, HTTP schema."""
+"""Pages of the documentation that are written from the code when the site is built: settings, errors, HTTP and more."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import json
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from pipelines import arguments
+import pipelines
+from pipelines import arguments, errors
 from pipelines.fields import field_help
 from pipelines.serving.api import build_api
 from pipelines.serving.metrics import COUNTERS, GAUGES, HISTOGRAMS
@@ -65,6 +70,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/command-line.md": "\n".join(command_page()),
         "reference/metric-names.md": "\n".join(metrics_page()),
         "reference/openapi.md": "\n".join(schema_page()),
+        "reference/messages.md": "\n".join(messages_page()),
     }
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
@@ -143,6 +149,77 @@ def metrics_page() -> Iterator[str]:
             yield f"| `{full}` | {kind} | {', '.join(metric.tags) or '-'} | {cell(metric.about)} |"
     for name, about in JOB_METRICS.items():
         yield f"| `ray_pipelines_{name}` | gauge | {'output' if name.startswith('score') else 'model'} | {about} |"
+
+
+ERRORS = (
+    errors.SettingsError,
+    errors.DataError,
+    errors.ModelFolderError,
+    errors.OutputError,
+    errors.UsageError,
+    errors.JobError,
+)
+
+
+def messages_page() -> Iterator[str]:
+    """Yield the lines of the page of all error messages, from the statements that raise them."""
+    yield "# Error messages\n"
+    yield (
+        "Every message of the package as it stands in the code, with its parts that vary in capitals. "
+        "[Exit codes and errors](errors.md) explains the classes.\n"
+    )
+    found = messages_by_error()
+    for error in ERRORS:
+        yield f"## {error.__name__}\n"
+        yield f"{(error.__doc__ or '').strip()} Exit code {error.exit_code}.\n"
+        for folder, messages in sorted(found[error.__name__].items()):
+            yield f"**{folder}**\n"
+            yield from (f"- {message}" for message in sorted(messages, key=str.casefold))
+            yield ""
+
+
+def messages_by_error() -> dict[str, dict[str, set[str]]]:
+    """Return the messages of each class of errors by the folder of the package that raises them, as Markdown."""
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    package = Path(pipelines.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        module = path.relative_to(package)
+        folder = "pipelines" if len(module.parts) == 1 else f"pipelines.{module.parts[0]}"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
+                message = message_of(node.args[0])
+                if message:
+                    found[node.func.id][folder].add(markdown(message))
+    return found
+
+
+def message_of(node: ast.expr) -> str:
+    """Return the text of a message, with names in capitals where values will stand, or nothing where it is a value."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(
+            part.value if isinstance(part, ast.Constant) else placeholder(part.value)  # type: ignore[misc, attr-defined]
+            for part in node.values
+        )
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return message_of(node.left) + message_of(node.right)
+    return ""
+
+
+def placeholder(value: ast.expr) -> str:
+    """Return the name that stands for a value in a message: of `f"{job.output}"` OUTPUT."""
+    if isinstance(value, ast.Constant):
+        return str(value.value)
+    names = [node.id for node in ast.walk(value) if isinstance(node, ast.Name)]
+    names += [node.attr for node in ast.walk(value) if isinstance(node, ast.Attribute)]
+    words = [name for name in names if name not in ("self", "len", "sorted", "list", "str", "join", "type", "__name__")]
+    return f"{(words or ['value'])[-1].strip('_').upper()}"
+
+
+def markdown(message: str) -> str:
+    """Return a message as Markdown that shows every character of it."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(message.split()))
 
 
 def cell(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -36,10 +37,11 @@ class Gauges:
 
 @ray.remote(num_cpus=0)
 class LogRelay:
-    """Actor that stores log records of workers until the driver takes them. There is one per job."""
+    """Actor between the driver and the workers: log records one way, interruptions the other. There is one per job."""
 
     def __init__(self) -> None:
         self._records: list[tuple[str, int, str]] = []
+        self._is_interrupted = self._was_asked = False
 
     def add(self, name: str, level: int, message: str) -> None:
         """Store a record."""
@@ -49,6 +51,16 @@ class LogRelay:
         """Return the records since the last call."""
         records, self._records = self._records, []
         return records
+
+    def interrupt(self) -> bool:
+        """Tell the workers that the job is to end. Return whether any of them asked for it before."""
+        self._is_interrupted = True
+        return self._was_asked
+
+    def is_interrupted(self) -> bool:
+        """Return whether the job is to end."""
+        self._was_asked = True
+        return self._is_interrupted
 
 
 class RelayHandler(logging.Handler):
@@ -68,6 +80,19 @@ def relay_logs(relay: Any) -> None:
     ROOT.handlers = [RelayHandler(relay)]
     ROOT.setLevel(logging.INFO)
     ROOT.propagate = False
+
+
+@contextmanager
+def interruptions(relay: Any) -> Iterator[Callable[[], bool]]:
+    """Ask the relay every second inside the context. Yields whether the job is to end."""
+    noted = threading.Event()
+
+    def ask() -> None:
+        if ray.get(relay.is_interrupted.remote(), timeout=5):
+            noted.set()
+
+    with repeated(_unless_ray_fails(ask), 1.0):
+        yield noted.is_set
 
 
 @contextmanager

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
@@ -24,11 +28,11 @@ from pipelines.on_ray.arrivals import arriving_corpora
 from pipelines.on_ray.cluster import check_resources, connected, root_cause, uses_gpus
 from pipelines.on_ray.datasets import TOKENIZE_CPUS
 from pipelines.on_ray.nodes import check_nodes
-from pipelines.on_ray.telemetry import Gauges, LogRelay, relay_logs, relayed_logs, waits_logged
+from pipelines.on_ray.telemetry import Gauges, LogRelay, interruptions, relay_logs, relayed_logs, waits_logged
 from pipelines.storage.locations import shown
 from pipelines.training.corpus import Corpus
 from pipelines.training.fit import fit
-from pipelines.training.job import CheckedTrainJob, TrainJob, opened_run, train_here
+from pipelines.training.job import INTERRUPT_NOTED, CheckedTrainJob, TrainJob, opened_run, train_here
 from pipelines.training.ranks import rank, world_size
 from pipelines.training.run import RunSpec, TrainSummary
 
@@ -43,6 +47,8 @@ class WorkerTask:
     argument: Any
     data: Sequence[Any]
     """References in Ray's object store."""
+    can_end_early: bool = False
+    """Whether the function also takes is_interrupted, and then raises KeyboardInterrupt on every rank."""
 
 
 @dataclass(frozen=True)
@@ -96,16 +102,16 @@ def _fit_on_workers(checked: CheckedTrainJob, splits: Any) -> TrainSummary:
         if not has_room:
             all_arrived.result()
         data = [ray.put(corpora.get(name)) for name in ("train", "valid")]
-        summary: TrainSummary = _run(WorkerTask(_fit, spec, data), group)
+        summary: TrainSummary = _run(WorkerTask(_fit, spec, data, can_end_early=True), group)
     return summary
 
 
-def _fit(spec: RunSpec, train: Corpus, valid: Corpus | None) -> TrainSummary:
+def _fit(spec: RunSpec, train: Corpus, valid: Corpus | None, *, is_interrupted: Callable[[], bool]) -> TrainSummary:
     """Runs in every worker."""
     if rank() == 0:
         logger.info("training on %d workers", world_size())
     gauges = Gauges("train", {"model": shown(spec.output)})
-    return fit(spec, train, valid, is_preempted=_is_preempted, on_metrics=gauges)
+    return fit(spec, train, valid, is_preempted=_is_preempted, is_interrupted=is_interrupted, on_metrics=gauges)
 
 
 def _is_preempted() -> bool:
@@ -122,16 +128,26 @@ def _room_beside(group: WorkerGroup) -> tuple[bool, float | None]:
 
 
 def _run(task: WorkerTask, group: WorkerGroup) -> Any:
-    """Run the task, and return the result of rank 0. If workers are lost, they are replaced and all begin again."""
+    """Run the task, and return the result of rank 0. If workers are lost, they are replaced and all begin again.
+
+    Raises:
+        JobError: The workers failed.
+        KeyboardInterrupt: The task was interrupted, and ended early or was aborted.
+    """
     gpus = uses_gpus(group.device)
     relay = LogRelay.remote()  # type: ignore[attr-defined]
     workers = str(group.fewest) if group.fewest == group.most else f"{group.fewest} to {group.most}"
     logger.info("%s workers on %s", workers, "GPUs" if gpus else "CPUs")
     needed = {"GPU" if gpus else "CPU": float(group.fewest)}
-    with tempfile.TemporaryDirectory(prefix="pipelines-train-") as storage, relayed_logs(relay):
+    with (
+        tempfile.TemporaryDirectory(prefix="pipelines-train-") as storage,
+        relayed_logs(relay),
+        _kept_signals(),
+    ):
         check_resources(needed)
         try:
-            trainer = TorchTrainer(
+            trainer = _Trainer(
+                relay if task.can_end_early else None,
                 _worker,  # Ray keeps its result, although Ray's annotation says that it has none
                 train_loop_config={"task": task, "relay": relay},
                 scaling_config=ScalingConfig(
@@ -147,20 +163,64 @@ def _run(task: WorkerTask, group: WorkerGroup) -> Any:
             with waits_logged(needed):
                 result = trainer.fit()
         except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
+            if trainer.is_interrupted:
+                raise KeyboardInterrupt from error
             raise JobError(f"training failed: {root_cause(error)}") from error
     answer = result.return_value  # type: ignore[attr-defined]
-    if isinstance(answer, PipelinesError):
+    if isinstance(answer, (PipelinesError, KeyboardInterrupt)):
         raise answer
     return answer
+
+
+class _Trainer(TorchTrainer):
+    """A trainer whose workers may end the run with a checkpoint after Ctrl-C. Ray's own trainer aborts them."""
+
+    def __init__(self, relay: Any, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.is_interrupted = False
+        self._relay = relay
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Note the first Ctrl-C if the workers run, and leave the next one to Ray. Ray calls this method."""
+        super()._register_sigint_handler(controller)  # type: ignore[misc]
+        abort: Any = signal.getsignal(signal.SIGINT)
+
+        def note(number: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGINT, abort)
+            self.is_interrupted = True
+            if self._relay is None or not ray.get(self._relay.interrupt.remote()):
+                abort(number, frame)
+            else:
+                logger.info(INTERRUPT_NOTED)
+
+        signal.signal(signal.SIGINT, note)
+
+
+@contextmanager
+def _kept_signals() -> Iterator[None]:
+    """Restore the handler of Ctrl-C after the context. Ray does not."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _worker(loop_config: dict[str, Any]) -> Any:
     """Run the task in a Ray Train worker, whose process group exists. Ray Train keeps the result of rank 0."""
     task: WorkerTask = loop_config["task"]
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
+    relay, options = loop_config["relay"], {}
     if rank() == 0:
-        relay_logs(loop_config["relay"])
+        relay_logs(relay)
+    asks = interruptions(relay) if rank() == 0 and task.can_end_early else nullcontext(lambda: False)
     try:
-        return task.function(task.argument, *map(ray.get, task.data))
-    except PipelinesError as error:  # returned, not raised: another attempt would fail in the same way
+        with asks as is_interrupted:
+            if task.can_end_early:
+                options["is_interrupted"] = is_interrupted
+            return task.function(task.argument, *map(ray.get, task.data), **options)
+    except (PipelinesError, KeyboardInterrupt) as error:  # returned, not raised: another attempt would end likewise
         return error

@@ -71,7 +71,7 @@ def fit(
         train: The training data.
         valid: The validation data, or None.
         is_preempted: Returns whether a machine of the run will be taken away.
-        is_interrupted: For a run in one process: returns whether it is to end with a checkpoint.
+        is_interrupted: Returns whether the run is to end with a checkpoint. Rank 0 decides.
         on_metrics: Receives numbers by name during the run, on rank 0.
     """
     started = time.perf_counter()
@@ -95,7 +95,7 @@ def fit(
             on_metrics=on_metrics,
             on_scalars=tracking.log,
         )
-        if is_interrupted is not None:
+        if not dist.is_initialized():  # with workers, units still arrive
             _say_sizes(train, data)
         loop = TrainLoop(scorer.model, data, spec.train, loss, BestMetric.of(spec.train, spec.decision), hooks=hooks)
         first_step = _resume(loop, checkpoint)

@@ -50,6 +50,7 @@ BYTES_PER_TOKEN = 4
 """Approximate number of bytes of text per token."""
 UNITS_PER_BUFFER = 8
 """Minimum number of units in a shuffle buffer. A buffer with one unit would mix only neighbouring rows."""
+INTERRUPT_NOTED = "Ctrl-C: this step ends first, then a checkpoint is written; a second Ctrl-C does not wait"
 logger = logging.getLogger(__name__)
 
 
@@ -161,7 +162,7 @@ def _ends_at_interrupt() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.set()
-        logger.info("Ctrl-C: this step ends first, then a checkpoint is written; a second Ctrl-C does not wait")
+        logger.info(INTERRUPT_NOTED)
         signal.signal(signal.SIGINT, before)
 
     signal.signal(signal.SIGINT, note)

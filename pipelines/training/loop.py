@@ -176,7 +176,7 @@ class TrainLoop:
             self._run_step(step)
             is_evaluated = self._evaluate_if_due()
             self._save_if_due(is_evaluated=is_evaluated)
-            if self._hooks.is_interrupted is not None and self._hooks.is_interrupted():
+            if self._is_interrupted():
                 self._end_with_checkpoint()
             if self.state.stopped:
                 return
@@ -253,10 +253,20 @@ class TrainLoop:
             self._hooks.on_checkpoint(self)
             self._clock.saved()
 
+    def _is_interrupted(self) -> bool:
+        """Return whether the run is to end now. The answer is the same on every rank."""
+        ask = self._hooks.is_interrupted
+        if ask is None:
+            return False
+        if world_size() == 1:
+            return ask()
+        return self.state.step % CHECK_STEPS == 0 and answer_of_rank_0(ask(), self._model.device)
+
     def _end_with_checkpoint(self) -> NoReturn:
         """Write a checkpoint, unless it was written for this step, and end the run. Raises KeyboardInterrupt."""
         if self._hooks.on_checkpoint is not None:
-            logger.info("interrupted: writing a checkpoint of step %d", self.state.step)
+            if rank() == 0:
+                logger.info("interrupted: writing a checkpoint of step %d", self.state.step)
             self._losses.flush(self.state)
             self._hooks.on_checkpoint(self)
         raise KeyboardInterrupt
