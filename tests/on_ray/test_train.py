@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 from pipelines.errors import JobError, SettingsError
 from pipelines.model_folder import read_model_folder
 from pipelines.on_ray.train import train
+from pipelines.training.checkpoints import steps_of
 from pipelines.training.job import TrainJob, train_here
 from tests.jobs import clean_environment, start_command, train_job, train_values
 
@@ -80,6 +82,27 @@ def test_lost_worker_is_replaced(training_data, tmp_path):
     expected = train_here(train_job(training_data, tmp_path / "undisturbed", **STEPS))
     assert summary["steps"] == expected.steps
     np.testing.assert_allclose(summary["losses"], expected.losses, rtol=2e-3)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_interrupt_with_workers_writes_a_checkpoint(training_data, tmp_path):
+    settings = train_values(training_data, tmp_path / "out", epochs=2000, save_each_epoch=False, num_workers=2)
+    (tmp_path / "train.yaml").write_text(json.dumps(settings))
+    process = start_command("train", "--config", tmp_path / "train.yaml")
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("trained"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, rest = process.communicate(timeout=200)
+    assert process.returncode == 130, "".join(lines)[-3000:] + rest[-3000:]
+    step = int(re.search(r"the checkpoint of step (\d+) is kept", rest)[1])
+    assert rest.count(f"interrupted: writing a checkpoint of step {step}") == 1, "only one rank says it"
+    assert step % 10 == 0, "the workers agree every ten steps"
+    assert "Traceback" not in rest
+    assert steps_of(str(tmp_path / "out")) == [step]
 
 
 def title(process):
