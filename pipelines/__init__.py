@@ -18,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 from pipelines.version import VERSION
 
 if TYPE_CHECKING:
-    from pipelines.api import convert, evaluate, quantize, score, train, tune
+    from pipelines.api import convert, evaluate, evaluate_scored, quantize, score, train, tune
     from pipelines.model.scorer import Scorer
 
 __version__ = VERSION
-__all__ = ["Scorer", "convert", "evaluate", "quantize", "score", "train", "tune"]
+__all__ = ["Scorer", "convert", "evaluate", "evaluate_scored", "quantize", "score", "train", "tune"]
 
 _HOMES = {
     "Scorer": "pipelines.model.scorer",
     "convert": "pipelines.api",
     "evaluate": "pipelines.api",
+    "evaluate_scored": "pipelines.api",
     "quantize": "pipelines.api",
     "score": "pipelines.api",
     "train": "pipelines.api",

@@ -1,8 +1,7 @@
-"""The functions of `import pipelines`: train, score, evaluate, tune, quantize and convert, for scripts and notebooks.
+"""The functions of `import pipelines`, for scripts and notebooks: train, score, evaluate, tune, quantize and others.
 
 Every further keyword is a setting by its name; `help` of a function lists them, and so does `pipelines COMMAND
---help-all`. Progress is shown as a bar on a
-terminal and in a notebook; elsewhere it goes to the logger `pipelines`.
+--help-all`. Progress is shown as a bar on a terminal and in a notebook; elsewhere it goes to the logger `pipelines`.
 """
 
 from __future__ import annotations
@@ -156,6 +155,30 @@ def evaluate(
         data, settings = _labelled(data, settings, model=_path(model))
         columns, compute = parse(settings, DataSettings, ComputeSettings)
         return evaluate_folder(_path(model), data, columns, compute, report=page, report_texts=report_texts)
+
+
+@documented(DataSettings)
+def evaluate_scored(scored: Location, *, report: Location | None = None, **settings: Any) -> EvaluationResult:
+    """Metrics of a scored folder whose files have a label column. No model is needed.
+
+    Args:
+        scored: Output folder of `score`, a path or URL.
+        report: Where to write an HTML page with curves and threshold tables.
+        **settings: Settings by name, such as label_column="group". Default: the label columns of the model's training.
+
+    Raises:
+        UsageError: The files were not written by `score`, or have no such label column.
+
+    Example:
+        >>> pipelines.evaluate_scored("scored/", label_column="label").metrics
+    """
+    from pipelines.bulk.evaluate import evaluate_scored as evaluate_folder
+    from pipelines.bulk.evaluate import with_columns_of_scored
+    from pipelines.storage.locations import absolute
+
+    folder = absolute(_path(scored))
+    (columns,) = parse(with_columns_of_scored(folder, settings), DataSettings)
+    return evaluate_folder(folder, columns, report=None if report is None else _path(report))
 
 
 @documented(DataSettings, ComputeSettings)

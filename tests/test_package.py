@@ -62,7 +62,16 @@ def test_help_loads_no_heavy_modules():
 
 
 def test_public_names():
-    assert pipelines.__all__ == ["Scorer", "convert", "evaluate", "quantize", "score", "train", "tune"]
+    assert pipelines.__all__ == [
+        "Scorer",
+        "convert",
+        "evaluate",
+        "evaluate_scored",
+        "quantize",
+        "score",
+        "train",
+        "tune",
+    ]
     for name in pipelines.__all__:
         assert callable(getattr(pipelines, name)), name
         assert "Example:" in getattr(pipelines, name).__doc__

@@ -58,7 +58,8 @@ def evaluate(
         multiclass: mcc, accuracy, f1_macro, f1_weighted.
         multilabel: lrap, auprc_macro (mean over the labels for which it is defined), f1_micro, f1_macro, per_label.
         regression: mae, rmse, pearson, r2.
-        A metric that is undefined for the data, for example because only one class occurs, is None.
+        A metric that is undefined for the data, for example because only one class occurs, is None. Means over the
+        labels leave out labels that neither occur nor are predicted, as scikit-learn does with zero_division=nan.
     """
     if decisions.value_D is not None:
         return _regression(targets.astype(np.float64), decisions.value_D.astype(np.float64))
@@ -72,8 +73,8 @@ def evaluate(
     return {
         "mcc": matthews(matrix),
         "accuracy": accuracy(matrix),
-        "f1_macro": float(f1_L.mean()),
-        "f1_weighted": float(f1_L @ support_L / max(support_L.sum(), 1)),
+        "f1_macro": float(np.nanmean(f1_L)),
+        "f1_weighted": float(np.nan_to_num(f1_L) @ support_L / max(support_L.sum(), 1)),
     }
 
 
@@ -138,9 +139,15 @@ def accuracy(matrix: NDArray[np.int64]) -> float:
 
 
 def f1_per_label(matrix: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the F1 score (L,) of each label, 0 if the label neither occurs nor is predicted."""
-    hits = np.diag(matrix)
-    f1_L: NDArray[np.float64] = 2.0 * hits / np.maximum(matrix.sum(axis=1) + matrix.sum(axis=0)[:-1], 1)
+    """Return the F1 score (L,) of each label, NaN if the label neither occurs nor is predicted."""
+    return _f1(np.diag(matrix), matrix.sum(axis=1) + matrix.sum(axis=0)[:-1])
+
+
+def _f1(hits_L: NDArray[np.integer[Any]], true_and_positive_L: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    """Return the F1 score of each label from its hits and the sum of its true and its predicted documents."""
+    total_L = true_and_positive_L.astype(np.float64)
+    f1_L = np.full(len(total_L), np.nan)
+    np.divide(2.0 * hits_L, total_L, out=f1_L, where=total_L > 0)
     return f1_L
 
 
@@ -357,7 +364,7 @@ def _binary(matrix: NDArray[np.int64]) -> dict[str, Any]:
     return {
         "mcc": matthews(matrix),
         "accuracy": accuracy(matrix),
-        "f1_score": float(f1_per_label(matrix).mean()),
+        "f1_score": float(np.nanmean(f1_per_label(matrix))),
         "tp": int(matrix[1, 1]),
         "tn": int(matrix[0, 0]),
         "fp": int(matrix[0, 1]),
@@ -375,10 +382,10 @@ def _multilabel(
 
     true_DL = targets.astype(bool)
     hits_L, true_L, positive_L = (true_DL & positive_DL).sum(0), true_DL.sum(0), positive_DL.sum(0)
-    f1_L = 2.0 * hits_L / np.maximum(true_L + positive_L, 1)
+    f1_L = _f1(hits_L, true_L + positive_L)
     per_label = {
         label: {
-            "f1_score": float(f1_L[column]),
+            "f1_score": float(np.nan_to_num(f1_L[column])),
             "precision": float(hits_L[column] / max(positive_L[column], 1)),
             "recall": float(hits_L[column] / max(true_L[column], 1)),
             "support": int(true_L[column]),
@@ -391,7 +398,7 @@ def _multilabel(
         "lrap": float(label_ranking_average_precision_score(true_DL, scores_DL)),
         "auprc_macro": float(np.mean(areas)) if areas else None,
         "f1_micro": float(2.0 * hits_L.sum() / max(true_L.sum() + positive_L.sum(), 1)),
-        "f1_macro": float(f1_L.mean()),
+        "f1_macro": float(np.nanmean(f1_L)) if np.isfinite(f1_L).any() else None,
         "per_label": per_label,
     }
 

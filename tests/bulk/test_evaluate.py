@@ -36,7 +36,7 @@ def labelled_of_kinds(emails, tmp_path_factory):
 def test_scored_folder_has_the_metrics_of_its_model(folders, labelled_of_kinds, tmp_path, kind):
     source = labelled_of_kinds[kind]
     score_here(score_job(folders[kind], source, tmp_path / "scored", unit_bytes=2000))
-    found = evaluate_scored(str(tmp_path / "scored"), DataSettings(), report=str(tmp_path / "page.html"))
+    found = pipelines.evaluate_scored(tmp_path / "scored", report=tmp_path / "page.html")
     expected = pipelines.evaluate(folders[kind].path, source, **FLOAT32)
     assert found.metrics.keys() == expected.metrics.keys()
     for name in expected.metrics:

@@ -33,7 +33,7 @@ def test_confusion_metrics_match_scikit_learn(pairs):
     target, label = np.array(pairs).T
     matrix = confusion_matrix(target, label, 4)
     assert matthews(matrix) == pytest.approx(reference.matthews_corrcoef(target, label), abs=1e-9)
-    f1 = reference.f1_score(target, label, labels=range(4), average=None, zero_division=0)
+    f1 = reference.f1_score(target, label, labels=range(4), average=None, zero_division=np.nan)
     np.testing.assert_allclose(f1_per_label(matrix), f1)
     half = len(target) // 2
     parts = [confusion_matrix(target[part], label[part], 4) for part in (slice(half), slice(half, None))]
@@ -53,6 +53,20 @@ def test_regression_and_multilabel_metrics():
     found = evaluate(target, scores, decide(scores, decision), decision)
     assert found["f1_micro"] == pytest.approx(reference.f1_score(target, scores >= 0.5, average="micro"))
     assert found["f1_macro"] == pytest.approx(reference.f1_score(target, scores >= 0.5, average="macro"))
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel"])
+def test_labels_that_do_not_occur_are_left_out_of_means(kind):
+    labels = ("a", "b") if kind == "binary" else ("a", "b", "c")
+    decision = DecisionSettings(kind=kind, labels=labels)
+    scores = np.full((8, len(labels)), 0.1, np.float32)
+    scores[:, 0] = 0.9
+    scores[0] = scores[0, ::-1]
+    target = np.zeros(8, int) if kind != "multilabel" else np.eye(3, dtype=int)[np.zeros(8, int)]
+    found = evaluate(target, scores, decide(scores, decision), decision)
+    predicted = scores >= 0.5 if kind == "multilabel" else scores.argmax(1)
+    expected = reference.f1_score(target, predicted, average=None, labels=range(len(labels)), zero_division=np.nan)
+    assert found["f1_score" if kind == "binary" else "f1_macro"] == pytest.approx(np.nanmean(expected))
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 10)), min_size=2, max_size=40), st.floats(0.1, 1.0))
