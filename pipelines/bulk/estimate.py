@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.bulk.job import CheckedJob
+from pipelines.errors import PipelinesError
 from pipelines.model.loading import row_limit_of
 from pipelines.model.scorer import Scorer, plan_of
 from pipelines.model_folder import ModelFolder
@@ -18,13 +19,15 @@ from pipelines.progress import LONG_SECONDS, duration
 from pipelines.settings import ComputeSettings
 from pipelines.storage.filters import kept_rows
 from pipelines.storage.rows import read_units
-from pipelines.storage.shards import WorkUnits, split_into_units
+from pipelines.storage.shards import WorkUnits, split_into_units, usual_unit_bytes
 from pipelines.text.pretrained import load_tokenizer
 from pipelines.text.tokenization import Documents, cut_documents
 from pipelines.text.windows import leads_with_space, most_tokens_of
 
 SAMPLE_UNITS, SAMPLE_ROWS = 16, 64
 """The sample is the first SAMPLE_ROWS rows of up to SAMPLE_UNITS units, spread evenly over the input."""
+SAMPLE_BYTES = 64_000_000
+"""Decoded bytes of the units of the sample that a job takes before it begins."""
 MEASURED_SECONDS = 10.0
 """Maximum duration of the speed measurement."""
 logger = logging.getLogger(__name__)
@@ -68,54 +71,105 @@ class Estimate:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a job, from a sample of its rows."""
+
+    documents: Documents
+    """The sample."""
+    rows: float
+    """Rows that pass the filter."""
+    tokens: float
+    windows: float
+    tokens_in_windows: float
+    tokenize_seconds: float
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of the longest document of the sample."""
+        return int(self.documents.num_tokens_D.max(initial=0))
+
+
+def say_sizes(checked: CheckedJob) -> None:
+    """Log how much there is to score. A sample that cannot be read is left to the job."""
+    unit_bytes = checked.job.score.unit_bytes or usual_unit_bytes(checked.files)
+    units = split_into_units(checked.files, unit_bytes=unit_bytes, limit=checked.job.data.limit)
+    try:
+        sizes = sizes_of(checked, units, max(1, min(SAMPLE_UNITS, SAMPLE_BYTES // unit_bytes)))
+    except (PipelinesError, OSError, MemoryError) as error:
+        logger.debug("no sample: %s", error)
+        return
+    logger.info(
+        "about %s windows and %s tokens in %s rows, by a sample of %d; its longest document has %s tokens",
+        f"{sizes.windows:,.0f}",
+        f"{sizes.tokens_in_windows:,.0f}",
+        f"{sizes.rows:,.0f}",
+        len(sizes.documents),
+        f"{sizes.longest_tokens:,}",
+    )
+
+
+def sizes_of(checked: CheckedJob, units: WorkUnits, most_units: int = SAMPLE_UNITS) -> Sizes:
+    """Read and tokenize a sample of the input, and scale its sizes up to all rows.
+
+    Args:
+        checked: The job.
+        units: The units of its input.
+        most_units: Units from which the sample is taken.
+    """
+    folder = checked.folder
+    table, share = _sample(checked, units, most_units)
+    tokenizer = load_tokenizer(folder.path, lead_space=leads_with_space(folder.windows, folder.model_type))
+    tokenizer = tokenizer.with_most_tokens(most_tokens_of(folder.windows))
+    started = time.perf_counter()
+    documents = tokenizer.documents(table, *checked.job.data.text_columns)
+    seconds = time.perf_counter() - started
+    plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type, model_limit=row_limit_of(folder))
+    cut = cut_documents(documents.tokens, plan, tokenizer.template, documents.pair_tokens)
+    rows = units.num_rows * share
+    per_row = rows / max(len(documents), 1)
+    tokens, windows = documents.num_tokens_D.sum() * per_row, len(cut.length_W) * per_row
+    return Sizes(documents, rows, tokens, windows, cut.length_W.sum() * per_row, seconds * per_row)
+
+
 def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
     """Estimate the size of a checked job, and its time at `rate` tokens per second.
 
     Without a rate, the speed of this machine is measured on the sample.
     """
-    job, folder = checked.job, checked.folder
+    job = checked.job
     units = split_into_units(checked.files, unit_bytes=job.score.unit_bytes, limit=job.data.limit)
-    table, share = _sample(checked, units)
-    tokenizer = load_tokenizer(folder.path, lead_space=leads_with_space(folder.windows, folder.model_type))
-    tokenizer = tokenizer.with_most_tokens(most_tokens_of(folder.windows))
-    started = time.perf_counter()
-    documents = tokenizer.documents(table, *job.data.text_columns)
-    tokenize_seconds = time.perf_counter() - started
-    limit = row_limit_of(folder)
-    plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type, model_limit=limit)
-    cut = cut_documents(documents.tokens, plan, tokenizer.template, documents.pair_tokens)
-    rows = units.num_rows * share
-    per_row = rows / max(len(documents), 1)
-    input_tokens = cut.length_W.sum() * per_row
+    sizes = sizes_of(checked, units)
+    documents, input_tokens = sizes.documents, sizes.tokens_in_windows
     is_measured = rate is None
     replicas = max(1, (job.score.replica_range or (1, 1))[1])
     if rate is None and len(documents):
         logger.info("measuring on %d sample rows, for %.0f s at most", len(documents), MEASURED_SECONDS)
-        rate = _measured_rate(folder, job.compute, documents)
+        rate = _measured_rate(checked.folder, job.compute, documents)
     return Estimate(
         files=len(checked.files),
         files_in_error=sum(file.error is not None for file in checked.files),
         bytes=sum(file.size for file in checked.files),
-        rows=round(rows),
+        rows=round(sizes.rows),
         units=len(units),
         sample_rows=len(documents),
-        tokens=round(documents.num_tokens_D.sum() * per_row),
-        windows=round(len(cut.length_W) * per_row),
+        tokens=round(sizes.tokens),
+        windows=round(sizes.windows),
         tokens_in_windows=round(input_tokens),
-        tokenize_cpu_hours=round(tokenize_seconds * per_row / 3600, 4),
+        tokenize_cpu_hours=round(sizes.tokenize_seconds / 3600, 4),
         tokens_per_second_per_replica=round(rate or 0.0),
         rate_is="measured here" if is_measured else "given",
         replica_hours=round(input_tokens / rate / 3600 if rate else 0.0, 4),
         replicas=replicas,
         wall_seconds=round(input_tokens / rate / replicas if rate else 0.0, 1),
-        longest_tokens=int(documents.num_tokens_D.max(initial=0)),
+        longest_tokens=sizes.longest_tokens,
     )
 
 
-def _sample(checked: CheckedJob, units: WorkUnits) -> tuple[pa.Table, float]:
+def _sample(checked: CheckedJob, units: WorkUnits, most_units: int) -> tuple[pa.Table, float]:
     """Return sample rows from the whole input, and the share of rows that pass the filter."""
     job = checked.job
-    numbers = np.unique(np.linspace(0, len(units) - 1, min(SAMPLE_UNITS, len(units))).astype(int))
+    numbers = np.unique(np.linspace(0, len(units) - 1, min(most_units, len(units))).astype(int))
     tables = []
     num_rows = 0
     for number in numbers:

@@ -71,18 +71,11 @@ class RunTotals:
         }
 
     def _hint(self) -> None:
-        """Say once how much there is, by what is done, and what makes a long job quicker."""
+        """Say once what makes a long job quicker."""
         left = self.progress.seconds_left
         if self._has_hinted or left is None or self.progress.measured_seconds < HINT_AFTER_SECONDS:
             return
         self._has_hinted = True
-        per_row = self._num_rows / max(self.total.rows_in, 1)
-        logger.info(
-            "by what is done: about %s windows and %s tokens in %s rows",
-            f"{self.total.windows * per_row:,.0f}",
-            f"{self.total.tokens * per_row:,.0f}",
-            f"{self._num_rows:,}",
-        )
         if left > LONG_SECONDS:
             logger.info(
                 "about %s to go. Quicker: a GPU, more --replicas on a cluster, an int8 model (pipelines quantize), "

@@ -11,6 +11,8 @@ import posixpath
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
+from pipelines.bulk.estimate import say_sizes
+from pipelines.bulk.here import MOST_SECONDS, seconds_here
 from pipelines.bulk.job import CheckedJob, ScoreJob, check_job
 from pipelines.bulk.progress import RunTotals
 from pipelines.bulk.publish import publish
@@ -122,6 +124,8 @@ def _score_rest(
         "%s files, %s rows, %s units to do -> %s",
         f"{run.num_files:,}", f"{run.num_rows:,}", f"{left:,}", shown(job.output),
     )  # fmt: skip
+    if not run.finished and seconds_here(checked) > MOST_SECONDS:
+        say_sizes(checked)
     units = (unit for units in run.generations for unit in units if unit.output_name not in run.finished)
     with totals.progress, repeated(totals.show):
         for counts in score_units(checked, units):

@@ -1,6 +1,7 @@
 """Small jobs are scored in this process, without Ray, unless the caller says otherwise."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from pipelines.bulk import here
 from pipelines.bulk.here import runs_here, seconds_here
 from pipelines.bulk.job import check_job
+from pipelines.bulk.score import score_here
 from tests.jobs import clean_environment, score_job
 
 
@@ -47,6 +49,17 @@ def test_run_that_was_begun_is_resumed_on_ray(spam_folder, source, tmp_path):
 def test_estimate_grows_with_input_and_model(spam_folder, source, tmp_path):
     checked = check_job(score_job(spam_folder, source, tmp_path / "out"))
     assert 0 < seconds_here(checked) < 1
+
+
+def test_long_job_says_how_much_there_is(spam_folder, source, tmp_path, monkeypatch, log_lines):
+    monkeypatch.setattr(here, "SPEED", 1e3)
+    summary = score_here(score_job(spam_folder, source, tmp_path / "out", unit_bytes=1000))
+    (line,) = [line for line in log_lines if "by a sample of" in line]
+    windows, rows, sample = re.search(
+        r"about ([\d,]+) windows .* in ([\d,]+) rows, by a sample of (\d+);", line
+    ).groups()
+    assert int(rows) == summary.rows_in > int(sample)
+    assert int(windows.replace(",", "")) == pytest.approx(summary.windows, rel=0.5)
 
 
 def test_command_says_so_and_starts_no_ray(spam_folder, source, tmp_path):
