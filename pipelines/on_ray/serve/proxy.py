@@ -1,12 +1,14 @@
 """Choose the proxy in front of the replicas. Ray Serve reads the choice from the environment at import and start.
 
 `ProxyGuard` mends two answers of Ray Serve's own proxy: 404 while the model loads or the server stops, and 500 for a
-header that is not UTF-8. HAProxy has no such place.
+header that is not UTF-8. `pipelines.on_ray.serve.haproxy` does the same for HAProxy.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from typing import TYPE_CHECKING, Literal
 
 from starlette.datastructures import Headers
@@ -14,6 +16,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 
 from pipelines.errors import SettingsError
+from pipelines.on_ray.serve.haproxy import BINARY, PROGRAM, RETRY_AFTER_SECONDS, UNAVAILABLE
 from pipelines.serving.schema import ErrorResponse
 
 if TYPE_CHECKING:
@@ -26,11 +29,8 @@ DEFAULTS = {
     # Seconds after which a silent client is cut, such as one that sends no complete headers. Ray's default is an hour.
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "300",
 }
-
-
 MIDDLEWARES = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{__name__}.middlewares"}
-"""Variable with the function that returns the middlewares of Ray Serve's own proxy."""
-RETRY_AFTER_SECONDS = 5
+"""Variable with the function that returns the middlewares of Ray Serve's own proxy. HAProxy falls back to that one."""
 
 
 def prepare_proxy(proxy: str) -> None:
@@ -40,7 +40,10 @@ def prepare_proxy(proxy: str) -> None:
     """
     if proxy == "haproxy":
         os.environ.update(HAPROXY)
-    for name, value in (DEFAULTS if proxy == "haproxy" else MIDDLEWARES).items():
+        program = shutil.which(PROGRAM, path=os.path.dirname(sys.executable))
+        if program is not None:
+            os.environ.setdefault(BINARY, program)
+    for name, value in ({**DEFAULTS, **MIDDLEWARES} if proxy == "haproxy" else MIDDLEWARES).items():
         os.environ.setdefault(name, value)
 
 
@@ -75,8 +78,7 @@ class ProxyGuard:
         is_path = scope.get("path", "").startswith("/")  # OPTIONS * is for no application
         await self._app(scope, receive, send_replaced if is_path else send)
         if is_replaced:
-            problem = "the server is starting or stopping; try again later"
-            content = ErrorResponse(error=problem, error_type="unavailable").model_dump()
+            content = ErrorResponse(error=UNAVAILABLE, error_type="unavailable").model_dump()
             headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
             await JSONResponse(content, 503, headers=headers)(scope, receive, send)
 

