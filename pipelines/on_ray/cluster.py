@@ -6,11 +6,14 @@ import builtins
 import logging
 import os
 import re
+import secrets
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 
@@ -84,6 +87,7 @@ def _start(address: str | None) -> None:
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
+    make_token()
     ray.init(
         address="local",
         num_cpus=(os.cpu_count() or 1) + SPARE_CPUS,
@@ -92,6 +96,19 @@ def _start(address: str | None) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+
+
+def make_token() -> None:
+    """Create the token of local clusters, which only this user can read. Ray itself would let the umask decide."""
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return
+    folder = Path.home() / ".ray"
+    with suppress(OSError):  # there is a token, or Ray says why there can be none
+        folder.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder) as file:  # only this user can read it
+            file.write(secrets.token_hex(32))
+            file.flush()
+            os.link(file.name, folder / "auth_token")
 
 
 @contextmanager

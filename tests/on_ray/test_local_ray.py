@@ -1,10 +1,12 @@
 """Access control of the local Ray that a command starts. Its ports are reachable, but clients need the token."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
+from pipelines.on_ray.cluster import make_token
 from tests.jobs import clean_environment
 
 ASK = """
@@ -31,6 +33,18 @@ def test_local_ray_requires_token(local_ray):
         done = ask(address, **stranger)
         assert done.returncode != 0
         assert "InvalidAuthToken" in done.stderr
+
+
+def test_only_this_user_can_read_a_new_token(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_token()
+    token = tmp_path / ".ray" / "auth_token"
+    content = token.read_text()
+    assert re.fullmatch("[0-9a-f]{64}", content)
+    assert token.stat().st_mode & 0o077 == 0
+    make_token()
+    assert token.read_text() == content, "a token that exists stays"
+    assert list(token.parent.iterdir()) == [token]
 
 
 def test_local_ray_has_no_dashboard(local_ray):
