@@ -15,6 +15,7 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 import pipelines
 from pipelines import arguments, errors
@@ -46,6 +47,10 @@ GROUPS = (
     ComputeSettings,
 )
 
+STAND_INS = (
+    "*In the commands, `runs/spam` stands for your model folder ([the first tutorial](../tutorials/emails.md) makes "
+    "`runs/emails`), `train/` and `valid/` for [labelled files](../data.md), and `mail/` for files to score.*"
+)
 JOB_METRICS = {
     "score_rows": "Rows that are done.",
     "score_rows_total": "Rows of the job.",
@@ -75,6 +80,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Say on every how-to page what the names in its commands stand for."""
+    if not page.file.src_path.startswith("how-to/"):
+        return markdown
+    title, rest = markdown.split("\n", 1)
+    return f"{title}\n\n{STAND_INS}\n{rest}"
 
 
 def settings_page() -> Iterator[str]:

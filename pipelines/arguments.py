@@ -282,7 +282,13 @@ def _add_folders(commands: Any) -> None:
     about = "decide new labels from the scores of scored Parquet"
     command = _command(commands, "relabel", about=about, groups=(), example=example)
     command.add_argument("scored", metavar="SCORED", help="output folder of `pipelines score`")
-    command.add_argument("--thresholds", required=True, metavar="YAML", help="0.4, [0.3, 0.5] or '{label: 0.9}'")
+    which = command.add_mutually_exclusive_group(required=True)
+    about = "0.4, [0.3, 0.5] or '{label: 0.9}'; labels that are not named keep their thresholds"
+    which.add_argument("--thresholds", metavar="YAML", help=about)
+    about = (
+        "the model folder that scored the rows: its thresholds of now, with what `tune --confidence` promises of them"
+    )
+    which.add_argument("--model", metavar="DIR", help=about)
     command.add_argument("--output", required=True, help="new folder")
     example = "pipelines drift runs/spam scored/2026-11/ --plot drift.png"
     about = "compare the score distributions of each label"

@@ -122,7 +122,8 @@ def _print_scored(options: argparse.Namespace, summary: ScoreSummary) -> None:
     ]
     output = shlex.quote(summary.output)
     following = [f"evaluate --scored {output}"]
-    if summary.kind in ("binary", "multilabel"):  # the other kinds have no thresholds
+    is_complete = settings_of(options).get("early_exit", "off") == "off"  # otherwise labels hold for these thresholds
+    if summary.kind in ("binary", "multilabel") and is_complete:  # the other kinds have no thresholds
         following.append(f"relabel {output} --thresholds 0.9 --output NEW_FOLDER")
     _print(options, result, {"output": summary.output, **values}, rows, following)
 
@@ -201,7 +202,10 @@ def _tune(options: argparse.Namespace) -> int:
     hidden = {"guarantees", "per_label", "thresholds", "thresholds_before"}
     values = {name: value for name, value in content.items() if name not in hidden and value != []}
     values.update({name: text for name, text in result.promises.items() if name not in result.labels})
-    following = [f"score {shlex.quote(result.model)} --input FILES --output NEW_FOLDER"]
+    model = shlex.quote(result.model)
+    following = [f"score {model} --input FILES --output NEW_FOLDER"]
+    if result.thresholds and set(result.thresholds) == {NEVER}:  # as it is, the model assigns no label
+        following = [f"tune {model} --data {shlex.quote(options.data)}   (thresholds without a promise)"]
     _print(options, content, values, result.rows, following)
     return ROWS_IN_ERROR if result.rows_in_error else DONE
 
@@ -225,11 +229,13 @@ def _relabel(options: argparse.Namespace) -> int:
     from pipelines.bulk.relabel import relabel
     from pipelines.storage.locations import absolute
 
-    thresholds = parse_yaml(options.thresholds, "--thresholds")
-    (settings,) = parse({"thresholds": thresholds}, ScoreSettings)
-    if settings.thresholds is None:
-        raise SettingsError("--thresholds is empty; write 0.4, [0.3, 0.5] or '{spam: 0.9}'")
-    summary = relabel(absolute(options.scored), absolute(options.output), settings.thresholds)
+    scored, output, thresholds = absolute(options.scored), absolute(options.output), None
+    if options.thresholds is not None:
+        (settings,) = parse({"thresholds": parse_yaml(options.thresholds, "--thresholds")}, ScoreSettings)
+        thresholds = settings.thresholds
+        if thresholds is None:
+            raise SettingsError("--thresholds is empty; write 0.4, [0.3, 0.5] or '{spam: 0.9}'")
+    summary = relabel(scored, output, thresholds, model=options.model)
     values = {name: getattr(summary, name) for name in ("output", "files", "rows", "rows_in_error", "seconds")}
     _print(options, summary.to_json(), values, summary.labels)
     return ROWS_IN_ERROR if summary.rows_in_error else DONE

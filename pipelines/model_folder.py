@@ -94,8 +94,15 @@ class ModelFolder:
         """Hash of all settings that change a result. It does not include the weights."""
         return _sha256(json.dumps(self._settings(), sort_keys=True).encode())
 
-    def guarantees_of(self, decision: DecisionSettings) -> Mapping[str, Any]:
-        """Return what is promised of the thresholds of a decision. A warning says if they are not the folder's."""
+    def guarantees_of(self, decision: DecisionSettings, *, early_exit: str = "off") -> Mapping[str, Any]:
+        """Return what is promised of the thresholds of a decision. A warning says why nothing is promised any more."""
+        if self.guarantees and early_exit == "certified":
+            logger.warning(
+                "%s promises %s for texts that are read completely; early_exit=certified changes some labels, and "
+                "nothing is promised of them",
+                self.path.name, self.guarantees["objective"],
+            )  # fmt: skip
+            return {}
         if self.guarantees and decision != self.decision:
             logger.warning(
                 "%s promises %s for its own thresholds; other thresholds are used, for which nothing is promised",

@@ -21,6 +21,10 @@ from tqdm.auto import tqdm
 
 PROGRESS_SECONDS = 5.0
 """Seconds between two lines of progress in the log."""
+SILENT_SECONDS = 30.0
+"""Seconds between two lines of progress if nothing was finished in between."""
+SLOW = 0.1
+"""Below this rate, the seconds that one takes are shown."""
 HINT_AFTER_SECONDS = 15.0
 """Seconds of measured work after which the remaining time is believed."""
 LONG_SECONDS = 600.0
@@ -59,6 +63,7 @@ class Progress:
         self._started = self._last_shown = time.monotonic()
         self._measured_from: float | None = None if measure_from_first else self._started
         self.total, self.done, self._done_before = total, done, done
+        self._last_done = -1
         self.details: Sequence[str] = ()
         self._bar: Any = None
 
@@ -80,17 +85,25 @@ class Progress:
         if self._measured_from is None:  # everything before this was startup: processes, models, first batch
             self._measured_from, self._done_before = time.monotonic(), self.done
         if self._bar is not None:
+            self._last_shown = time.monotonic() if self.is_due else self._last_shown
             self._bar.set_postfix_str(", ".join(details), refresh=False)
             self._bar.update(amount)
         else:
             self.show_if_due()
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next call of `advance` shows its details."""
+        return time.monotonic() - self._last_shown >= 0.9 * PROGRESS_SECONDS
+
     def show_if_due(self) -> None:
-        """Write the line if the last one is old enough, or refresh the bar."""
+        """Write the line if the last one is old enough, or refresh the bar. A line without news comes less often."""
         if self._bar is not None:
             self._bar.refresh()
-        elif self._is_shown and time.monotonic() - self._last_shown >= 0.9 * PROGRESS_SECONDS:
-            self._last_shown = time.monotonic()
+            return
+        is_news = self.done != self._last_done or time.monotonic() - self._last_shown >= SILENT_SECONDS
+        if self._is_shown and self.is_due and is_news:
+            self._last_shown, self._last_done = time.monotonic(), self.done
             self._logger.info("%s", self.line())
 
     @property
@@ -114,11 +127,17 @@ class Progress:
         share = self.done / max(self.total, 1)
         parts = [f"{self._verb} {self.done:,}/{self.total:,} {self._unit} ({share:.0%})"]
         if self.rate > 0:
-            parts.append(f"{self.rate:,.1f} {self._unit}/s")
+            parts.append(self._rate_in_words())
         parts += self.details
         if self.seconds_left is not None:
             parts.append(f"{duration(self.seconds_left)} to go")
         return ", ".join(parts)
+
+    def _rate_in_words(self) -> str:
+        """Return the rate per second, or what one takes if that is long."""
+        if self.rate >= SLOW:
+            return f"{self.rate:,.1f} {self._unit}/s"
+        return f"{1 / self.rate:,.0f} s per {self._unit.removesuffix('s')}"
 
 
 @contextmanager

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.bulk.run_folder import SUMMARY
+from pipelines.bulk.run_folder import SUMMARY, read_scored_metadata
+from pipelines.decisions.columns import EARLY_EXIT_METADATA
 from pipelines.errors import DataError, SettingsError
 from pipelines.model_files import PIPELINE_FILE
-from pipelines.storage.locations import list_names, read_json, shown
+from pipelines.storage.listing import list_files
+from pipelines.storage.locations import filesystem_of, list_names, read_json, shown
 
 STABLE, SHIFTED = 0.1, 0.25
 """Usual limits of the population stability index: stable below the first, and moved far from the second on."""
@@ -40,8 +42,16 @@ def drift(before: str, after: str) -> dict[str, LabelDrift]:
         after: Also a scored folder or a model folder.
 
     Raises:
-        DataError: A folder has no histograms, or the labels differ.
+        DataError: A folder has no histograms, or the labels differ, or only one of them was read until its labels were
+            sure.
     """
+    left_read, right_read = early_exit_of(before), early_exit_of(after)
+    if left_read != right_read:
+        raise DataError(
+            f"{shown(before)} has the scores of early_exit={left_read}, and {shown(after)} those of "
+            f"early_exit={right_read}: scores of windows that were read cannot be compared with others. Score both in "
+            "the same way"
+        )
     left, right = read_histograms(before), read_histograms(after)
     if left.keys() != right.keys():
         raise DataError(
@@ -79,6 +89,15 @@ def read_histograms(location: str) -> Histograms:
                 f"folder that was trained or tuned with validation data; regression has none"
             )
     raise DataError(f"{shown(location)} is neither a finished scored folder nor a model folder")
+
+
+def early_exit_of(location: str) -> str:
+    """Return how the texts of a folder were read: off, exact or certified. A model folder has read all of its texts."""
+    if SUMMARY not in list_names(location):
+        return "off"
+    filesystem, _ = filesystem_of(location)
+    metadata = read_scored_metadata(filesystem, list_files(location, also_in_tables=True)[0])
+    return metadata.get(EARLY_EXIT_METADATA, b"off").decode().partition(",")[0]
 
 
 def plot(before: str, after: str, file: str) -> None:

@@ -171,10 +171,12 @@ def read_scored(location: str, data: DataSettings) -> ScoredRows:
 def _decision_of(metadata: dict[bytes, bytes]) -> tuple[DecisionSettings, str]:
     """Return how the labels of a scored file were decided, and the prefix of its output columns."""
     if EARLY_EXIT_METADATA in metadata:
+        early_exit = metadata[EARLY_EXIT_METADATA].decode()
         logger.warning(
-            "the rows were scored with early_exit=%s: their labels are sure, but their scores are those of the windows "
-            "read, and so are areas and calibration",
-            metadata[EARLY_EXIT_METADATA].decode(),
+            "the rows were scored with early_exit=%s: their labels are those of a full read%s, but their scores are "
+            "those of the windows read, and so are areas and calibration",
+            early_exit,
+            "" if early_exit == "exact" else ", but for the share that tune --early-exit allows",
         )
     (decision,) = parse(json.loads(metadata[DECISION_METADATA]), DecisionSettings)
     return decision, metadata[PREFIX_METADATA].decode()

@@ -174,7 +174,7 @@ def check_job(job: ScoreJob) -> CheckedJob:
     folder = replace(
         folder,
         decision=decision,
-        guarantees=folder.guarantees_of(decision),
+        guarantees=folder.guarantees_of(decision, early_exit=job.score.early_exit),
         early_exit={} if margin is None else margin.to_json(),
     )
     load_tokenizer(folder.path).check_vocabulary(vocabulary_size(read_config(folder.path)), where=shown(job.model))

@@ -35,12 +35,15 @@ from pipelines.decisions.columns import (
     EARLY_EXIT_METADATA,
     GUARANTEES_METADATA,
     PREFIX_METADATA,
+    SETTINGS_METADATA,
+    WEIGHTS_METADATA,
     decided_columns,
     decision_metadata,
 )
 from pipelines.decisions.labels import decide, resolve_thresholds, thresholds_by_label
 from pipelines.errors import DataError, OutputError, SettingsError
 from pipelines.fields import parse
+from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.progress import Progress
 from pipelines.settings import NEVER, DecisionSettings
 from pipelines.storage.listing import list_files
@@ -85,36 +88,47 @@ class RelabelSummary:
         return asdict(self)
 
 
-def relabel(scored: str, output: str, thresholds: Thresholds) -> RelabelSummary:
+@dataclass(frozen=True)
+class NewLabels:
+    """How the rows of a scored folder get their labels, and the metadata of the files that changes with it."""
+
+    decision: DecisionSettings
+    prefix: str
+    metadata: Mapping[bytes, bytes]
+    """Metadata to add."""
+    keeps_promise: bool
+    """Whether what the files promise of their thresholds still holds."""
+
+
+def relabel(
+    scored: str, output: str, thresholds: Thresholds | None = None, *, model: str | None = None
+) -> RelabelSummary:
     """Decide the labels of every row of a scored folder again, and write files with the new labels.
 
     Args:
         scored: Output folder of a scoring job.
         output: New folder, or the folder of the same relabelling that was interrupted.
-        thresholds: One number, one per label, or by label name.
+        thresholds: One number, one per label, or by label name: labels that are not named keep their thresholds.
+        model: Instead of thresholds: the model folder that scored the rows. Its thresholds of now, and what is promised
+            of them, are taken.
 
     Raises:
         DataError: The files were not written by a scoring job.
-        SettingsError: The thresholds do not fit the labels.
+        SettingsError: The thresholds do not fit the labels, or the rows were scored by another model.
     """
     started = time.perf_counter()
     marks = list_names(scored)
     if MANIFEST in marks and SUMMARY not in marks:
         raise DataError(f"{shown(scored)} contains an unfinished run; finish it with the command that began it")
     files = list_files(scored, also_in_tables=True)
-    old, prefix, has_promise = _read_decision(scored, files[0])
-    decision = resolve_thresholds(thresholds, old)
-    if has_promise and decision != old:
-        logger.warning(
-            "a precision or recall was promised for the thresholds of %s; nothing is promised for the new ones",
-            shown(scored),
-        )
+    new = _new_labels(scored, files[0], thresholds, model)
+    decision = new.decision
     names = [posixpath.basename(path) for path in files]
     if len(set(names)) < len(names):
         raise DataError(f"{shown(scored)} contains files of the same name in several folders; relabel them one by one")
     left = _open_output(scored, output, decision, names)
     todo = [path for path in files if posixpath.basename(path) in left]
-    work = partial(_relabel_file, scored, output=output, decision=decision, prefix=prefix)
+    work = partial(_relabel_file, scored, output=output, new=new)
     with Progress(logger, "relabelled", total=len(todo), unit="files") as progress, ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(work, todo):
             progress.advance()
@@ -157,8 +171,10 @@ def _open_output(scored: str, output: str, decision: DecisionSettings, names: li
     return {name for name in names if name not in here}
 
 
-def _read_decision(scored: str, path: str) -> tuple[DecisionSettings, str, bool]:
-    """Return the decision of a scored file, its prefix, and whether something was promised of its thresholds."""
+def _new_labels(scored: str, path: str, thresholds: Thresholds | None, model: str | None) -> NewLabels:
+    """Return how rows like those of a scored file get their labels."""
+    if (thresholds is None) == (model is None):
+        raise SettingsError("relabel takes thresholds, or the model folder that has them: give one of the two")
     metadata = read_scored_metadata(filesystem_of(scored)[0], path)
     (decision,) = parse(json.loads(metadata[DECISION_METADATA]), DecisionSettings)
     if EARLY_EXIT_METADATA in metadata:
@@ -168,10 +184,43 @@ def _read_decision(scored: str, path: str) -> tuple[DecisionSettings, str, bool]
         )
     if decision.kind not in ("binary", "multilabel"):
         raise SettingsError(f"thresholds are for kinds binary and multilabel; {shown(scored)} is {decision.kind}")
-    return decision, metadata[PREFIX_METADATA].decode(), GUARANTEES_METADATA in metadata
+    prefix = metadata[PREFIX_METADATA].decode()
+    if model is not None:
+        folder = _same_model(scored, metadata, decision, model)
+        return NewLabels(folder.decision, prefix, promised_metadata(folder), keeps_promise=False)
+    new = resolve_thresholds(thresholds, decision)
+    if GUARANTEES_METADATA in metadata and new != decision:
+        logger.warning(
+            "a precision or recall was promised for the thresholds of %s; nothing is promised for the new ones",
+            shown(scored),
+        )
+    return NewLabels(new, prefix, {}, keeps_promise=new == decision)
 
 
-def _relabel_file(scored: str, path: str, *, output: str, decision: DecisionSettings, prefix: str) -> None:
+def _same_model(scored: str, metadata: Mapping[bytes, bytes], decision: DecisionSettings, model: str) -> ModelFolder:
+    """Open a model folder, and check that it would give a scored file's scores."""
+    folder = read_model_folder(model)
+    then = replace(folder, decision=replace(folder.decision, thresholds=decision.thresholds))
+    for what, now, before in (
+        ("weights", then.weights_hash, metadata[WEIGHTS_METADATA]),
+        ("calibration, windows or labels", then.settings_hash, metadata[SETTINGS_METADATA]),
+    ):
+        if now.encode() != before:
+            raise SettingsError(
+                f"{shown(scored)} was scored with other {what} than {shown(model)} has now, and so with other scores: "
+                "score again"
+            )
+    return folder
+
+
+def promised_metadata(folder: ModelFolder) -> dict[bytes, bytes]:
+    """Return the metadata of rows with the labels of a model folder: the hash of its settings, and its promises."""
+    promises = {GUARANTEES_METADATA: json.dumps(dict(folder.guarantees)).encode()} if folder.guarantees else {}
+    return {SETTINGS_METADATA: folder.settings_hash.encode(), **promises}
+
+
+def _relabel_file(scored: str, path: str, *, output: str, new: NewLabels) -> None:
+    decision, prefix = new.decision, new.prefix
     filesystem, _ = filesystem_of(scored)
     table = pq.read_table(pa.BufferReader(retried(lambda: filesystem.cat_file(path))))
     metadata = dict(table.schema.metadata)
@@ -182,9 +231,9 @@ def _relabel_file(scored: str, path: str, *, output: str, decision: DecisionSett
     for field, column in decided_columns(decisions, decision, bad_D, prefix=prefix):
         place = table.schema.get_field_index(field.name)
         table = table.set_column(place, field, column)
-    if metadata[DECISION_METADATA] != decision_metadata(decision)[DECISION_METADATA]:
+    if not new.keeps_promise:
         metadata.pop(GUARANTEES_METADATA, None)
-    table = table.replace_schema_metadata({**metadata, **decision_metadata(decision)})
+    table = table.replace_schema_metadata({**metadata, **decision_metadata(decision), **new.metadata})
     before = Counts.from_json(json.loads(metadata[COUNTS_METADATA]))
     counts = replace(
         count_table(table, decision, prefix=prefix),

@@ -19,6 +19,7 @@ from pipelines.storage.columns import SOURCE_COLUMNS
 DECISION_METADATA, PREFIX_METADATA = b"pipelines.decision", b"pipelines.prefix"
 GUARANTEES_METADATA, EARLY_EXIT_METADATA = b"pipelines.guarantees", b"pipelines.early_exit"
 COLUMNS_METADATA = b"pipelines.columns"
+WEIGHTS_METADATA, SETTINGS_METADATA = b"pipelines.weights_hash", b"pipelines.settings_hash"
 """Keys in the schema metadata of a scored file."""
 
 
@@ -143,7 +144,7 @@ def schema_metadata(
     It has the hashes of model and settings, the prefix, the decision settings, what is promised of the thresholds, how
     documents stopped early, and the columns on which the model was trained.
     """
-    hashes = {b"pipelines.weights_hash": weights_hash.encode(), b"pipelines.settings_hash": settings_hash.encode()}
+    hashes = {WEIGHTS_METADATA: weights_hash.encode(), SETTINGS_METADATA: settings_hash.encode()}
     promises = {GUARANTEES_METADATA: json.dumps(dict(guarantees)).encode()} if guarantees else {}
     stops = {} if early_exit == "off" else {EARLY_EXIT_METADATA: early_exit.encode()}
     trained = {COLUMNS_METADATA: json.dumps(dict(columns)).encode()} if columns else {}

@@ -9,7 +9,7 @@ Shapes: D documents, W windows, L labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,18 +70,40 @@ def find_labels(columns: list[pa.ChunkedArray], kind: Kind) -> tuple[str, ...]:
     if kind == "regression":
         return ()
     column = _plain(pa.chunked_array([chunk for column in columns for chunk in column.chunks]))
-    _reject_nulls(column)
+    _reject_missing(column)
     if kind == "multilabel" and _is_indicator(column.type):
         width = pc.max(pc.list_value_length(column)).as_py() or 0
         return tuple(str(label) for label in range(width))
     values = pc.list_flatten(column) if _is_list(column.type) else column
-    _reject_nulls(values)
     labels = tuple(str(value) for value in sorted(_check_label_type(values, kind).unique().to_pylist()))
     if not labels:
         raise DataError("no row has a label; if that is intended, name the labels with --labels")
     if len(labels) < 2 and kind != "multilabel":
         raise DataError(f"the labels are all {labels[0]!r}: a classifier needs at least two different labels")
     return labels
+
+
+def odd_labels(labels: Sequence[str]) -> list[str]:
+    """Return a sentence for each oddity of label names that suggests a mistake in the data."""
+    found = []
+    alike: dict[str, list[str]] = {}
+    for label in labels:
+        alike.setdefault(label.strip().casefold(), []).append(label)
+    for same in alike.values():
+        if len(same) > 1:
+            found.append(
+                f"labels {', '.join(map(repr, same))} differ only in case or spaces, and are learned as different"
+            )
+    for mark in (";", "|", ","):
+        several = [
+            label for label in labels if mark in label and {part.strip() for part in label.split(mark)} & {*labels}
+        ]
+        if several:
+            found.append(
+                f"{len(several)} labels, such as {several[0]!r}, look like several labels in one text; if they are, "
+                "use kind multilabel"
+            )
+    return found
 
 
 def encode_labels(column: pa.ChunkedArray, decision: DecisionSettings) -> NDArray[np.generic]:
@@ -96,7 +118,7 @@ def encode_labels(column: pa.ChunkedArray, decision: DecisionSettings) -> NDArra
             column type.
     """
     column = _plain(column)
-    _reject_nulls(column)
+    _reject_missing(column)
     if decision.kind == "regression":
         return _regression_targets(column)
     if decision.kind == "multilabel":
@@ -226,10 +248,21 @@ def _thresholds_by_name(thresholds: Mapping[str, float], decision: DecisionSetti
     return tuple(float(value) for value in merged.values())
 
 
-def _reject_nulls(column: pa.ChunkedArray) -> None:
-    if column.null_count:
-        first = pc.index(column.is_null(), True).as_py()
-        raise DataError(f"{column.null_count} rows have no label (the first is row {first}); drop or label them")
+def _reject_missing(column: pa.ChunkedArray) -> None:
+    """Raise DataError if a row has no label: null, or a text without a character, as in an empty cell of CSV."""
+    values, rows = column, None
+    if not column.null_count and _is_list(column.type):
+        values, rows = pc.list_flatten(column), pc.list_parent_indices(column)
+    missing = values.is_null()
+    if _is_string(values.type):
+        missing = pc.or_kleene(missing, pc.equal(pc.utf8_trim_whitespace(values), ""))
+    positions = np.flatnonzero(missing.to_numpy(zero_copy_only=False).astype(bool))
+    if not len(positions):
+        return
+    row = positions[0] if rows is None else rows[int(positions[0])].as_py()
+    what = "no label" if rows is None else "an empty label"
+    count = len(positions) if rows is None else len(np.unique(rows.to_numpy(zero_copy_only=False)[positions]))
+    raise DataError(f"{count} rows have {what} (the first is row {row}); drop or label them")
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -279,7 +312,6 @@ def _multilabel_targets(column: pa.ChunkedArray, labels: tuple[str, ...]) -> NDA
         raise DataError(_not_a_list(column))
     lengths = pc.list_value_length(column).to_numpy()
     flat = pc.list_flatten(column)
-    _reject_nulls(flat)
     targets = np.zeros((len(column), len(labels)), dtype=np.float32)
     if _is_indicator(column.type):
         if (lengths != len(labels)).any():

@@ -5,9 +5,11 @@ Shapes: D documents, W windows, L labels.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -259,14 +261,24 @@ def _quantized(
     graph: Any, details: OpenVinoDetails, reference: _Reference, compute: ComputeSettings
 ) -> tuple[Any, Dtype]:
     """Return the first quantized model that keeps the contract, or the last, and the dtype of what is not quantized."""
-    template = reference.scorer.tokenizer.template
+    template, compared = reference.scorer.tokenizer.template, itertools.count(1)
+
+    def validate(model: Engine, documents: Sequence[int]) -> tuple[float, list[float]]:
+        started = time.perf_counter()
+        found = reference.validate(model, documents)
+        logger.info(
+            "searching the layers that must stay in float: %d models compared, the last on %d documents in %.0f s",
+            next(compared), len(documents), time.perf_counter() - started,
+        )  # fmt: skip
+        return found
+
     logger.info("quantizing with %s documents, %s windows", len(reference.documents), len(reference.cut.length_W))
     candidates = quantized_graphs(
         graph,
         details,
         template,
         reference.cut,
-        reference.validate,
+        validate,
         num_documents=len(reference.documents),
         batch_tokens=compute.batch_tokens,
     )

@@ -32,7 +32,7 @@ from pipelines.on_ray.telemetry import Gauges, LogRelay, interruptions, relay_lo
 from pipelines.storage.locations import shown
 from pipelines.training.corpus import Corpus
 from pipelines.training.fit import fit
-from pipelines.training.job import INTERRUPT_NOTED, CheckedTrainJob, TrainJob, opened_run, train_here
+from pipelines.training.job import ENDS, CheckedTrainJob, TrainJob, opened_run, say_interrupted, train_here
 from pipelines.training.ranks import rank, world_size
 from pipelines.training.run import RunSpec, TrainSummary
 
@@ -181,32 +181,35 @@ class _Trainer(TorchTrainer):
         self._relay = relay
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        """Note the first Ctrl-C if the workers run, and leave the next one to Ray. Ray calls this method."""
+        """Note the first Ctrl-C or SIGTERM if the workers run, and leave the next one to Ray. Ray calls this method."""
         super()._register_sigint_handler(controller)  # type: ignore[misc]
         abort: Any = signal.getsignal(signal.SIGINT)
 
         def note(number: int, frame: FrameType | None) -> None:
-            signal.signal(signal.SIGINT, abort)
+            for each in ENDS:
+                signal.signal(each, abort)
             self.is_interrupted = True
             if self._relay is None or not ray.get(self._relay.interrupt.remote()):
                 abort(number, frame)
             else:
-                logger.info(INTERRUPT_NOTED)
+                say_interrupted(number)
 
-        signal.signal(signal.SIGINT, note)
+        for each in ENDS:
+            signal.signal(each, note)
 
 
 @contextmanager
 def _kept_signals() -> Iterator[None]:
-    """Restore the handler of Ctrl-C after the context. Ray does not."""
+    """Restore the handlers of signals after the context. Ray does not."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in ENDS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _worker(loop_config: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -330,16 +330,23 @@ async def _answer_http_exception(_: Request, error: Exception) -> Response:
     return _error(error.status_code, "route", f"{error.detail}; the routes are at /docs", error.headers)
 
 
-async def _answer_validation_error(_: Request, error: Exception) -> Response:
+def _fields_of(request: Request) -> str:
+    """Return the fields that a body of this request may have, as text."""
+    body = get_type_hints(request.scope.get("endpoint", _fields_of)).get("body")
+    fields = getattr(body, "model_fields", {})
+    return f"; the body takes {', '.join(fields)}" if fields else ""
+
+
+async def _answer_validation_error(request: Request, error: Exception) -> Response:
     """Answer a body that does not fit the schema. The message contains nothing of it, not even its field names."""
     assert isinstance(error, RequestValidationError)
     problems = []
     for item in error.errors():
         if item["type"] == "extra_forbidden":
             route = item["loc"][:-1]
-            problems.append(
-                f"{'.'.join(str(part) for part in route if part in FIELDS)}: a field that is not known here"
-            )
+            place = ".".join(str(part) for part in route if part in FIELDS)
+            known = _fields_of(request) if place == "body" else ""
+            problems.append(f"{place}: a field that is not known here{known}")
             continue
         place = ".".join(str(part) for part in item["loc"] if isinstance(part, int) or part in FIELDS)
         problems.append(f"{place}: {item['msg']}")

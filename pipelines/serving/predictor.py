@@ -150,7 +150,7 @@ class Predictor:
     def set_thresholds(self, thresholds: float | tuple[float, ...] | Mapping[str, float] | None) -> None:
         """Use other thresholds from now on. Raises SettingsError if they do not fit the labels."""
         self.decision = resolve_thresholds(thresholds, self.folder.decision)
-        self._guarantees = self.folder.guarantees_of(self.decision)
+        self._guarantees = self.folder.guarantees_of(self.decision, early_exit=self.settings.early_exit)
         if self.settings.early_exit == "certified" and self.decision != self.folder.decision:
             logger.warning("early_exit=certified has no margin for these thresholds: texts are read as for exact")
 

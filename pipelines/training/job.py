@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.decisions.calibration import check_calibration
-from pipelines.decisions.labels import encode_labels, find_labels
+from pipelines.decisions.labels import encode_labels, find_labels, odd_labels
 from pipelines.decisions.metrics import parse_objective
 from pipelines.errors import DataError, JobError, OutputError, PipelinesError, SettingsError
 from pipelines.fields import parse
@@ -50,7 +50,8 @@ BYTES_PER_TOKEN = 4
 """Approximate number of bytes of text per token."""
 UNITS_PER_BUFFER = 8
 """Minimum number of units in a shuffle buffer. A buffer with one unit would mix only neighbouring rows."""
-INTERRUPT_NOTED = "Ctrl-C: this step ends first, then a checkpoint is written; a second Ctrl-C does not wait"
+ENDS = (signal.SIGINT, signal.SIGTERM)
+"""Signals that end a training: Ctrl-C, and what schedulers and `timeout` send."""
 logger = logging.getLogger(__name__)
 
 
@@ -148,28 +149,38 @@ def train_here(job: TrainJob) -> TrainSummary:
                 return fit(checked.spec, corpora["train"], corpora.get("valid"), is_interrupted=is_interrupted)
 
 
+def say_interrupted(number: int) -> None:
+    """Log that a signal was noted."""
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    logger.info("%s: this step ends first, then a checkpoint is written; a second %s does not wait", name, name)
+
+
 @contextmanager
 def _ends_at_interrupt() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C only be noted, so that a run can write a checkpoint. Yields whether there was one.
+    """Only note the first Ctrl-C or SIGTERM, so that a run can write a checkpoint. Yields whether there was one.
 
-    A second one raises KeyboardInterrupt as usual. Outside of the main thread, nothing changes.
+    A second one acts as usual. Outside of the main thread, nothing changes.
     """
     noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield noted.is_set
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.set()
-        logger.info(INTERRUPT_NOTED)
-        signal.signal(signal.SIGINT, before)
+        say_interrupted(number)
+        restore()
 
-    signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in ENDS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     try:
         yield noted.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 @contextmanager
@@ -288,7 +299,10 @@ def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray, data: Data
         return replace(decision, labels=data.label_columns)
     if decision.labels or decision.kind == "regression":
         return decision
-    return replace(decision, labels=find_labels([labels], decision.kind))
+    found = find_labels([labels], decision.kind)
+    for oddity in odd_labels(found):
+        logger.warning("%s", oddity)
+    return replace(decision, labels=found)
 
 
 def _labelled(location: str, labels: LabelColumn, decision: DecisionSettings) -> LabelledFiles:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from pipelines.errors import ModelFolderError
 from pipelines.model.window_model import WindowModel
-from pipelines.progress import HINT_AFTER_SECONDS, LONG_SECONDS, PROGRESS_SECONDS, Progress, duration
+from pipelines.progress import HINT_AFTER_SECONDS, LONG_SECONDS, Progress, duration
 from pipelines.training.checkpoints import STATE_FILE
 from pipelines.training.losses import Loss
 from pipelines.training.order import Step, TrainingWindows, epoch_steps, num_steps_of_epoch, num_steps_of_run
@@ -335,8 +335,8 @@ class _Monitor:
         is_shown = rank() == 0
         self._on_scalars = on_scalars if is_shown else None
         self._on_metrics = on_metrics if is_shown else None
-        self._is_shown, self._tokens, self._told = is_shown, 0, time.monotonic()
-        self._has_hinted = False
+        self._is_shown, self._tokens = is_shown, 0
+        self._has_hinted, self._settings = False, settings
         self._writer: Any = None
         if settings.tensorboard_dir is not None and is_shown:
             from tensorboardX import SummaryWriter  # comes with Ray Train; imported only where it is needed
@@ -354,11 +354,9 @@ class _Monitor:
         """Count a step of a run of num_steps. Tokens and loss are this rank's, and are scaled up to all ranks."""
         self._tokens += num_tokens * world_size()
         self._progress.total = num_steps
-        now = time.monotonic()
-        if now - self._told < PROGRESS_SECONDS:  # reading the loss waits for the device
+        if not self._progress.is_due:  # reading the loss waits for the device
             self._progress.advance(1, self._progress.details)
             return
-        self._told = now
         mean_loss = float(loss) * world_size()
         rate = self._tokens / max(self._progress.measured_seconds, 1e-9)
         self._progress.advance(
@@ -377,11 +375,14 @@ class _Monitor:
             return
         self._has_hinted = True
         if left > LONG_SECONDS and self._is_shown:
-            logger.info(
-                "about %s to go. Quicker: a GPU, --train-max-windows 1 (trains on the first window of each document), "
-                "--limit (fewer rows), fewer --epochs, a smaller --model",
-                duration(left),
-            )
+            ways = ["a GPU"]
+            if self._settings.train_max_windows != 1:
+                ways.append("--train-max-windows 1 (trains on the first window of each document)")
+            ways.append("--limit (fewer rows)")
+            if self._settings.epochs > 1:
+                ways.append("fewer --epochs")
+            ways.append("a smaller --model")
+            logger.info("about %s to go. Quicker: %s", duration(left), ", ".join(ways))
 
     def show_evaluation(self, state: TrainState, name: str, *, improves: bool) -> None:
         """Log the main metric of the newest evaluation, and export all of its numbers."""

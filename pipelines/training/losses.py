@@ -305,9 +305,12 @@ def _resolve_weight(
     if weight == "balanced":
         return _balanced(targets, decision)
     if isinstance(weight, dict):
-        if sorted(weight) != sorted(decision.labels):
-            raise SettingsError(f"{name}={weight} must have one weight for each label: {', '.join(decision.labels)}")
-        weight = tuple(weight[label] for label in decision.labels)
+        unknown = [label for label in weight if label not in decision.labels]
+        if unknown:
+            raise SettingsError(
+                f"{name} names {', '.join(unknown)}; the labels of the data are {', '.join(decision.labels)}"
+            )
+        weight = tuple(weight.get(label, 1.0) for label in decision.labels)
     if len(weight) != len(decision.labels):
         raise SettingsError(f"{name} has {len(weight)} values; there are {len(decision.labels)} labels")
     return np.asarray(weight, dtype=np.float32)

@@ -79,6 +79,18 @@ def test_other_thresholds_end_a_promise(folders, source, tmp_path, capsys):
     assert promise_in("new") is None
     assert not warned("relabel", tmp_path / "scored", "--thresholds", "[0.4]", "--output", tmp_path / "same")
     assert promise_in("same") == promised
+    write_pipeline_file(replace(found, path=folder, decision=replace(found.decision, thresholds=(0.55,))))
+    assert not warned("relabel", tmp_path / "scored", "--model", folder, "--output", tmp_path / "tuned")
+    assert promise_in("tuned") == promised, "that of the thresholds of now"
+    assert not warned("score", folder, *common, "--output", tmp_path / "directly")
+    assert read_scored(tmp_path / "tuned").equals(read_scored(tmp_path / "directly"))
+    metadata = [pq.read_schema(list_files(str(tmp_path / name))[0]).metadata for name in ("tuned", "directly")]
+    for name in (b"pipelines.settings_hash", b"pipelines.thresholds", b"pipelines.decision"):
+        assert metadata[0][name] == metadata[1][name]
+    calibrated = replace(found, path=folder, calibration=replace(found.calibration, temperature=2.0))
+    write_pipeline_file(calibrated)
+    error = run(capsys, "relabel", tmp_path / "scored", "--model", folder, "--output", tmp_path / "no", code=2)
+    assert "scored with other calibration, windows or labels than" in error
 
 
 def test_relabel_in_an_object_store(folders, source, tmp_path, capsys):

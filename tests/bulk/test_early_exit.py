@@ -8,11 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import api, cli
+from pipelines.bulk.drift import drift
 from pipelines.decisions.early_exit import Margin
-from pipelines.errors import SettingsError
+from pipelines.errors import DataError, SettingsError
 from pipelines.model.scorer import Scorer
 from pipelines.model_folder import read_model_folder, write_pipeline_file
 from pipelines.settings import ComputeSettings, ScoreSettings
+from pipelines.storage.listing import list_files
 from tests.jobs import FLOAT32, read_scored
 
 MARGIN = Margin(0.02, "spread", 2, 0.9, 0.9, 1000, 1, 2000, 1000)
@@ -104,3 +106,20 @@ def test_tune_fits_a_margin_and_other_thresholds_end_it(folder, source, tmp_path
     assert cli.main([*map(str, command)]) == 3
     assert read_model_folder(folder).early_exit == {}
     assert "needs a new fit" in capsys.readouterr().err
+
+
+def test_early_exit_is_compared_with_its_like(folder, source, tmp_path, capsys):
+    """Scores of the windows that were read are no scores of whole texts. A promise is one of whole texts."""
+    promised = {"objective": "recall=0.9", "confidence": 0.95, "joint": False, "rows": 50, "labels": {}}
+    write_pipeline_file(replace(read_model_folder(folder), guarantees=promised))
+    for mode in ("off", "exact", "certified"):
+        score(folder, source, tmp_path / mode, "--early-exit", mode)
+        assert ("pipelines relabel" in capsys.readouterr().out) == (mode == "off"), "relabel would be refused"
+    with pytest.raises(DataError, match=r"early_exit=off, and .* early_exit=exact: scores of windows that were read"):
+        drift(str(tmp_path / "off"), str(tmp_path / "exact"))
+    with pytest.raises(DataError, match="cannot be compared"):
+        drift(str(tmp_path / "exact"), str(tmp_path / "certified"))
+    assert drift(str(tmp_path / "exact"), str(tmp_path / "exact"))["spam"].psi == pytest.approx(0)
+    metadata = {mode: pq.read_schema(list_files(str(tmp_path / mode))[0]).metadata for mode in ("exact", "certified")}
+    assert b"pipelines.guarantees" in metadata["exact"]
+    assert b"pipelines.guarantees" not in metadata["certified"]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.decisions.labels import activate, decide, encode_labels, find_labels, resolve_thresholds
+from pipelines.decisions.labels import activate, decide, encode_labels, find_labels, odd_labels, resolve_thresholds
 from pipelines.errors import DataError, SettingsError
 from pipelines.settings import Calibration, DecisionSettings
 from pipelines.text.windows import count_votes, merge_windows
@@ -155,5 +155,30 @@ def test_multilabel_columns_of_unusual_types():
     coded = pa.chunked_array([pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), inner)])
     assert find_labels([coded], "multilabel") == ("a", "c")
     assert encode_labels(coded, MULTILABEL).tolist() == [[1, 0, 0], [0, 0, 1]]
-    with pytest.raises(DataError, match="have no label"):
+    with pytest.raises(DataError, match=r"1 rows have an empty label \(the first is row 0\)"):
         find_labels([column([["a", None]])], "multilabel")
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "problem"),
+    [
+        (["a", "", "b"], "binary", r"1 rows have no label \(the first is row 1\)"),
+        (["a", " \t", "b", None], "multiclass", r"2 rows have no label \(the first is row 1\)"),
+        ([["a"], [], ["b", " "], ["", ""]], "multilabel", r"2 rows have an empty label \(the first is row 2\)"),
+        ([["a"], None], "multilabel", r"1 rows have no label \(the first is row 1\)"),
+    ],
+)
+def test_empty_cells_are_no_labels(values, kind, problem):
+    column = pa.chunked_array([values])
+    with pytest.raises(DataError, match=problem):
+        find_labels([column], kind)
+    with pytest.raises(DataError, match=problem):
+        encode_labels(column, DecisionSettings(kind=kind, labels=("a", "b")))
+
+
+def test_odd_labels_are_named():
+    assert odd_labels(("ham", "spam", "a;b")) == []
+    (alike,) = odd_labels(("Spam", "spam ", "ham"))
+    assert "'Spam', 'spam ' differ only in case or spaces" in alike
+    (several,) = odd_labels(("link", "link;money", "money"))
+    assert several.startswith("1 labels, such as 'link;money', look like several")

@@ -62,7 +62,11 @@ def test_request_thresholds(api):
         (b'{"inputs":[]}', 422, "at least 1 item"),
         (b'{"inputs":"hello"}', 422, "inputs"),
         (b'{"inputs":[1]}', 422, "inputs"),
-        (b'{"inputs":["a"],"treshold":1}', 422, "a field that is not known here"),
+        (
+            b'{"inputs":["a"],"treshold":1}',
+            422,
+            "body: a field that is not known here; the body takes inputs, thresholds, windows",
+        ),
         (b'{"inputs":["a"],"thresholds":[0.1,0.2]}', 422, "one for each label"),
         (b'{"inputs":["a"],"thresholds":{"eggs":0.1}}', 422, "by label; labels: spam"),
         (b'{"inputs":["a"],"thresholds":2}', 422, "thresholds"),

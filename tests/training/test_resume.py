@@ -251,7 +251,8 @@ def test_two_trainings_into_one_folder(training_data, tmp_path, monkeypatch):
     assert read_model_folder(killed).decision.kind == "binary"
 
 
-def test_interrupt_writes_a_checkpoint_and_says_what_is_kept(training_data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_writes_a_checkpoint_and_says_what_is_kept(training_data, tmp_path, number):
     settings = train_values(training_data, tmp_path / "out", epochs=200, save_each_epoch=False)
     (tmp_path / "train.yaml").write_text(json.dumps(settings))
     first = start_command("train", "--config", tmp_path / "train.yaml")
@@ -259,7 +260,7 @@ def test_interrupt_writes_a_checkpoint_and_says_what_is_kept(training_data, tmp_
     for line in first.stderr:
         lines.append(line)
         if "trained" in line and "steps" in line:
-            first.send_signal(signal.SIGINT)
+            first.send_signal(number)
             break
     _, rest = first.communicate(timeout=120)
     assert first.returncode == 130, "".join(lines) + rest
