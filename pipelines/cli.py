@@ -78,7 +78,7 @@ def _train(options: argparse.Namespace) -> int:
     values = {name: getattr(summary, name) for name in names}
     values.update({f"valid {name}": value for name, value in summary.valid.items() if not isinstance(value, dict)})
     if summary.documents_truncated:
-        values["documents_truncated"] = summary.documents_truncated
+        values["documents_truncated"] = f"{summary.documents_truncated} (by max_windows or train_max_windows)"
     if summary.report is not None:
         values["report"] = summary.report
     following = (

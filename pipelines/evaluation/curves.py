@@ -99,8 +99,8 @@ def label_rows(
 ) -> list[dict[str, Any]]:
     """Return the numbers of each label: rows, precision, recall, F1, areas, calibration error and threshold.
 
-    The most frequent labels come first. The list is empty for regression. Areas and the calibration error are None for
-    a label that all rows or none have.
+    The most frequent labels come first. The list is empty for regression. What is undefined is None: areas and the
+    calibration error of a label that all rows or none have, the precision of one that is never predicted.
 
     Args:
         targets: Targets from `labels.encode_labels`.
@@ -120,15 +120,16 @@ def label_rows(
             assert decisions.label_D is not None
             taken_D = decisions.label_D == column
         hits, has_both = int((positive_D & taken_D).sum()), bool(positive_D.any() and not positive_D.all())
+        num_rows, num_taken = int(positive_D.sum()), int(taken_D.sum())
         threshold, known = thresholds.get(label), metrics.get("per_label", {}).get(label, {})
         rows.append(
             {
                 "label": label,
-                "rows": int(positive_D.sum()),
-                "predicted": int(taken_D.sum()),
-                "precision": hits / max(int(taken_D.sum()), 1),
-                "recall": hits / max(int(positive_D.sum()), 1),
-                "f1": 2 * hits / max(int(positive_D.sum() + taken_D.sum()), 1),
+                "rows": num_rows,
+                "predicted": num_taken,
+                "precision": hits / num_taken if num_taken else None,
+                "recall": hits / num_rows if num_rows else None,
+                "f1": 2 * hits / (num_rows + num_taken) if num_rows + num_taken else None,
                 "auprc": known["auprc"] if "auprc" in known else curve_areas(positive_D, score_D)["auprc"],
                 "calibration error": reliability(positive_D, score_D)[1] if has_both else None,
                 "threshold": "never" if threshold == NEVER else threshold,
