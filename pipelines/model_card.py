@@ -6,6 +6,7 @@ used with this package and with transformers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,6 @@ def _metadata(content: Mapping[str, Any]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     base = str(content["training"].get("model", ""))
-    is_on_hub = bool(base) and not base.startswith("/") and "://" not in base
     metrics = {key: value for key, value in content["metrics"].items() if isinstance(value, float)}
     results = [
         EvalResult(
@@ -76,11 +76,16 @@ def _metadata(content: Mapping[str, Any]) -> str:
         library_name="transformers",
         pipeline_tag="text-classification",
         tags=["ray-text-classification", content["decision"]["kind"]],
-        base_model=base if is_on_hub else None,
+        base_model=base if _is_on_hub(base) else None,
         model_name=_title(content) if results else None,
         eval_results=results or None,
     )
     return str(data.to_yaml())
+
+
+def _is_on_hub(base: str) -> bool:
+    """Whether the name of a base model is one of the Hub. Paths of this machine do not belong into a card."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is not None and base[0] != "." and not Path(base).exists()
 
 
 def _about(content: Mapping[str, Any]) -> str:
@@ -93,7 +98,9 @@ def _about(content: Mapping[str, Any]) -> str:
     }
     text = kinds[decision["kind"]]
     if training:
-        text += f", fine-tuned from `{training['model']}` on {training['documents']:,} documents "
+        base = training["model"]
+        name = f"`{base}`" if _is_on_hub(base) else f"weights in a folder `{Path(base).name}`"
+        text += f", fine-tuned from {name} on {training['documents']:,} documents "
         text += f"(fingerprint `{training['fingerprint']}`)"
     length = windows["max_length"] or "up to 512"
     if windows["sliding_window"]:
@@ -109,7 +116,7 @@ def _about(content: Mapping[str, Any]) -> str:
 
 
 def _labels(content: Mapping[str, Any]) -> str:
-    decision, per_label = content["decision"], content["metrics"].get("per_label", {})
+    decision, per_label = content["decision"], _per_label(content)
     labels = decision["labels"]
     if not labels:
         return ""
@@ -117,12 +124,29 @@ def _labels(content: Mapping[str, Any]) -> str:
     with_threshold = labels[-1:] if decision["kind"] == "binary" else labels
     values = given if isinstance(given, (list, tuple)) else [given] * len(with_threshold)
     thresholds = dict(zip(with_threshold, values, strict=False))
-    lines = ["## Labels", "", "| label | threshold | precision | recall | rows |", "|---|---|---|---|---|"]
+    columns = {"precision": "precision", "recall": "recall", "support": "rows"} if per_label else {}
+    lines = ["## Labels", "", f"| {' | '.join(['label', 'threshold', *columns.values()])} |"]
+    lines.append("|---" * (2 + len(columns)) + "|")
     for label in labels:
-        numbers = per_label.get(label, {})
-        cells = [thresholds.get(label), *(numbers.get(name) for name in ("precision", "recall", "support"))]
+        cells = [thresholds.get(label), *(per_label.get(label, {}).get(name) for name in columns)]
         lines.append(f"| {_cell(label)} | {' | '.join(map(_number, cells))} |")
     return "\n".join(lines)
+
+
+def _per_label(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return precision, recall and support of each label. Those of a binary model come from its four counts."""
+    metrics, labels = content["metrics"], content["decision"]["labels"]
+    if content["decision"]["kind"] != "binary" or not {"tp", "tn", "fp", "fn"} <= metrics.keys():
+        return dict(metrics.get("per_label", {}))
+    tp, tn, fp, fn = (metrics[name] for name in ("tp", "tn", "fp", "fn"))
+    return {
+        label: {
+            "precision": hits / (hits + wrong) if hits + wrong else None,
+            "recall": hits / (hits + missed) if hits + missed else None,
+            "support": hits + missed,
+        }
+        for label, hits, wrong, missed in ((labels[0], tn, fn, fp), (labels[1], tp, fp, fn))
+    }
 
 
 def _metrics(content: Mapping[str, Any]) -> str:

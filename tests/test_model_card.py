@@ -41,8 +41,19 @@ def test_card_of_a_trained_model(folders):
     assert "fine-tuned from `bert-base-uncased` on 1,200 documents" in text
     assert "On 300 validation documents (fingerprint `sha256:cd`" in text
     assert "| a | 0.4000 | 0.5000 | 0.2500 | 9 |" in text
-    local = card_of(content_of(folders["multilabel"], training={**training, "model": "/home/me/base"}))
-    assert ModelCard(local).data.base_model is None, "a path is no name on the Hub"
+    for path in ("/home/me/base", "./base", "s3://bucket/base", str(folders["binary"].path)):
+        local = card_of(content_of(folders["multilabel"], training={**training, "model": path}))
+        assert ModelCard(local).data.base_model is None, "a path is no name on the Hub"
+        assert path not in local, "nor for other people"
+
+
+def test_card_of_a_binary_model_has_the_numbers_of_its_labels(folders):
+    content = content_of(folders["binary"], metrics={"tp": 63, "tn": 199, "fp": 9, "fn": 7})
+    text = card_of(content)
+    names = folders["binary"].decision.labels
+    assert f"| {names[0]} |  | 0.9660 | 0.9567 | 208 |" in text
+    assert f"| {names[1]} | {content['decision']['thresholds'][0]:.4f} | 0.8750 | 0.9000 | 70 |" in text
+    assert "| label | threshold |\n|---|---|\n" in card_of(content_of(folders["multiclass"], metrics={"mcc": 0.5}))
 
 
 def test_labels_cannot_break_the_card(folders):
