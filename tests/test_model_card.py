@@ -49,10 +49,11 @@ def test_card_of_a_trained_model(folders):
 
 def test_card_of_a_binary_model_has_the_numbers_of_its_labels(folders):
     content = content_of(folders["binary"], metrics={"tp": 63, "tn": 199, "fp": 9, "fn": 7})
+    content["decision"]["thresholds"] = [0.4]
     text = card_of(content)
     names = folders["binary"].decision.labels
     assert f"| {names[0]} |  | 0.9660 | 0.9567 | 208 |" in text
-    assert f"| {names[1]} | {content['decision']['thresholds'][0]:.4f} | 0.8750 | 0.9000 | 70 |" in text
+    assert f"| {names[1]} | 0.4000 | 0.8750 | 0.9000 | 70 |" in text
     assert "| label | threshold |\n|---|---|\n" in card_of(content_of(folders["multiclass"], metrics={"mcc": 0.5}))
 
 
