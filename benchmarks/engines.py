@@ -1,12 +1,15 @@
 """Score the same emails with every engine on this machine, and with other libraries: speed, and labels that change.
 
     python benchmarks/engines.py runs/demo/model --int8 runs/demo/int8 --simpletransformers st/bin/python
+    python3 -m venv sbert && sbert/bin/pip install torch==2.13.0 "sentence-transformers[openvino]"
+    pip install onnx onnxruntime
+    python benchmarks/engines.py runs/demo/model --sentence-transformers sbert/bin/python
 
---int8 is a folder of `pipelines quantize`. benchmarks/simpletransformers_run.py says how to create the other Python.
+--int8 is a folder of `pipelines quantize`. benchmarks/simpletransformers_run.py says how to create its Python.
 All systems score the demo's test emails, complete, in windows of 256 tokens with a stride of 0.8. Times are those of
 tokenizing and scoring in one process, without the start: the least of some repeats for ours, one run for the others.
-The Hugging Face pipeline and ONNX Runtime get the windows as texts. With early exit, the margin is that of the folder
-(`pipelines tune --early-exit`). Labels are compared with those of PyTorch in float32.
+The Hugging Face pipeline, ONNX Runtime and sentence-transformers get the windows as texts. With early exit, the margin is
+that of the folder (`pipelines tune --early-exit`). Labels are compared with those of PyTorch in float32.
 """
 
 import argparse
@@ -121,12 +124,36 @@ def onnx_int8(folder, texts, repeats):
     return least(run, repeats)
 
 
+SENTENCE_TRANSFORMERS = """
+import json, sys, time
+import numpy as np
+from sentence_transformers import CrossEncoder
+folder, texts = sys.argv[1], json.load(sys.stdin)
+model = CrossEncoder(folder, backend="openvino", device="cpu", max_length=256)
+model.predict([[text] for text in texts[:16]])
+started = time.perf_counter()
+scores = model.predict([[text] for text in texts], batch_size=16, apply_softmax=True, show_progress_bar=False)
+print(json.dumps({"seconds": time.perf_counter() - started, "scores": np.asarray(scores)[:, 1].tolist()}))
+"""
+
+
+def sentence_transformers(python, folder, texts):
+    """Scores of the positive label by sentence-transformers' CrossEncoder with OpenVINO, and seconds."""
+    command = [python, "-c", SENTENCE_TRANSFORMERS, folder]
+    done = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ImportError(done.stderr.strip().splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    return np.array(found["scores"]), found["seconds"]
+
+
 def main() -> None:
     """Print a line of JSON per system."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("--int8")
-    parser.add_argument("--simpletransformers")
+    parser.add_argument("--simpletransformers", help="Python of an environment that has it")
+    parser.add_argument("--sentence-transformers", help="Python of an environment that has it")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     print(json.dumps(processor()), flush=True)
@@ -151,9 +178,17 @@ def main() -> None:
         show("Simple Transformers, float32", json.loads(done.stdout.splitlines()[-1])["predict_seconds"])
     texts, offsets = window_texts(reference, emails, options.folder)
     positive, threshold = reference.decision.labels[-1], reference.decision.thresholds[-1]
-    for name, run in (("Hugging Face pipeline, float32", hugging_face), ("ONNX Runtime, int8 dynamic", onnx_int8)):
+    others = {
+        "Hugging Face pipeline, float32": lambda: hugging_face(options.folder, texts, 1),
+        "ONNX Runtime, int8 dynamic": lambda: onnx_int8(options.folder, texts, 1),
+    }
+    if options.sentence_transformers:
+        others["sentence-transformers, OpenVINO float32"] = lambda: sentence_transformers(
+            options.sentence_transformers, options.folder, texts
+        )
+    for name, run in others.items():
         try:
-            scores_W, needed = run(options.folder, texts, 1)
+            scores_W, needed = run()
         except ImportError as error:
             print(json.dumps({"system": name, "skipped": str(error)}), flush=True)
             continue
