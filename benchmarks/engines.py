@@ -8,8 +8,8 @@
 --int8 is a folder of `pipelines quantize`. benchmarks/simpletransformers_run.py says how to create its Python.
 All systems score the demo's test emails, complete, in windows of 256 tokens with a stride of 0.8. Times are those of
 tokenizing and scoring in one process, without the start: the least of some repeats for ours, one run for the others.
-The Hugging Face pipeline, ONNX Runtime and sentence-transformers get the windows as texts. With early exit, the margin is
-that of the folder (`pipelines tune --early-exit`). Labels are compared with those of PyTorch in float32.
+The Hugging Face pipeline, ONNX Runtime and sentence-transformers get the windows as texts. With early exit, the margin
+is that of the folder (`pipelines tune --early-exit`). Labels are compared with those of PyTorch in float32.
 """
 
 import argparse
