@@ -63,7 +63,10 @@ def test_what_is_not_here_is_404(api, method, path):
 
 
 def test_models_and_versions(api):
-    assert [model["id"] for model in api.get("/v1/models").json()["data"]] == ["spam"]
+    (listed,) = api.get("/v1/models").json()["data"]
+    assert listed["id"] == "spam"
+    assert api.get("/v1/models/spam").json() == {"name": "spam", "ready": True, **listed}
+    assert api.get("/v1/models/other").status_code == 404
     assert api.get("/v2/models/spam/versions/1").json() == api.get("/v2/models/spam").json()
     assert api.get("/v2/models/spam/versions/1/ready").status_code == 200
     tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}
@@ -71,8 +74,8 @@ def test_models_and_versions(api):
     assert answers[0].json() == answers[1].json()
 
 
-READ = ["/", "/docs", "/health", "/livez", "/readyz", "/ping", "/info", "/metrics", "/v1/models", "/v2",
-        "/v2/health/ready", "/v2/models/spam", "/openapi.json"]  # fmt: skip
+READ = ["/", "/docs", "/health", "/livez", "/readyz", "/ping", "/info", "/metrics", "/v1/models", "/v1/models/spam",
+        "/v2", "/v2/health/ready", "/v2/models/spam", "/openapi.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", READ)
