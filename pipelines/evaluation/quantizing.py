@@ -33,6 +33,7 @@ from pipelines.model.openvino_files import (
     write_model,
 )
 from pipelines.model.openvino_model import OpenVinoDetails, OpenVinoModel, processor_name
+from pipelines.model.processor import slow_format
 from pipelines.model.quantization import layers_by_format, nncf, quantized_graphs
 from pipelines.model.scorer import DocumentScores, Scorer
 from pipelines.model_files import TOKENIZER_FILES
@@ -238,6 +239,8 @@ def _checked(model: str, new: str, data: DataSettings, options: QuantizeOptions)
     check_is_new(new)
     options.metric_of(folder.decision)
     nncf()
+    if slow := slow_format(is_int8=True, is_bf16=False):
+        logger.warning("%s", slow)
     verify_weights(folder)
     return folder
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.model.openvino_files import GRAPH, CannotConvertError, converted, is_installed, read_details
 from pipelines.model.openvino_model import REMEDY, OpenVinoModel
+from pipelines.model.processor import slow_format
 from pipelines.model_files import has_openvino
 from pipelines.model_folder import ModelFolder
 from pipelines.settings import ComputeSettings
@@ -27,7 +28,7 @@ DRIVERS = ("/proc/driver/nvidia", "/dev/kfd", "/dev/dxg")
 """Files of the drivers of NVIDIA, AMD and WSL."""
 logger = logging.getLogger(__name__)
 _TOLD: set[str] = set()
-"""Weights of which this process has said that they run with PyTorch."""
+"""What this process has said already: weights that run with PyTorch, and slow number formats."""
 
 
 def load_engine(folder: ModelFolder, template: Template, compute: ComputeSettings) -> Engine:
@@ -43,6 +44,7 @@ def load_engine(folder: ModelFolder, template: Template, compute: ComputeSetting
         ModelFolderError: The model cannot be opened, or not with the engine.
     """
     check_engine(folder, compute)
+    _say_slow(folder, compute)
     if folder.quantization or compute.engine == "openvino":
         _check_installed()
     if folder.quantization:
@@ -59,6 +61,15 @@ def load_engine(folder: ModelFolder, template: Template, compute: ComputeSetting
     from pipelines.model.window_model import load_model
 
     return load_model(folder.path, template, compute, num_labels=folder.decision.num_labels)
+
+
+def _say_slow(folder: ModelFolder, compute: ComputeSettings) -> None:
+    """Warn once if the CPU has no instructions for the number format."""
+    is_cpu = compute.device == "cpu" or (compute.device == "auto" and not _has_gpu())
+    slow = slow_format(is_int8=bool(folder.quantization), is_bf16=compute.dtype == "bfloat16") if is_cpu else ""
+    if slow and slow not in _TOLD:
+        _TOLD.add(slow)
+        logger.warning("%s: %s", folder.path.name, slow)
 
 
 def row_limit_of(folder: ModelFolder) -> int | None:
