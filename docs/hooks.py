@@ -86,7 +86,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Say on every how-to page what the names in its commands stand for."""
     if not page.file.src_path.startswith("how-to/"):
         return markdown
-    title, rest = markdown.split("\n", 1)
+    title, _, rest = markdown.partition("\n")
     return f"{title}\n\n{STAND_INS}\n{rest}"
 
 
@@ -178,7 +178,8 @@ def messages_page() -> Iterator[str]:
     """Yield the lines of the page of all error messages, from the statements that raise them."""
     yield "# Error messages\n"
     yield (
-        "Every message of the package as it stands in the code, with its parts that vary in capitals. "
+        "The messages of the commands and of the Python functions as they stand in the code. Parts that vary are in "
+        "capitals. A few messages that the code puts together elsewhere, and those of the server, are not here. "
         "[Exit codes and errors](errors.md) explains the classes.\n"
     )
     found = messages_by_error()

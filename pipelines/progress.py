@@ -63,7 +63,7 @@ class Progress:
         self._started = self._last_shown = time.monotonic()
         self._measured_from: float | None = None if measure_from_first else self._started
         self.total, self.done, self._done_before = total, done, done
-        self._last_done = -1
+        self._last_written, self._last_done = self._started, -1
         self.details: Sequence[str] = ()
         self._bar: Any = None
 
@@ -101,9 +101,11 @@ class Progress:
         if self._bar is not None:
             self._bar.refresh()
             return
-        is_news = self.done != self._last_done or time.monotonic() - self._last_shown >= SILENT_SECONDS
-        if self._is_shown and self.is_due and is_news:
-            self._last_shown, self._last_done = time.monotonic(), self.done
+        if not self.is_due:
+            return
+        now = self._last_shown = time.monotonic()
+        if self._is_shown and (self.done != self._last_done or now - self._last_written >= SILENT_SECONDS):
+            self._last_written, self._last_done = now, self.done
             self._logger.info("%s", self.line())
 
     @property

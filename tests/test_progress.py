@@ -79,3 +79,33 @@ def test_the_command_lines_log(capsys, verbosity, expected):
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (119, "119 s"), (600, "10 min"), (9000, "2.5 h")])
 def test_durations_are_readable(seconds, text):
     assert duration(seconds) == text
+
+
+def test_details_are_due_every_few_seconds_even_if_nothing_is_shown(clock, log_lines):
+    """They may wait for a device: workers whose progress nobody sees must not ask at every step."""
+    for is_shown in (True, False):
+        with Progress(
+            logging.getLogger("pipelines.test"), "trained", total=100, unit="steps", is_shown=is_shown
+        ) as one:
+            asked = 0
+            for _ in range(20):
+                clock[0] += 1.0
+                asked += one.is_due
+                one.advance()
+        assert asked == 4
+
+
+def test_a_line_without_news_comes_less_often(clock, log_lines):
+    with Progress(logging.getLogger("pipelines.test"), "scored", total=100, unit="rows") as progress:
+        progress.advance(10)
+        for _ in range(20):
+            clock[0] += 5.0
+            progress.show_if_due()
+    assert len(log_lines) == 4, "one with news, and one every 30 seconds"
+
+
+def test_slow_work_shows_what_one_takes(clock):
+    progress = Progress(logging.getLogger("pipelines.test"), "trained", total=10, unit="steps")
+    clock[0] += 60.0
+    progress.advance(3)
+    assert "20 s per step" in progress.line()

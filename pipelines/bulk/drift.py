@@ -96,8 +96,11 @@ def early_exit_of(location: str) -> str:
     if SUMMARY not in list_names(location):
         return "off"
     filesystem, _ = filesystem_of(location)
-    metadata = read_scored_metadata(filesystem, list_files(location, also_in_tables=True)[0])
-    return metadata.get(EARLY_EXIT_METADATA, b"off").decode().partition(",")[0]
+    try:
+        first = list_files(location, also_in_tables=True)[0]
+    except DataError:  # a summary may be kept without its files
+        return "off"
+    return read_scored_metadata(filesystem, first).get(EARLY_EXIT_METADATA, b"off").decode()
 
 
 def plot(before: str, after: str, file: str) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.bulk.job import CheckedJob
-from pipelines.errors import PipelinesError
 from pipelines.model.loading import row_limit_of
 from pipelines.model.scorer import Scorer, plan_of
 from pipelines.model_folder import ModelFolder
@@ -26,8 +25,8 @@ from pipelines.text.windows import leads_with_space, most_tokens_of
 
 SAMPLE_UNITS, SAMPLE_ROWS = 16, 64
 """The sample is the first SAMPLE_ROWS rows of up to SAMPLE_UNITS units, spread evenly over the input."""
-SAMPLE_BYTES = 64_000_000
-"""Decoded bytes of the units of the sample that a job takes before it begins."""
+SAMPLE_BYTES, FEWEST_UNITS = 64_000_000, 4
+"""Decoded bytes of the units of the sample that a job takes before it begins, and the fewest units."""
 MEASURED_SECONDS = 10.0
 """Maximum duration of the speed measurement."""
 logger = logging.getLogger(__name__)
@@ -95,8 +94,8 @@ def say_sizes(checked: CheckedJob) -> None:
     unit_bytes = checked.job.score.unit_bytes or usual_unit_bytes(checked.files)
     units = split_into_units(checked.files, unit_bytes=unit_bytes, limit=checked.job.data.limit)
     try:
-        sizes = sizes_of(checked, units, max(1, min(SAMPLE_UNITS, SAMPLE_BYTES // unit_bytes)))
-    except (PipelinesError, OSError, MemoryError) as error:
+        sizes = sizes_of(checked, units, max(FEWEST_UNITS, min(SAMPLE_UNITS, SAMPLE_BYTES // unit_bytes)))
+    except Exception as error:  # noqa: BLE001  # the job itself finds out, and this is only a line of its log
         logger.debug("no sample: %s", error)
         return
     logger.info(

@@ -50,6 +50,8 @@ from pipelines.storage.listing import list_files
 from pipelines.storage.locations import commit_json, filesystem_of, list_names, make_folder, read_json, retried, shown
 
 THREADS = 8
+HASHED_METADATA = b"pipelines.hashed_thresholds"
+"""Metadata of a relabelled file: the thresholds that its hash of the settings includes."""
 logger = logging.getLogger(__name__)
 Thresholds = float | tuple[float, ...] | Mapping[str, float]
 
@@ -126,7 +128,7 @@ def relabel(
     names = [posixpath.basename(path) for path in files]
     if len(set(names)) < len(names):
         raise DataError(f"{shown(scored)} contains files of the same name in several folders; relabel them one by one")
-    left = _open_output(scored, output, decision, names)
+    left = _open_output(scored, output, new, names)
     todo = [path for path in files if posixpath.basename(path) in left]
     work = partial(_relabel_file, scored, output=output, new=new)
     with Progress(logger, "relabelled", total=len(todo), unit="files") as progress, ThreadPoolExecutor(THREADS) as pool:
@@ -157,9 +159,11 @@ def _counts_of(scored: str, paths: list[str]) -> list[Counts]:
         return [Counts.from_json(json.loads(content)) for content in found]
 
 
-def _open_output(scored: str, output: str, decision: DecisionSettings, names: list[str]) -> set[str]:
+def _open_output(scored: str, output: str, new: NewLabels, names: list[str]) -> set[str]:
     """Begin or resume the output folder, and return the names of the files that are not written yet."""
-    manifest = {"relabelled_from": shown(scored), "thresholds": thresholds_by_label(decision)}
+    manifest = {"relabelled_from": shown(scored), "thresholds": thresholds_by_label(new.decision)}
+    if SETTINGS_METADATA in new.metadata:  # the labels are those of a model folder, with its promises
+        manifest["metadata"] = {name.decode(): content.decode() for name, content in new.metadata.items()}
     make_folder(output)
     here = list_names(output)
     if MANIFEST in here:
@@ -185,8 +189,9 @@ def _new_labels(scored: str, path: str, thresholds: Thresholds | None, model: st
     if decision.kind not in ("binary", "multilabel"):
         raise SettingsError(f"thresholds are for kinds binary and multilabel; {shown(scored)} is {decision.kind}")
     prefix = metadata[PREFIX_METADATA].decode()
+    hashed = metadata.get(HASHED_METADATA, json.dumps(decision.thresholds).encode())
     if model is not None:
-        folder = _same_model(scored, metadata, decision, model)
+        folder = _same_model(scored, metadata, json.loads(hashed), model)
         return NewLabels(folder.decision, prefix, promised_metadata(folder), keeps_promise=False)
     new = resolve_thresholds(thresholds, decision)
     if GUARANTEES_METADATA in metadata and new != decision:
@@ -194,13 +199,23 @@ def _new_labels(scored: str, path: str, thresholds: Thresholds | None, model: st
             "a precision or recall was promised for the thresholds of %s; nothing is promised for the new ones",
             shown(scored),
         )
-    return NewLabels(new, prefix, {}, keeps_promise=new == decision)
+    return NewLabels(new, prefix, {HASHED_METADATA: hashed}, keeps_promise=new == decision)
 
 
-def _same_model(scored: str, metadata: Mapping[bytes, bytes], decision: DecisionSettings, model: str) -> ModelFolder:
-    """Open a model folder, and check that it would give a scored file's scores."""
+def _same_model(scored: str, metadata: Mapping[bytes, bytes], hashed: Any, model: str) -> ModelFolder:
+    """Open a model folder, and check that it would give a scored file's scores.
+
+    Args:
+        scored: Scored folder.
+        metadata: Metadata of its files.
+        hashed: Thresholds that the hash of the settings in this metadata includes.
+        model: Model folder.
+    """
     folder = read_model_folder(model)
-    then = replace(folder, decision=replace(folder.decision, thresholds=decision.thresholds))
+    if folder.decision.thresholds is None and folder.decision.merge == "vote":
+        raise SettingsError(f"{shown(model)} decides by the votes of windows, which scored files do not have")
+    thresholds = tuple(hashed) if isinstance(hashed, list) else hashed
+    then = replace(folder, decision=replace(folder.decision, thresholds=thresholds))
     for what, now, before in (
         ("weights", then.weights_hash, metadata[WEIGHTS_METADATA]),
         ("calibration, windows or labels", then.settings_hash, metadata[SETTINGS_METADATA]),
@@ -216,7 +231,8 @@ def _same_model(scored: str, metadata: Mapping[bytes, bytes], decision: Decision
 def promised_metadata(folder: ModelFolder) -> dict[bytes, bytes]:
     """Return the metadata of rows with the labels of a model folder: the hash of its settings, and its promises."""
     promises = {GUARANTEES_METADATA: json.dumps(dict(folder.guarantees)).encode()} if folder.guarantees else {}
-    return {SETTINGS_METADATA: folder.settings_hash.encode(), **promises}
+    hashed = json.dumps(folder.decision.thresholds).encode()
+    return {SETTINGS_METADATA: folder.settings_hash.encode(), HASHED_METADATA: hashed, **promises}
 
 
 def _relabel_file(scored: str, path: str, *, output: str, new: NewLabels) -> None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pipelines.bulk.estimate import say_sizes
 from pipelines.bulk.here import MOST_SECONDS, seconds_here
 from pipelines.bulk.job import CheckedJob, ScoreJob, check_job
+from pipelines.bulk.manifest import MANIFEST
 from pipelines.bulk.progress import RunTotals
 from pipelines.bulk.publish import publish
 from pipelines.bulk.replaced import remove_replaced_rows
@@ -71,6 +72,7 @@ def run_job(
     """
     job = checked.job
     make_folder(job.output)
+    is_new = MANIFEST not in list_names(job.output)
     with heartbeat(job.output) as mark:
         run = open_run(
             job.output,
@@ -100,6 +102,8 @@ def run_job(
                 mark.others[0],
             )
         checked = replace(checked, run=run.manifest.run)
+        if is_new and seconds_here(checked) > MOST_SECONDS:  # once: a row may kill the process that reads it
+            say_sizes(checked)
         totals = _score_rest(checked, run, score_units, on_numbers)
         names = list_names(run.location)
         check_same_run(run)
@@ -124,8 +128,6 @@ def _score_rest(
         "%s files, %s rows, %s units to do -> %s",
         f"{run.num_files:,}", f"{run.num_rows:,}", f"{left:,}", shown(job.output),
     )  # fmt: skip
-    if not run.finished and seconds_here(checked) > MOST_SECONDS:
-        say_sizes(checked)
     units = (unit for units in run.generations for unit in units if unit.output_name not in run.finished)
     with totals.progress, repeated(totals.show):
         for counts in score_units(checked, units):

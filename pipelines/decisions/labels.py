@@ -83,8 +83,9 @@ def find_labels(columns: list[pa.ChunkedArray], kind: Kind) -> tuple[str, ...]:
     return labels
 
 
-def odd_labels(labels: Sequence[str]) -> list[str]:
+def odd_labels(labels: Sequence[str], kind: Kind) -> list[str]:
     """Return a sentence for each oddity of label names that suggests a mistake in the data."""
+    remedy = "split them" if kind == "multilabel" else "use kind multilabel"
     found = []
     alike: dict[str, list[str]] = {}
     for label in labels:
@@ -101,7 +102,7 @@ def odd_labels(labels: Sequence[str]) -> list[str]:
         if several:
             found.append(
                 f"{len(several)} labels, such as {several[0]!r}, look like several labels in one text; if they are, "
-                "use kind multilabel"
+                f"{remedy}"
             )
     return found
 
@@ -266,7 +267,14 @@ def _reject_missing(column: pa.ChunkedArray) -> None:
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the column with dictionaries decoded. Lists without a value type (all empty) become lists of strings."""
+    """Return the column with dictionaries decoded, and views of strings as strings.
+
+    Lists without a value type (all empty) become lists of strings.
+    """
+    if pa.types.is_string_view(column.type):
+        return column.cast(pa.large_string())
+    if _is_list(column.type) and pa.types.is_string_view(column.type.value_type):
+        return column.cast(pa.large_list(pa.large_string()))
     if pa.types.is_dictionary(column.type):
         return column.cast(column.type.value_type)
     if _is_list(column.type) and pa.types.is_dictionary(column.type.value_type):

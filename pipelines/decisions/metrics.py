@@ -59,7 +59,8 @@ def evaluate(
         multilabel: lrap, auprc_macro (mean over the labels for which it is defined), f1_micro, f1_macro, per_label.
         regression: mae, rmse, pearson, r2.
         A metric that is undefined for the data, for example because only one class occurs, is None. Means over the
-        labels leave out labels that neither occur nor are predicted, as scikit-learn does with zero_division=nan.
+        labels leave out labels that neither occur nor are predicted, as scikit-learn does with zero_division=nan. In
+        per_label they have 0.
     """
     if decisions.value_D is not None:
         return _regression(targets.astype(np.float64), decisions.value_D.astype(np.float64))
@@ -73,7 +74,7 @@ def evaluate(
     return {
         "mcc": matthews(matrix),
         "accuracy": accuracy(matrix),
-        "f1_macro": float(np.nanmean(f1_L)),
+        "f1_macro": _mean(f1_L),
         "f1_weighted": float(np.nan_to_num(f1_L) @ support_L / max(support_L.sum(), 1)),
     }
 
@@ -141,6 +142,11 @@ def accuracy(matrix: NDArray[np.int64]) -> float:
 def f1_per_label(matrix: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the F1 score (L,) of each label, NaN if the label neither occurs nor is predicted."""
     return _f1(np.diag(matrix), matrix.sum(axis=1) + matrix.sum(axis=0)[:-1])
+
+
+def _mean(values_L: NDArray[np.float64]) -> float | None:
+    """Return the mean of the values that are defined, or None if there is none."""
+    return None if np.isnan(values_L).all() else float(np.nanmean(values_L))
 
 
 def _f1(hits_L: NDArray[np.integer[Any]], true_and_positive_L: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
@@ -364,7 +370,7 @@ def _binary(matrix: NDArray[np.int64]) -> dict[str, Any]:
     return {
         "mcc": matthews(matrix),
         "accuracy": accuracy(matrix),
-        "f1_score": float(np.nanmean(f1_per_label(matrix))),
+        "f1_score": _mean(f1_per_label(matrix)),
         "tp": int(matrix[1, 1]),
         "tn": int(matrix[0, 0]),
         "fp": int(matrix[0, 1]),
@@ -398,7 +404,7 @@ def _multilabel(
         "lrap": float(label_ranking_average_precision_score(true_DL, scores_DL)),
         "auprc_macro": float(np.mean(areas)) if areas else None,
         "f1_micro": float(2.0 * hits_L.sum() / max(true_L.sum() + positive_L.sum(), 1)),
-        "f1_macro": float(np.nanmean(f1_L)) if np.isfinite(f1_L).any() else None,
+        "f1_macro": _mean(f1_L),
         "per_label": per_label,
     }
 

@@ -66,7 +66,8 @@ def load_engine(folder: ModelFolder, template: Template, compute: ComputeSetting
 def _say_slow(folder: ModelFolder, compute: ComputeSettings) -> None:
     """Warn once if the CPU has no instructions for the number format."""
     is_cpu = compute.device == "cpu" or (compute.device == "auto" and not _has_gpu())
-    slow = slow_format(is_int8=bool(folder.quantization), is_bf16=compute.dtype == "bfloat16") if is_cpu else ""
+    is_int8 = bool(folder.quantization)  # such a model always runs on the CPU
+    slow = slow_format(is_int8=is_int8, is_bf16=is_cpu and compute.dtype == "bfloat16")
     if slow and slow not in _TOLD:
         _TOLD.add(slow)
         logger.warning("%s: %s", folder.path.name, slow)

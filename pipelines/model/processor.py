@@ -30,5 +30,7 @@ def slow_format(*, is_int8: bool, is_bf16: bool) -> str:
     if is_int8 and not flags & INT8_FLAGS:
         return "this processor has no 8-bit instructions (VNNI, AMX): an int8 model is not faster here than its source"
     if is_bf16 and not flags & BF16_FLAGS:
-        return "this processor has no bfloat16 instructions: dtype=float32, which auto means here, is faster"
+        return (
+            "this processor has no bfloat16 instructions: dtype=bfloat16 is not faster than float32, which auto takes"
+        )
     return ""

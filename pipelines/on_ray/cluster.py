@@ -102,8 +102,8 @@ def make_token() -> None:
     """Create the token of local clusters, which only this user can read. Ray itself would let the umask decide."""
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         return
-    folder = Path.home() / ".ray"
-    with suppress(OSError):  # there is a token, or Ray says why there can be none
+    with suppress(OSError, RuntimeError):  # there is a token, or Ray says why there can be none
+        folder = Path.home() / ".ray"
         folder.mkdir(mode=0o700, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=folder) as file:  # only this user can read it
             file.write(secrets.token_hex(32))

@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.errors import JobError, PipelinesError
 from pipelines.on_ray.arrivals import arriving_corpora
@@ -36,6 +37,8 @@ from pipelines.training.job import ENDS, CheckedTrainJob, TrainJob, opened_run, 
 from pipelines.training.ranks import rank, world_size
 from pipelines.training.run import RunSpec, TrainSummary
 
+RELAY_SECONDS = 5.0
+"""How long Ctrl-C waits for the actor that tells the workers."""
 logger = logging.getLogger(__name__)
 
 
@@ -135,7 +138,8 @@ def _run(task: WorkerTask, group: WorkerGroup) -> Any:
         KeyboardInterrupt: The task was interrupted, and ended early or was aborted.
     """
     gpus = uses_gpus(group.device)
-    relay = LogRelay.remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    relay = LogRelay.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     workers = str(group.fewest) if group.fewest == group.most else f"{group.fewest} to {group.most}"
     logger.info("%s workers on %s", workers, "GPUs" if gpus else "CPUs")
     needed = {"GPU" if gpus else "CPU": float(group.fewest)}
@@ -164,6 +168,7 @@ def _run(task: WorkerTask, group: WorkerGroup) -> Any:
                 result = trainer.fit()
         except (ray.exceptions.RayError, ray.train.TrainingFailedError) as error:
             if trainer.is_interrupted:
+                logger.warning("the workers ended with: %s", root_cause(error))
                 raise KeyboardInterrupt from error
             raise JobError(f"training failed: {root_cause(error)}") from error
     answer = result.return_value  # type: ignore[attr-defined]
@@ -189,13 +194,21 @@ class _Trainer(TorchTrainer):
             for each in ENDS:
                 signal.signal(each, abort)
             self.is_interrupted = True
-            if self._relay is None or not ray.get(self._relay.interrupt.remote()):
-                abort(number, frame)
-            else:
+            if self._workers_end_it():
                 say_interrupted(number)
+            else:
+                abort(number, frame)
 
         for each in ENDS:
             signal.signal(each, note)
+
+    def _workers_end_it(self) -> bool:
+        """Tell the workers to end the run with a checkpoint. Return whether they will."""
+        if self._relay is None:
+            return False
+        with suppress(ray.exceptions.RayError):
+            return bool(ray.get(self._relay.interrupt.remote(), timeout=RELAY_SECONDS))
+        return False
 
 
 @contextmanager
@@ -209,7 +222,8 @@ def _kept_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: it was not set from Python
+                signal.signal(number, handler)
 
 
 def _worker(loop_config: dict[str, Any]) -> Any:

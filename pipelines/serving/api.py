@@ -206,6 +206,7 @@ def _classify_routes(predictor: Predictor) -> APIRouter:
     async def show_model(name: str) -> dict[str, Any]:
         """Whether the model can answer, as version 1 of KServe's protocol asks, with OpenAI's description of it."""
         _check_name(predictor, name)
+        _check_health(predictor)
         return {"name": predictor.name, "ready": True, **model}
 
     @routes.post("/v1/moderations", responses=ERRORS)

@@ -152,7 +152,7 @@ def train_here(job: TrainJob) -> TrainSummary:
 def say_interrupted(number: int) -> None:
     """Log that a signal was noted."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    logger.info("%s: this step ends first, then a checkpoint is written; a second %s does not wait", name, name)
+    logger.info("%s: the run ends with a checkpoint after this step; a second %s does not wait", name, name)
 
 
 @contextmanager
@@ -171,12 +171,14 @@ def _ends_at_interrupt() -> Iterator[Callable[[], bool]]:
         say_interrupted(number)
         restore()
 
-    before = {number: signal.signal(number, note) for number in ENDS}
-
     def restore() -> None:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # None: it was not set from Python
+                signal.signal(number, handler)
 
+    before = {number: signal.getsignal(number) for number in ENDS}
+    for number in ENDS:
+        signal.signal(number, note)
     try:
         yield noted.is_set
     finally:
@@ -300,7 +302,7 @@ def _with_labels(decision: DecisionSettings, labels: pa.ChunkedArray, data: Data
     if decision.labels or decision.kind == "regression":
         return decision
     found = find_labels([labels], decision.kind)
-    for oddity in odd_labels(found):
+    for oddity in odd_labels(found, decision.kind):
         logger.warning("%s", oddity)
     return replace(decision, labels=found)
 

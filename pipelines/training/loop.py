@@ -69,7 +69,7 @@ class Hooks:
     is_preempted: Callable[[], bool] | None = None
     """Returns whether a machine of the run will be taken away."""
     is_interrupted: Callable[[], bool] | None = None
-    """Returns whether the run is to end after this step, with a checkpoint. Only for runs of one process."""
+    """Returns whether the run is to end after this step, with a checkpoint. Rank 0 decides."""
     on_metrics: Callable[[Mapping[str, float]], None] | None = None
     """Receives numbers by name every few seconds and at each evaluation, on rank 0."""
     on_scalars: Callable[[Mapping[str, float], int], None] | None = None
@@ -176,10 +176,10 @@ class TrainLoop:
             self._run_step(step)
             is_evaluated = self._evaluate_if_due()
             self._save_if_due(is_evaluated=is_evaluated)
-            if self._is_interrupted():
-                self._end_with_checkpoint()
             if self.state.stopped:
                 return
+            if self.state.epoch < self._settings.epochs and self._is_interrupted():  # a finished run just finishes
+                self._end_with_checkpoint()
         self._losses.flush(self.state)
 
     def _run_step(self, step: Step) -> None:
@@ -263,7 +263,7 @@ class TrainLoop:
         return self.state.step % CHECK_STEPS == 0 and answer_of_rank_0(ask(), self._model.device)
 
     def _end_with_checkpoint(self) -> NoReturn:
-        """Write a checkpoint, unless it was written for this step, and end the run. Raises KeyboardInterrupt."""
+        """Write a checkpoint and end the run. Raises KeyboardInterrupt."""
         if self._hooks.on_checkpoint is not None:
             if rank() == 0:
                 logger.info("interrupted: writing a checkpoint of step %d", self.state.step)

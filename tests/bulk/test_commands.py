@@ -87,6 +87,12 @@ def test_other_thresholds_end_a_promise(folders, source, tmp_path, capsys):
     metadata = [pq.read_schema(list_files(str(tmp_path / name))[0]).metadata for name in ("tuned", "directly")]
     for name in (b"pipelines.settings_hash", b"pipelines.thresholds", b"pipelines.decision"):
         assert metadata[0][name] == metadata[1][name]
+    run(capsys, "relabel", tmp_path / "scored", "--thresholds", "0.7", "--output", tmp_path / "once", "--json", code=3)
+    run(capsys, "relabel", tmp_path / "once", "--model", folder, "--output", tmp_path / "twice", "--json", code=3)
+    assert read_scored(tmp_path / "twice").equals(read_scored(tmp_path / "directly"))
+    write_pipeline_file(replace(found, path=folder, guarantees={**promised, "confidence": 0.8}))
+    error = run(capsys, "relabel", tmp_path / "once", "--model", folder, "--output", tmp_path / "twice", code=2)
+    assert "contains another run" in error, "the same thresholds with another promise"
     calibrated = replace(found, path=folder, calibration=replace(found.calibration, temperature=2.0))
     write_pipeline_file(calibrated)
     error = run(capsys, "relabel", tmp_path / "scored", "--model", folder, "--output", tmp_path / "no", code=2)

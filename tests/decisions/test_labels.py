@@ -176,9 +176,18 @@ def test_empty_cells_are_no_labels(values, kind, problem):
         encode_labels(column, DecisionSettings(kind=kind, labels=("a", "b")))
 
 
+def test_views_of_strings_are_strings():
+    """Polars writes them."""
+    column = pa.chunked_array([pa.array(["a", "b", "a"], pa.string_view())])
+    assert find_labels([column], "binary") == ("a", "b")
+    assert encode_labels(column, DecisionSettings(kind="binary", labels=("a", "b"))).tolist() == [0, 1, 0]
+    lists = pa.chunked_array([pa.array([["a"], []], pa.list_(pa.string_view()))])
+    assert encode_labels(lists, MULTILABEL).tolist() == [[1, 0, 0], [0, 0, 0]]
+
+
 def test_odd_labels_are_named():
-    assert odd_labels(("ham", "spam", "a;b")) == []
-    (alike,) = odd_labels(("Spam", "spam ", "ham"))
+    assert odd_labels(("ham", "spam", "a;b"), "binary") == []
+    (alike,) = odd_labels(("Spam", "spam ", "ham"), "multiclass")
     assert "'Spam', 'spam ' differ only in case or spaces" in alike
-    (several,) = odd_labels(("link", "link;money", "money"))
+    (several,) = odd_labels(("link", "link;money", "money"), "multiclass")
     assert several.startswith("1 labels, such as 'link;money', look like several")

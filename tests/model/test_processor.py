@@ -37,4 +37,4 @@ def test_slow_format_is_told_once(cpuinfo, spam_folder, log_lines, monkeypatch):
     for dtype in ("bfloat16", "bfloat16", "auto", "float32"):
         Scorer.load(spam_folder, compute=ComputeSettings(dtype=dtype, device="cpu"))
     (line,) = [line for line in log_lines if "this processor has no" in line]
-    assert "dtype=float32, which auto means here, is faster" in line
+    assert "dtype=bfloat16 is not faster than float32, which auto takes" in line

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from ray.train.torch import TorchTrainer
 
 from pipelines.errors import JobError, SettingsError
 from pipelines.model_folder import read_model_folder
@@ -82,6 +83,11 @@ def test_lost_worker_is_replaced(training_data, tmp_path):
     expected = train_here(train_job(training_data, tmp_path / "undisturbed", **STEPS))
     assert summary["steps"] == expected.steps
     np.testing.assert_allclose(summary["losses"], expected.losses, rtol=2e-3)
+
+
+def test_ray_still_lets_its_handler_be_replaced():
+    """Otherwise Ctrl-C would abort the workers without a checkpoint."""
+    assert callable(TorchTrainer._register_sigint_handler)
 
 
 @pytest.mark.ray

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -285,3 +286,16 @@ def test_interrupt_before_a_step_keeps_nothing(training_data, tmp_path, monkeypa
         train_here(train_job(training_data, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     assert "nothing is kept, because no checkpoint was written yet" in log_lines
+
+
+def test_interrupt_at_the_last_step_loses_nothing(training_data, tmp_path, monkeypatch, log_lines):
+    """A checkpoint of a finished run is never written, so the run must finish."""
+
+    @contextmanager
+    def interrupted():
+        yield lambda: True
+
+    monkeypatch.setattr(job_module, "_ends_at_interrupt", interrupted)
+    summary = train_here(train_job(training_data, tmp_path / "out", limit=5, batch_size=50, valid=None))
+    assert summary.steps == 1
+    assert read_model_folder(tmp_path / "out").metrics == {}

@@ -30,10 +30,11 @@ ANSWERS: Mapping[int, tuple[str, str]] = {
 """Text and type of the errors that HAProxy answers by itself, by status."""
 NOT_UTF8 = "a header of the request is not UTF-8"
 UTF8 = (
-    r"^(?:[\x00-\x7F]|[\xC2-\xDF][\x80-\xBF]|\xE0[\xA0-\xBF][\x80-\xBF]|[\xE1-\xEC\xEE\xEF][\x80-\xBF]{2}"
-    r"|\xED[\x80-\x9F][\x80-\xBF]|\xF0[\x90-\xBF][\x80-\xBF]{2}|[\xF1-\xF3][\x80-\xBF]{3}|\xF4[\x80-\x8F][\x80-\xBF]{2})*$"
+    r"^(?:[\x00-\x7F]++|[\xC2-\xDF][\x80-\xBF]|\xE0[\xA0-\xBF][\x80-\xBF]|[\xE1-\xEC\xEE\xEF][\x80-\xBF]{2}"
+    r"|\xED[\x80-\x9F][\x80-\xBF]|\xF0[\x90-\xBF][\x80-\xBF]{2}|[\xF1-\xF3][\x80-\xBF]{3}|\xF4[\x80-\x8F][\x80-\xBF]{2})*+$"
 )
-"""Text in UTF-8, as a regular expression over bytes (RFC 3629, section 4)."""
+"""Text in UTF-8, as a regular expression over bytes (RFC 3629, section 4). It is possessive, because PCRE gives up on
+long headers otherwise: it would remember every place to which it could go back."""
 
 
 def main() -> None:

@@ -79,8 +79,12 @@ def test_no_application_is_503_with_retry_after(started):
 
 
 @pytest.mark.parametrize(
-    ("value", "status"), [(b"plain", 503), ("naïve, 日本, 😀".encode(), 503), (b"\xff\xfe", 400), (b"\xc3\x28", 400)]
-)
+    ("value", "status"),
+    [
+        (b"plain", 503), ("naïve, 日本, 😀".encode(), 503), (b"a" * 8000, 503), ("日本".encode() * 1300, 503),
+        (b"\xff\xfe", 400), (b"\xc3\x28", 400), (b"a" * 8000 + b"\xff", 400),
+    ],
+)  # fmt: skip
 def test_headers_that_are_not_utf8_are_refused(started, value, status):
     """Ray Serve answers 500 to them."""
     found, _, body = asked(started(), b"GET / HTTP/1.1\r\nhost: a\r\nx-request-id: " + value + b"\r\n\r\n")
