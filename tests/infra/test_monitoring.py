@@ -44,7 +44,7 @@ def exported(spam_folder, input_folder, emails, tmp_path_factory):
     names = {f"ray_pipelines_score_{name}" for name in numbers}
     job, train, valid = make_job(folder, emails)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.training.loop.PROGRESS_SECONDS", 0)
+        patch.setattr("pipelines.progress.PROGRESS_SECONDS", 0)
         found = {}
         fit(job, Corpus.of(train), Corpus.of(valid), on_metrics=found.update)
     names |= {f"ray_pipelines_train_{name}" for name in found}

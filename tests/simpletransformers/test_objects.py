@@ -26,7 +26,6 @@ from pipelines.settings import ComputeSettings
 from pipelines.simpletransformers.inputs import read_rows
 from pipelines.simpletransformers.loading import loss_weights
 from pipelines.storage.tables import as_table
-from pipelines.training import loop
 from tests import tiny
 from tests.simpletransformers.facades import open_model, train_frame
 from tests.simpletransformers.golden import freeze_simpletransformers as golden
@@ -366,7 +365,7 @@ def test_wandb_gets_every_number(monkeypatch):
         return run
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=None, init=init))
-    monkeypatch.setattr(loop, "PROGRESS_SECONDS", 0)
+    monkeypatch.setattr("pipelines.progress.PROGRESS_SECONDS", 0)
     own = {"wandb_project": "mine", "wandb_kwargs": {"name": "first"}, "evaluate_during_training": True}
     model = open_model("binary", **own, no_save=True)
     model.train_model(train_frame("binary"), eval_df=train_frame("binary"))
