@@ -195,19 +195,20 @@ def _classify_routes(predictor: Predictor) -> APIRouter:
         predictions, usage = await predictor.predict(inputs)
         return JSONResponse(classified(predictions, usage, predictor.name))
 
-    model = {"id": predictor.name, "object": "model", "created": 0, "owned_by": "pipelines"}
+    def model() -> dict[str, Any]:
+        return {"id": predictor.name, "object": "model", "created": 0, "owned_by": "pipelines"}
 
     @routes.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """The only model of this server, as OpenAI lists models."""
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [model()]}
 
     @routes.get("/v1/models/{name}", responses=ERRORS)
     async def show_model(name: str) -> dict[str, Any]:
         """Whether the model can answer, as version 1 of KServe's protocol asks, with OpenAI's description of it."""
         _check_name(predictor, name)
         _check_health(predictor)
-        return {"name": predictor.name, "ready": True, **model}
+        return {"name": predictor.name, "ready": True, **model()}
 
     @routes.post("/v1/moderations", responses=ERRORS)
     async def moderate(body: ModerationRequest) -> Response:
