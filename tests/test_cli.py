@@ -280,7 +280,7 @@ def test_results_are_tables_with_what_comes_next(folder, labelled, tmp_path, cap
     code, out, _ = run("evaluate", folder, "--data", labelled, capsys=capsys)
     assert code == 0
     assert re.search(r"^label +rows +predicted +precision +recall +f1 +auprc +calibration error +threshold$", out, re.M)
-    assert re.search(r"^spam +\d+ +\d+ +(0\.\d{4}|-) ", out, re.MULTILINE)
+    assert re.search(r"^spam +\d+ +(0 +-|[1-9]\d* +0\.\d{4}) ", out, re.MULTILINE)
     code, out, _ = run("score", folder, "--input", labelled, "--output", tmp_path / "out", "--local", capsys=capsys)
     assert f"next:\n  pipelines evaluate --scored {tmp_path / 'out'}" in out
     code, out, _ = run("relabel", tmp_path / "out", "--thresholds", "0.9", "--output", tmp_path / "new", capsys=capsys)

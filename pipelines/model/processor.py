@@ -22,14 +22,18 @@ def processor_flags() -> frozenset[str] | None:
     return None if found is None else frozenset(found[1].split())
 
 
+def has_int8() -> bool:
+    """Return whether the processor has instructions for products of 8-bit numbers, or it is unknown whether it has."""
+    flags = processor_flags()
+    return flags is None or bool(flags & INT8_FLAGS)
+
+
 def slow_format(*, is_int8: bool, is_bf16: bool) -> str:
     """Return why a number format is slow on this machine's CPU, or nothing."""
     flags = processor_flags()
-    if flags is None:
-        return ""
-    if is_int8 and not flags & INT8_FLAGS:
+    if is_int8 and not has_int8():
         return "this processor has no 8-bit instructions (VNNI, AMX): an int8 model is not faster here than its source"
-    if is_bf16 and not flags & BF16_FLAGS:
+    if is_bf16 and flags is not None and not flags & BF16_FLAGS:
         return (
             "this processor has no bfloat16 instructions: dtype=bfloat16 is not faster than float32, which auto takes"
         )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pipelines.errors import SettingsError
 from pipelines.model.engine import padded
 from pipelines.model.openvino_model import OpenVinoDetails, OpenVinoModel, openvino
+from pipelines.model.processor import has_int8
 from pipelines.text.template import Template
 from pipelines.text.tokenization import CutDocuments, assemble
 
@@ -76,7 +77,9 @@ def quantized_graphs(
         "subset_size": len(rows),
         "model_type": library.ModelType.TRANSFORMER,
     }
-    advanced = library.AdvancedQuantizationParameters(smooth_quant_alphas=smooth)
+    # Without 8-bit instructions, sums of two products of 8 bits are cut to 16 bits: weights then get 7 bits.
+    fix = None if has_int8() else library.OverflowFix.ENABLE
+    advanced = library.AdvancedQuantizationParameters(smooth_quant_alphas=smooth, overflow_fix=fix)
     with redirect_stdout(sys.stderr):  # NNCF's progress
         plain = library.quantize(graph.clone(), library.Dataset(rows), advanced_parameters=advanced, **options)
     yield plain
