@@ -47,6 +47,15 @@ GROUPS = (
     ComputeSettings,
 )
 
+ERRORS = (
+    errors.SettingsError,
+    errors.DataError,
+    errors.ModelFolderError,
+    errors.OutputError,
+    errors.UsageError,
+    errors.JobError,
+)
+"""Classes of errors, in the order of their page."""
 STAND_INS = (
     "*In the commands, `runs/spam` stands for your model folder ([the first tutorial](../tutorials/emails.md) makes "
     "`runs/emails`), `train/` and `valid/` for [labelled files](../data.md), and `mail/` for files to score.*"
@@ -162,16 +171,6 @@ def metrics_page() -> Iterator[str]:
             yield f"| `{full}` | {kind} | {', '.join(metric.tags) or '-'} | {cell(metric.about)} |"
     for name, about in JOB_METRICS.items():
         yield f"| `ray_pipelines_{name}` | gauge | {'output' if name.startswith('score') else 'model'} | {about} |"
-
-
-ERRORS = (
-    errors.SettingsError,
-    errors.DataError,
-    errors.ModelFolderError,
-    errors.OutputError,
-    errors.UsageError,
-    errors.JobError,
-)
 
 
 def messages_page() -> Iterator[str]:

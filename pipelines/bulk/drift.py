@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.bulk.run_folder import SUMMARY, read_scored_metadata
-from pipelines.decisions.columns import EARLY_EXIT_METADATA
+from pipelines.decisions.columns import EARLY_EXIT_METADATA, WEIGHTS_METADATA
 from pipelines.errors import DataError, SettingsError
 from pipelines.model_files import PIPELINE_FILE
 from pipelines.storage.listing import list_files
@@ -17,6 +18,7 @@ from pipelines.storage.locations import filesystem_of, list_names, read_json, sh
 
 STABLE, SHIFTED = 0.1, 0.25
 """Usual limits of the population stability index: stable below the first, and moved far from the second on."""
+logger = logging.getLogger(__name__)
 Histograms = Mapping[str, Sequence[int]]
 
 
@@ -45,13 +47,18 @@ def drift(before: str, after: str) -> dict[str, LabelDrift]:
         DataError: A folder has no histograms, or the labels differ, or only one of them was read until its labels were
             sure.
     """
-    left_read, right_read = early_exit_of(before), early_exit_of(after)
+    (left_read, left_model), (right_read, right_model) = origin_of(before), origin_of(after)
     if left_read != right_read:
         raise DataError(
             f"{shown(before)} has the scores of early_exit={left_read}, and {shown(after)} those of "
             f"early_exit={right_read}: scores of windows that were read cannot be compared with others. Score both in "
             "the same way"
         )
+    if left_model and right_model and left_model != right_model:
+        logger.warning(
+            "%s and %s have the scores of different models: what moved can be the model, and not the texts",
+            shown(before), shown(after),
+        )  # fmt: skip
     left, right = read_histograms(before), read_histograms(after)
     if left.keys() != right.keys():
         raise DataError(
@@ -91,16 +98,22 @@ def read_histograms(location: str) -> Histograms:
     raise DataError(f"{shown(location)} is neither a finished scored folder nor a model folder")
 
 
-def early_exit_of(location: str) -> str:
-    """Return how the texts of a folder were read: off, exact or certified. A model folder has read all of its texts."""
-    if SUMMARY not in list_names(location):
-        return "off"
+def origin_of(location: str) -> tuple[str, str]:
+    """Return how the texts of a scored folder or a model folder were read, and the hash of the weights.
+
+    Returns:
+        off, exact or certified with its margin; and the hash, empty if it is unknown.
+    """
+    names = list_names(location)
+    if SUMMARY not in names:
+        return "off", read_json(location, PIPELINE_FILE).get("weights_hash", "") if PIPELINE_FILE in names else ""
     filesystem, _ = filesystem_of(location)
     try:
         first = list_files(location, also_in_tables=True)[0]
     except DataError:  # a summary may be kept without its files
-        return "off"
-    return read_scored_metadata(filesystem, first).get(EARLY_EXIT_METADATA, b"off").decode()
+        return "off", ""
+    metadata = read_scored_metadata(filesystem, first)
+    return metadata.get(EARLY_EXIT_METADATA, b"off").decode(), metadata.get(WEIGHTS_METADATA, b"").decode()
 
 
 def plot(before: str, after: str, file: str) -> None:

@@ -24,6 +24,9 @@ from pipelines.text.windows import merge_windows
 DEFAULT_THRESHOLD = 0.5
 """Default threshold of a label."""
 
+MISSING_WORDS = frozenset({"nan", "none", "null", "na", "n/a", "<na>"})
+"""What libraries write where a value is missing, in lower case."""
+
 
 @dataclass(frozen=True)
 class Decisions:
@@ -64,8 +67,8 @@ def find_labels(columns: list[pa.ChunkedArray], kind: Kind) -> tuple[str, ...]:
         kind: Kind of task.
 
     Raises:
-        DataError: A label is null, the column type cannot be a label, or too few labels occur. At least 2 are required,
-            or 1 for multilabel.
+        DataError: A label is null or empty, the column type cannot be a label, or too few labels occur. At least 2 are
+            required, or 1 for multilabel.
     """
     if kind == "regression":
         return ()
@@ -95,9 +98,14 @@ def odd_labels(labels: Sequence[str], kind: Kind) -> list[str]:
             found.append(
                 f"labels {', '.join(map(repr, same))} differ only in case or spaces, and are learned as different"
             )
+    missing = [label for label in labels if label.strip().casefold() in MISSING_WORDS]
+    if missing:
+        found.append(
+            f"label {missing[0]!r} looks like a missing value that became a text; if it is one, drop or label its rows"
+        )
     for mark in (";", "|", ","):
         several = [
-            label for label in labels if mark in label and {part.strip() for part in label.split(mark)} & {*labels}
+            label for label in labels if mark in label and {part.strip() for part in label.split(mark)} <= {*labels}
         ]
         if several:
             found.append(
@@ -115,8 +123,8 @@ def encode_labels(column: pa.ChunkedArray, decision: DecisionSettings) -> NDArra
         float32 (D,).
 
     Raises:
-        DataError: A label is null, NaN or not in decision.labels (the message names it), or the kind cannot use the
-            column type.
+        DataError: A label is null, empty, NaN or not in decision.labels (the message names it), or the kind cannot use
+            the column type.
     """
     column = _plain(column)
     _reject_missing(column)

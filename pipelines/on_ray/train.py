@@ -33,7 +33,16 @@ from pipelines.on_ray.telemetry import Gauges, LogRelay, interruptions, relay_lo
 from pipelines.storage.locations import shown
 from pipelines.training.corpus import Corpus
 from pipelines.training.fit import fit
-from pipelines.training.job import ENDS, CheckedTrainJob, TrainJob, opened_run, say_interrupted, train_here
+from pipelines.training.job import (
+    ENDS,
+    CheckedTrainJob,
+    TrainJob,
+    end_handlers,
+    opened_run,
+    restore_handlers,
+    say_interrupted,
+    train_here,
+)
 from pipelines.training.ranks import rank, world_size
 from pipelines.training.run import RunSpec, TrainSummary
 
@@ -186,21 +195,20 @@ class _Trainer(TorchTrainer):
         self._relay = relay
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        """Note the first Ctrl-C or SIGTERM if the workers run, and leave the next one to Ray. Ray calls this method."""
+        """Note the first signal to end if the workers run, and leave the next one to Ray. Ray calls this method."""
+        before = end_handlers()
         super()._register_sigint_handler(controller)  # type: ignore[misc]
         abort: Any = signal.getsignal(signal.SIGINT)
 
         def note(number: int, frame: FrameType | None) -> None:
-            for each in ENDS:
-                signal.signal(each, abort)
+            restore_handlers(dict.fromkeys(before, abort))
             self.is_interrupted = True
             if self._workers_end_it():
                 say_interrupted(number)
             else:
                 abort(number, frame)
 
-        for each in ENDS:
-            signal.signal(each, note)
+        restore_handlers(dict.fromkeys(before, note))
 
     def _workers_end_it(self) -> bool:
         """Tell the workers to end the run with a checkpoint. Return whether they will."""
@@ -217,13 +225,11 @@ def _kept_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in ENDS}
+    before = {number: handler for number in ENDS if (handler := signal.getsignal(number)) is not None}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            if handler is not None:  # None: it was not set from Python
-                signal.signal(number, handler)
+        restore_handlers(before)
 
 
 def _worker(loop_config: dict[str, Any]) -> Any:

@@ -50,8 +50,10 @@ BYTES_PER_TOKEN = 4
 """Approximate number of bytes of text per token."""
 UNITS_PER_BUFFER = 8
 """Minimum number of units in a shuffle buffer. A buffer with one unit would mix only neighbouring rows."""
-ENDS = (signal.SIGINT, signal.SIGTERM)
-"""Signals that end a training: Ctrl-C, and what schedulers and `timeout` send."""
+ENDS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)  # Windows has no SIGHUP
+"""Signals that end a training: Ctrl-C, what schedulers and `timeout` send, and a terminal that is closed."""
 logger = logging.getLogger(__name__)
 
 
@@ -149,6 +151,18 @@ def train_here(job: TrainJob) -> TrainSummary:
                 return fit(checked.spec, corpora["train"], corpora.get("valid"), is_interrupted=is_interrupted)
 
 
+def end_handlers() -> dict[int, Any]:
+    """Return the handlers of the signals that end a training, but for those that are ignored, as under nohup."""
+    handlers = {number: signal.getsignal(number) for number in ENDS}
+    return {number: handler for number, handler in handlers.items() if handler not in (None, signal.SIG_IGN)}
+
+
+def restore_handlers(handlers: Mapping[int, Any]) -> None:
+    """Set the handlers of some signals."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def say_interrupted(number: int) -> None:
     """Log that a signal was noted."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
@@ -157,11 +171,14 @@ def say_interrupted(number: int) -> None:
 
 @contextmanager
 def _ends_at_interrupt() -> Iterator[Callable[[], bool]]:
-    """Only note the first Ctrl-C or SIGTERM, so that a run can write a checkpoint. Yields whether there was one.
+    """Only note the first of the signals that end a training, so that it can write a checkpoint.
 
     A second one acts as usual. Outside of the main thread, nothing changes.
+
+    Yields:
+        Whether there was a signal.
     """
-    noted = threading.Event()
+    noted, before = threading.Event(), end_handlers()
     if threading.current_thread() is not threading.main_thread():
         yield noted.is_set
         return
@@ -169,20 +186,13 @@ def _ends_at_interrupt() -> Iterator[Callable[[], bool]]:
     def note(number: int, frame: FrameType | None) -> None:
         noted.set()
         say_interrupted(number)
-        restore()
+        restore_handlers(before)
 
-    def restore() -> None:
-        for number, handler in before.items():
-            if handler is not None:  # None: it was not set from Python
-                signal.signal(number, handler)
-
-    before = {number: signal.getsignal(number) for number in ENDS}
-    for number in ENDS:
-        signal.signal(number, note)
+    restore_handlers(dict.fromkeys(before, note))
     try:
         yield noted.is_set
     finally:
-        restore()
+        restore_handlers(before)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pipelines.model.scorer import Scorer
 from pipelines.model_folder import read_model_folder, write_pipeline_file
 from pipelines.settings import ComputeSettings, ScoreSettings
 from pipelines.storage.listing import list_files
+from tests import tiny
 from tests.jobs import FLOAT32, read_scored
 
 MARGIN = Margin(0.02, "spread", 2, 0.9, 0.9, 1000, 1, 2000, 1000)
@@ -108,7 +109,7 @@ def test_tune_fits_a_margin_and_other_thresholds_end_it(folder, source, tmp_path
     assert "needs a new fit" in capsys.readouterr().err
 
 
-def test_early_exit_is_compared_with_its_like(folder, source, tmp_path, capsys):
+def test_early_exit_is_compared_with_its_like(folder, folders, source, emails, tmp_path, capsys):
     """Scores of the windows that were read are no scores of whole texts. A promise is one of whole texts."""
     promised = {"objective": "recall=0.9", "confidence": 0.95, "joint": False, "rows": 50, "labels": {}}
     write_pipeline_file(replace(read_model_folder(folder), guarantees=promised))
@@ -120,6 +121,17 @@ def test_early_exit_is_compared_with_its_like(folder, source, tmp_path, capsys):
     with pytest.raises(DataError, match="cannot be compared"):
         drift(str(tmp_path / "exact"), str(tmp_path / "certified"))
     assert drift(str(tmp_path / "exact"), str(tmp_path / "exact"))["spam"].psi == pytest.approx(0)
+    assert "different models" not in capsys.readouterr().err
+    score(folders["binary"].path, source, tmp_path / "same")
+    drift(str(tmp_path / "same"), str(tmp_path / "off"))
+    assert "different models" not in capsys.readouterr().err, "other thresholds leave the scores as they are"
+    (tmp_path / "weights").mkdir()
+    other = tiny.model_folder(
+        tmp_path / "weights", emails["text"].to_pylist(), read_model_folder(folder).decision, seed=1
+    )
+    score(other.path, source, tmp_path / "other")
+    drift(str(tmp_path / "other"), str(tmp_path / "off"))
+    assert "different models: what moved can be the model" in capsys.readouterr().err
     metadata = {mode: pq.read_schema(list_files(str(tmp_path / mode))[0]).metadata for mode in ("exact", "certified")}
     assert b"pipelines.guarantees" in metadata["exact"]
     assert b"pipelines.guarantees" not in metadata["certified"]

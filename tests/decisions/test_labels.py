@@ -189,5 +189,9 @@ def test_odd_labels_are_named():
     assert odd_labels(("ham", "spam", "a;b"), "binary") == []
     (alike,) = odd_labels(("Spam", "spam ", "ham"), "multiclass")
     assert "'Spam', 'spam ' differ only in case or spaces" in alike
+    for absent in ("nan", "None", "<NA>", "N/A"):
+        (line,) = odd_labels(("ham", absent, "spam"), "multiclass")
+        assert f"label {absent!r} looks like a missing value" in line
+    assert odd_labels(("Washington", "Washington, D.C."), "multiclass") == [], "a comma alone is no mark"
     (several,) = odd_labels(("link", "link;money", "money"), "multiclass")
     assert several.startswith("1 labels, such as 'link;money', look like several")

@@ -252,7 +252,7 @@ def test_two_trainings_into_one_folder(training_data, tmp_path, monkeypatch):
     assert read_model_folder(killed).decision.kind == "binary"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupt_writes_a_checkpoint_and_says_what_is_kept(training_data, tmp_path, number):
     settings = train_values(training_data, tmp_path / "out", epochs=200, save_each_epoch=False)
     (tmp_path / "train.yaml").write_text(json.dumps(settings))
@@ -286,6 +286,20 @@ def test_interrupt_before_a_step_keeps_nothing(training_data, tmp_path, monkeypa
         train_here(train_job(training_data, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     assert "nothing is kept, because no checkpoint was written yet" in log_lines
+
+
+def test_ignored_signals_stay_ignored(training_data, tmp_path):
+    """As under nohup, or for a script that runs in the background of a shell."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with job_module._ends_at_interrupt() as is_interrupted:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not is_interrupted()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert is_interrupted()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_interrupt_at_the_last_step_loses_nothing(training_data, tmp_path, monkeypatch, log_lines):
