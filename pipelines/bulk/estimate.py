@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.bulk.job import CheckedJob
+from pipelines.errors import PipelinesError
 from pipelines.model.loading import row_limit_of
 from pipelines.model.scorer import Scorer, plan_of
 from pipelines.model_folder import ModelFolder
@@ -42,6 +44,8 @@ class Estimate:
     rows: int
     units: int
     sample_rows: int
+    sample_rows_in_error: int
+    """Rows of the sample that cannot be read or have no text."""
     tokens: int
     windows: int
     tokens_in_windows: int
@@ -60,6 +64,8 @@ class Estimate:
     @property
     def in_words(self) -> str:
         """How long the job takes, and what would make it quicker."""
+        if self.sample_rows == self.sample_rows_in_error:
+            return "not known: no row of the sample can be scored"
         text = f"{duration(self.wall_seconds)} with {self.replicas} replica{'s' * (self.replicas > 1)}"
         if self.wall_seconds > LONG_SECONDS:
             text += "; a GPU, more replicas, an int8 model (pipelines quantize) or --early-exit exact are quicker"
@@ -75,7 +81,9 @@ class Sizes:
     """Sizes of a job, from a sample of its rows."""
 
     documents: Documents
-    """The sample."""
+    """The rows of the sample that can be scored."""
+    errors: Sequence[str]
+    """Why the others cannot."""
     rows: float
     """Rows that pass the filter."""
     tokens: float
@@ -88,6 +96,16 @@ class Sizes:
         """Tokens of the longest document of the sample."""
         return int(self.documents.num_tokens_D.max(initial=0))
 
+    def warn(self) -> None:
+        """Log if the sample says little: it has no rows, or rows that cannot be scored."""
+        num_rows = len(self.documents) + len(self.errors)
+        if not num_rows:
+            logger.warning("no row of the sample passes the filter: how much there is to score is not known")
+        elif self.errors:
+            logger.warning(
+                "%d of %d sample rows cannot be scored, such as: %s", len(self.errors), num_rows, self.errors[0]
+            )
+
 
 def say_sizes(checked: CheckedJob) -> None:
     """Log how much there is to score. A sample that cannot be read is left to the job."""
@@ -95,17 +113,19 @@ def say_sizes(checked: CheckedJob) -> None:
     units = split_into_units(checked.files, unit_bytes=unit_bytes, limit=checked.job.data.limit)
     try:
         sizes = sizes_of(checked, units, max(FEWEST_UNITS, min(SAMPLE_UNITS, SAMPLE_BYTES // unit_bytes)))
-    except Exception as error:  # noqa: BLE001  # the job itself finds out, and this is only a line of its log
-        logger.debug("no sample: %s", error)
+    except (PipelinesError, OSError, MemoryError, pa.ArrowException) as error:
+        logger.warning("how much there is to score is not known, because a sample cannot be read: %s", error)
         return
-    logger.info(
-        "about %s windows and %s tokens in %s rows, by a sample of %d; its longest document has %s tokens",
-        f"{sizes.windows:,.0f}",
-        f"{sizes.tokens_in_windows:,.0f}",
-        f"{sizes.rows:,.0f}",
-        len(sizes.documents),
-        f"{sizes.longest_tokens:,}",
-    )
+    sizes.warn()
+    if len(sizes.documents):
+        logger.info(
+            "about %s windows and %s tokens in %s rows, by a sample of %d; its longest document has %s tokens",
+            f"{sizes.windows:,.0f}",
+            f"{sizes.tokens_in_windows:,.0f}",
+            f"{sizes.rows:,.0f}",
+            len(sizes.documents) + len(sizes.errors),
+            f"{sizes.longest_tokens:,}",
+        )
 
 
 def sizes_of(checked: CheckedJob, units: WorkUnits, most_units: int = SAMPLE_UNITS) -> Sizes:
@@ -117,18 +137,20 @@ def sizes_of(checked: CheckedJob, units: WorkUnits, most_units: int = SAMPLE_UNI
         most_units: Units from which the sample is taken.
     """
     folder = checked.folder
-    table, share = _sample(checked, units, most_units)
+    table, unread, share = _sample(checked, units, most_units)
     tokenizer = load_tokenizer(folder.path, lead_space=leads_with_space(folder.windows, folder.model_type))
     tokenizer = tokenizer.with_most_tokens(most_tokens_of(folder.windows))
     started = time.perf_counter()
     documents = tokenizer.documents(table, *checked.job.data.text_columns)
     seconds = time.perf_counter() - started
     plan = plan_of(folder.windows, tokenizer, model_type=folder.model_type, model_limit=row_limit_of(folder))
-    cut = cut_documents(documents.tokens, plan, tokenizer.template, documents.pair_tokens)
     rows = units.num_rows * share
-    per_row = rows / max(len(documents), 1)
+    per_row = rows / max(len(documents) + len(unread), 1)
+    errors = unread + [error for error in documents.errors if error is not None]
+    documents = documents.take(np.flatnonzero([error is None for error in documents.errors]))
+    cut = cut_documents(documents.tokens, plan, tokenizer.template, documents.pair_tokens)
     tokens, windows = documents.num_tokens_D.sum() * per_row, len(cut.length_W) * per_row
-    return Sizes(documents, rows, tokens, windows, cut.length_W.sum() * per_row, seconds * per_row)
+    return Sizes(documents, errors, rows, tokens, windows, cut.length_W.sum() * per_row, seconds * per_row)
 
 
 def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
@@ -139,6 +161,7 @@ def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
     job = checked.job
     units = split_into_units(checked.files, unit_bytes=job.score.unit_bytes, limit=job.data.limit)
     sizes = sizes_of(checked, units)
+    sizes.warn()
     documents, input_tokens = sizes.documents, sizes.tokens_in_windows
     is_measured = rate is None
     replicas = max(1, (job.score.replica_range or (1, 1))[1])
@@ -151,7 +174,8 @@ def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
         bytes=sum(file.size for file in checked.files),
         rows=round(sizes.rows),
         units=len(units),
-        sample_rows=len(documents),
+        sample_rows=len(documents) + len(sizes.errors),
+        sample_rows_in_error=len(sizes.errors),
         tokens=round(sizes.tokens),
         windows=round(sizes.windows),
         tokens_in_windows=round(input_tokens),
@@ -165,21 +189,23 @@ def estimate(checked: CheckedJob, *, rate: float | None = None) -> Estimate:
     )
 
 
-def _sample(checked: CheckedJob, units: WorkUnits, most_units: int) -> tuple[pa.Table, float]:
-    """Return sample rows from the whole input, and the share of rows that pass the filter."""
+def _sample(checked: CheckedJob, units: WorkUnits, most_units: int) -> tuple[pa.Table, list[str], float]:
+    """Return sample rows from the whole input, why others cannot be read, and the share of rows that both are."""
     job = checked.job
     numbers = np.unique(np.linspace(0, len(units) - 1, min(most_units, len(units))).astype(int))
-    tables = []
+    tables, errors = [], []
     num_rows = 0
     for number in numbers:
         (rows,) = read_units(job.input, [units[int(number)]], checked.read, text_columns=job.data.text_columns)
-        table = rows.table.slice(0, SAMPLE_ROWS)
-        num_rows += len(table)
+        reasons = rows.errors[:SAMPLE_ROWS]
+        num_rows += len(reasons)
+        errors += [reason for reason in reasons if reason is not None]
+        table = rows.table.slice(0, SAMPLE_ROWS).filter(pa.array([reason is None for reason in reasons]))
         if job.score.filter:
             table = table.filter(kept_rows(table, job.score.filter))
         tables.append(table)
     sample = pa.concat_tables(tables)
-    return sample, len(sample) / max(num_rows, 1)
+    return sample, errors, (len(sample) + len(errors)) / max(num_rows, 1)
 
 
 def _measured_rate(folder: ModelFolder, compute: ComputeSettings, documents: Documents) -> float:

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.bulk import here
@@ -70,3 +72,26 @@ def test_command_says_so_and_starts_no_ray(spam_folder, source, tmp_path):
     assert json.loads(done.stdout)["rows_out"] == 60
     assert "scoring in this process" in done.stderr
     assert not any(line.rsplit("|")[-1].strip() == "ray" for line in done.stderr.splitlines())
+
+
+def test_sample_that_says_little_is_no_estimate(spam_folder, tmp_path, monkeypatch, log_lines):
+    """Rows that cannot be scored cost nothing, and their reasons are named."""
+    monkeypatch.setattr(here, "SPEED", 1e3)
+    texts = [None] * 30 + ["some words"] * 30
+    pq.write_table(pa.table({"text": texts, "n": list(range(60))}), tmp_path / "in.parquet", row_group_size=30)
+
+    def said(**settings):
+        log_lines.clear()
+        score_here(score_job(spam_folder, tmp_path / "in.parquet", tmp_path / f"out{len(settings)}", **settings))
+        return [line for line in log_lines if " sample " in line or " a sample" in line]
+
+    lines = said()
+    assert lines[0] == "30 of 60 sample rows cannot be scored, such as: the text is null"
+    assert lines[1].startswith("about 30 windows and 180 tokens in 60 rows, by a sample of 60")
+    assert said(filter="n < 0") == ["no row of the sample passes the filter: how much there is to score is not known"]
+    pq.write_table(pa.table({"text": ["some words"] * 30}), tmp_path / "in.parquet")
+    broken = bytearray((tmp_path / "in.parquet").read_bytes())
+    broken[4:40] = bytes(36)
+    (tmp_path / "in.parquet").write_bytes(broken)
+    (line,) = said(keep=[], prefix="m_")
+    assert line.startswith("30 of 30 sample rows cannot be scored, such as: row group 0 of "), "and no number follows"
