@@ -7,6 +7,7 @@ Shapes: W windows, S tokens of the longest window, L labels.
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import sys
@@ -72,6 +73,28 @@ def openvino() -> Any:
     return openvino
 
 
+@functools.cache
+def core() -> Any:
+    """Return OpenVINO's Core, which stays as long as the process.
+
+    A Core gives the thread that creates it another stack for signal handlers, which it unmaps at its end. Where two of
+    them end in the order in which they began, that thread is left with the unmapped stack of the first one, and its
+    next signal (Ctrl-C, SIGTERM) is a segmentation fault. So there is one, and it is created in a thread that ends.
+
+    Raises:
+        SettingsError: OpenVINO is not installed.
+    """
+    library = openvino()
+
+    def create() -> Any:
+        created = library.Core()
+        created.get_property("CPU", "FULL_DEVICE_NAME")  # loads the part that sets the stack
+        return created
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(create).result()
+
+
 class OpenVinoModel(Engine):
     """A compiled classifier. Windows are padded to the longest of their batch."""
 
@@ -113,8 +136,7 @@ class OpenVinoModel(Engine):
             SettingsError: OpenVINO is not installed, or does not have the dtype.
             ModelFolderError: OpenVINO cannot compile the model.
         """
-        core = openvino().Core()
-        dtype = _resolve_dtype(details.rest if details.dtype else compute.dtype, core)
+        dtype = _resolve_dtype(details.rest if details.dtype else compute.dtype)
         threads = compute.num_threads or os.cpu_count() or 1
         options = {
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
@@ -123,7 +145,7 @@ class OpenVinoModel(Engine):
             "ENABLE_CPU_PINNING": False,  # replicas on one machine would take the same cores
         }
         try:
-            compiled = core.compile_model(graph, "CPU", options)
+            compiled = core().compile_model(graph, "CPU", options)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -190,13 +212,13 @@ class OpenVinoModel(Engine):
 
 def processor_name() -> str:
     """Return the name of this machine's processor."""
-    return str(openvino().Core().get_property("CPU", "FULL_DEVICE_NAME"))
+    return str(core().get_property("CPU", "FULL_DEVICE_NAME"))
 
 
-def _resolve_dtype(dtype: Dtype, core: Any) -> str:
+def _resolve_dtype(dtype: Dtype) -> str:
     """Return the number format: auto means bfloat16 if the processor has instructions for it."""
     if dtype == "float16":
         raise SettingsError("engine=openvino runs in float32 or bfloat16, not in float16; set dtype or engine=torch")
     if dtype != "auto":
         return dtype
-    return "bfloat16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"
+    return "bfloat16" if "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "float32"

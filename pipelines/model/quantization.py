@@ -10,15 +10,16 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import SettingsError
 from pipelines.model.engine import padded
-from pipelines.model.openvino_model import OpenVinoDetails, OpenVinoModel, openvino
+from pipelines.model.openvino_model import OpenVinoDetails, OpenVinoModel, core, openvino
 from pipelines.model.processor import has_int8
 from pipelines.text.template import Template
 from pipelines.text.tokenization import CutDocuments, assemble
@@ -80,7 +81,7 @@ def quantized_graphs(
     # Without 8-bit instructions, sums of two products of 8 bits are cut to 16 bits: weights then get 7 bits.
     fix = None if has_int8() else library.OverflowFix.ENABLE
     advanced = library.AdvancedQuantizationParameters(smooth_quant_alphas=smooth, overflow_fix=fix)
-    with redirect_stdout(sys.stderr):  # NNCF's progress
+    with _calls_to_nncf():
         plain = library.quantize(graph.clone(), library.Dataset(rows), advanced_parameters=advanced, **options)
     yield plain
 
@@ -89,7 +90,7 @@ def quantized_graphs(
         excess, moved = validate(model, [int(document) for document in documents])
         return -1 - excess, [-value for value in moved]  # NNCF divides by the metric, so it is not 0
 
-    with redirect_stdout(sys.stderr):
+    with _calls_to_nncf():
         restored = library.quantize_with_accuracy_control(
             graph,
             library.Dataset(rows),
@@ -104,6 +105,13 @@ def quantized_graphs(
             **options,
         )
     yield restored
+
+
+@contextmanager
+def _calls_to_nncf() -> Iterator[None]:
+    """Send NNCF's progress to stderr, and give it this process' Core instead of a new one for every model."""
+    with redirect_stdout(sys.stderr), patch.multiple(openvino(), Core=core, compile_model=core().compile_model):
+        yield
 
 
 def layers_by_format(graph: Any) -> tuple[list[str], list[str]]:

@@ -1,5 +1,6 @@
 """`pipelines quantize`: an int8 folder keeps its contract, or is not written."""
 
+import ctypes
 import json
 import logging
 
@@ -29,8 +30,21 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of NNCF's own code
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = signal_stack()
     yield
+    assert signal_stack() == before
     logging.getLogger("nncf").handlers.clear()
+
+
+class Stack(ctypes.Structure):
+    _fields_ = (("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def signal_stack():
+    """Return where this thread handles signals. OpenVINO moves that, and may leave it at a place that is gone."""
+    stack = Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return stack.place, stack.size
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,23 @@ def test_many_threads_run_several_batches_at_once():
     np.testing.assert_allclose(found.logits(cut), model.logits(cut), atol=1e-5)
 
 
+def test_signals_are_handled_after_models_are_freed(spam_folder):
+    """OpenVINO leaves a thread with a stack for signals that is gone, if two of its Cores end in order."""
+    program = (
+        "import os, pipelines, signal\n"
+        "from pipelines.settings import ComputeSettings\n"
+        "compute = ComputeSettings(engine='openvino', dtype='float32')\n"
+        f"first, second = (pipelines.Scorer.load({str(spam_folder.path)!r}, compute=compute) for _ in range(2))\n"
+        "del first\n"
+        "del second\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('handled', flush=True))\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    command = [sys.executable, "-X", "faulthandler", "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (run.returncode, run.stdout) == (0, "handled\n"), run.stderr
+
+
 def test_scores_are_those_of_torch_for_texts_and_pairs(folders):
     for folder in folders.values():
         pairs = [("one text", "and another " * 40), ("", "x"), ("the same", "the same")]
