@@ -1,4 +1,9 @@
-"""What a scoring run writes down about itself: `_manifest.json`, and the lists of its input files."""
+"""What a scoring run writes down about itself: `_manifest.json`, and the lists of its input files.
+
+A start that adds input files creates `_manifest-0001-RUN.json` (then 0002, and so on) with the new content, and copies
+it to `_manifest.json`. Of two such starts, only one can create it: a job that was frozen, or did not see the other
+one, cannot undo what the other one has added. So `_manifest.json` may be older than the last of these files.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +26,8 @@ TABLES = "_tables.json"
 """File with the names of the tables that have, or soon will have, the run's files."""
 RUN_METADATA = b"pipelines.run"
 """Key in a scored file's schema metadata. The value is the id of the run."""
+RETRY_METADATA = b"pipelines.retry"
+"""The same, for files that `--retry-errors` wrote: 1 for the first time, and so on."""
 BEFORE = {"early_exit": "off", "engine": "auto"}
 """Settings that earlier versions did not have, with the values of their runs."""
 FORMAT_VERSION = 2
@@ -112,14 +119,26 @@ class Manifest:
 
 def read_manifest(location: str) -> Manifest:
     """Read the manifest of a run. Raises OutputError if it is damaged, or of another version of this package."""
+    manifest = _read(location, MANIFEST)
+    while exists(location, name := next_name(manifest)):
+        manifest = _read(location, name)
+    return manifest
+
+
+def next_name(manifest: Manifest) -> str:
+    """Return the name of the file that adds the next generation to a run."""
+    return f"_manifest-{len(manifest.generations):04d}-{manifest.run[:8]}.json"
+
+
+def _read(location: str, name: str) -> Manifest:
     try:
-        content = read_json(location, MANIFEST)
+        content = read_json(location, name)
         if content.get("format_version") == FORMAT_VERSION:
             manifest = Manifest.from_json(content)
             # earlier versions gave runs no id: every process must find the same one, and every folder another
             return manifest if manifest.run else dataclasses.replace(manifest, run=_id_of(location, content))
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise damaged(location, MANIFEST) from error
+        raise damaged(location, name) from error
     raise OutputError(f"{shown(location)} was written by another version of pipelines; give a new folder")
 
 

@@ -2,7 +2,7 @@
 
 `_manifest.json` is written before any unit, and only one of several jobs can create it. It contains the hashes of the
 model and the settings, and the generations of input: the first start of a run creates one, and each start with --append
-that finds new files adds one. The files of a generation are listed in `_inputs-0000-RUN.parquet` and so on. A unit is
+that finds new files adds one. The files of a generation are listed in `_inputs-0000-...parquet` and so on. A unit is
 finished if its file exists, and its counts are in the footer of this file. No other state is stored. `_summary.json` is
 written last.
 """
@@ -13,11 +13,10 @@ import json
 import logging
 import posixpath
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pyarrow as pa
 from fsspec import AbstractFileSystem
@@ -26,6 +25,7 @@ from pipelines.bulk.changes import check_change, check_gone, compare_input
 from pipelines.bulk.manifest import (
     BEFORE,
     MANIFEST,
+    RETRY_METADATA,
     RUN_METADATA,
     Generation,
     Manifest,
@@ -34,6 +34,7 @@ from pipelines.bulk.manifest import (
     fingerprint_of,
     is_in_table,
     listing_of,
+    next_name,
     read_listing,
     read_manifest,
 )
@@ -73,6 +74,8 @@ class Run:
     finished: frozenset[str]
     files_gone: int = 0
     """Number of input files that do not exist any more. Their scored rows are kept."""
+    retry: int = 0
+    """If units with errors are scored again: how often this was done."""
 
     @property
     def num_units(self) -> int:
@@ -146,20 +149,23 @@ def open_run(
         manifest = Manifest(shown(input), identity.to_json(), _types(columns), run=uuid.uuid4().hex)
         commit = commit_json if overwrite else commit_new_json
         with suppress(FileExistsError):  # another process has begun the run, or this one did, and the answer was lost
-            manifest = _add_generation(location, manifest, files, unit_bytes, snapshot=snapshot, commit=commit)
-            _remove_listings(location, manifest, names)
+            manifest = _with_generation(location, manifest, files, unit_bytes, snapshot=snapshot)
+            commit(location, MANIFEST, manifest.to_json())
+            _remove_earlier(location, manifest, names)
             return Run(location, manifest, _units_of(manifest, [list(files)]), frozenset())
-    return _resumed(
-        location,
-        files,
-        columns,
-        identity,
-        unit_bytes,
-        append=append,
-        replace_changed=replace_changed,
-        snapshot=snapshot,
-        mark=mark,
-    )
+    while True:
+        with suppress(FileExistsError):  # another process has added files, or this one did, and the answer was lost
+            return _resumed(
+                location,
+                files,
+                columns,
+                identity,
+                unit_bytes,
+                append=append,
+                replace_changed=replace_changed,
+                snapshot=snapshot,
+                mark=mark,
+            )
 
 
 def _resumed(
@@ -174,7 +180,11 @@ def _resumed(
     snapshot: str | None,
     mark: str,
 ) -> Run:
-    """Resume the run in a folder. Parameters and errors are those of `open_run`."""
+    """Resume the run in a folder. Parameters and errors are those of `open_run`.
+
+    Raises:
+        FileExistsError: Another process has added files to the run in the meantime.
+    """
     manifest = read_manifest(location)
     _check_identity(location, manifest, identity)
     generations = [read_listing(location, generation.listing) for generation in manifest.generations]
@@ -193,7 +203,10 @@ def _resumed(
         _check_is_alone(location, mark, "--append and --replace-changed would change the run of a job that runs now")
         check_gone(location, change.gone, _units_of(manifest, generations), _finished(list_names(location)))
         replaced = [file.url for file in change.changed if file.error is None]
-        manifest = _add_generation(location, manifest, new, unit_bytes, replaced=replaced, snapshot=snapshot)
+        name = next_name(manifest)
+        manifest = _with_generation(location, manifest, new, unit_bytes, replaced=replaced, snapshot=snapshot)
+        commit_new_json(location, name, manifest.to_json())
+        commit_json(location, MANIFEST, manifest.to_json())
         generations.append(new)
     units, finished = _units_of(manifest, generations), _finished(list_names(location))
     check_gone(location, change.gone, units, finished)
@@ -210,13 +223,14 @@ def without_errors(run: Run, mark: str) -> Run:
         OutputError: Another job writes to the folder now, or files of the run are part of a table.
     """
     names = sorted(run.finished)
-    bad = {name for name, counts in zip(names, read_counts(run.location, names), strict=True) if counts.rows_in_error}
+    footers = _read_footers(run.location, names)
+    bad = {name for name, (counts, _) in zip(names, footers, strict=True) if counts.rows_in_error}
     if not bad:
         return run
     _check_is_alone(run.location, mark, "--retry-errors would replace files of a job that runs now")
     check_not_in_table(run.location)
     remove(run.location, SUMMARY)  # from now on it does not fit the files
-    return replace(run, finished=run.finished - bad)
+    return replace(run, finished=run.finished - bad, retry=1 + max(retry for _, retry in footers))
 
 
 def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
@@ -225,11 +239,17 @@ def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
     Raises:
         JobError: A file is damaged, or was not written by a scoring job.
     """
+    return [counts for counts, _ in _read_footers(location, names)]
+
+
+def _read_footers(location: str, names: Sequence[str]) -> list[tuple[Counts, int]]:
+    """Return for each file its counts, and which `--retry-errors` wrote it. Errors are those of `read_counts`."""
     filesystem, folder = filesystem_of(location)
 
-    def read(name: str) -> Counts:
+    def read(name: str) -> tuple[Counts, int]:
         try:
-            return Counts.from_json(json.loads(read_metadata(filesystem, f"{folder}/{name}")[COUNTS_METADATA]))
+            metadata = read_metadata(filesystem, f"{folder}/{name}")
+            return Counts.from_json(json.loads(metadata[COUNTS_METADATA])), int(metadata.get(RETRY_METADATA, 0))
         except (pa.ArrowInvalid, KeyError, ValueError) as error:
             raise JobError(
                 f"{name} in {shown(location)} is damaged ({first_line(error)}); remove it, and start the job again to "
@@ -256,11 +276,21 @@ def read_scored_metadata(filesystem: AbstractFileSystem, path: str) -> dict[byte
     return metadata
 
 
-def commit_unit(location: str, name: str, table: pa.Table, counts: Counts, *, replaces: bool = False) -> Counts:
+def commit_unit(
+    location: str, name: str, table: pa.Table, counts: Counts, *, replaces: bool = False, retry: int = 0
+) -> Counts:
     """Write a unit's scored file atomically, with its counts in the footer.
 
-    A file of the same run that is there already stays, unless `replaces` is true: two processes may score a unit, and
-    a table may have the file. A file of another run is replaced.
+    A file of the same run that is there already stays, because two processes may score a unit, and a table may have
+    the file. A file of another run is replaced.
+
+    Args:
+        location: The output folder.
+        name: Name of the file.
+        table: Its rows.
+        counts: Their counts.
+        replaces: A file of the same run is replaced too.
+        retry: Above 0: the same, but only a file with a lower number.
 
     Returns:
         The counts of the file that is there now.
@@ -269,8 +299,13 @@ def commit_unit(location: str, name: str, table: pa.Table, counts: Counts, *, re
         JobError: Another job has replaced the run.
     """
     metadata = {**(table.schema.metadata or {}), COUNTS_METADATA: json.dumps(counts.to_json())}
+    if retry:
+        existing = _metadata_of_part(location, name)
+        if int(existing.get(RETRY_METADATA, 0)) >= retry:  # by a worker that was thought dead, or of a later start
+            return Counts.from_json(json.loads(existing[COUNTS_METADATA]))
+        metadata[RETRY_METADATA] = str(retry)
     table = table.replace_schema_metadata(metadata)
-    if not replaces:
+    if not replaces and not retry:
         with suppress(FileExistsError):
             commit_table(location, name, table, is_new=True)
             return counts
@@ -370,14 +405,14 @@ def _check_is_alone(location: str, mark: str, problem: str) -> None:
         )
 
 
-def _remove_listings(location: str, manifest: Manifest, names: Mapping[str, int]) -> None:
-    """Remove the lists of input files of an earlier run."""
+def _remove_earlier(location: str, manifest: Manifest, names: Mapping[str, int]) -> None:
+    """Remove the lists of input files of an earlier run, and what it has added to its manifest."""
     for name in names:
-        if name.startswith("_inputs-") and name != manifest.generations[0].listing:
+        if name.startswith(("_inputs-", "_manifest-")) and name != manifest.generations[0].listing:
             remove(location, name)
 
 
-def _add_generation(
+def _with_generation(
     location: str,
     manifest: Manifest,
     files: Sequence[InputFile],
@@ -385,21 +420,17 @@ def _add_generation(
     *,
     replaced: Sequence[str] = (),
     snapshot: str | None = None,
-    commit: Callable[[str, str, dict[str, Any]], None] = commit_json,
 ) -> Manifest:
-    """Write the list of new input files, then a manifest that contains their generation."""
+    """Write the list of new input files, and return a manifest that contains their generation."""
     table = listing_of(files)
-    name = f"_inputs-{len(manifest.generations):04d}-{manifest.run[:8]}.parquet"
+    found = fingerprint_of(table)
+    name = f"_inputs-{len(manifest.generations):04d}-{manifest.run[:8]}-{found[:8]}.parquet"
     size = unit_bytes or usual_unit_bytes(files)
     units = split_into_units(files, unit_bytes=size, limit=manifest.limit, first_number=manifest.num_units)
-    generation = Generation(
-        name, fingerprint_of(table), len(files), units.num_rows, size, len(units), tuple(replaced), snapshot
-    )
+    generation = Generation(name, found, len(files), units.num_rows, size, len(units), tuple(replaced), snapshot)
     remove(location, SUMMARY)
     commit_table(location, name, table)
-    manifest = replace(manifest, generations=(*manifest.generations, generation))
-    commit(location, MANIFEST, manifest.to_json())
-    return manifest
+    return replace(manifest, generations=(*manifest.generations, generation))
 
 
 def _units_of(manifest: Manifest, generations: Sequence[Sequence[InputFile]]) -> list[WorkUnits]:

@@ -244,3 +244,61 @@ def test_a_job_whose_run_is_extended_while_it_works(run, spam_folder, emails, mo
     with pytest.raises(JobError, match=r"another job has added files to the run .* start this job again"):
         score_module.run_job(score_module.check_job(job), extended)
     assert start().rows_out == 6
+
+
+def test_a_job_that_was_frozen_does_not_undo_what_another_one_added(run, spam_folder, emails, monkeypatch):
+    """It has read the manifest, sleeps (a laptop, a virtual machine), and writes when the other one has finished."""
+    source, out, start = run
+    for number, name in enumerate("ab"):
+        write(emails, source, f"{name}.parquet", 10 * number, 3)
+    start()
+    write(emails, source, "c.parquet", 20, 3)
+    job = score_job(spam_folder, source, out, unit_bytes=20_000, append=True)
+    commit, others = run_folder.commit_new_json, []
+
+    def late(location, name, content):
+        monkeypatch.setattr(run_folder, "commit_new_json", commit)
+        write(emails, source, "d.parquet", 30, 2)
+        others.append(start())
+        commit(location, name, content)
+
+    monkeypatch.setattr(run_folder, "commit_new_json", late)
+    monkeypatch.setattr(run_folder, "others_of", lambda *_: [])
+    summary = score(job)
+    assert others[0].rows_out == summary.rows_out == 11
+    assert {name[0]: len(rows) for name, rows in rows_of(out).items()} == {"a": 3, "b": 3, "c": 3, "d": 2}
+
+
+def test_an_older_copy_of_the_manifest_loses_nothing(run, emails):
+    source, out, start = run
+    write(emails, source, "a.parquet", 0, 3)
+    start()
+    first = (out / "_manifest.json").read_bytes()
+    for number, name in enumerate("bc"):
+        write(emails, source, f"{name}.parquet", 10 + 10 * number, 3)
+        start()
+    assert len(list(out.glob("_manifest-*"))) == 2
+    for _ in range(2):
+        (out / "_manifest.json").write_bytes(first)
+        assert start().rows_out == 9
+    write(emails, source, "d.parquet", 40, 3)
+    assert start().rows_out == 12
+
+
+def test_late_workers_of_a_retry_change_nothing(run, emails):
+    """A worker that was thought dead, of this or of an earlier `--retry-errors`, finds that its unit is done."""
+    source, out, start = run
+    write(emails, source, "a.parquet", 0, 3)
+    start()
+    (part,) = out.glob("part-*")
+    table = pq.read_table(part)
+    (counts,) = run_folder.read_counts(str(out), [part.name])
+
+    def writer_of_the_file(name, retry):
+        marked = table.replace_schema_metadata({**table.schema.metadata, b"by": name})
+        run_folder.commit_unit(str(out), part.name, marked, counts, retry=retry)
+        return pq.read_schema(part).metadata[b"by"]
+
+    assert writer_of_the_file(b"second", 2) == b"second"
+    assert writer_of_the_file(b"late", 2) == writer_of_the_file(b"later", 1) == b"second"
+    assert writer_of_the_file(b"third", 3) == b"third"
