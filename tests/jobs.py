@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -80,11 +81,18 @@ def clean_environment():
 
 
 def start_command(*arguments, **options):
-    """Start a `pipelines` command in a new process, without the tests' Ray."""
+    """Start a `pipelines` command in a new process, without the tests' Ray, and without signals that tests ignore."""
     command = [sys.executable, "-m", "pipelines", *map(str, arguments)]
-    return subprocess.Popen(
-        command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:  # as under nohup
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(
+            command, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        )
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def free_port():
