@@ -22,6 +22,8 @@ from pipelines.training_settings import TrainSettings
 
 PACKAGES = {"mlflow": "mlflow", "wandb": "wandb"}
 """The package of each tracker, which is also the name of the extra."""
+SILENCE = {"mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true"}, "wandb": {"WANDB_ERROR_REPORTING": "false"}}
+"""Variables, unless they are set, with which a package does not report its use or its errors to its makers."""
 PROJECT = "ray-text-classification"
 LONGEST_VALUE = 500
 """Characters of a setting that are sent. MLflow refuses longer ones."""
@@ -123,6 +125,8 @@ def _started(settings: TrainSettings, output: str, values: Mapping[str, Any]) ->
 
 
 def _package(tracker: str) -> Any:
+    for name, value in SILENCE[tracker].items():
+        os.environ.setdefault(name, value)
     try:
         return importlib.import_module(PACKAGES[tracker])
     except ImportError as error:

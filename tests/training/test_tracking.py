@@ -1,6 +1,9 @@
 """Training is tracked by real MLflow and real Weights & Biases, with local stores."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -89,6 +92,22 @@ def test_wandb_offline(training_data, tmp_path, monkeypatch):
     assert (folder / "files" / "report.html").exists()
     assert wandb.run is None
     wandb.teardown()
+
+
+def test_trackers_report_nothing_to_their_makers():
+    """Asked in a new process, because both packages read these variables when they are imported, and spare CI."""
+    program = (
+        "from pipelines.training import tracking\n"
+        "tracking._package('mlflow'), tracking._package('wandb')\n"
+        "from mlflow.telemetry.utils import is_telemetry_disabled\n"
+        "import wandb.env\n"
+        "print(is_telemetry_disabled(), wandb.env.error_reporting_enabled())"
+    )
+    hidden = ("CI", "PYTEST_", "GITHUB_", "MLFLOW_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=100)
+    assert run.stdout.splitlines()[-1] == "True False", run.stderr
 
 
 def test_failing_tracker_costs_no_run(training_data, tmp_path, store, monkeypatch, log_lines):
