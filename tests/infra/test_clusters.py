@@ -70,6 +70,7 @@ def test_aws_scaling_and_spot_priority():
     assert types["gpu-spot"]["priority"] > types["gpu"]["priority"]
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_gpu_node_scales_up_and_down(tmp_path, emails, capsys):
