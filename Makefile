@@ -6,7 +6,7 @@ TOOLS := $(VENV)-tools
 PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo check test test-ray test-core test-slow simulate soak docs requirements audit sbom clean
+.PHONY: help demo check test test-ray test-core test-slow test-slow-ray test-slow-core simulate soak docs requirements audit sbom clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,7 +31,13 @@ test-core:
 	$(PYTEST) -m "not ray and not slow"
 
 test-slow: $(VENV)/.installed ## the rest: random kills, clusters that lose nodes, image install, guides (at most 25 minutes)
-	$(PYTEST) -m slow
+	$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-slow-ray test-slow-core
+
+test-slow-ray: # in two halves, as above
+	$(PYTEST) -m "ray and slow"
+
+test-slow-core:
+	$(PYTEST) -m "not ray and slow"
 
 docs: $(VENV)/.installed ## build the documentation as a site, in build/site (links and warnings are errors)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
