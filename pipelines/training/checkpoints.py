@@ -1,7 +1,8 @@
 """Checkpoints of a training run, on any filesystem: written in the background, and complete or absent.
 
 A checkpoint is a folder such as `checkpoints/step-000000120` in the run's output. Its state file is written last, and a
-folder without it is ignored. `_run.json` in the output contains the data and settings with which the run was started.
+folder without it is ignored. `_run.json` in the output contains the data and settings with which the run was started,
+and the id of its last start: a process of an earlier start, that was frozen and counted as dead, writes nothing more.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ FOLDER = "checkpoints"
 TRACKING_FILE = "_tracking.json"
 """File in the output folder of a run that is not finished: the id of its run at a tracker."""
 CHECKSUMS_FILE = "checksums.json"
+START = "start"
+"""Key in `_run.json`. The value is the id of the last start."""
 STATE_FILE = "training_state.json"
 """File with the state of the run. It is written last in a checkpoint."""
 logger = logging.getLogger(__name__)
@@ -48,9 +51,9 @@ logger = logging.getLogger(__name__)
 class Checkpoints:
     """Writes the checkpoints of one run, one at a time, while training continues. Only rank 0 uses it."""
 
-    def __init__(self, output: str, *, keep: int) -> None:
-        """Keep the newest `keep` checkpoints under output, a path or URL."""
-        self._output, self._keep = output, keep
+    def __init__(self, output: str, *, keep: int, start: str = "") -> None:
+        """Keep the newest `keep` checkpoints under output, a path or URL, while its run is of this start."""
+        self._output, self._keep, self._start = output, keep, start
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._last: Future[None] | None = None
 
@@ -80,6 +83,7 @@ class Checkpoints:
             folder = Path(scratch)
             write(folder)
             write_checksums(folder)
+            check_start(self._output, self._start)
             publish(folder, posixpath.join(self._output, FOLDER, f"step-{step:09d}"), last=STATE_FILE)
         for old in steps_of(self._output)[: -self._keep]:
             remove_folder(posixpath.join(self._output, FOLDER, f"step-{old:09d}"))
@@ -211,8 +215,13 @@ def remove_training(output: str) -> None:
     filesystem.invalidate_cache()
 
 
-def open_training(output: str, identity: Mapping[str, Any]) -> bool:
+def open_training(output: str, identity: Mapping[str, Any], *, start: str = "") -> bool:
     """Begin a run in an empty folder, or resume the unfinished run in it. Return whether a run is resumed.
+
+    Args:
+        output: The folder, a path or URL.
+        identity: What must be unchanged for a run to be resumed.
+        start: Id of this start. Other starts of the run write nothing more.
 
     Raises:
         OutputError: The folder contains anything else, or a run with another identity. The message names the
@@ -229,6 +238,7 @@ def open_training(output: str, identity: Mapping[str, Any]) -> bool:
                 f"--output {shown(output)} contains an unfinished run whose {'; '.join(differences)}; "
                 "use those settings to resume it, or give a new folder"
             )
+        _write_run(output, identity, start)
         return True
     if has_model and has_run:  # the run was killed after its model was finished
         with suppress(OSError):  # the folder is refused below in any case
@@ -236,8 +246,26 @@ def open_training(output: str, identity: Mapping[str, Any]) -> bool:
     if has_model or not is_empty(output, besides=MARK):
         remedy = ", or add --overwrite to replace the model" if has_model else ""
         raise OutputError(f"--output {shown(output)} is not empty; give a new folder{remedy}")
+    _write_run(output, identity, start)
+    return False
+
+
+def _write_run(output: str, identity: Mapping[str, Any], start: str) -> None:
     try:
-        commit_json(output, RUN_FILE, dict(identity))
+        commit_json(output, RUN_FILE, {**identity, START: start})
     except OSError as error:
         raise OutputError(f"--output {shown(output)} cannot be written: {error}") from error
-    return False
+
+
+def is_of_start(output: str, start: str) -> bool:
+    """Return whether the unfinished run in a folder was last started under this id. Always, if the id is empty."""
+    return not start or (exists(output, RUN_FILE) and read_json(output, RUN_FILE).get(START) == start)
+
+
+def check_start(output: str, start: str) -> None:
+    """Raise JobError if another training has taken over the run in a folder, has finished it, or has replaced it."""
+    if not is_of_start(output, start):
+        raise JobError(
+            f"another training has taken over {shown(output)} while this one did not run for some time; this one ends, "
+            f"and changes nothing there"
+        )

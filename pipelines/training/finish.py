@@ -27,7 +27,7 @@ from pipelines.settings import (
     DecisionSettings,
 )
 from pipelines.storage.locations import shown
-from pipelines.training.checkpoints import publish, remove_all
+from pipelines.training.checkpoints import check_start, publish, remove_all
 from pipelines.training.corpus import Corpus
 from pipelines.training.order import TrainingWindows
 from pipelines.training.ranks import rank, world_size
@@ -122,6 +122,7 @@ def write_folder(
             training=_training_of(spec, corpora[0]),
         )
     )
+    check_start(spec.output, spec.start)
     publish(folder, spec.output, last=PIPELINE_FILE)
     remove_all(spec.output)
 

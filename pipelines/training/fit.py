@@ -86,7 +86,7 @@ def fit(
         data = training_windows(scorer, train, spec.train)
         loss = resolve_loss(spec.train, spec.decision, train.all_targets)
         evaluate_valid = None if valid is None else partial(measure, scorer, valid, loss, spec.compute)
-        checkpoints = Checkpoints(spec.output, keep=spec.train.keep_checkpoints)
+        checkpoints = Checkpoints(spec.output, keep=spec.train.keep_checkpoints, start=spec.start)
         hooks = Hooks(
             evaluate=evaluate_valid,
             on_checkpoint=lambda loop: _save_checkpoint(loop, scorer.model, checkpoints, spec.train),

@@ -36,7 +36,13 @@ from pipelines.storage.marks import HEARTBEAT_SECONDS, heartbeat
 from pipelines.storage.shards import InputFile, fingerprint, split_into_units, usual_unit_bytes
 from pipelines.text.stage import TokenizeStage
 from pipelines.text.windows import leads_with_space
-from pipelines.training.checkpoints import open_training, remove_folder, remove_training, steps_of
+from pipelines.training.checkpoints import (
+    is_of_start,
+    open_training,
+    remove_folder,
+    remove_training,
+    steps_of,
+)
 from pipelines.training.fit import fit, prepare_folder
 from pipelines.training.loop import HARMLESS
 from pipelines.training.losses import resolve_loss
@@ -210,6 +216,7 @@ def opened_run(job: TrainJob) -> Iterator[CheckedTrainJob]:
             )
         if job.paths.overwrite:
             remove_training(job.paths.output)
+        checked = replace(checked, spec=replace(checked.spec, start=mark.name))
         with _begun(job, checked):
             yield checked
 
@@ -234,7 +241,8 @@ def _real(location: str) -> str:
 @contextmanager
 def _begun(job: TrainJob, checked: CheckedTrainJob) -> Iterator[None]:
     """Begin or resume the run. If a new run fails before a checkpoint, remove the folder."""
-    is_new = not open_training(job.paths.output, _identity(checked))
+    start = checked.spec.start
+    is_new = not open_training(job.paths.output, _identity(checked), start=start)
     labels = ", ".join(checked.spec.decision.labels) or "regression"
     num_valid = 0 if checked.valid is None else len(checked.valid.targets)
     logger.info("%s training rows, %s valid; %s", f"{len(checked.train.targets):,}", f"{num_valid:,}", labels)
@@ -245,17 +253,22 @@ def _begun(job: TrainJob, checked: CheckedTrainJob) -> Iterator[None]:
     try:
         yield
     except PipelinesError:
-        if is_new and not steps_of(job.paths.output):  # no checkpoint to resume from
+        if is_new and _leaves_nothing(job.paths.output, start):
             remove_folder(job.paths.output)
         raise
     except KeyboardInterrupt:
-        _say_what_is_kept(job, is_new=is_new)
+        _say_what_is_kept(job, start, is_new=is_new)
         raise
     except OSError as error:  # from a disk or an object store, after the retries of `retried`
         raise JobError(f"training stopped: {error}; after the repair, the same command resumes the run") from error
 
 
-def _say_what_is_kept(job: TrainJob, *, is_new: bool) -> None:
+def _leaves_nothing(output: str, start: str) -> bool:
+    """Return whether the run has no checkpoint. False if another training has taken over the folder."""
+    return is_of_start(output, start) and not steps_of(output)
+
+
+def _say_what_is_kept(job: TrainJob, start: str, *, is_new: bool) -> None:
     """After an interruption, log what is kept. A new run without a checkpoint leaves nothing."""
     steps = steps_of(job.paths.output)
     if steps:
@@ -265,7 +278,7 @@ def _say_what_is_kept(job: TrainJob, *, is_new: bool) -> None:
             shown(job.paths.output),
             " without --overwrite" if job.paths.overwrite else "",
         )
-    elif is_new:
+    elif is_new and _leaves_nothing(job.paths.output, start):
         remove_folder(job.paths.output)
         logger.info("nothing is kept, because no checkpoint was written yet")
 

@@ -23,6 +23,8 @@ class RunSpec:
     compute: ComputeSettings
     data: DataSettings = field(default_factory=DataSettings)
     """The columns of the data, which the model folder remembers."""
+    start: str = ""
+    """Id of this start of the run, if other trainings may use the output folder."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,21 @@
-"""Histories of training: checkpoints, deaths, resumes, the finished folder."""
+"""Histories of training: checkpoints, deaths, resumes, two starts at once, the finished folder."""
 
 import json
 import tempfile
 from pathlib import Path
 
-from pipelines.errors import PipelinesError
+from pipelines.errors import OutputError, PipelinesError
 from pipelines.model_files import PIPELINE_FILE
 from pipelines.storage.locations import make_folder
 from pipelines.storage.marks import heartbeat
-from pipelines.training.checkpoints import Checkpoints, fetch_newest, open_training, publish, remove_all
+from pipelines.training.checkpoints import (
+    Checkpoints,
+    check_start,
+    fetch_newest,
+    open_training,
+    publish,
+    remove_all,
+)
 
 STEPS = 4
 
@@ -26,17 +33,21 @@ class TrainHistory:
         """Draw a history and check it."""
         with self.room.entered(None):
             for _ in range(self.dice.randint(1, 4)):
-                self._launch(self.dice.choice([None, self.dice.randint(1, 20), self.dice.randint(1, 120)]))
+                for number in range(self.dice.choice([1, 1, 2])):
+                    lives = self.dice.choice([None, self.dice.randint(1, 20), self.dice.randint(1, 120)])
+                    self._launch(f"train{number}", lives)
+                self.room.world.run()
             self.room.calm()
             for _ in range(3):
                 if self.is_finished:
                     break
                 self.room.world.now += 300
-                self._launch(None)
+                self._launch("last", None)
+                self.room.world.run()
             assert self.is_finished, f"no end without faults: {self.reason}"
 
-    def _launch(self, lives):
-        process = self.room.process("train", lives)
+    def _launch(self, name, lives):
+        process = self.room.process(name, lives)
         self.reason = "it died"
 
         def work():
@@ -44,20 +55,21 @@ class TrainHistory:
                 self._train()
             except (PipelinesError, OSError) as error:
                 self.reason = str(error)
-                self.room.world.log(f"train ends with: {error}")
+                self.room.world.log(f"{name} ends with: {error}")
                 if PIPELINE_FILE in self.room.names() and "is not empty" in str(error):
                     self._check_finished()  # an earlier start has finished it
 
         self.room.world.start(process, work)
-        self.room.world.run()
 
     def _train(self):
         output = self.room.output
         make_folder(output)
-        with heartbeat(output), tempfile.TemporaryDirectory() as scratch:
-            open_training(output, {"seed": 1})
+        with heartbeat(output) as mark, tempfile.TemporaryDirectory() as scratch:
+            if mark.others:
+                raise OutputError(f"another training writes to it now ({mark.others[0]})")
+            open_training(output, {"seed": 1}, start=mark.name)
             step = self._resume(Path(scratch))
-            checkpoints = Checkpoints(output, keep=2)
+            checkpoints = Checkpoints(output, keep=2, start=mark.name)
             while step < STEPS:
                 step += 1
                 self.room.world.call("train", lambda: None)
@@ -68,6 +80,7 @@ class TrainHistory:
             folder.mkdir()
             _write(folder, STEPS)
             (folder / PIPELINE_FILE).write_text("{}")
+            check_start(output, mark.name)
             publish(folder, output, last=PIPELINE_FILE)
             remove_all(output)
         self._check_finished()

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from pipelines.errors import JobError, OutputError
 from pipelines.model_files import local_folder
 from pipelines.model_folder import read_model_folder
+from pipelines.storage import marks
 from pipelines.training import checkpoints
 from pipelines.training import job as job_module
 from pipelines.training.checkpoints import STATE_FILE, fetch_newest, open_training, publish, remove_all
@@ -250,6 +251,33 @@ def test_two_trainings_into_one_folder(training_data, tmp_path, monkeypatch):
     (killed / "_running-x.json").write_text(json.dumps(mark))
     train_here(train_job(training_data, killed, limit=10))
     assert read_model_folder(killed).decision.kind == "binary"
+
+
+@pytest.mark.parametrize("second", [{}, {"overwrite": True, "seed": 3}, None])
+def test_a_training_that_was_frozen_changes_nothing(training_data, tmp_path, monkeypatch, second):
+    """Its mark is old when it goes on (a laptop that slept, a virtual machine that moved)."""
+    output, original = tmp_path / "out", job_module.fit
+    settings = {"limit": 20, "save_each_epoch": False, "valid": None}
+    found = {}
+
+    def fit_later(*args, **more):
+        monkeypatch.setattr(job_module, "fit", original)
+        if second is None:  # it is resumed, interrupted, and resumed once more
+            (output / "_run.json").write_text(
+                json.dumps(json.loads((output / "_run.json").read_text()) | {"start": "x"})
+            )
+        else:
+            train_here(train_job(training_data, output, **settings, **second))
+        found.update({path: path.read_bytes() for path in output.rglob("*") if path.is_file()})
+        return original(*args, **more)
+
+    monkeypatch.setattr(job_module, "fit", fit_later)
+    monkeypatch.setattr(marks, "others_of", lambda *_: [])
+    with pytest.raises(JobError, match=r"another training has taken over .* this one ends, and changes nothing there"):
+        train_here(train_job(training_data, output, **settings, save_steps=1))
+    left = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    running = {path for path in found if path.name.startswith("_running-")}
+    assert left == {path: content for path, content in found.items() if path not in running}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
