@@ -153,6 +153,12 @@ def pinned_snapshot(location: str) -> str | None:
     return None if manifest is None else manifest.generations[-1].snapshot
 
 
+def run_of(location: str) -> str:
+    """Return the id of the run in a folder. Empty if there is none that can be read."""
+    manifest = _manifest_of(location)
+    return "" if manifest is None else manifest.run
+
+
 def _manifest_of(location: str) -> Manifest | None:
     """Return the manifest of a run, or None if there is none that can be read: this is reported when it is resumed."""
     with store_errors(OutputError, f"--output {shown(location)} cannot be read"):

@@ -37,6 +37,7 @@ from pipelines.bulk.manifest import (
     next_name,
     read_listing,
     read_manifest,
+    run_of,
 )
 from pipelines.bulk.summary import Counts, ScoreSummary
 from pipelines.decisions.columns import DECISION_METADATA
@@ -141,8 +142,11 @@ def open_run(
     """
     make_folder(location)
     names = list_names(location)
+    earlier = list(names)
     if overwrite:
         _clear(location, names, mark)
+        before = run_of(location)
+        earlier = [name for name in names if before and f"-{before[:8]}" in name]  # not those of a later run
     if overwrite or MANIFEST not in names:
         if not overwrite:
             _check_is_empty(location, names)
@@ -151,7 +155,7 @@ def open_run(
         with suppress(FileExistsError):  # another process has begun the run, or this one did, and the answer was lost
             manifest = _with_generation(location, manifest, files, unit_bytes, snapshot=snapshot)
             commit(location, MANIFEST, manifest.to_json())
-            _remove_earlier(location, manifest, names)
+            _remove_earlier(location, manifest, earlier)
             return Run(location, manifest, _units_of(manifest, [list(files)]), frozenset())
     while True:
         with suppress(FileExistsError):  # another process has added files, or this one did, and the answer was lost
@@ -329,13 +333,30 @@ def _metadata_of_part(location: str, name: str) -> dict[bytes, bytes]:
 
 
 def remove_strays(run: Run, names: Collection[str]) -> None:
-    """Remove the files of units that are not in the run: a job that was thought dead wrote them after --overwrite."""
-    own = {unit.output_name for units in run.generations for unit in units}
-    strays = sorted(name for name in names if OUTPUT_NAME.fullmatch(name) and name not in own)
+    """Remove the files of units that are not in the run: a job that was thought dead wrote them.
+
+    Args:
+        run: The run.
+        names: Names of files. They were listed before it was found out that the run is still the same.
+    """
+    strays = strays_of(run, names)
     if strays:
         logger.warning("%d files of an earlier run in %s are removed", len(strays), shown(run.location))
     for name in strays:
         remove(run.location, name)
+
+
+def strays_of(run: Run, names: Collection[str]) -> list[str]:
+    """Return the names of files of units that are not in the run."""
+    own = {unit.output_name for units in run.generations for unit in units}
+    return sorted(name for name in names if OUTPUT_NAME.fullmatch(name) and name not in own)
+
+
+def leave(run: Run, names: Collection[str]) -> None:
+    """After another job has replaced or extended the run: remove those of the listed files that do not belong to it."""
+    manifest = read_manifest(run.location)
+    generations = [read_listing(run.location, generation.listing) for generation in manifest.generations]
+    remove_strays(replace(run, manifest=manifest, generations=_units_of(manifest, generations)), names)
 
 
 def finished_summary(run: Run) -> ScoreSummary | None:
@@ -405,7 +426,7 @@ def _check_is_alone(location: str, mark: str, problem: str) -> None:
         )
 
 
-def _remove_earlier(location: str, manifest: Manifest, names: Mapping[str, int]) -> None:
+def _remove_earlier(location: str, manifest: Manifest, names: Collection[str]) -> None:
     """Remove the lists of input files of an earlier run, and what it has added to its manifest."""
     for name in names:
         if name.startswith(("_inputs-", "_manifest-")) and name != manifest.generations[0].listing:
@@ -424,7 +445,8 @@ def _with_generation(
     """Write the list of new input files, and return a manifest that contains their generation."""
     table = listing_of(files)
     found = fingerprint_of(table)
-    name = f"_inputs-{len(manifest.generations):04d}-{manifest.run[:8]}-{found[:8]}.parquet"
+    digest = found.removeprefix("sha256:")
+    name = f"_inputs-{len(manifest.generations):04d}-{manifest.run[:8]}-{digest[:8]}.parquet"
     size = unit_bytes or usual_unit_bytes(files)
     units = split_into_units(files, unit_bytes=size, limit=manifest.limit, first_number=manifest.num_units)
     generation = Generation(name, found, len(files), units.num_rows, size, len(units), tuple(replaced), snapshot)

@@ -23,9 +23,11 @@ from pipelines.bulk.run_folder import (
     Run,
     check_same_run,
     finished_summary,
+    leave,
     open_run,
     read_counts,
     remove_strays,
+    strays_of,
     sweep,
     without_errors,
 )
@@ -91,6 +93,10 @@ def run_job(
             run = without_errors(run, mark.name)
         summary = finished_summary(run)
         if summary is not None:
+            names = list_names(run.location)
+            if strays_of(run, names):
+                check_same_run(run)
+                remove_strays(run, names)
             logger.info("nothing to do: all %s units of %s are done", f"{run.num_units:,}", shown(job.output))
             if job.score.table is not None:
                 summary = replace(summary, table=publish(run, job.score.table))
@@ -106,9 +112,14 @@ def run_job(
             say_sizes(checked)
         totals = _score_rest(checked, run, score_units, on_numbers)
         names = list_names(run.location)
-        check_same_run(run)
+        try:
+            check_same_run(run)
+        except JobError:
+            leave(run, names)
+            raise
         remove_strays(run, names)
         summary = _finish(checked, run, totals, names)
+        check_same_run(run)
         sweep(run.location, mark.name)
         return summary
 

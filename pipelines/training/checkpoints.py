@@ -25,12 +25,14 @@ from pipelines.errors import JobError, OutputError, first_line
 from pipelines.model_files import PIPELINE_FILE, RUN_FILE, file_sha256
 from pipelines.storage.locations import (
     commit_json,
+    commit_new_json,
     exists,
     filesystem_of,
     is_empty,
     list_names,
     make_folder,
     read_json,
+    remove,
     retried,
     shown,
     sync_folder,
@@ -96,13 +98,16 @@ def publish(folder: Path, location: str, *, last: str) -> None:
     if isinstance(filesystem, LocalFileSystem):
         sync_folder(folder)
     filesystem.makedirs(target, exist_ok=True)
+    folders = {target}
     for file in files:
-        if file.name == last and isinstance(filesystem, LocalFileSystem):
-            sync_folder(target)  # the other files must be on the disk before it
         there = posixpath.join(target, file.relative_to(folder).as_posix())
+        folders.add(posixpath.dirname(there))
         filesystem.makedirs(posixpath.dirname(there), exist_ok=True)
         partial = f"{there}.partial" if isinstance(filesystem, LocalFileSystem) else there
         retried(lambda file=file, partial=partial: filesystem.put_file(str(file), partial))  # type: ignore[misc]
+        if file.name == last and isinstance(filesystem, LocalFileSystem):
+            for written in folders:  # its content and all other files must be on the disk before its name
+                sync_folder(written)
         if partial != there:
             filesystem.mv(partial, there)
     if isinstance(filesystem, LocalFileSystem):
@@ -244,15 +249,28 @@ def open_training(output: str, identity: Mapping[str, Any], *, start: str = "") 
         with suppress(OSError):  # the folder is refused below in any case
             remove_all(output)
     if has_model or not is_empty(output, besides=MARK):
-        remedy = ", or add --overwrite to replace the model" if has_model else ""
-        raise OutputError(f"--output {shown(output)} is not empty; give a new folder{remedy}")
-    _write_run(output, identity, start)
+        raise _not_empty(output, has_model=has_model)
+    try:
+        _write_run(output, identity, start, is_new=True)
+    except FileExistsError:  # another training has begun it, or this one did, and the answer was lost
+        return open_training(output, identity, start=start)
+    if exists(output, PIPELINE_FILE):  # another training has finished since this one looked
+        remove(output, RUN_FILE)
+        raise _not_empty(output, has_model=True)
     return False
 
 
-def _write_run(output: str, identity: Mapping[str, Any], start: str) -> None:
+def _not_empty(output: str, *, has_model: bool) -> OutputError:
+    remedy = ", or add --overwrite to replace the model" if has_model else ""
+    return OutputError(f"--output {shown(output)} is not empty; give a new folder{remedy}")
+
+
+def _write_run(output: str, identity: Mapping[str, Any], start: str, *, is_new: bool = False) -> None:
+    commit = commit_new_json if is_new else commit_json
     try:
-        commit_json(output, RUN_FILE, {**identity, START: start})
+        commit(output, RUN_FILE, {**identity, START: start})
+    except FileExistsError:
+        raise
     except OSError as error:
         raise OutputError(f"--output {shown(output)} cannot be written: {error}") from error
 

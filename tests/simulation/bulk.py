@@ -24,6 +24,8 @@ DECISION = DecisionSettings(kind="binary", labels=("ham", "spam"))
 CARRIED = pa.schema([pa.field("version", pa.int64()), pa.field("model", pa.string())])
 ATTEMPTS = 8
 """Starts without faults after which a run must have ended."""
+WAKE_CALLS = 12
+"""Calls after its last look at the run, at most, with which a job ends."""
 FOREIGN = ("notes.txt", "data.parquet", "part-mine.csv")
 
 
@@ -94,10 +96,14 @@ class BulkHistory:
     def _act(self):
         """Start a job that may die, or two at once: the same one twice, or another one beside it."""
         flags = self._wish()
-        for number in range(self.dice.choice([1, 1, 2])):
+        sleeper = self.dice.randint(1, 60) if self.dice.random() < 0.3 else None  # beside it, another one works
+        for number in range(2 if sleeper else self.dice.choice([1, 1, 2])):
             lives = self.dice.choice([None, self.dice.randint(1, 15), self.dice.randint(1, 80)])
             flags = self._wish() if number and self.dice.random() < 0.4 else flags
-            self._launch(f"job{number}", dict(flags), lives)
+            if sleeper:
+                self._launch(f"job{number}", dict(flags), None, sleeps=None if number else sleeper, delay=100 * number)
+            else:
+                self._launch(f"job{number}", dict(flags), lives)
         self.room.world.run()
         if self.last_good is not None and self.dice.random() < 0.3:
             name = self.dice.choice(FOREIGN)
@@ -141,23 +147,27 @@ class BulkHistory:
             flags = {"overwrite": True} if is_refused else {}
         raise AssertionError(f"no end without faults: {self.reason}")
 
-    def _launch(self, name, flags, lives):
+    def _launch(self, name, flags, lives, *, sleeps=None, delay=0):
         process = self.room.process(name, lives)
+        process.calls_to_sleep = sleeps
         checked = self._checked(flags)
 
         def work():
+            before = self.last_good
             try:
                 summary = run_job(checked, self._score)
             except (UsageError, JobError, OSError) as error:  # any other error is a finding
                 self.reason = str(error)
                 self.room.world.log(f"{name} ends with: {error}")
                 return
-            self.last_good = (checked, summary)
             self.room.world.log(f"{name} has finished")
+            if sleeps and (self.last_good is not before or process.calls_to_sleep > -WAKE_CALLS):
+                return  # it had finished, and slept while another job changed what it had done
+            self.last_good = (checked, summary)
             self._check_state(self.last_good)
 
         self.reason = "it died"
-        self.room.world.start(process, work)
+        self.room.world.start(process, work, delay=delay)
 
     def _checked(self, flags):
         settings = ScoreSettings(unit_bytes=300, table="delta:/t" if self.uses_table else None, **flags)

@@ -33,9 +33,10 @@ class TrainHistory:
         """Draw a history and check it."""
         with self.room.entered(None):
             for _ in range(self.dice.randint(1, 4)):
-                for number in range(self.dice.choice([1, 1, 2])):
+                sleeper = self.dice.randint(1, 60) if self.dice.random() < 0.3 else None
+                for number in range(2 if sleeper else self.dice.choice([1, 1, 2])):
                     lives = self.dice.choice([None, self.dice.randint(1, 20), self.dice.randint(1, 120)])
-                    self._launch(f"train{number}", lives)
+                    self._launch(f"train{number}", lives, sleeps=None if number else sleeper, delay=100 * number)
                 self.room.world.run()
             self.room.calm()
             for _ in range(3):
@@ -46,8 +47,9 @@ class TrainHistory:
                 self.room.world.run()
             assert self.is_finished, f"no end without faults: {self.reason}"
 
-    def _launch(self, name, lives):
+    def _launch(self, name, lives, *, sleeps=None, delay=0):
         process = self.room.process(name, lives)
+        process.calls_to_sleep = sleeps
         self.reason = "it died"
 
         def work():
@@ -59,7 +61,7 @@ class TrainHistory:
                 if PIPELINE_FILE in self.room.names() and "is not empty" in str(error):
                     self._check_finished()  # an earlier start has finished it
 
-        self.room.world.start(process, work)
+        self.room.world.start(process, work, delay=delay)
 
     def _train(self):
         output = self.room.output

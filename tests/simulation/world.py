@@ -9,6 +9,8 @@ import random
 import threading
 from collections import Counter
 
+SLEEP_SECONDS = 400
+
 
 class KilledError(BaseException):
     """The process is dead. No `except Exception` may catch this."""
@@ -28,6 +30,8 @@ class Process:
         self.world, self.name, self.host = world, name, host
         self.pid = world.next_pid()
         self.calls_to_live = calls_to_live
+        self.calls_to_sleep = None
+        """Number of calls after which it sleeps for so long that others think that it is dead."""
         self.is_dead = False
         self.frozen_until = 0.0
         self.result = None
@@ -86,10 +90,10 @@ class World:
         self._pids += 1
         return self._pids
 
-    def start(self, process, target, name=""):
+    def start(self, process, target, name="", *, delay=0):
         """Start a thread of a process. It gets its first turn later."""
         turn = Turn(process, target, name or process.name)
-        turn.wake = self.now
+        turn.wake = self.now + delay
         self.turns.append(turn)
         turn.thread.start()
         return turn
@@ -147,6 +151,11 @@ class World:
         self._check_alive(turn)
         self.counts["calls"] += 1
         self.now += self.random.expovariate(20)
+        if process.calls_to_sleep is not None:
+            process.calls_to_sleep -= 1
+        if process.calls_to_sleep == 0:
+            process.frozen_until = self.now + SLEEP_SECONDS
+            self.log(f"{process.name} sleeps")
         if self.random.random() < self.freeze_rate:
             process.frozen_until = self.now + self.random.choice([5, 60, 200])
             self.log(f"{process.name} freezes for {process.frozen_until - self.now:.0f} s")
