@@ -142,14 +142,8 @@ def open_run(
     """
     make_folder(location)
     names = list_names(location)
-    earlier = list(names)
-    if overwrite:
-        _clear(location, names, mark)
-        before = run_of(location)
-        earlier = [name for name in names if before and f"-{before[:8]}" in name]  # not those of a later run
     if overwrite or MANIFEST not in names:
-        if not overwrite:
-            _check_is_empty(location, names)
+        earlier = _make_room(location, names, mark, overwrite=overwrite)
         manifest = Manifest(shown(input), identity.to_json(), _types(columns), run=uuid.uuid4().hex)
         commit = commit_json if overwrite else commit_new_json
         with suppress(FileExistsError):  # another process has begun the run, or this one did, and the answer was lost
@@ -400,6 +394,16 @@ def _check_is_empty(location: str, names: Mapping[str, int]) -> None:
         raise OutputError(
             f"--output {shown(location)} is not empty and has no scoring run (it has {others[0]}); give a new folder"
         )
+
+
+def _make_room(location: str, names: Mapping[str, int], mark: str, *, overwrite: bool) -> list[str]:
+    """Check that the folder is empty, or clear it. Return the names of files that may go when the run has begun."""
+    if not overwrite:
+        _check_is_empty(location, names)
+        return list(names)
+    _clear(location, names, mark)
+    before = run_of(location)
+    return [name for name in names if before and f"-{before[:8]}" in name]  # others may be of a run that begins now
 
 
 def _clear(location: str, names: Mapping[str, int], mark: str) -> None:

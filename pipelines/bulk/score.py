@@ -91,16 +91,8 @@ def run_job(
         )
         if job.score.retry_errors:
             run = without_errors(run, mark.name)
-        summary = finished_summary(run)
+        summary = _of_finished_run(job, run)
         if summary is not None:
-            names = list_names(run.location)
-            if strays_of(run, names):
-                check_same_run(run)
-                remove_strays(run, names)
-            logger.info("nothing to do: all %s units of %s are done", f"{run.num_units:,}", shown(job.output))
-            if job.score.table is not None:
-                summary = replace(summary, table=publish(run, job.score.table))
-                commit_json(run.location, SUMMARY, summary.to_json())
             return summary
         if mark.others:
             logger.warning(
@@ -122,6 +114,22 @@ def run_job(
         check_same_run(run)
         sweep(run.location, mark.name)
         return summary
+
+
+def _of_finished_run(job: ScoreJob, run: Run) -> ScoreSummary | None:
+    """Return the summary if all units are done already. Late files of an earlier run are removed."""
+    summary = finished_summary(run)
+    if summary is None:
+        return None
+    names = list_names(run.location)
+    if strays_of(run, names):
+        check_same_run(run)
+        remove_strays(run, names)
+    logger.info("nothing to do: all %s units of %s are done", f"{run.num_units:,}", shown(job.output))
+    if job.score.table is not None:
+        summary = replace(summary, table=publish(run, job.score.table))
+        commit_json(run.location, SUMMARY, summary.to_json())
+    return summary
 
 
 def _score_rest(

@@ -35,7 +35,7 @@ FAULTS = {
     "copy-of-the-manifest-believed": ("pipelines/bulk/manifest.py", "while exists(location,", "while False and exists(location,"),
     "replaced-rows-stay": (SCORE, "    totals.add_finished(remove_replaced_rows(run, checked.decision, prefix=job.score.prefix))\n", ""),
     "retry-keeps-the-summary": (RUN_FOLDER, "    remove(location, SUMMARY)  # from now on it does not fit the files\n".replace("location", "run.location"), ""),
-    "table-forgotten-after-a-kill": (SCORE, "            if job.score.table is not None:\n", "            if False:\n"),
+    "table-forgotten-after-a-kill": (SCORE, "    if job.score.table is not None:\n        summary = ", "    if False:\n        summary = "),
     "nobody-else-is-there": ("pipelines/storage/marks.py", "    return found\n", "    return []\n"),
     "mark-of-another-host-is-dead": ("pipelines/storage/marks.py", '    if content["host"] != socket.gethostname():\n        return False\n', ""),
     "any-file-is-ours": (RUN_FOLDER, "if existing.get(RUN_METADATA) == run:", "if existing:"),
