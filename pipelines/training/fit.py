@@ -35,7 +35,7 @@ from pipelines.settings import ComputeSettings
 from pipelines.storage.locations import shown
 from pipelines.text.pretrained import save_tokenizer, uses_type_ids
 from pipelines.text.tokenization import Tokenizer
-from pipelines.training.checkpoints import Checkpoints, fetch_newest, publish
+from pipelines.training.checkpoints import Checkpoints, check_start, fetch_newest, publish
 from pipelines.training.corpus import Corpus
 from pipelines.training.finish import REPORT_FILE, page_of, result_of, summary_of, write_folder
 from pipelines.training.loop import NAMES_SHOWN, Hooks, TrainLoop
@@ -82,6 +82,7 @@ def fit(
     ):
         folder = Path(scratch, "model")
         checkpoint = fetch_newest(spec.output, Path(scratch))
+        check_start(spec.output, spec.start)  # it may have slept, and missed the checkpoints of another one
         scorer = _open(spec, train, folder, checkpoint)
         data = training_windows(scorer, train, spec.train)
         loss = resolve_loss(spec.train, spec.decision, train.all_targets)

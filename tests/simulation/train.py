@@ -70,7 +70,7 @@ class TrainHistory:
             if mark.others:
                 raise OutputError(f"another training writes to it now ({mark.others[0]})")
             open_training(output, {"seed": 1}, start=mark.name)
-            step = self._resume(Path(scratch))
+            step = self._resume(Path(scratch), mark.name)
             checkpoints = Checkpoints(output, keep=2, start=mark.name)
             while step < STEPS:
                 step += 1
@@ -87,8 +87,9 @@ class TrainHistory:
             remove_all(output)
         self._check_finished()
 
-    def _resume(self, scratch):
+    def _resume(self, scratch, start):
         newest = fetch_newest(self.room.output, scratch)
+        check_start(self.room.output, start)
         step = 0
         if newest is not None:
             state = json.loads((newest / "training_state.json").read_text())
