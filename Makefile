@@ -6,7 +6,8 @@ TOOLS := $(VENV)-tools
 PYTEST := $(BIN)/python -m pytest --durations=20 --durations-min=1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo check test test-ray test-core test-slow test-slow-ray test-slow-core simulate soak docs requirements audit sbom clean
+.PHONY: help demo check test test-ray test-core test-slow test-slow-ray test-slow-core \
+  test-all test-all-ray test-all-core simulate soak docs requirements audit sbom clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,6 +42,17 @@ test-slow-core:
 
 docs: $(VENV)/.installed ## build the documentation as a site, in build/site (links and warnings are errors)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+test-all: $(VENV)/.installed ## test and test-slow at once, in the time of the longer half (at most 40 minutes)
+	$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-all-ray test-all-core
+
+test-all-ray:
+	$(MAKE) test-ray
+	$(MAKE) test-slow-ray
+
+test-all-core:
+	$(MAKE) test-core
+	$(MAKE) test-slow-core
 
 soak: $(VENV)/.installed ## kill a scoring job KILLS times at random moments (default 100)
 	KILLS=$${KILLS:-100} $(BIN)/python -m pytest tests/on_ray/test_kill.py -s
