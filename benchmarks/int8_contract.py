@@ -33,12 +33,13 @@ def measured(folder: Path, limits: dict[str, float]) -> dict[str, object]:
         return {"refused": str(error), "seconds": round(time.perf_counter() - started, 1)}
     seconds = time.perf_counter() - started
     texts = pq.read_table(folder / "test.parquet", columns=["text"])
-    scored = [pipelines.score(folder / name, texts, dtype="float32") for name in ("model", "int8")]
+    folders = ((folder / "model", {"dtype": "float32"}), (folder / "int8", {}))
+    scored = [pipelines.score(place, texts, **settings) for place, settings in folders]
     column = next(name for name in ("predicted_labels", "predicted_label") if name in scored[0].column_names)
     before, after = (table[column].to_pylist() for table in scored)
     metrics = [
-        pipelines.evaluate(folder / name, folder / "test.parquet", dtype="float32").metrics[result.metric]
-        for name in ("model", "int8")
+        pipelines.evaluate(place, folder / "test.parquet", **settings).metrics[result.metric]
+        for place, settings in folders
     ]
     return {
         "labelled": result.documents,
@@ -64,7 +65,8 @@ def main() -> None:
     limits = {"max_label_changes": options.max_label_changes, "max_drop": options.max_drop}
     print(json.dumps({"has_8_bit_instructions": has_int8(), **limits}), flush=True)
     for folder in sorted(options.folder.glob("*-ours-*")):
-        if folder.is_dir() and not folder.name.startswith("year"):  # a number has no labels that could change
+        is_finished = (folder / "model" / "pipeline.json").exists()
+        if is_finished and not folder.name.startswith("year"):  # a number has no labels that could change
             task, seed = re.fullmatch(r"(\w+)-ours-(\d+)", folder.name).groups()
             print(json.dumps({"task": task, "seed": int(seed), **measured(folder, limits)}), flush=True)
 
