@@ -150,7 +150,7 @@ def open_run(
             manifest = _with_generation(location, manifest, files, unit_bytes, snapshot=snapshot)
             commit(location, MANIFEST, manifest.to_json())
             _remove_earlier(location, manifest, earlier)
-            return Run(location, manifest, _units_of(manifest, [list(files)]), frozenset())
+            return Run(location, manifest, units_of(manifest, [list(files)]), frozenset())
     while True:
         with suppress(FileExistsError):  # another process has added files, or this one did, and the answer was lost
             return _resumed(
@@ -199,14 +199,14 @@ def _resumed(
     new = [*change.new, *change.changed]
     if new:
         _check_is_alone(location, mark, "--append and --replace-changed would change the run of a job that runs now")
-        check_gone(location, change.gone, _units_of(manifest, generations), _finished(list_names(location)))
+        check_gone(location, change.gone, units_of(manifest, generations), _finished(list_names(location)))
         replaced = [file.url for file in change.changed if file.error is None]
         name = next_name(manifest)
         manifest = _with_generation(location, manifest, new, unit_bytes, replaced=replaced, snapshot=snapshot)
         commit_new_json(location, name, manifest.to_json())
         commit_json(location, MANIFEST, manifest.to_json())
         generations.append(new)
-    units, finished = _units_of(manifest, generations), _finished(list_names(location))
+    units, finished = units_of(manifest, generations), _finished(list_names(location))
     check_gone(location, change.gone, units, finished)
     done = frozenset(unit.output_name for part in units for unit in part if unit.output_name in finished)
     return Run(location, manifest, units, done, len(change.gone))
@@ -299,7 +299,8 @@ def commit_unit(
     metadata = {**(table.schema.metadata or {}), COUNTS_METADATA: json.dumps(counts.to_json())}
     if retry:
         existing = _metadata_of_part(location, name)
-        if int(existing.get(RETRY_METADATA, 0)) >= retry:  # by a worker that was thought dead, or of a later start
+        is_of_run = existing.get(RUN_METADATA) == metadata.get(RUN_METADATA)
+        if is_of_run and int(existing.get(RETRY_METADATA, 0)) >= retry:  # by a worker thought dead, or a later start
             return Counts.from_json(json.loads(existing[COUNTS_METADATA]))
         metadata[RETRY_METADATA] = str(retry)
     table = table.replace_schema_metadata(metadata)
@@ -326,33 +327,6 @@ def _metadata_of_part(location: str, name: str) -> dict[bytes, bytes]:
         return {}
 
 
-def remove_strays(run: Run, names: Collection[str]) -> None:
-    """Remove the files of units that are not in the run: a job that was thought dead wrote them.
-
-    Args:
-        run: The run.
-        names: Names of files. They were listed before it was found out that the run is still the same.
-    """
-    strays = strays_of(run, names)
-    if strays:
-        logger.warning("%d files of an earlier run in %s are removed", len(strays), shown(run.location))
-    for name in strays:
-        remove(run.location, name)
-
-
-def strays_of(run: Run, names: Collection[str]) -> list[str]:
-    """Return the names of files of units that are not in the run."""
-    own = {unit.output_name for units in run.generations for unit in units}
-    return sorted(name for name in names if OUTPUT_NAME.fullmatch(name) and name not in own)
-
-
-def leave(run: Run, names: Collection[str]) -> None:
-    """After another job has replaced or extended the run: remove those of the listed files that do not belong to it."""
-    manifest = read_manifest(run.location)
-    generations = [read_listing(run.location, generation.listing) for generation in manifest.generations]
-    remove_strays(replace(run, manifest=manifest, generations=_units_of(manifest, generations)), names)
-
-
 def finished_summary(run: Run) -> ScoreSummary | None:
     """Return the summary of a finished run, or None if units or the summary are missing."""
     if len(run.finished) < run.num_units or SUMMARY not in list_names(run.location):
@@ -363,14 +337,6 @@ def finished_summary(run: Run) -> ScoreSummary | None:
         return summary if same else None
     except (ValueError, TypeError, KeyError, AttributeError):  # damaged: it is computed again from the finished files
         return None
-
-
-def sweep(location: str, mark: str) -> None:
-    """Remove incomplete files and marks of killed jobs. Does nothing while another job uses the folder."""
-    if not others_of(location, mark):
-        for name in list_names(location):
-            if name.startswith((".part-", "._", "_running-")) and name != mark:
-                remove(location, name)
 
 
 def check_same_run(run: Run) -> None:
@@ -459,7 +425,7 @@ def _with_generation(
     return replace(manifest, generations=(*manifest.generations, generation))
 
 
-def _units_of(manifest: Manifest, generations: Sequence[Sequence[InputFile]]) -> list[WorkUnits]:
+def units_of(manifest: Manifest, generations: Sequence[Sequence[InputFile]]) -> list[WorkUnits]:
     """Return the units of each generation. The numbers continue from one generation to the next."""
     found: list[WorkUnits] = []
     for number, (generation, files) in enumerate(zip(manifest.generations, generations, strict=True)):

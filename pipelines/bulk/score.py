@@ -23,14 +23,11 @@ from pipelines.bulk.run_folder import (
     Run,
     check_same_run,
     finished_summary,
-    leave,
     open_run,
     read_counts,
-    remove_strays,
-    strays_of,
-    sweep,
     without_errors,
 )
+from pipelines.bulk.strays import leave, remove_strays, strays_of, sweep
 from pipelines.bulk.summary import Counts, ScoreSummary, sum_counts, summarize
 from pipelines.bulk.unit import UnitScorer, load_scorer
 from pipelines.errors import JobError

@@ -15,6 +15,7 @@ from pipelines.bulk.score import score_here as score
 from pipelines.errors import JobError, OutputError, SettingsError
 from pipelines.storage.listing import list_files
 from pipelines.storage.marks import heartbeat
+from pipelines.text.stage import TokenizedUnit
 from tests.jobs import read_scored, score_job
 
 
@@ -302,3 +303,38 @@ def test_late_workers_of_a_retry_change_nothing(run, emails):
     assert writer_of_the_file(b"second", 2) == b"second"
     assert writer_of_the_file(b"late", 2) == writer_of_the_file(b"later", 1) == b"second"
     assert writer_of_the_file(b"third", 3) == b"third"
+
+
+def test_rows_that_were_read_before_their_file_changed_do_not_come_back(run, spam_folder, emails, monkeypatch):
+    """A job sleeps between reading and writing, while another one replaces what it has read."""
+    source, out, _ = run
+    for number, name in enumerate("ab"):
+        write(emails, source, f"{name}.parquet", 10 * number, 3)
+    settings = {"unit_bytes": 10}
+    monkeypatch.setattr(run_folder, "others_of", lambda *_: [])
+
+    def late(checked, units):
+        units = list(units)
+        tables = list(checked.stage(units))
+        write(emails, source, "a.parquet", 30, 2)
+        assert score(score_job(spam_folder, source, out, replace_changed=True, **settings)).rows_out == 5
+        setup = checked.replica_setup()
+        scorer = unit_module.UnitScorer(setup, unit_module.load_scorer(setup))
+        for unit, table in zip(units, tables, strict=True):
+            yield scorer.score_unit(TokenizedUnit(unit.number, unit.output_name, table))
+
+    expected = {"a.parquet": 2, "b.parquet": 3}
+    with pytest.raises(JobError, match="another job has added files"):
+        score_module.run_job(score_module.check_job(score_job(spam_folder, source, out, **settings)), late)
+    assert {name: len(rows) for name, rows in rows_of(out).items()} == expected
+
+
+def test_late_files_are_removed_when_nothing_is_left_to_do(run, emails):
+    source, out, start = run
+    write(emails, source, "a.parquet", 0, 3)
+    start()
+    (part,) = out.glob("part-*")
+    (out / "part-000007-0123456789ab.parquet").write_bytes(part.read_bytes())
+    (out / "part-mine.parquet").write_bytes(b"not of this package")
+    assert start().rows_out == 3
+    assert sorted(path.name for path in out.glob("part-*")) == sorted([part.name, "part-mine.parquet"])

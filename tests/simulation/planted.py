@@ -39,7 +39,7 @@ FAULTS = {
     "nobody-else-is-there": ("pipelines/storage/marks.py", "    return found\n", "    return []\n"),
     "mark-of-another-host-is-dead": ("pipelines/storage/marks.py", '    if content["host"] != socket.gethostname():\n        return False\n', ""),
     "any-file-is-ours": (RUN_FOLDER, "if existing.get(RUN_METADATA) == run:", "if existing:"),
-    "last-retry-wins": (RUN_FOLDER, "if int(existing.get(RETRY_METADATA, 0)) >= retry:", "if False:"),
+    "last-retry-wins": (RUN_FOLDER, "if is_of_run and int(existing.get(RETRY_METADATA, 0)) >= retry:", "if False:"),
     "last-writer-wins": (RUN_FOLDER, "    if not replaces and not retry:\n        with suppress", "    if False:\n        with suppress"),
     "overwrite-removes-everything": (RUN_FOLDER, 'if OUTPUT_NAME.fullmatch(name) or name.startswith((".part-", "._"))]', "if name not in (MANIFEST, mark)]"),
     "gone-files-not-checked": (RUN_FOLDER, "    check_gone(location, change.gone, units, finished)\n", ""),
