@@ -14,11 +14,11 @@ import os
 import time
 
 import numpy as np
-import openvino
 import pyarrow.parquet as pq
 import torch
 
 from pipelines.model.openvino_files import GRAPH, converted, read_details
+from pipelines.model.openvino_model import core
 from pipelines.model.scorer import Scorer
 from pipelines.model_folder import read_model_folder
 from pipelines.settings import ComputeSettings
@@ -46,10 +46,9 @@ def best_rate(dtype):
 def counted(folder, template, details, dtype):
     """The model, compiled with counters."""
     graph = folder.path if folder.quantization else converted(folder, template)
-    core = openvino.Core()
     hint = {"bfloat16": "bf16", "float32": "f32"}.get(dtype, "bf16")
     options = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": 1}
-    return core.compile_model(str(graph / GRAPH), "CPU", {**options, "INFERENCE_NUM_THREADS": os.cpu_count()})
+    return core().compile_model(str(graph / GRAPH), "CPU", {**options, "INFERENCE_NUM_THREADS": os.cpu_count()})
 
 
 def main():
@@ -85,7 +84,8 @@ def main():
     whole = sum(shares.values())
     config = json.loads((folder.path / "config.json").read_text())
     hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    per_token = layers * (4 * hidden**2 + 2 * hidden * inner)
+    whole_layer = 4 * hidden**2 + 2 * hidden * inner
+    per_token = (layers - 1) * whole_layer + 2 * hidden**2  # the last layer's keys and values (first_token.py)
     print(json.dumps({"model": options.model, "dtype": dtype, "tokens_per_s": round(tokens / seconds)}))
     for kind, value in shares.most_common(8):
         print(json.dumps({"layer": kind, "share": round(value / whole, 3)}))

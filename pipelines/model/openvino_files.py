@@ -30,6 +30,7 @@ from filelock import FileLock
 
 from pipelines.errors import ModelFolderError, first_line, is_out_of_memory
 from pipelines.model.engine import padded
+from pipelines.model.first_token import keep_first_token
 from pipelines.model.openvino_model import OpenVinoDetails, OpenVinoModel, openvino
 from pipelines.model_files import OPENVINO_FILES, cache_folder
 from pipelines.model_folder import ModelFolder
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GRAPH, WEIGHTS, DETAILS = OPENVINO_FILES
 REFUSED = "refused.json"
-CONVERSION = 2
+CONVERSION = 3
 """Number of the way in which models are converted. It is part of the cache's keys."""
 MOST_KEPT = 8
 """Number of models in the cache. The one that was not used for the longest time is removed first."""
@@ -247,7 +248,9 @@ def _traced(model: WindowModel) -> Any:
         inputs["token_type_ids"] = torch.from_numpy(batch.types_WS)
     with warnings.catch_warnings(), quiet_transformers(), torch.inference_mode(), _without_cache(model.module.config):
         warnings.simplefilter("ignore")  # of the tracer, about each condition on a size
-        return openvino().convert_model(Logits(model.module), example_input=inputs)
+        graph = openvino().convert_model(Logits(model.module), example_input=inputs)
+    keep_first_token(graph)
+    return graph
 
 
 @contextmanager
