@@ -1,8 +1,9 @@
 """What a scoring run writes down about itself: `_manifest.json`, and the lists of its input files.
 
-A start that adds input files creates `_manifest-0001-RUN.json` (then 0002, and so on) with the new content, and copies
-it to `_manifest.json`. Of two such starts, only one can create it: a job that was frozen, or did not see the other
-one, cannot undo what the other one has added. So `_manifest.json` may be older than the last of these files.
+A start that adds input files, or scores units with errors again, creates `_manifest-0001-RUN.json` (then 0002, and so
+on) with the whole new content. Of two such starts, only one can create it: a job that was frozen, or did not see the
+other one, cannot undo what the other one has changed. `_manifest.json` stays as it was when the run began, and only
+`--overwrite` replaces it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.errors import OutputError
+from pipelines.errors import JobError, OutputError
 from pipelines.storage.locations import commit_json, exists, read_bytes, read_json, shown, store_errors
 from pipelines.storage.shards import InputFile, fingerprint
 
@@ -82,12 +83,21 @@ class Manifest:
     generations: tuple[Generation, ...] = ()
     run: str = ""
     """Id of the run."""
+    retries: int = 0
+    """Number of starts with `--retry-errors` that found units with errors."""
+    names_of_run: bool = True
+    """Whether the names of output files depend on the run. In runs of earlier versions, they do not."""
 
     @property
     def limit(self) -> int | None:
         """Maximum number of rows that are scored in each generation."""
         limit: int | None = self.identity["limit"]
         return limit
+
+    @property
+    def changes(self) -> int:
+        """Number of starts that have changed what the run is."""
+        return len(self.generations) + self.retries
 
     @property
     def num_units(self) -> int:
@@ -103,18 +113,21 @@ class Manifest:
             "columns": dict(self.columns),
             "generations": [dataclasses.asdict(generation) for generation in self.generations],
             "run": self.run,
+            "retries": self.retries,
+            "names_of_run": self.names_of_run,
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Manifest:
         """Create a manifest from the result of `to_json`."""
-        own = ("format_version", "input", "columns", "generations", "run")
+        own = ("format_version", "input", "columns", "generations", "run", "retries", "names_of_run")
         identity = {name: value for name, value in content.items() if name not in own}
         generations = tuple(
             Generation(**{**generation, "replaced": tuple(generation.get("replaced", ()))})
             for generation in content["generations"]
         )
-        return cls(content["input"], identity, content["columns"], generations, content.get("run", ""))
+        run, retries, names_of_run = content.get("run", ""), content.get("retries", 0), "names_of_run" in content
+        return cls(content["input"], identity, content["columns"], generations, run, retries, names_of_run)
 
 
 def read_manifest(location: str) -> Manifest:
@@ -126,8 +139,23 @@ def read_manifest(location: str) -> Manifest:
 
 
 def next_name(manifest: Manifest) -> str:
-    """Return the name of the file that adds the next generation to a run."""
-    return f"_manifest-{len(manifest.generations):04d}-{manifest.run[:8]}.json"
+    """Return the name of the file with the next change of a run."""
+    return f"_manifest-{manifest.changes:04d}-{manifest.run[:8]}.json"
+
+
+def check_run(location: str, run: str) -> None:
+    """Raise JobError if a folder does not contain the run with this id any more. No id: nothing is checked."""
+    if not run:
+        return
+    try:
+        now = _read(location, MANIFEST).run
+    except FileNotFoundError:
+        now = ""
+    if now != run:
+        raise JobError(
+            f"another job has {'replaced' if now else 'removed'} the run in {shown(location)} while this one was "
+            f"working; start this job again with another --output"
+        )
 
 
 def _read(location: str, name: str) -> Manifest:

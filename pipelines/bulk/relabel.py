@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.bulk.manifest import MANIFEST
+from pipelines.bulk.manifest import MANIFEST, RUN_METADATA
 from pipelines.bulk.run_folder import (
     COUNTS_METADATA,
     SUMMARY,
@@ -249,6 +249,7 @@ def _relabel_file(scored: str, path: str, *, output: str, new: NewLabels) -> Non
         table = table.set_column(place, field, column)
     if not new.keeps_promise:
         metadata.pop(GUARANTEES_METADATA, None)
+    metadata.pop(RUN_METADATA, None)  # the new files are not of the run
     table = table.replace_schema_metadata({**metadata, **decision_metadata(decision), **new.metadata})
     before = Counts.from_json(json.loads(metadata[COUNTS_METADATA]))
     counts = replace(

@@ -3,8 +3,8 @@
 `_manifest.json` is written before any unit, and only one of several jobs can create it. It contains the hashes of the
 model and the settings, and the generations of input: the first start of a run creates one, and each start with --append
 that finds new files adds one. The files of a generation are listed in `_inputs-0000-...parquet` and so on. A unit is
-finished if its file exists, and its counts are in the footer of this file. No other state is stored. `_summary.json` is
-written last.
+finished if its file exists. The name of this file depends on the run, and its footer has the unit's counts. No other
+state is stored. `_summary.json` is written last (`pipelines.bulk.finished`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import logging
 import posixpath
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -31,6 +31,7 @@ from pipelines.bulk.manifest import (
     Manifest,
     RunIdentity,
     check_not_in_table,
+    check_run,
     fingerprint_of,
     is_in_table,
     listing_of,
@@ -39,7 +40,7 @@ from pipelines.bulk.manifest import (
     read_manifest,
     run_of,
 )
-from pipelines.bulk.summary import Counts, ScoreSummary
+from pipelines.bulk.summary import Counts
 from pipelines.decisions.columns import DECISION_METADATA
 from pipelines.errors import DataError, JobError, OutputError, first_line
 from pipelines.storage.locations import (
@@ -50,7 +51,6 @@ from pipelines.storage.locations import (
     from_parquet,
     list_names,
     make_folder,
-    read_json,
     remove,
     shown,
 )
@@ -149,7 +149,8 @@ def open_run(
         with suppress(FileExistsError):  # another process has begun the run, or this one did, and the answer was lost
             manifest = _with_generation(location, manifest, files, unit_bytes, snapshot=snapshot)
             commit(location, MANIFEST, manifest.to_json())
-            _remove_earlier(location, manifest, earlier)
+            for name in set(earlier) - {manifest.generations[0].listing}:
+                remove(location, name)
             return Run(location, manifest, units_of(manifest, [list(files)]), frozenset())
     while True:
         with suppress(FileExistsError):  # another process has added files, or this one did, and the answer was lost
@@ -204,7 +205,6 @@ def _resumed(
         name = next_name(manifest)
         manifest = _with_generation(location, manifest, new, unit_bytes, replaced=replaced, snapshot=snapshot)
         commit_new_json(location, name, manifest.to_json())
-        commit_json(location, MANIFEST, manifest.to_json())
         generations.append(new)
     units, finished = units_of(manifest, generations), _finished(list_names(location))
     check_gone(location, change.gone, units, finished)
@@ -219,16 +219,21 @@ def without_errors(run: Run, mark: str) -> Run:
 
     Raises:
         OutputError: Another job writes to the folder now, or files of the run are part of a table.
+        JobError: Another job has changed the run in the meantime.
     """
     names = sorted(run.finished)
-    footers = _read_footers(run.location, names)
-    bad = {name for name, (counts, _) in zip(names, footers, strict=True) if counts.rows_in_error}
+    bad = {name for name, counts in zip(names, read_counts(run.location, names), strict=True) if counts.rows_in_error}
     if not bad:
         return run
     _check_is_alone(run.location, mark, "--retry-errors would replace files of a job that runs now")
     check_not_in_table(run.location)
-    remove(run.location, SUMMARY)  # from now on it does not fit the files
-    return replace(run, finished=run.finished - bad, retry=1 + max(retry for _, retry in footers))
+    changed = replace(run.manifest, retries=run.manifest.retries + 1)
+    with suppress(FileExistsError):  # this process did it, and the answer was lost; or another one did the same
+        commit_new_json(run.location, next_name(run.manifest), changed.to_json())
+    run = replace(run, manifest=changed)
+    check_same_run(run)
+    remove(run.location, SUMMARY)  # it does not fit the files any more
+    return replace(run, finished=run.finished - bad, retry=changed.retries)
 
 
 def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
@@ -237,17 +242,11 @@ def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
     Raises:
         JobError: A file is damaged, or was not written by a scoring job.
     """
-    return [counts for counts, _ in _read_footers(location, names)]
-
-
-def _read_footers(location: str, names: Sequence[str]) -> list[tuple[Counts, int]]:
-    """Return for each file its counts, and which `--retry-errors` wrote it. Errors are those of `read_counts`."""
     filesystem, folder = filesystem_of(location)
 
-    def read(name: str) -> tuple[Counts, int]:
+    def read(name: str) -> Counts:
         try:
-            metadata = read_metadata(filesystem, f"{folder}/{name}")
-            return Counts.from_json(json.loads(metadata[COUNTS_METADATA])), int(metadata.get(RETRY_METADATA, 0))
+            return Counts.from_json(json.loads(read_metadata(filesystem, f"{folder}/{name}")[COUNTS_METADATA]))
         except (pa.ArrowInvalid, KeyError, ValueError) as error:
             raise JobError(
                 f"{name} in {shown(location)} is damaged ({first_line(error)}); remove it, and start the job again to "
@@ -279,16 +278,16 @@ def commit_unit(
 ) -> Counts:
     """Write a unit's scored file atomically, with its counts in the footer.
 
-    A file of the same run that is there already stays, because two processes may score a unit, and a table may have
-    the file. A file of another run is replaced.
+    A file that is there already stays, because two processes may score a unit, and a table may have the file. If the
+    table's metadata names a run, the folder must still have this run.
 
     Args:
         location: The output folder.
         name: Name of the file.
         table: Its rows.
         counts: Their counts.
-        replaces: A file of the same run is replaced too.
-        retry: Above 0: the same, but only a file with a lower number.
+        replaces: A file that is there is replaced.
+        retry: Above 0: the same, but only if it has a lower number.
 
     Returns:
         The counts of the file that is there now.
@@ -297,23 +296,21 @@ def commit_unit(
         JobError: Another job has replaced the run.
     """
     metadata = {**(table.schema.metadata or {}), COUNTS_METADATA: json.dumps(counts.to_json())}
+    run = metadata.get(RUN_METADATA, b"")
     if retry:
-        existing = _metadata_of_part(location, name)
-        is_of_run = existing.get(RUN_METADATA) == metadata.get(RUN_METADATA)
-        if is_of_run and int(existing.get(RETRY_METADATA, 0)) >= retry:  # by a worker thought dead, or a later start
-            return Counts.from_json(json.loads(existing[COUNTS_METADATA]))
         metadata[RETRY_METADATA] = str(retry)
     table = table.replace_schema_metadata(metadata)
     if not replaces and not retry:
+        check_run(location, run.decode())
         with suppress(FileExistsError):
             commit_table(location, name, table, is_new=True)
             return counts
-        run = table.schema.metadata.get(RUN_METADATA, b"")
+    if not replaces:
         existing = _metadata_of_part(location, name)
-        if existing.get(RUN_METADATA) == run:
+        is_of_run = existing.get(RUN_METADATA, b"") == run and COUNTS_METADATA in existing
+        if is_of_run and int(existing.get(RETRY_METADATA, 0)) >= retry:  # by a worker thought dead, or a later start
             return Counts.from_json(json.loads(existing[COUNTS_METADATA]))
-        if read_manifest(location).run != run.decode():
-            raise JobError(f"another job has replaced the run in {shown(location)}; give a new folder")
+    check_run(location, run.decode())  # at the last moment: the file may be that of a later run
     commit_table(location, name, table)
     return counts
 
@@ -327,30 +324,15 @@ def _metadata_of_part(location: str, name: str) -> dict[bytes, bytes]:
         return {}
 
 
-def finished_summary(run: Run) -> ScoreSummary | None:
-    """Return the summary of a finished run, or None if units or the summary are missing."""
-    if len(run.finished) < run.num_units or SUMMARY not in list_names(run.location):
-        return None
-    try:
-        summary = ScoreSummary.from_json(run.location, read_json(run.location, SUMMARY))
-        same = (summary.files_gone, summary.rows_in) == (run.files_gone, run.num_rows)
-        return summary if same else None
-    except (ValueError, TypeError, KeyError, AttributeError):  # damaged: it is computed again from the finished files
-        return None
-
-
 def check_same_run(run: Run) -> None:
-    """Raise JobError if another job has replaced or extended the run in the output folder."""
+    """Raise JobError if another job has replaced, extended or changed the run in the output folder."""
+    check_run(run.location, run.manifest.run)
     now = read_manifest(run.location)
-    if now.run != run.manifest.run:
+    if (now.generations, now.retries) != (run.manifest.generations, run.manifest.retries):
+        what = "scored units of" if now.generations == run.manifest.generations else "added files to"
         raise JobError(
-            f"another job has replaced the run in {shown(run.location)} while this one was working; start this job "
-            f"again with another --output"
-        )
-    if now.generations != run.manifest.generations:
-        raise JobError(
-            f"another job has added files to the run in {shown(run.location)} while this one was working; start this "
-            f"job again to finish it"
+            f"another job has {what} the run in {shown(run.location)} while this one was working; start this job again "
+            f"to finish it"
         )
 
 
@@ -363,28 +345,25 @@ def _check_is_empty(location: str, names: Mapping[str, int]) -> None:
 
 
 def _make_room(location: str, names: Mapping[str, int], mark: str, *, overwrite: bool) -> list[str]:
-    """Check that the folder is empty, or clear it. Return the names of files that may go when the run has begun."""
-    if not overwrite:
-        _check_is_empty(location, names)
-        return list(names)
-    _clear(location, names, mark)
-    before = run_of(location)
-    return [name for name in names if before and f"-{before[:8]}" in name]  # others may be of a run that begins now
+    """Check that a run can begin. Returns the names of files that go when its manifest is there.
 
-
-def _clear(location: str, names: Mapping[str, int], mark: str) -> None:
-    """Remove the results of a run. Its manifest stays until it is replaced, so a killed overwrite can be repeated.
+    Until then, an earlier run stays as it is, but without its summary: a killed overwrite can be repeated.
 
     Raises:
-        OutputError: Another job writes to the folder now, or files of the run are part of a table.
+        OutputError: The folder has something else; or, with overwrite, another job writes to it now, or files of the
+            run are part of a table.
     """
+    if not overwrite:
+        _check_is_empty(location, names)
+        return [name for name in names if name.startswith("_inputs-")]
     _check_is_alone(location, mark, "--overwrite would remove files of a job that runs now")
     check_not_in_table(location)
     if MANIFEST not in names:
         _check_is_empty(location, names)
-    own = [name for name in names if OUTPUT_NAME.fullmatch(name) or name.startswith((".part-", "._"))]
-    for name in [SUMMARY, *own]:
-        remove(location, name)
+    remove(location, SUMMARY)
+    before = run_of(location)
+    lists = [name for name in names if before and f"-{before[:8]}" in name]  # others may be of a run that begins now
+    return [name for name in names if OUTPUT_NAME.fullmatch(name) or name.startswith((".part-", "._"))] + lists
 
 
 def _check_is_alone(location: str, mark: str, problem: str) -> None:
@@ -394,13 +373,6 @@ def _check_is_alone(location: str, mark: str, problem: str) -> None:
             f"{problem} ({others[0]}) and writes to {shown(location)}; wait for it, stop it, or give a new folder. "
             f"A killed job counts as running for {3 * HEARTBEAT_SECONDS:g} s"
         )
-
-
-def _remove_earlier(location: str, manifest: Manifest, names: Collection[str]) -> None:
-    """Remove the lists of input files of an earlier run, and what it has added to its manifest."""
-    for name in names:
-        if name.startswith(("_inputs-", "_manifest-")) and name != manifest.generations[0].listing:
-            remove(location, name)
 
 
 def _with_generation(
@@ -433,7 +405,8 @@ def units_of(manifest: Manifest, generations: Sequence[Sequence[InputFile]]) -> 
         units = split_into_units(
             files, unit_bytes=generation.unit_bytes, limit=manifest.limit, first_number=sum(map(len, found))
         )
-        found.append(replace(units, replaced=frozenset(later & {file.url for file in files})))
+        run = manifest.run if manifest.names_of_run else ""
+        found.append(replace(units, replaced=frozenset(later & {file.url for file in files}), run=run))
     return found
 
 

@@ -9,24 +9,18 @@ import itertools
 import logging
 import posixpath
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from pipelines.bulk.estimate import say_sizes
+from pipelines.bulk.finished import commit_summary, finished_summary
 from pipelines.bulk.here import MOST_SECONDS, seconds_here
 from pipelines.bulk.job import CheckedJob, ScoreJob, check_job
 from pipelines.bulk.manifest import MANIFEST
 from pipelines.bulk.progress import RunTotals
 from pipelines.bulk.publish import publish
 from pipelines.bulk.replaced import remove_replaced_rows
-from pipelines.bulk.run_folder import (
-    SUMMARY,
-    Run,
-    check_same_run,
-    finished_summary,
-    open_run,
-    read_counts,
-    without_errors,
-)
+from pipelines.bulk.run_folder import Run, check_same_run, open_run, read_counts, without_errors
 from pipelines.bulk.strays import leave, remove_strays, strays_of, sweep
 from pipelines.bulk.summary import Counts, ScoreSummary, sum_counts, summarize
 from pipelines.bulk.unit import UnitScorer, load_scorer
@@ -34,7 +28,7 @@ from pipelines.errors import JobError
 from pipelines.progress import repeated
 from pipelines.settings import DecisionSettings
 from pipelines.storage.footers import no_memory
-from pipelines.storage.locations import commit_json, list_names, make_folder, shown
+from pipelines.storage.locations import exists, list_names, make_folder, shown
 from pipelines.storage.marks import heartbeat
 from pipelines.storage.shards import WorkUnit, group_units
 from pipelines.text.stage import TokenizedUnit
@@ -71,7 +65,7 @@ def run_job(
     """
     job = checked.job
     make_folder(job.output)
-    is_new = MANIFEST not in list_names(job.output)
+    is_new = not exists(job.output, MANIFEST)
     with heartbeat(job.output) as mark:
         run = open_run(
             job.output,
@@ -99,16 +93,17 @@ def run_job(
         checked = replace(checked, run=run.manifest.run, retry=run.retry)
         if is_new and seconds_here(checked) > MOST_SECONDS:  # once: a row may kill the process that reads it
             say_sizes(checked)
-        totals = _score_rest(checked, run, score_units, on_numbers)
-        names = list_names(run.location)
         try:
+            totals = _score_rest(checked, run, score_units, on_numbers)
+            names = list_names(run.location)
             check_same_run(run)
-        except JobError:
-            leave(run, names)
+        except (JobError, FileNotFoundError):
+            leave(run)
+            with suppress(OSError):
+                check_same_run(run)  # if another job has replaced the run, this is the reason
             raise
         remove_strays(run, names)
         summary = _finish(checked, run, totals, names)
-        check_same_run(run)
         sweep(run.location, mark.name)
         return summary
 
@@ -125,7 +120,7 @@ def _of_finished_run(job: ScoreJob, run: Run) -> ScoreSummary | None:
     logger.info("nothing to do: all %s units of %s are done", f"{run.num_units:,}", shown(job.output))
     if job.score.table is not None:
         summary = replace(summary, table=publish(run, job.score.table))
-        commit_json(run.location, SUMMARY, summary.to_json())
+        commit_summary(run, summary)
     return summary
 
 
@@ -216,5 +211,5 @@ def _finish(checked: CheckedJob, run: Run, totals: RunTotals, here: Mapping[str,
         )
     for warning in summary.warnings:
         logger.warning("%s", warning)
-    commit_json(run.location, SUMMARY, summary.to_json())
+    commit_summary(run, summary)
     return summary

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 
 from pipelines.bulk.manifest import read_listing, read_manifest
 from pipelines.bulk.run_folder import SUMMARY, Run, units_of
+from pipelines.errors import PipelinesError
 from pipelines.storage.locations import exists, list_names, remove, shown
 from pipelines.storage.marks import others_of
 from pipelines.storage.shards import OUTPUT_NAME
@@ -35,16 +37,18 @@ def strays_of(run: Run, names: Collection[str]) -> list[str]:
     return sorted(name for name in names if OUTPUT_NAME.fullmatch(name) and name not in own)
 
 
-def leave(run: Run, names: Collection[str]) -> None:
-    """After another job has replaced or extended the run: remove those of the listed files that do not belong to it.
+def leave(run: Run) -> None:
+    """After another job has replaced or changed the run: remove the files that do not belong to what is there now.
 
     While the other job still works, the old rows of changed files are there on purpose, and it removes them at its end.
     """
-    manifest = read_manifest(run.location)
-    if not exists(run.location, SUMMARY):
-        return
-    generations = [read_listing(run.location, generation.listing) for generation in manifest.generations]
-    remove_strays(replace(run, manifest=manifest, generations=units_of(manifest, generations)), names)
+    with suppress(OSError, PipelinesError):  # the job ends with an error in any case
+        names = list_names(run.location)
+        manifest = read_manifest(run.location)
+        if manifest == run.manifest or not exists(run.location, SUMMARY):
+            return
+        generations = [read_listing(run.location, generation.listing) for generation in manifest.generations]
+        remove_strays(replace(run, manifest=manifest, generations=units_of(manifest, generations)), names)
 
 
 def sweep(location: str, mark: str) -> None:

@@ -67,7 +67,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """The result of a scoring run. `_summary.json` contains the same values, except output."""
+    """The result of a scoring run. `_summary.json` has the same values, except output, and the state of the run."""
 
     output: str
     """Folder of the scored files."""

@@ -97,6 +97,8 @@ class WorkUnit:
     spans: tuple[Span, ...]
     planned_spans: tuple[Span, ...] = ()
     """The rows for which the unit was planned, if some of them no longer belong to it. They determine its name."""
+    run: str = ""
+    """Id of the run, which is part of the name: no run can write or take a file of another one."""
 
     @property
     def num_rows(self) -> int:
@@ -105,10 +107,10 @@ class WorkUnit:
 
     @property
     def output_name(self) -> str:
-        """Name of the output file. It is the same for the same rows of the same files."""
+        """Name of the output file. It is the same for the same rows of the same files in a run."""
         spans = self.planned_spans or self.spans
         rows = [(span.file.url, span.row_group, span.start, span.stop) for span in spans]
-        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+        digest = hashlib.sha256((json.dumps(rows) + self.run).encode()).hexdigest()[:12]
         return f"part-{self.number:06d}-{digest}.parquet"
 
 
@@ -125,6 +127,8 @@ class WorkUnits:
     """Number of the first unit. Earlier generations of input in the same output use the numbers below it."""
     replaced: frozenset[str] = frozenset()
     """Names (url) of files of which there is a later version: their rows no longer belong to the units."""
+    run: str = ""
+    """Id of the run in the names of the units."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -133,9 +137,9 @@ class WorkUnits:
         rows = self.spans[self.offsets[index] : self.offsets[index + 1]].tolist()
         spans = tuple(Span(self.files[file], *rest) for file, *rest in rows)
         if not self.replaced:
-            return WorkUnit(self.first_number + index, spans)
+            return WorkUnit(self.first_number + index, spans, run=self.run)
         left = tuple(span for span in spans if span.file.url not in self.replaced)
-        return WorkUnit(self.first_number + index, left, spans)
+        return WorkUnit(self.first_number + index, left, spans, self.run)
 
     def __iter__(self) -> Iterator[WorkUnit]:
         """Yield the units that have rows."""

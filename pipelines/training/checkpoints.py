@@ -244,6 +244,7 @@ def open_training(output: str, identity: Mapping[str, Any], *, start: str = "") 
                 "use those settings to resume it, or give a new folder"
             )
         _write_run(output, identity, start)
+        _check_unfinished(output)
         return True
     if has_model and has_run:  # the run was killed after its model was finished
         with suppress(OSError):  # the folder is refused below in any case
@@ -254,10 +255,15 @@ def open_training(output: str, identity: Mapping[str, Any], *, start: str = "") 
         _write_run(output, identity, start, is_new=True)
     except FileExistsError:  # another training has begun it, or this one did, and the answer was lost
         return open_training(output, identity, start=start)
-    if exists(output, PIPELINE_FILE):  # another training has finished since this one looked
+    _check_unfinished(output)
+    return False
+
+
+def _check_unfinished(output: str) -> None:
+    """Look again after `_run.json` was written: another training may have finished since this one looked first."""
+    if exists(output, PIPELINE_FILE):
         remove(output, RUN_FILE)
         raise _not_empty(output, has_model=True)
-    return False
 
 
 def _not_empty(output: str, *, has_model: bool) -> OutputError:

@@ -1,5 +1,6 @@
 """Input files that are added, changed and removed between the starts of a job."""
 
+import json
 import os
 
 import pyarrow as pa
@@ -8,11 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.bulk import replaced, run_folder
+from pipelines.bulk import finished, replaced, run_folder
 from pipelines.bulk import score as score_module
 from pipelines.bulk import unit as unit_module
+from pipelines.bulk.manifest import known_files
 from pipelines.bulk.score import score_here as score
 from pipelines.errors import JobError, OutputError, SettingsError
+from pipelines.model.scorer import Scorer
+from pipelines.storage import shards
 from pipelines.storage.listing import list_files
 from pipelines.storage.marks import heartbeat
 from pipelines.text.stage import TokenizedUnit
@@ -270,7 +274,8 @@ def test_a_job_that_was_frozen_does_not_undo_what_another_one_added(run, spam_fo
     assert {name[0]: len(rows) for name, rows in rows_of(out).items()} == {"a": 3, "b": 3, "c": 3, "d": 2}
 
 
-def test_an_older_copy_of_the_manifest_loses_nothing(run, emails):
+def test_changes_stand_in_files_of_their_own(run, emails):
+    """A job that was frozen cannot write its manifest over that of a later run."""
     source, out, start = run
     write(emails, source, "a.parquet", 0, 3)
     start()
@@ -278,12 +283,9 @@ def test_an_older_copy_of_the_manifest_loses_nothing(run, emails):
     for number, name in enumerate("bc"):
         write(emails, source, f"{name}.parquet", 10 + 10 * number, 3)
         start()
+    assert (out / "_manifest.json").read_bytes() == first
     assert len(list(out.glob("_manifest-*"))) == 2
-    for _ in range(2):
-        (out / "_manifest.json").write_bytes(first)
-        assert start().rows_out == 9
-    write(emails, source, "d.parquet", 40, 3)
-    assert start().rows_out == 12
+    assert start().rows_out == 9
 
 
 def test_late_workers_of_a_retry_change_nothing(run, emails):
@@ -338,3 +340,71 @@ def test_late_files_are_removed_when_nothing_is_left_to_do(run, emails):
     (out / "part-mine.parquet").write_bytes(b"not of this package")
     assert start().rows_out == 3
     assert sorted(path.name for path in out.glob("part-*")) == sorted([part.name, "part-mine.parquet"])
+
+
+def test_late_workers_of_a_replaced_run_change_nothing(run, spam_folder, emails):
+    """A part of the cluster was cut off, the job was started again with --overwrite, and the old workers come back."""
+    source, out, start = run
+    write(emails, source, "a.parquet", 0, 3)
+    start()
+    (part,) = out.glob("part-*")
+    content, table = part.read_bytes(), pq.read_table(part)
+    (counts,) = run_folder.read_counts(str(out), [part.name])
+    score(score_job(spam_folder, source, out, unit_bytes=20_000, overwrite=True))
+    (new,) = out.glob("part-*")
+    assert new != part
+    for how in ({}, {"retry": 9}, {"replaces": True}):
+        with pytest.raises(JobError, match="another job has replaced the run"):
+            run_folder.commit_unit(str(out), part.name, table, counts, **how)
+    part.write_bytes(content)  # it had looked at the run before it was replaced
+    assert start().rows_out == 3
+    assert list(out.glob("part-*")) == [new]
+
+
+def test_a_run_of_an_earlier_version_keeps_the_names_of_its_files(run, emails):
+    source, out, start = run
+    for number, name in enumerate("ab"):
+        write(emails, source, f"{name}.parquet", 10 * number, 9)
+    start(limit=3)
+    content = json.loads((out / "_manifest.json").read_text())
+    del content["names_of_run"]
+    (out / "_manifest.json").write_text(json.dumps(content))
+    (part,) = out.glob("part-*")
+    (old,) = shards.split_into_units(list(known_files(str(out)).values()), unit_bytes=20_000, limit=3)
+    part.rename(out / old.output_name)
+    (out / "_summary.json").unlink()
+    assert start(limit=3).units_before == 1
+    assert [path.name for path in out.glob("part-*")] == [old.output_name]
+
+
+def test_a_job_that_slept_leaves_no_summary_of_an_earlier_state(run, emails, monkeypatch):
+    source, out, start = run
+    write(emails, source, "a.parquet", 0, 3)
+    commit = finished.commit_json
+
+    def late(location, name, content):
+        monkeypatch.setattr(finished, "commit_json", commit)
+        write(emails, source, "b.parquet", 10, 3)
+        start()
+        commit(location, name, content)
+
+    monkeypatch.setattr(finished, "commit_json", late)
+    monkeypatch.setattr(run_folder, "others_of", lambda *_: [])
+    with pytest.raises(JobError, match=r"another job has added files to the run .* start this job again"):
+        start()
+    assert not (out / "_summary.json").exists()
+    summary = start()
+    assert (summary.rows_out, summary.units_before) == (6, summary.units)
+
+
+def test_a_summary_of_another_state_does_not_count(run, emails, monkeypatch):
+    """The process was killed after it had replaced the summary of a job that had scored the errors again."""
+    source, out, start = run
+    write(emails, source, "a.parquet", 0, 3)
+    monkeypatch.setattr(Scorer, "score_documents", lambda *_: 1 / 0)
+    assert start().rows_in_error == 3
+    before = (out / "_summary.json").read_bytes()
+    monkeypatch.undo()
+    assert start(retry_errors=True).rows_in_error == 0
+    (out / "_summary.json").write_bytes(before)
+    assert start().rows_in_error == 0

@@ -40,7 +40,8 @@ def test_rows_are_in_order_with_errors(scored, input_folder):
     assert errors[39].startswith("the text is not valid UTF-8")
     assert (summary.rows_in, summary.rows_out, summary.rows_in_error) == (60, 60, 2)
     assert summary.positive_rates.keys() == {"ham", "spam"}
-    assert json.loads((output / "_summary.json").read_text()) == summary.to_json()
+    written = json.loads((output / "_summary.json").read_text())
+    assert written.items() >= summary.to_json().items()
     manifest = json.loads((output / "_manifest.json").read_text())
     assert manifest["generations"][0]["units"] == len(list_files(str(output))) > 5
     assert lines[0].startswith("3 files, 60 rows")

@@ -1,6 +1,7 @@
 """Histories of scoring jobs: starts, deaths, resumes, changed inputs, other settings, two jobs at once."""
 
 import io
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,22 +11,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.bulk.job import CheckedJob, ScoreJob
-from pipelines.bulk.run_folder import commit_unit
+from pipelines.bulk.manifest import MANIFEST, read_listing, read_manifest
+from pipelines.bulk.run_folder import SUMMARY, commit_unit, units_of
 from pipelines.bulk.score import run_job
-from pipelines.bulk.summary import count_table
+from pipelines.bulk.summary import ScoreSummary, count_table
 from pipelines.decisions.columns import result_columns
 from pipelines.decisions.labels import decide
 from pipelines.errors import JobError, PipelinesError, UsageError
 from pipelines.model_folder import ModelFolder
 from pipelines.settings import DecisionSettings, ScoreSettings, WindowSettings
 from pipelines.storage.shards import InputFile
+from tests.simulation.world import Moment
 
 DECISION = DecisionSettings(kind="binary", labels=("ham", "spam"))
 CARRIED = pa.schema([pa.field("version", pa.int64()), pa.field("model", pa.string())])
 ATTEMPTS = 8
 """Starts without faults after which a run must have ended."""
-WAKE_CALLS = 12
-"""Calls after its last look at the run, at most, with which a job ends."""
+CALLS = ("ls ", "_manifest", "_inputs-", "_summary", "score", "put part", "link part", "rm", "unlink", "table", "fsync",
+         "_running-")  # fmt: skip
+"""Parts of the names of calls at which jobs sleep and die."""
 FOREIGN = ("notes.txt", "data.parquet", "part-mine.csv")
 
 
@@ -72,8 +76,11 @@ class BulkHistory:
         self.uses_table = self.dice.random() < 0.25
         self.is_flaky = self.dice.random() < 0.3
         self.last_good = None
+        self.good_state = None
+        """The run, and the number of its changes, when a job last reported success."""
         self.foreign = {}
-        self.zombies = 0
+        self.has_late_worker = self.may_have_strays = False
+        """Of the last act: whether a worker has outlived its job; whether it or a job that died may have left files."""
 
     def run(self):
         """Draw a history and check it."""
@@ -81,6 +88,7 @@ class BulkHistory:
             for _ in range(self.dice.choice([1, 1, 2, 3])):
                 self._act()
                 self._check_foreign()
+                self._check_success_lasts()
             self.room.calm()
             self._finish()
             self._check_foreign()
@@ -89,6 +97,8 @@ class BulkHistory:
         self.num_versions += 1  # a store gives no version twice, also not to a new file with an old name
         version = self.num_versions
         groups = tuple(self.dice.randint(1, 4) for _ in range(self.dice.randint(1, 2)))
+        if url in self.files and self.dice.random() < 0.5:  # other texts in as many rows
+            groups = self.files[url].row_group_rows
         self.files[url] = InputFile(
             url, url, 100 + version, str(version), CARRIED, groups, tuple(100 * n for n in groups)
         )
@@ -96,15 +106,18 @@ class BulkHistory:
     def _act(self):
         """Start a job that may die, or two at once: the same one twice, or another one beside it."""
         flags = self._wish()
-        sleeper = self.dice.randint(1, 60) if self.dice.random() < 0.3 else None  # beside it, another one works
-        for number in range(2 if sleeper else self.dice.choice([1, 1, 2])):
-            lives = self.dice.choice([None, self.dice.randint(1, 15), self.dice.randint(1, 80)])
-            flags = self._wish() if number and self.dice.random() < 0.4 else flags
-            if sleeper:
-                self._launch(f"job{number}", dict(flags), None, sleeps=None if number else sleeper, delay=100 * number)
-            else:
-                self._launch(f"job{number}", dict(flags), lives)
+        self.has_late_worker, deaths = False, self.room.world.counts["deaths"]
+        has_sleeper = self.dice.random() < 0.4  # beside it, another one works
+        for number in range(2 if has_sleeper else self.dice.choice([1, 1, 2])):
+            process = self.room.process(f"job{number}")
+            if has_sleeper and number == 0:
+                process.sleeps_at = Moment.drawn(self.dice, CALLS, 60)
+            elif self.dice.random() < (0.3 if has_sleeper else 0.7):
+                process.dies_at = Moment.drawn(self.dice, CALLS, 80)
+            flags = self._wish() if number and self.dice.random() < 0.6 else flags
+            self._launch(process, dict(flags), delay=100 * number if has_sleeper else 0)
         self.room.world.run()
+        self.may_have_strays = self.has_late_worker or self.room.world.counts["deaths"] > deaths
         if self.last_good is not None and self.dice.random() < 0.3:
             name = self.dice.choice(FOREIGN)
             self.foreign[name] = self.dice.randbytes(9)
@@ -127,6 +140,8 @@ class BulkHistory:
             return {"replace_changed": True}
         if deed < 0.87:
             self.model = f"m{self.dice.randint(1, 9)}"
+            if self.dice.random() < 0.3:
+                self._change_file(self.dice.choice(sorted(self.files)))
             return {"overwrite": True}
         return {"retry_errors": True}
 
@@ -136,7 +151,7 @@ class BulkHistory:
         for _ in range(ATTEMPTS):
             self.room.world.now += 300  # marks of dead jobs grow old, and listings are complete
             before = self.last_good
-            self._launch("last", dict(flags), None)
+            self._launch(self.room.process("last"), dict(flags))
             self.room.world.run()
             if self.last_good is not before:
                 self._check_state(self.last_good)
@@ -147,23 +162,21 @@ class BulkHistory:
             flags = {"overwrite": True} if is_refused else {}
         raise AssertionError(f"no end without faults: {self.reason}")
 
-    def _launch(self, name, flags, lives, *, sleeps=None, delay=0):
-        process = self.room.process(name, lives)
-        process.calls_to_sleep = sleeps
+    def _launch(self, process, flags, *, delay=0):
         checked = self._checked(flags)
 
         def work():
-            before = self.last_good
             try:
                 summary = run_job(checked, self._score)
             except (UsageError, JobError, OSError) as error:  # any other error is a finding
                 self.reason = str(error)
-                self.room.world.log(f"{name} ends with: {error}")
+                self.room.world.log(f"{process.name} ends with: {error}")
                 return
-            self.room.world.log(f"{name} has finished")
-            if sleeps and (self.last_good is not before or process.calls_to_sleep > -WAKE_CALLS):
-                return  # it had finished, and slept while another job changed what it had done
+            self.room.world.log(f"{process.name} has finished")
+            if process.seen is not None and process.seen < self.room.world.counts["changes"]:
+                return  # it had finished and looked at the run, and then another job changed the run
             self.last_good = (checked, summary)
+            self.good_state = self._state()
             self._check_state(self.last_good)
 
         self.reason = "it died"
@@ -183,12 +196,12 @@ class BulkHistory:
             world = self.room.world
             world.call("score", lambda: None)
             if self.dice.random() < 0.05:
-                late = self.room.process("zombie")
+                late, self.has_late_worker = self.room.process("zombie"), True
                 world.start(late, lambda unit=unit: self._commit_late(checked, unit))
             yield self._commit(checked, unit)
 
     def _commit_late(self, checked, unit):
-        self.room.world.wait(self.dice.choice([0, 1, 10]))
+        self.room.world.wait(self.dice.choice([0, 1, 10, 200, 500]))
         try:
             self._commit(checked, unit)
         except (OSError, PipelinesError):
@@ -228,13 +241,40 @@ class BulkHistory:
             assert name in self.room.names(), f"{name} was removed"
             assert self.room.content(name) == content, f"{name} was changed"
 
-    def _check_state(self, good):
-        """What must hold at the moment at which a job reports success."""
+    def _state(self):
+        """Return the id of the run that is there now, and the number of its changes, without a call of a process."""
+        run = json.loads(self.room.content(MANIFEST))["run"]
+        name = max(
+            (name for name in self.room.names() if name.startswith("_manifest-") and run[:8] in name), default=""
+        )
+        content = json.loads(self.room.content(name or MANIFEST))
+        return run, len(content["generations"]) + content["retries"]
+
+    def _check_success_lasts(self):
+        """Check that what a job has reported stays true until the run is changed: after everybody has ended or died.
+
+        Its summary may be gone: somebody was about to change the run. Files that do not belong to the run may be there
+        if a process has died or a worker came late. The next start removes them.
+        """
+        if self.last_good is None or self._state() != self.good_state:
+            return
+        content = json.loads(self.room.content(SUMMARY)) if SUMMARY in self.room.names() else {}
+        is_current = (content.get("run"), content.get("changes")) == self.good_state
+        summary = ScoreSummary.from_json(self.room.output, content) if is_current else None
+        self._check_state((self.last_good[0], summary), only=self._unit_names() if self.may_have_strays else None)
+
+    def _unit_names(self):
+        manifest = read_manifest(self.room.output)
+        listings = [read_listing(self.room.output, generation.listing) for generation in manifest.generations]
+        return {unit.output_name for units in units_of(manifest, listings) for unit in units}
+
+    def _check_state(self, good, *, only=None):
+        """What must hold at the moment at which a job reports success. With only: in the files of these names."""
         checked, summary = good
         here = Counter()
         in_error = 0
         for name in self.room.names():
-            if not name.startswith("part-") or name in self.foreign:
+            if not name.startswith("part-") or name in self.foreign or (only is not None and name not in only):
                 continue
             names = ["source_file", "source_row", "version", "model", "scores", "error"]
             table = pq.ParquetFile(io.BytesIO(self.room.content(name))).read(names, use_threads=False)
@@ -254,9 +294,10 @@ class BulkHistory:
         now = {file.url for file in checked.files}
         extra = [row for row in set(here) - wanted if row[0] in now or row[3] != model]
         assert not extra, f"{len(extra)} rows of something else are there, such as {min(extra)}"
-        assert summary.rows_out == here.total(), f"the summary says {summary.rows_out} of {here.total()} rows"
-        assert summary.rows_in_error == in_error, f"the summary says {summary.rows_in_error} of {in_error} errors"
-        if self.uses_table:
+        if summary is not None:
+            assert summary.rows_out == here.total(), f"the summary says {summary.rows_out} of {here.total()} rows"
+            assert summary.rows_in_error == in_error, f"the summary says {summary.rows_in_error} of {in_error} errors"
+        if self.uses_table and only is None:
             self._check_table()
 
     def _check_table(self):

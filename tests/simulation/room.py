@@ -46,10 +46,10 @@ class Room:
         """From now on nothing fails any more."""
         self.world.fail_rate = self.world.lost_answer_rate = self.world.freeze_rate = 0.0
 
-    def process(self, name, calls_to_live=None):
+    def process(self, name):
         """Create a process, on the only host of a local disk, or on one of two."""
         host = "a" if self.is_local else self.world.random.choice(["a", "b"])
-        return Process(self.world, name, host, calls_to_live)
+        return Process(self.world, name, host)
 
     def names(self):
         """Return the names of the files in the output folder, as they are, and not as a listing shows them."""

@@ -16,8 +16,11 @@ from pipelines.training.checkpoints import (
     publish,
     remove_all,
 )
+from tests.simulation.world import Moment
 
 STEPS = 4
+CALLS = ("ls ", "_run.json", "step-", "rename", "put ", "rm", "_running-", "pipeline.json", "fsync", "train")
+"""Parts of the names of calls at which trainings sleep and die."""
 
 
 class TrainHistory:
@@ -33,23 +36,25 @@ class TrainHistory:
         """Draw a history and check it."""
         with self.room.entered(None):
             for _ in range(self.dice.randint(1, 4)):
-                sleeper = self.dice.randint(1, 60) if self.dice.random() < 0.3 else None
-                for number in range(2 if sleeper else self.dice.choice([1, 1, 2])):
-                    lives = self.dice.choice([None, self.dice.randint(1, 20), self.dice.randint(1, 120)])
-                    self._launch(f"train{number}", lives, sleeps=None if number else sleeper, delay=100 * number)
+                has_sleeper = self.dice.random() < 0.3  # beside it, another one works
+                for number in range(2 if has_sleeper else self.dice.choice([1, 1, 2])):
+                    process = self.room.process(f"train{number}")
+                    if has_sleeper and number == 0:
+                        process.sleeps_at = Moment.drawn(self.dice, CALLS, 60)
+                    elif self.dice.random() < 0.7:
+                        process.dies_at = Moment.drawn(self.dice, CALLS, 100)
+                    self._launch(process, delay=100 * number if has_sleeper else 0)
                 self.room.world.run()
             self.room.calm()
             for _ in range(3):
                 if self.is_finished:
                     break
                 self.room.world.now += 300
-                self._launch("last", None)
+                self._launch(self.room.process("last"))
                 self.room.world.run()
             assert self.is_finished, f"no end without faults: {self.reason}"
 
-    def _launch(self, name, lives, *, sleeps=None, delay=0):
-        process = self.room.process(name, lives)
-        process.calls_to_sleep = sleeps
+    def _launch(self, process, *, delay=0):
         self.reason = "it died"
 
         def work():
@@ -57,7 +62,7 @@ class TrainHistory:
                 self._train()
             except (PipelinesError, OSError) as error:
                 self.reason = str(error)
-                self.room.world.log(f"{name} ends with: {error}")
+                self.room.world.log(f"{process.name} ends with: {error}")
                 if PIPELINE_FILE in self.room.names() and "is not empty" in str(error):
                     self._check_finished()  # an earlier start has finished it
 

@@ -10,6 +10,10 @@ import threading
 from collections import Counter
 
 SLEEP_SECONDS = 400
+MOST_CALLS = 50_000
+"""Calls of a history, which has some hundreds. More are made by a process that tries something for ever."""
+READS, WRITES = ("get", "cat_file"), ("put", "link", "rename")
+"""Calls that read or write a file, in the object store and on the local disk."""
 
 
 class KilledError(BaseException):
@@ -23,15 +27,40 @@ def closed_gate():
     return gate
 
 
+class Moment:
+    """The moment before or at a call: a part of its name, and how many such calls come first.
+
+    Some calls are rare, and are those that matter. A moment is therefore drawn by the name of a call, and not only by
+    the number of calls.
+    """
+
+    def __init__(self, part, number):
+        self.part, self.left = part, number
+
+    @classmethod
+    def drawn(cls, random, parts, most):
+        """Draw a moment among the first `most` calls, or among the first calls with one of the parts of names."""
+        if random.random() < 0.5:
+            return cls("", random.randint(1, most))
+        return cls(random.choice(parts), random.choice([1, 1, 1, 2, 2, 3, 4, 6, 9]))
+
+    def is_now(self, call):
+        """Whether it is this call."""
+        is_such = self.part in call
+        self.left -= is_such
+        return is_such and self.left == 0
+
+
 class Process:
     """A process on a host. All its threads die together."""
 
-    def __init__(self, world, name, host, calls_to_live=None):
+    def __init__(self, world, name, host):
         self.world, self.name, self.host = world, name, host
         self.pid = world.next_pid()
-        self.calls_to_live = calls_to_live
-        self.calls_to_sleep = None
-        """Number of calls after which it sleeps for so long that others think that it is dead."""
+        self.sleeps_at = self.dies_at = None
+        """Moments: a part of the name of a call, and how many such calls come first."""
+        self.seen = None
+        """How often runs had been changed when it last looked at one. None if it has written a summary since."""
         self.is_dead = False
         self.frozen_until = 0.0
         self.result = None
@@ -59,7 +88,7 @@ class Turn:
         except BaseException as error:  # noqa: BLE001  # raised in the test by `World.run`
             self.error = error
         self.is_done = True
-        self.process.world.back.release()
+        self.process.world.has_ended(self)
 
     def is_ready(self, now):
         """Whether the thread can run now. A dead process's threads run only to end."""
@@ -77,7 +106,7 @@ class World:
         self.random = random.Random(seed)
         self.now = 1_000_000.0
         self.skew = {host: self.random.choice([0.0, 0.0, self.random.uniform(-20, 20)]) for host in ("a", "b")}
-        self.turns, self.current = [], None
+        self.turns, self.current, self.ended = [], None, []
         self.back = closed_gate()
         self.counts = Counter()
         self.trace = [] if trace else None
@@ -100,41 +129,50 @@ class World:
 
     def run(self):
         """Run until all threads have ended. Raises the first error that no process may raise."""
-        while self.turns:
-            ready = [turn for turn in self.turns if turn.is_ready(self.now)]
-            if not ready:
-                self.now = min(max(turn.wake, turn.process.frozen_until) for turn in self.turns)
-                continue
-            turn = self.random.choice(ready) if len(ready) > 1 else ready[0]
-            self.current = turn
-            turn.go.release()
-            self.back.acquire()
-            self.current = None
-            if turn.is_done:
-                turn.thread.join()
-                self.turns.remove(turn)
-                if turn.error is not None:
-                    self._end_all()
-                    raise turn.error
-
-    def _end_all(self):
-        """Let every thread end, so that no thread is left behind."""
-        for turn in self.turns:
+        if not self.turns:
+            return
+        self._choose()
+        self.current.go.release()
+        self.back.acquire()
+        self.current = None
+        errors = [turn.error for turn in self.ended if turn.error is not None]
+        for turn in self.turns:  # after an error: let every thread end, so that none is left behind
             turn.process.is_dead = True
         for turn in list(self.turns):
             self.current = turn
-            while not turn.is_done:
-                turn.go.release()
-                self.back.acquire()
+            turn.go.release()
+            self.back.acquire()
+        for turn in self.ended:
             turn.thread.join()
-        self.turns.clear()
+        self.current, self.ended = None, []
+        if errors:
+            raise errors[0]
+
+    def _choose(self):
+        """Draw the thread that runs next."""
+        while not (ready := [turn for turn in self.turns if turn.is_ready(self.now)]):
+            self.now = min(max(turn.wake, turn.process.frozen_until) for turn in self.turns)
+        self.current = self.random.choice(ready) if len(ready) > 1 else ready[0]
+
+    def has_ended(self, turn):
+        """Let another thread run, or the test, if this was the last one, or an error has ended it."""
+        self.turns.remove(turn)
+        self.ended.append(turn)
+        if self.turns and all(other.error is None for other in self.ended):
+            self._choose()
+            self.current.go.release()
+        else:
+            self.back.release()
 
     def wait(self, seconds, condition=None):
         """Let others run for some time, or until the condition holds."""
         turn = self.current
+        self._check_alive(turn)
         turn.wake, turn.condition = self.now + seconds, condition
-        self.back.release()
-        turn.go.acquire()
+        self._choose()
+        if self.current is not turn:
+            self.current.go.release()
+            turn.go.acquire()
         turn.condition = None
         self._check_alive(turn)
 
@@ -150,21 +188,15 @@ class World:
         process = turn.process
         self._check_alive(turn)
         self.counts["calls"] += 1
+        assert self.counts["calls"] < MOST_CALLS, "the processes do not come to an end"
         self.now += self.random.expovariate(20)
-        if process.calls_to_sleep is not None:
-            process.calls_to_sleep -= 1
-        if process.calls_to_sleep == 0:
-            process.frozen_until = self.now + SLEEP_SECONDS
-            self.log(f"{process.name} sleeps")
-        if self.random.random() < self.freeze_rate:
-            process.frozen_until = self.now + self.random.choice([5, 60, 200])
-            self.log(f"{process.name} freezes for {process.frozen_until - self.now:.0f} s")
+        if process.sleeps_at is not None and process.sleeps_at.is_now(what):
+            self._freeze(process, SLEEP_SECONDS)
+        elif self.random.random() < self.freeze_rate:
+            self._freeze(process, self.random.choice([5, 60, 200]))
         if len(self.turns) > 1 or process.frozen_until > self.now:
             self.wait(0)
-        dies = False
-        if process.calls_to_live is not None:
-            process.calls_to_live -= 1
-            dies = process.calls_to_live <= 0
+        dies = process.dies_at is not None and process.dies_at.is_now(what)
         if dies and self.random.random() < 0.5:
             self._die(process, f"before {what}")
         if self.random.random() < self.fail_rate:
@@ -172,12 +204,23 @@ class World:
             raise OSError("connection reset")
         result = effect()
         self.log(f"{process.name} {what}")
+        action, _, name = what.partition(" ")
+        if name.startswith("_manifest") and action in WRITES:
+            self.counts["changes"] += 1
+        elif name == "_summary.json" and action in WRITES:
+            process.seen = None
+        elif name == "_manifest.json" and action in READS:
+            process.seen = self.counts["changes"]
         if dies:
             self._die(process, f"after {what}")
         if self.random.random() < self.lost_answer_rate:
             self.log(f"{process.name} {what}: the answer is lost")
             raise OSError("timeout")
         return result
+
+    def _freeze(self, process, seconds):
+        process.frozen_until = self.now + seconds
+        self.log(f"{process.name} freezes for {seconds} s")
 
     def _die(self, process, when):
         self.log(f"{process.name} dies {when}")

@@ -229,6 +229,25 @@ def test_run_goes_back_to_the_older_checkpoint(stopped_run, training_data, tmp_p
     np.testing.assert_allclose(resumed.losses, whole.losses, rtol=1e-5)
 
 
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_training_that_slept_does_not_begin_a_finished_one_again(tmp_path, monkeypatch, is_begun):
+    """It has looked at the folder, sleeps, and writes `_run.json` when another one has finished and removed it."""
+    output, write = tmp_path / "out", checkpoints._write_run
+    output.mkdir()
+    if is_begun:
+        open_training(str(output), {"seed": 1}, start="a")
+
+    def late(*args, **options):
+        (output / "pipeline.json").write_text("{}")
+        (output / "_run.json").unlink(missing_ok=True)
+        write(*args, **options)
+
+    monkeypatch.setattr(checkpoints, "_write_run", late)
+    with pytest.raises(OutputError, match=r"is not empty.* --overwrite to replace the model"):
+        open_training(str(output), {"seed": 1}, start="b")
+    assert [path.name for path in output.iterdir()] == ["pipeline.json"]
+
+
 def test_two_trainings_into_one_folder(training_data, tmp_path, monkeypatch):
     """The second one is refused while the first one works, and may follow it when it was killed."""
     first = train_job(training_data, tmp_path / "out", limit=10)
