@@ -220,13 +220,13 @@ class Scorer:
             tokens = Tokens(np.full(num_tokens, self.tokenizer.template.pad_id, np.int32), np.array([0, num_tokens]))
             self.score_documents(Documents(tokens, None, [None]))
 
-    def run_full_windows(self, most: int) -> int:
-        """Run different windows of full length at once, at most this many. Returns their number of tokens."""
-        pad_id, budget = self.tokenizer.template.pad_id, self.plan.budget
-        num_texts = min(most, budget)
-        ids = np.full((num_texts, budget), pad_id, np.int32)
-        ids[np.tri(num_texts, budget, dtype=bool)] = 1 if pad_id == 0 else 0  # equal windows would be run once
-        tokens = Tokens(ids.reshape(-1), np.arange(num_texts + 1) * budget)
+    def run_windows(self, most: int, length: int) -> int:
+        """Run different windows of this many tokens of text at once, at most `most`. Returns their number of tokens."""
+        pad_id = self.tokenizer.template.pad_id
+        num_texts = min(most, length)
+        ids = np.full((num_texts, length), pad_id, np.int32)
+        ids[np.tri(num_texts, length, dtype=bool)] = 1 if pad_id == 0 else 0  # equal windows would be run once
+        tokens = Tokens(ids.reshape(-1), np.arange(num_texts + 1) * length)
         cut = self.cut(Documents(tokens, None, [None] * num_texts))
         self.model.logits(cut)
         return int(cut.length_W.sum())

@@ -8,29 +8,36 @@ Imports no Ray. Ray Serve runs the application in every replica, and the tests c
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import resources
-from typing import Any, get_type_hints
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
+from starlette.routing import Match
 
 from pipelines.errors import DataError
-from pipelines.serving.inference_protocol import HEADER_LENGTH, ShapeError, answered, described, texts_of_tensors
-from pipelines.serving.middleware import TIMEOUT_HEADER, Guard
+from pipelines.serving.errors import add_error_handlers, error_answer
+from pipelines.serving.inference_protocol import (
+    HEADER_LENGTH,
+    ShapeError,
+    answered,
+    check_outputs,
+    described,
+    read_tensors,
+)
+from pipelines.serving.middleware import ID_HEADER, Guard
 from pipelines.serving.predictor import Predictor, RequestError
 from pipelines.serving.protocols import (
     ClassifyRequest,
     InferenceRequest,
+    Instance,
     InstancesRequest,
     ModerationRequest,
-    check_activation,
     classified,
     labels_wanted,
     moderated,
@@ -49,24 +56,45 @@ FEWEST_COMPRESSED = 1024
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorResponse, "description": "The API key is missing or wrong."},
     404: {"model": ErrorResponse, "description": "This server has one model, and it has another name."},
-    408: {"model": ErrorResponse, "description": "The body did not arrive in time."},
+    408: {"model": ErrorResponse, "description": "The body, or the answer, came later than the client waits."},
     413: {"model": ErrorResponse, "description": "The body is too large."},
-    415: {"model": ErrorResponse, "description": "The body is not JSON, or compressed in another way than gzip."},
+    415: {"model": ErrorResponse, "description": "The body is not JSON, or compressed in an unknown way."},
     422: {"model": ErrorResponse, "description": "The request does not fit the schema or a limit."},
     424: {"model": ErrorResponse, "description": "The model failed on this batch."},
     429: {"model": ErrorResponse, "description": "Too many tokens wait; see Retry-After."},
     503: {"model": ErrorResponse, "description": "Too many requests at once; see Retry-After."},
     504: {"model": ErrorResponse, "description": "The request took too long."},
 }
-FIELDS = {
-    "body",
-    *(
-        name
-        for model in (PredictRequest, Pair, InferenceRequest, InstancesRequest, ClassifyRequest, ModerationRequest)
-        for name in model.model_fields
-    ),
+SHAPE_ERROR: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorResponse, "description": "A tensor's shape does not fit its data, or an output is unknown."}
 }
-"""Names of fields in messages."""
+TENSORS_SCHEMA = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["inputs"],
+                    "properties": {
+                        "id": {"type": "string"},
+                        "inputs": {"type": "array", "items": {"type": "object"}},
+                        "outputs": {"type": "array", "items": {"type": "object"}},
+                        "parameters": {"type": "object"},
+                    },
+                    "example": {
+                        "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["Noon, as usual."]}]
+                    },
+                }
+            }
+        },
+    }
+}
+"""The body of the Open Inference Protocol, which is read without a model because it may have binary parts."""
+READABLE_HEADERS = (
+    "retry-after", ID_HEADER, "x-total-time", "x-tokenization-time", "x-queue-time", "x-inference-time",
+)  # fmt: skip
+"""Headers of answers that pages of other origins may read."""
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -75,14 +103,15 @@ PAGE_HEADERS = {
 }
 
 
-def build_api(predictor: Predictor, *, replica: str = "local") -> FastAPI:
+def build_api(predictor: Predictor, *, replica: str = "local", is_alone: bool = False) -> FastAPI:
     """Build the HTTP application of a predictor.
 
     Args:
         predictor: The model with its queue.
         replica: Name of this process, which /info returns.
+        is_alone: Whether no proxy of Ray Serve is in front, which gives requests an id and logs them.
     """
-    api = FastAPI(title="pipelines", version=VERSION, docs_url=None, redoc_url=None)
+    api = FastAPI(title="pipelines", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     api.add_middleware(GZipMiddleware, minimum_size=FEWEST_COMPRESSED, compresslevel=5)
     api.add_middleware(
         Guard,
@@ -91,21 +120,23 @@ def build_api(predictor: Predictor, *, replica: str = "local") -> FastAPI:
         body_timeout_s=predictor.settings.body_timeout_s,
         request_timeout_s=predictor.settings.request_timeout_s,
         metrics=predictor.metrics,
+        logs_requests=is_alone,
+        is_route=lambda scope: any(route.matches(scope)[0] != Match.NONE for route in api.router.routes),
     )
     if predictor.settings.cors_allow_origins:
         api.add_middleware(
-            CORSMiddleware,
+            _Cors,
             allow_origins=predictor.settings.cors_allow_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-api-key", TIMEOUT_HEADER],
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=READABLE_HEADERS,
         )
-    api.add_exception_handler(RequestError, _answer_request_error)
-    api.add_exception_handler(HTTPException, _answer_http_exception)
-    api.add_exception_handler(RequestValidationError, _answer_validation_error)
+    add_error_handlers(api)
     for routes in (_own_routes, _hub_routes, _classify_routes, _inference_protocol_routes):
         api.include_router(routes(predictor))
     api.include_router(_operating_routes(predictor, replica))
-    page = reference_page(api.openapi())
+    page = reference_page(_with_keys(api))
 
     @api.get("/docs", include_in_schema=False)
     async def show_reference() -> Response:
@@ -148,7 +179,7 @@ def _hub_routes(predictor: Predictor) -> APIRouter:
 
     async def infer(body: InferenceRequest, *, is_nested: bool) -> Response:
         inputs, is_batch = _read(partial(texts_of_inference, reads_pairs=predictor.folder.reads_pairs), body)
-        top_k = _read(partial(labels_wanted, kind=predictor.decision.kind), body.parameters)
+        top_k = _labels_wanted(predictor, body.options(), body.parameters)
         predictions, _ = await predictor.predict(inputs)
         answers = [ranked(prediction, top_k=top_k) for prediction in predictions]
         return JSONResponse(answers if is_batch or is_nested else answers[0])
@@ -170,14 +201,19 @@ def _hub_routes(predictor: Predictor) -> APIRouter:
         return await infer(body.model_copy(update={"parameters": body.parameters or {}}), is_nested=True)
 
     @routes.post("/vertex", responses=ERRORS)
-    @routes.post("/v1/models/{name}:predict", include_in_schema=False)
-    async def predict_instances(body: InstancesRequest, name: str | None = None) -> Response:
-        """Vertex AI's route, and that of version 1 of KServe's protocol: labels with scores for each instance."""
-        if name is not None:
-            _check_name(predictor, name)
-        top_k = _read(partial(labels_wanted, kind=predictor.decision.kind), body.parameters)
-        predictions, _ = await predictor.predict(texts_of_instances(body))
+    async def predict_instances(body: InstancesRequest) -> Response:
+        """Vertex AI's route: labels with scores for each instance."""
+        inner = [item.options() for item in body.instances if isinstance(item, Instance)]
+        top_k = _labels_wanted(predictor, body.options(), body.parameters, *inner)
+        texts = _read(partial(texts_of_instances, reads_pairs=predictor.folder.reads_pairs), body)
+        predictions, _ = await predictor.predict(texts)
         return JSONResponse({"predictions": [ranked(prediction, top_k=top_k) for prediction in predictions]})
+
+    @routes.post("/v1/models/{name:path}:predict", include_in_schema=False)
+    async def predict_instances_of(name: str, body: InstancesRequest) -> Response:
+        """The same as version 1 of KServe's protocol asks for it."""
+        _check_name(predictor, name)
+        return await predict_instances(body)
 
     return routes
 
@@ -189,8 +225,8 @@ def _classify_routes(predictor: Predictor) -> APIRouter:
     @routes.post("/classify", responses=ERRORS)
     @routes.post("/v1/classify", responses=ERRORS)
     async def classify(body: ClassifyRequest) -> Response:
-        """The route of vLLM."""
-        _read(check_activation, body)
+        """The route of vLLM and Infinity."""
+        _labels_wanted(predictor, body.options(), body.parameters)
         inputs: list[str | Pair] = [body.input] if isinstance(body.input, str) else list(body.input)
         predictions, usage = await predictor.predict(inputs)
         return JSONResponse(classified(predictions, usage, predictor.name))
@@ -203,7 +239,7 @@ def _classify_routes(predictor: Predictor) -> APIRouter:
         """The only model of this server, as OpenAI lists models."""
         return {"object": "list", "data": [model()]}
 
-    @routes.get("/v1/models/{name}", responses=ERRORS)
+    @routes.get("/v1/models/{name:path}", responses=ERRORS)
     async def show_model(name: str) -> dict[str, Any]:
         """Whether the model can answer, as version 1 of KServe's protocol asks, with OpenAI's description of it."""
         _check_name(predictor, name)
@@ -212,7 +248,8 @@ def _classify_routes(predictor: Predictor) -> APIRouter:
 
     @routes.post("/v1/moderations", responses=ERRORS)
     async def moderate(body: ModerationRequest) -> Response:
-        """OpenAI's route: a category for each label."""
+        """OpenAI's route: a category for each label. An input is flagged if the model decides for any of them."""
+        _labels_wanted(predictor, body.options(), body.parameters)
         decision = predictor.decision
         if decision.kind == "regression":
             raise RequestError(422, "validation", "a regression model has no categories; use /v1/predict")
@@ -227,27 +264,26 @@ def _inference_protocol_routes(predictor: Predictor) -> APIRouter:
     routes = APIRouter(prefix="/v2")
     check_name = partial(_check_name, predictor)
 
-    @routes.post("/models/{name}/infer", responses=ERRORS)
-    @routes.post("/models/{name}/versions/{version}/infer", include_in_schema=False)
-    async def infer_tensors(name: str, request: Request, version: str = VERSION_OF_MODEL) -> Response:
-        """The Open Inference Protocol's route: tensors of texts in, tensors of scores and labels out."""
+    @routes.post("/models/{name:path}/versions/{version}/infer", include_in_schema=False)
+    async def infer_with_version(name: str, version: str, request: Request) -> Response:
         check_name(name, version)
+        return await infer_tensors(predictor.name, request)
+
+    @routes.post("/models/{name:path}/infer", responses=ERRORS | SHAPE_ERROR, openapi_extra=TENSORS_SCHEMA)
+    async def infer_tensors(name: str, request: Request) -> Response:
+        """The Open Inference Protocol's route: tensors of texts in, tensors of scores and labels out."""
+        check_name(name)
         content = await request.body()
-        request_id, inputs = _read(lambda body: texts_of_tensors(body, request.headers.get(HEADER_LENGTH)), content)
-        predictions, _ = await predictor.predict(inputs)
-        return JSONResponse(answered(predictions, predictor.decision, predictor.name, request_id))
+        asked = _read(lambda body: read_tensors(body, request.headers.get(HEADER_LENGTH)), content)
+        _labels_wanted(predictor, asked.parameters)
+        _read(lambda names: check_outputs(names, predictor.decision), asked.outputs)
+        predictions, _ = await predictor.predict(asked.inputs)
+        return JSONResponse(answered(predictions, predictor.decision, predictor.name, asked))
 
     @routes.get("")
     async def describe_server() -> dict[str, Any]:
         """Name, version and extensions of this server."""
         return {"name": "pipelines", "version": VERSION, "extensions": ["binary_tensor_data"]}
-
-    @routes.get("/models/{name}", responses=ERRORS)
-    @routes.get("/models/{name}/versions/{version}", include_in_schema=False)
-    async def describe_model(name: str, version: str = VERSION_OF_MODEL) -> dict[str, Any]:
-        """The model's tensors and labels."""
-        check_name(name, version)
-        return described(predictor.decision, predictor.name)
 
     @routes.get("/health/ready")
     @routes.get("/health/live")
@@ -256,12 +292,27 @@ def _inference_protocol_routes(predictor: Predictor) -> APIRouter:
         _check_health(predictor)
         return {"live": True, "ready": True}
 
-    @routes.get("/models/{name}/ready", responses=ERRORS)
-    @routes.get("/models/{name}/versions/{version}/ready", include_in_schema=False)
-    async def protocol_readiness(name: str, version: str = VERSION_OF_MODEL) -> dict[str, bool]:
-        """Whether this replica works and has the model of this name."""
+    @routes.get("/models/{name:path}/versions/{version}/ready", include_in_schema=False)
+    async def readiness_with_version(name: str, version: str) -> dict[str, Any]:
         check_name(name, version)
-        return await protocol_health()
+        return await protocol_readiness(predictor.name)
+
+    @routes.get("/models/{name:path}/ready", responses=ERRORS)
+    async def protocol_readiness(name: str) -> dict[str, Any]:
+        """Whether this replica works and has the model of this name."""
+        check_name(name)
+        return {"name": predictor.name, **await protocol_health()}
+
+    @routes.get("/models/{name:path}/versions/{version}", include_in_schema=False)
+    async def describe_version(name: str, version: str) -> dict[str, Any]:
+        check_name(name, version)
+        return await describe_model(predictor.name)
+
+    @routes.get("/models/{name:path}", responses=ERRORS)
+    async def describe_model(name: str) -> dict[str, Any]:
+        """The model's tensors and labels."""
+        check_name(name)
+        return described(predictor.decision, predictor.name)
 
     return routes
 
@@ -283,7 +334,7 @@ def _operating_routes(predictor: Predictor, replica: str) -> APIRouter:
         """Whether this replica is ready. Always true: requests reach a replica only after its model is loaded."""
         return {"status": "ready"}
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """The metrics of all replicas, for Prometheus."""
         text = await asyncio.get_running_loop().run_in_executor(None, predictor.metrics.text)
@@ -309,6 +360,36 @@ def _check_health(predictor: Predictor) -> None:
         raise RequestError(503, "unhealthy", "the batcher stopped; this replica will be replaced")
 
 
+def _labels_wanted(predictor: Predictor, *levels: Mapping[str, Any] | None) -> int | None:
+    """Return the number of labels that a request asks for. Raises RequestError for options that are not honoured."""
+    found: int | None = _read(lambda options: labels_wanted(predictor.decision.kind, *options), levels)
+    return found
+
+
+def _with_keys(api: FastAPI) -> dict[str, Any]:
+    """Return the schema of an application, which it returns from now on, with the headers that take a key."""
+    schema = api.openapi()
+    schemes = {"bearer": {"type": "http", "scheme": "bearer"},
+               "key": {"type": "apiKey", "in": "header", "name": "x-api-key"}}  # fmt: skip
+    schema.setdefault("components", {})["securitySchemes"] = schemes
+    schema["security"] = [{}, *({name: []} for name in schemes)]
+    api.openapi = lambda: schema  # type: ignore[method-assign]  # FastAPI's documented way to change it
+    return schema
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's middleware, with our form of errors."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """Answer a preflight."""
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        problem = bytes(response.body).decode()
+        return error_answer(400, "origin", f"{problem}; see the setting cors_allow_origins", kept)
+
+
 def _read(function: Callable[[Any], Any], content: Any) -> Any:
     """Apply function to a request's content. A DataError becomes a RequestError with status 422."""
     try:
@@ -317,46 +398,3 @@ def _read(function: Callable[[Any], Any], content: Any) -> Any:
         raise RequestError(400, "validation", str(error)) from error
     except DataError as error:
         raise RequestError(422, "validation", str(error)) from error
-
-
-def _error(status: int, error_type: str, message: str, headers: Any = None) -> JSONResponse:
-    content = ErrorResponse(error=message, error_type=error_type).model_dump()
-    return JSONResponse(content, status_code=status, headers=headers)
-
-
-async def _answer_request_error(_: Request, error: Exception) -> Response:
-    """Answer a RequestError. For an overload, the header Retry-After tells the client when to try again."""
-    assert isinstance(error, RequestError)
-    headers = {"Retry-After": str(math.ceil(max(1.0, error.retry_after)))} if error.status == 429 else None
-    return _error(error.status, error.error_type, str(error), headers)
-
-
-async def _answer_http_exception(_: Request, error: Exception) -> Response:
-    """Answer an unknown route or method. FastAPI raises status 400 for a body that is not JSON."""
-    assert isinstance(error, HTTPException)
-    if error.status_code == 400:
-        return _error(422, "validation", "the body is not JSON in UTF-8")
-    return _error(error.status_code, "route", f"{error.detail}; the routes are at /docs", error.headers)
-
-
-def _fields_of(request: Request) -> str:
-    """Return the fields that a body of this request may have, as text."""
-    body = get_type_hints(request.scope.get("endpoint", _fields_of)).get("body")
-    fields = getattr(body, "model_fields", {})
-    return f"; the body takes {', '.join(fields)}" if fields else ""
-
-
-async def _answer_validation_error(request: Request, error: Exception) -> Response:
-    """Answer a body that does not fit the schema. The message contains nothing of it, not even its field names."""
-    assert isinstance(error, RequestValidationError)
-    problems = []
-    for item in error.errors():
-        if item["type"] == "extra_forbidden":
-            route = item["loc"][:-1]
-            place = ".".join(str(part) for part in route if part in FIELDS)
-            known = _fields_of(request) if place == "body" else ""
-            problems.append(f"{place}: a field that is not known here{known}")
-            continue
-        place = ".".join(str(part) for part in item["loc"] if isinstance(part, int) or part in FIELDS)
-        problems.append(f"{place}: {item['msg']}")
-    return _error(422, "validation", "; ".join(problems[:3]))

@@ -26,7 +26,8 @@ def is_open(method: str, path: str) -> bool:
 def is_admitted(headers: Mapping[str, str], key_hashes: Sequence[str]) -> bool:
     """Whether a request is allowed: no keys are set, or its headers contain one of the keys.
 
-    The headers are `Authorization: Bearer KEY` or `x-api-key: KEY`. All hashes are compared, each in constant time.
+    The headers are `Authorization: Bearer KEY` or `x-api-key: KEY`; one of them is enough, because some clients always
+    send a bearer of their own. All hashes are compared, each in constant time. An empty key is never right.
 
     Args:
         headers: HTTP headers, with names in lower case.
@@ -35,9 +36,15 @@ def is_admitted(headers: Mapping[str, str], key_hashes: Sequence[str]) -> bool:
     if not key_hashes:
         return True
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
-    key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-    found = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-    return sum(hmac.compare_digest(found, known.removeprefix("sha256:")) for known in key_hashes) > 0
+    keys = [headers.get("x-api-key", ""), bearer.strip() if scheme.lower() == "bearer" else ""]
+    found = [hashlib.sha256(form).hexdigest() for key in keys if key for form in _as_sent(key)]
+    known = [key_hash.removeprefix("sha256:") for key_hash in key_hashes]
+    return sum(hmac.compare_digest(one, other) for one in found for other in known) > 0
+
+
+def _as_sent(key: str) -> tuple[bytes, bytes]:
+    """Return the bytes of a key that a client has sent in UTF-8, or in Latin-1, as which HTTP headers are decoded."""
+    return key.encode("latin-1", "replace"), key.encode("utf-8", "surrogateescape")
 
 
 def check_exposure(settings: ServeSettings) -> None:

@@ -2,7 +2,7 @@
 
 Requests are collected while the model is busy. When the model is idle, a forward pass starts at once: no request waits
 for a timer. A pass takes windows rather than whole requests, so that a long document does not block short ones. A pass
-takes as many tokens as the model processes in about PASS_SECONDS. Imports no Ray.
+takes as many tokens as the model processes in about PASS_SECONDS, or more if most of that is fixed. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -156,8 +156,6 @@ class Batcher:
         self._scorer, self._executor, self._on_pass = scorer, executor, on_pass
         self._batch_tokens, self._max_queued_tokens = batch_tokens, max_queued_tokens
         self._rate = rate or Rate()
-        self._tokens_per_second: float | None = None
-        """Of the last passes, whatever their size."""
         self._busy_seconds, self._pass_began = 0.0, 0.0
         self._queue: list[_Waiting] = []
         self._queued_tokens = 0
@@ -311,9 +309,7 @@ class Batcher:
             return []
         alike = [waiting for waiting in self._queue if waiting.documents.is_pair != self._takes_pairs] or self._queue
         self._takes_pairs = alike[0].documents.is_pair
-        room = self._batch_tokens
-        if self._tokens_per_second is not None:
-            room = min(room, max(int(self._tokens_per_second * PASS_SECONDS), 1))
+        room = int(min(self._batch_tokens, self._rate.pass_tokens(PASS_SECONDS)))
         ends: dict[_Waiting, int] = {}
         least_left = sorted(alike, key=lambda waiting: waiting.tokens_left)
         for order, kept_back in ((alike, room // 2), (least_left, 0)):
@@ -373,8 +369,6 @@ class Batcher:
         """After a forward pass, update the rate and the times, and answer the requests that are complete."""
         num_tokens = sum(sum(share.waiting.lengths[share.first : share.last]) for share in shares)
         self._rate.add(num_tokens, seconds)
-        rate = num_tokens / max(seconds, 1e-6)
-        self._tokens_per_second = rate if self._tokens_per_second is None else (self._tokens_per_second + rate) / 2
         self._on_pass(num_tokens, seconds)
         for share, found in zip(shares, scores, strict=True):
             waiting = share.waiting

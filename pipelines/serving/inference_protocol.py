@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pipelines.errors import DataError
@@ -30,20 +31,28 @@ class ShapeError(DataError):
     """A tensor whose shape does not fit its data."""
 
 
-def texts_of_tensors(body: bytes, header_length: str | None) -> tuple[str | None, list[str | Pair]]:
-    """Read the id and the texts of a request.
+@dataclass(frozen=True)
+class TensorRequest:
+    """What a request asks for."""
+
+    request_id: str | None
+    inputs: list[str | Pair]
+    outputs: tuple[str, ...]
+    """Names of the tensors that are wanted. Empty: all."""
+    parameters: Mapping[str, Any]
+
+
+def read_tensors(body: bytes, header_length: str | None) -> TensorRequest:
+    """Read the texts of a request, its id, and what it asks for.
 
     Args:
         body: Request body: JSON, then binary tensors if there are any.
         header_length: Value of the HTTP header HEADER_LENGTH, which is the length of the JSON in bytes. None means that
             the whole body is JSON.
 
-    Returns:
-        The id, or None, and the texts or pairs.
-
     Raises:
         DataError: The body is not a valid request for texts.
-        ShapeError: A tensor's shape does not fit its data.
+        ShapeError: A tensor's shape does not fit its data, or the outputs are not described as the protocol says.
     """
     digits = str(len(body)) if header_length is None else header_length
     if not digits.isdecimal() or len(digits) > MOST_DIGITS or int(digits) > len(body):
@@ -75,11 +84,35 @@ def texts_of_tensors(body: bytes, header_length: str | None) -> tuple[str | None
     request_id = request.get("id")
     if request_id is not None and not (isinstance(request_id, str) and request_id.isprintable()):
         raise DataError("`id` must be a string without control characters and lone surrogates")
-    return request_id, found
+    parameters = request.get("parameters")
+    if not isinstance(parameters, dict | None):
+        raise DataError("`parameters` must be an object")
+    return TensorRequest(request_id, found, _outputs_of(request), parameters or {})
+
+
+def _outputs_of(request: dict[str, Any]) -> tuple[str, ...]:
+    """Return the names of the tensors that a request wants."""
+    outputs = request.get("outputs")
+    if outputs is None:
+        return ()
+    if not isinstance(outputs, list) or not all(isinstance(item, dict) for item in outputs):
+        raise ShapeError("`outputs` must be a list of objects with a `name`")
+    for item in outputs:
+        parameters = item.get("parameters")
+        if isinstance(parameters, dict) and parameters.get("classification"):
+            raise ShapeError("the extension `classification` is not supported; ask for `label` and `scores`")
+    return tuple(str(item.get("name")) for item in outputs)
+
+
+def check_outputs(names: Sequence[str], decision: DecisionSettings) -> None:
+    """Raise ShapeError if a name is not that of an output tensor."""
+    known = [output["name"] for output in described(decision, "")["outputs"]]
+    if not set(names) <= set(known):
+        raise ShapeError(f"`outputs` names an unknown tensor; this model has {', '.join(known)}")
 
 
 def answered(
-    predictions: Sequence[Prediction], decision: DecisionSettings, model: str, request_id: str | None
+    predictions: Sequence[Prediction], decision: DecisionSettings, model: str, request: TensorRequest
 ) -> dict[str, Any]:
     """Return the JSON of a response.
 
@@ -87,7 +120,7 @@ def answered(
         predictions: One per input.
         decision: Kind and labels.
         model: Name of the model.
-        request_id: Id of the request, which the response repeats. None if it has no id.
+        request: The request. The response has its id and the outputs that it asks for.
     """
     scores = [list(prediction.scores.values()) for prediction in predictions]
     outputs = [_tensor("scores", "FP32", scores)]
@@ -100,8 +133,9 @@ def answered(
         outputs.append(_tensor("label", "BYTES", [prediction.label or "" for prediction in predictions]))
         outputs.append(_tensor("score", "FP32", [prediction.score or 0.0 for prediction in predictions]))
     outputs.append(_tensor("num_windows", "INT32", [prediction.num_windows for prediction in predictions]))
-    answer = {"model_name": model, "model_version": "1", "outputs": outputs}
-    return answer if request_id is None else {"id": request_id, **answer}
+    wanted = [output for output in outputs if not request.outputs or output["name"] in request.outputs]
+    answer = {"model_name": model, "model_version": "1", "outputs": wanted}
+    return answer if request.request_id is None else {"id": request.request_id, **answer}
 
 
 def described(decision: DecisionSettings, model: str) -> dict[str, Any]:
@@ -134,8 +168,10 @@ def _texts(tensor: dict[str, Any], rest: bytes) -> tuple[list[str], bytes]:
     size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
     if size is None:
         data = tensor.get("data")
+        while isinstance(data, list) and data and all(isinstance(item, list) for item in data):  # nested by its shape
+            data = [item for part in data for item in part]
         if not isinstance(data, list) or not all(isinstance(text, str) for text in data):
-            raise DataError("a tensor's `data` must be a flat list of strings")
+            raise DataError("a tensor's `data` must be a list of strings, flat or nested by its shape")
         return data, rest
     if not isinstance(size, int) or not 0 <= size <= len(rest):
         raise DataError(f"a tensor's binary_data_size must be a number of bytes, at most the {len(rest)} that remain")

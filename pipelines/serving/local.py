@@ -19,6 +19,7 @@ import uvicorn
 from pipelines.errors import SettingsError
 from pipelines.serving.api import build_api
 from pipelines.serving.auth import check_exposure
+from pipelines.serving.connections import Connection
 from pipelines.serving.job import ServeJob, check_job
 from pipelines.serving.metrics import LocalSeries, ServerMetrics
 from pipelines.serving.ports import own_port
@@ -76,7 +77,9 @@ async def _serve(job: ServeJob) -> None:
         job, lambda scorer: ServerMetrics(LocalSeries(), scorer.decision.labels, scorer.model.batch_tokens)
     )
     config = uvicorn.Config(
-        build_api(predictor),
+        build_api(predictor, is_alone=True),
+        http=Connection,
+        ws="none",
         host=job.serve.host,
         port=job.serve.port,
         log_config=None,

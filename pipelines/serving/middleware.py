@@ -1,17 +1,18 @@
-"""Middleware around all routes: it checks API keys and headers, limits requests and their bodies, and measures times.
+"""Middleware around all routes: it checks API keys and headers, limits requests, and measures times.
 
-HEAD is answered as GET without the body, bodies may be compressed with gzip, and other content than JSON is refused.
-
-A client that announces a body and does not send it holds a place. So probes and GET read no body, there are deadlines,
-and if too many bodies are awaited, the one that has been awaited longest is given up.
+HEAD is answered as GET without the body, a slash at the end of a path does not matter, bodies may be compressed, and
+other content than JSON is refused. Probes and GET read no body. If a client goes away before its answer begins, the
+rest of its request is dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
-import zlib
-from collections.abc import Awaitable, Callable, Sequence
+import re
+import uuid
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from pipelines.serving.auth import READING, is_admitted, is_open
+from pipelines.serving.bodies import GZIP, Bodies, Refused, decompressed, encoding_of
 from pipelines.serving.schema import ErrorResponse
 from pipelines.serving.timings import Metrics, Timings, begin_timings
 
@@ -29,24 +31,13 @@ MOST_REQUESTS = 1000
 """Requests at once in a replica. Ray Serve gives it no more."""
 KEPT_FOR_PROBES = 100
 """Of these, how many are only for probes, so that they are answered when the server is full."""
-MOST_BODIES = 256
-"""Bodies that are awaited at once."""
-MOST_BODY_BYTES = 64 * 2**20
-"""Bytes of bodies that are awaited at once, or one body of the maximum size."""
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 """Seconds after which the client does not wait any more."""
-TENSORS = "/infer"
-"""End of the paths whose bodies may contain binary tensors."""
-MOST_DIGITS = 18
-"""Digits of a content length that is believed. A longer one is counted as the body arrives."""
-
-
-class Refused(Exception):
-    """A request that is answered before its route sees it."""
-
-    def __init__(self, status: int, error_type: str, message: str, **headers: str) -> None:
-        super().__init__(message)
-        self.status, self.error_type, self.headers = status, error_type, headers
+ID_HEADER = "x-request-id"
+CLEAN_ID = re.compile(r"[\w.:/+=-]{1,128}", re.ASCII)
+"""Ids of requests that are returned and logged. Others could forge fields of a log line."""
+SECONDS = re.compile(r"\+?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+logger = logging.getLogger(__name__)
 
 
 class Guard:
@@ -61,10 +52,25 @@ class Guard:
         metrics: Metrics,
         body_timeout_s: float = 30,
         request_timeout_s: float = 300,
+        logs_requests: bool = False,
+        is_route: Callable[[Scope], bool] = lambda scope: True,
     ) -> None:
+        """Wrap an application.
+
+        Args:
+            app: The application.
+            api_keys: SHA-256 of each key.
+            max_body_bytes: Maximum size of a body, after decompression too.
+            metrics: Counts the answers.
+            body_timeout_s: Maximum time in which a body must arrive.
+            request_timeout_s: Maximum time of a request.
+            logs_requests: Whether to log each request but probes, and to give it an id. Ray Serve's proxies do both.
+            is_route: Whether the application has a path.
+        """
         self._app, self._api_keys, self._metrics = app, api_keys, metrics
         self._request_timeout_s = request_timeout_s
         self._bodies = Bodies(max_body_bytes, min(body_timeout_s, request_timeout_s))
+        self._logs_requests, self._is_route = logs_requests, is_route
         self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,8 +78,15 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["method"] == "HEAD":
+        method, path = scope["method"], scope["path"]
+        scope = {**scope, "path": _without_slash(path, scope.get("root_path", ""))}
+        headers = Headers(scope=scope)
+        others = [item for item in scope["headers"] if item[0] != b"accept-encoding"]
+        is_zipped = _accepts_gzip(headers.get("accept-encoding", ""))
+        scope["headers"] = [*others, (b"accept-encoding", b"gzip")] if is_zipped else others
+        if method == "HEAD":
             scope, send = {**scope, "method": "GET"}, _without_body(send)
+        request_id = _id_of(headers) if self._logs_requests else None
         timings = begin_timings()
         status = 500  # for exceptions; 499, as in nginx, if the client disconnected
 
@@ -82,6 +95,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).update(timings.headers())
+                if request_id is not None:
+                    MutableHeaders(scope=message)[ID_HEADER] = request_id
             await send(message)
 
         try:
@@ -94,6 +109,8 @@ class Guard:
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.count_request(route, status, timings)
+            if request_id is not None and not is_open(method, scope["path"]):
+                logger.info("%s %s %d in %.0f ms, id %s", method, route, status, 1000 * timings.total, request_id)
 
     async def _answered(self, scope: Scope, receive: Receive, send: Send, timings: Timings) -> None:
         """Answer a request, or say why not."""
@@ -131,126 +148,109 @@ class Guard:
         if not needs_no_key and not is_admitted(headers, self._api_keys):
             message = "the API key is missing or wrong; send Authorization: Bearer KEY"
             raise Refused(401, "unauthorized", message, WWW_Authenticate="Bearer")
-        if needs_no_key or method in READING:
-            await self._app(scope, _after(receive, b""), send)
+        if needs_no_key or method in READING or not self._is_route(scope):
+            await self._app(scope, _Connection(receive, b"").receive, send)
             return
         if self._running >= MOST_REQUESTS - KEPT_FOR_PROBES:
             problem = f"{self._running} requests are running; try again later"
             raise Refused(503, "overloaded", problem, Retry_After="1")
-        encoding = _check_content(headers, path) if method == "POST" else ""
+        encoding = encoding_of(headers, path) if method == "POST" else ""
         self._running += 1
         try:
             body = await self._bodies.read(receive, headers.get("content-length", ""))
-            if encoding == "gzip":
-                body = _decompressed(body, self._bodies.max_bytes)
-            await self._app(scope, _after(receive, body), send)
+            if encoding:
+                body = decompressed(body, encoding, self._bodies.max_bytes)
+            await _Connection(receive, body).run(self._app, scope, send)
         finally:
             self._running -= 1
 
 
-class Bodies:
-    """Reads the bodies of requests within limits of time, number and size."""
+class _Connection:
+    """The connection of a client whose body is here."""
 
-    def __init__(self, max_bytes: int, timeout_s: float) -> None:
-        self.max_bytes, self._timeout_s = max_bytes, timeout_s
-        self._awaited: dict[asyncio.Timeout, int] = {}
-        """Deadlines of the bodies that are awaited, the oldest first, with the bytes that are here."""
+    def __init__(self, receive: Receive, body: bytes) -> None:
+        self._receive_more = receive
+        self._whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        self._is_gone, self._is_answered = asyncio.Event(), False
 
-    async def read(self, receive: Receive, announced: str) -> bytes:
-        """Return a body.
+    async def receive(self) -> Message:
+        """Return the whole body, and then wait for the client to disconnect."""
+        if self._whole:
+            return self._whole.pop()
+        while not self._is_gone.is_set():
+            message = await self._receive_more()  # parts of a body that nobody reads
+            if message["type"] == "http.disconnect":
+                self._is_gone.set()
+        return {"type": "http.disconnect"}
 
-        Args:
-            receive: Receives the messages of the request.
-            announced: The content-length in the headers, or anything else, which is ignored.
+    async def run(self, app: ASGIApp, scope: Scope, send: Send) -> None:
+        """Run an application, but drop the rest if the client disconnects before the answer begins.
 
         Raises:
-            Refused: It is too large, or does not arrive in time.
             ClientDisconnect: The client went away.
         """
-        is_number = announced.isascii() and announced.isdecimal() and len(announced) <= MOST_DIGITS
-        self._check_size(int(announced) if is_number else 0)
-        if len(self._awaited) >= MOST_BODIES:
-            self._give_up_oldest()
+        body: Message | None = self._whole.pop()
+        running = asyncio.current_task()
+        assert running is not None
+
+        async def receive_body() -> Message:
+            nonlocal body
+            if body is not None:
+                found, body = body, None
+                return found
+            await self._is_gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send_answer(message: Message) -> None:
+            self._is_answered = True
+            await send(message)
+
+        async def watch() -> None:
+            await self.receive()
+            if not self._is_answered:
+                running.cancel()
+
+        watching = asyncio.create_task(watch())
         try:
-            async with asyncio.timeout(self._timeout_s) as deadline:
-                self._awaited[deadline] = 0
-                return await self._chunks(receive, deadline)
-        except TimeoutError:
-            message = "the body did not arrive in time; send it at once, with a content-length that is its size"
-            raise Refused(408, "timeout", message, Connection="close") from None
+            await app(scope, receive_body, send_answer)
+        except asyncio.CancelledError:
+            if not self._is_gone.is_set() or self._is_answered or running.uncancel():
+                raise
+            raise ClientDisconnect from None
         finally:
-            self._awaited.pop(deadline, None)
+            watching.cancel()
 
-    async def _chunks(self, receive: Receive, deadline: asyncio.Timeout) -> bytes:
-        chunks, has_more = [], True
-        while has_more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientDisconnect
-            chunks.append(message.get("body", b""))
-            has_more = message.get("more_body", False)
-            size = self._awaited.get(deadline, 0) + len(chunks[-1])
-            self._check_size(size)
-            self._awaited[deadline] = size
-            while sum(self._awaited.values()) > max(MOST_BODY_BYTES, self.max_bytes) and self._give_up_oldest(deadline):
-                await asyncio.sleep(0)
-        return b"".join(chunks)
 
-    def _check_size(self, size: int) -> None:
-        if size > self.max_bytes:
-            raise Refused(413, "too_large", f"the body has {size} bytes; at most {self.max_bytes}")
+def _without_slash(path: str, root_path: str) -> str:
+    """Return a path without a slash at its end, unless it is the root."""
+    stripped = path.rstrip("/")
+    return path if stripped in ("", root_path.rstrip("/")) else stripped
 
-    def _give_up_oldest(self, own: asyncio.Timeout | None = None) -> bool:
-        """Let the deadline of the body that has been awaited longest pass. Returns whether there is another one."""
-        oldest = next((one for one in self._awaited if one is not own), None)
-        if oldest is None:
-            return False
-        del self._awaited[oldest]
-        oldest.reschedule(asyncio.get_running_loop().time())
-        return True
+
+def _accepts_gzip(header: str) -> bool:
+    """Whether a client accepts answers in gzip."""
+    for item in header.lower().split(","):
+        name, _, rest = item.partition(";")
+        if name.strip() in GZIP:
+            weight = rest.strip().removeprefix("q=").strip()
+            return not (weight and re.fullmatch(r"0(\.0*)?", weight))
+    return False
+
+
+def _id_of(headers: Headers) -> str:
+    """Return the id of a request: that of its header if it is clean, or a new one."""
+    given = headers.get(ID_HEADER, "")
+    return given if CLEAN_ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _timeout_of(header: str | None) -> float:
     """Return the seconds that a client waits. Raises Refused if its header is no positive number."""
     if header is None:
         return math.inf
-    try:
-        seconds = float(header)
-    except ValueError:
-        seconds = math.nan
+    seconds = float(header) if SECONDS.fullmatch(header.strip()) else math.nan
     if not 0 < seconds < math.inf:
         raise Refused(422, "validation", f"{TIMEOUT_HEADER} must be a positive number of seconds")
     return seconds
-
-
-def _check_content(headers: Headers, path: str) -> str:
-    """Return how a body is compressed: gzip, or not at all. Raises Refused for other content than JSON."""
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
-    if not is_json and not path.endswith(TENSORS):
-        raise Refused(415, "validation", "the body must be JSON, and say so: send content-type: application/json")
-    encoding = headers.get("content-encoding", "").strip().lower()
-    if encoding not in ("", "identity", "gzip"):
-        raise Refused(415, "validation", "the body's content-encoding is not supported; send gzip or none")
-    return encoding
-
-
-def _decompressed(body: bytes, most: int) -> bytes:
-    """Return the content of a gzip file of one or several members, of at most this many bytes."""
-    parts, left = [], most
-    while body:
-        member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        try:
-            parts.append(member.decompress(body, left + 1))
-        except zlib.error as error:
-            raise Refused(422, "validation", "the body is not valid gzip") from error
-        left -= len(parts[-1])
-        if left < 0:
-            raise Refused(413, "too_large", f"the body has more than {most} bytes after decompression")
-        if not member.eof:
-            raise Refused(422, "validation", "the body is not valid gzip: it ends too early")
-        body = member.unused_data
-    return b"".join(parts)
 
 
 def _without_body(send: Send) -> Send:
@@ -260,18 +260,3 @@ def _without_body(send: Send) -> Send:
         await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
     return send_head
-
-
-def _after(receive: Receive, body: bytes) -> Callable[[], Awaitable[Message]]:
-    """Return what gives the whole body, and then waits for the client to disconnect."""
-    whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive_again() -> Message:
-        if whole:
-            return whole.pop()
-        while True:  # parts of a body that nobody reads
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return message
-
-    return receive_again

@@ -1,14 +1,14 @@
 """Request and response formats of other servers: text-embeddings-inference, Hugging Face, vLLM, OpenAI moderation.
 
 The functions convert request bodies to texts, and predictions to response bodies. Like those servers, they ignore
-unknown fields. Imports no Ray.
+unknown fields, but not options that change the scores: these are honoured or refused. Imports no Ray.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -21,25 +21,36 @@ FUNCTIONS: dict[Kind, str] = {
     "binary": "softmax", "multiclass": "softmax", "multilabel": "sigmoid", "regression": "none",
 }  # fmt: skip
 """Hugging Face's names of the functions that make scores of logits, by kind."""
+FOR_LOGITS = {"raw_scores": True, "activation": False, "use_activation": False, "softmax": False}
+"""Options of other servers and their values that ask for logits."""
 
 
-class InferenceRequest(BaseModel):
+class ForeignRequest(BaseModel):
+    """A body of another server's protocol. Unknown fields are kept, so that options can be found among them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    def options(self) -> dict[str, Any]:
+        """Return the fields that are not declared."""
+        return dict(self.model_extra or {})
+
+
+class InferenceRequest(ForeignRequest):
     """text-embeddings-inference's /predict. With `parameters`: Hugging Face's text classification."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "Noon at the usual place."}]})
 
-    inputs: str | list[str] | list[list[str]]
-    raw_scores: bool = False
+    inputs: str | Pair | list[str] | list[Pair] | list[list[str]]
     parameters: dict[str, Any] | None = None
 
 
-class Instance(BaseModel):
+class Instance(ForeignRequest):
     """An input of Vertex AI as text-embeddings-inference takes it."""
 
-    inputs: str
+    inputs: str | Pair | list[str] | list[list[str]]
 
 
-class InstancesRequest(BaseModel):
+class InstancesRequest(ForeignRequest):
     """The request of Vertex AI, and of version 1 of KServe's protocol."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"instances": ["Noon at the usual place."]}]})
@@ -48,15 +59,14 @@ class InstancesRequest(BaseModel):
     parameters: dict[str, Any] | None = None
 
 
-class ClassifyRequest(BaseModel):
-    """vLLM's /classify."""
+class ClassifyRequest(ForeignRequest):
+    """vLLM's and Infinity's /classify."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["Noon at the usual place."]}]})
 
     input: str | list[str]
     model: str | None = None
-    activation: bool | None = None
-    use_activation: bool | None = None
+    parameters: dict[str, Any] | None = None
 
 
 class TextPart(BaseModel):
@@ -66,13 +76,44 @@ class TextPart(BaseModel):
     text: str | None = None
 
 
-class ModerationRequest(BaseModel):
+class ModerationRequest(ForeignRequest):
     """OpenAI's /v1/moderations."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": "Noon at the usual place."}]})
 
     input: str | list[str] | list[TextPart]
     model: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+def labels_wanted(kind: Kind, *levels: Mapping[str, Any] | None) -> int | None:
+    """Return the number of labels that a request asks for. None means all.
+
+    Args:
+        kind: Kind of the model.
+        levels: The options of a request, wherever they may stand: in the body, in its `parameters`, in its inputs.
+
+    Raises:
+        DataError: An option cannot be honoured: it asks for logits, for another function than that of the model's kind,
+            for other labels, or top_k is no number of labels.
+    """
+    found: int | None = None
+    for options in levels:
+        for name, value in (options or {}).items():
+            if name in FOR_LOGITS and value is not None and value != (not FOR_LOGITS[name]):
+                asked = str(FOR_LOGITS[name]).lower()
+                raise DataError(
+                    f"{name}={asked} is not supported: a document's scores are merged probabilities of its windows"
+                )
+            if name == "function_to_apply" and value not in (None, "default", FUNCTIONS[kind]):
+                raise DataError(f"function_to_apply must be {FUNCTIONS[kind]} for this model, which is of kind {kind}")
+            if name in ("candidate_labels", "hypothesis_template") and value is not None:
+                raise DataError(f"{name} is for zero-shot models; this one was trained on its own labels: see /info")
+            if name == "top_k" and value is not None:
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    raise DataError("top_k is a number of labels, at least 1")
+                found = value if found is None else min(found, value)
+    return found
 
 
 def texts_of_inference(body: InferenceRequest, *, reads_pairs: bool | None = None) -> tuple[list[str | Pair], bool]:
@@ -87,16 +128,20 @@ def texts_of_inference(body: InferenceRequest, *, reads_pairs: bool | None = Non
         reads_pairs: Whether the model was trained on pairs. None means unknown.
 
     Raises:
-        DataError: raw_scores is set, bare strings are ambiguous, or an input has more than two texts.
+        DataError: Bare strings are ambiguous, or an input has more than two texts.
     """
-    if body.raw_scores:
-        raise DataError("raw_scores=true is not supported: a document's scores are merged probabilities of its windows")
-    if isinstance(body.inputs, str):
-        return [body.inputs], False
-    bare = [item for item in body.inputs if isinstance(item, str)]
-    if body.parameters is not None and bare:  # from Hugging Face's client, a list is a batch
+    return _texts_of(body.inputs, reads_pairs=reads_pairs, is_batch=body.parameters is not None)
+
+
+def _texts_of(
+    inputs: str | Pair | list[str] | list[Pair] | list[list[str]], *, reads_pairs: bool | None, is_batch: bool
+) -> tuple[list[str | Pair], bool]:
+    if isinstance(inputs, str | Pair):
+        return [inputs], False
+    bare = [item for item in inputs if isinstance(item, str)]
+    if is_batch and bare:  # from Hugging Face's client, a list is a batch
         return list(bare), True
-    if reads_pairs and len(bare) == len(body.inputs) == 2:
+    if reads_pairs and len(bare) == len(inputs) == 2:
         return [_text_or_pair(bare)], False
     if len(bare) > 1:
         raise DataError(
@@ -104,51 +149,42 @@ def texts_of_inference(body: InferenceRequest, *, reads_pairs: bool | None = Non
         )
     if bare:
         return list(bare), False
-    return [_text_or_pair(item) for item in body.inputs if not isinstance(item, str)], True
+    return [
+        item if isinstance(item, Pair) else _text_or_pair(item) for item in inputs if not isinstance(item, str)
+    ], True
 
 
-def texts_of_instances(body: InstancesRequest) -> list[str | Pair]:
-    """Return the texts of a request."""
-    return [item.inputs if isinstance(item, Instance) else item for item in body.instances]
-
-
-def check_activation(body: ClassifyRequest) -> None:
-    """Raise DataError if a request asks for logits."""
-    if body.activation is False or body.use_activation is False:
-        raise DataError(
-            "activation=false is not supported: a document's scores are merged probabilities of its windows"
-        )
-
-
-def labels_wanted(parameters: dict[str, Any] | None, kind: Kind) -> int | None:
-    """Return the number of labels that Hugging Face's parameters ask for. None means all.
+def texts_of_instances(body: InstancesRequest, *, reads_pairs: bool | None = None) -> list[str | Pair]:
+    """Return the texts of a request, one for each instance.
 
     Raises:
-        DataError: top_k is no number of labels, or function_to_apply is not the function of the model's kind.
+        DataError: An instance has several texts, or more than a pair.
     """
-    parameters = parameters or {}
-    top_k, function = parameters.get("top_k"), parameters.get("function_to_apply")
-    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 1):
-        raise DataError("top_k is a number of labels, at least 1")
-    if function not in (None, "default", FUNCTIONS[kind]):
-        raise DataError(f"function_to_apply must be {FUNCTIONS[kind]} for this model, which is of kind {kind}")
-    return top_k
+    found: list[str | Pair] = []
+    for item in body.instances:
+        if isinstance(item, Instance):
+            texts, _ = _texts_of(item.inputs, reads_pairs=reads_pairs, is_batch=False)
+            if len(texts) != 1:
+                raise DataError(f"an instance has {len(texts)} inputs; send one text or pair in each instance")
+            found += texts
+        else:
+            found.append(item)
+    return found
 
 
 def texts_of_moderation(body: ModerationRequest) -> list[str | Pair]:
-    """Return the texts of a request.
+    """Return the texts of a request. A list of parts is one input, as OpenAI reads it.
 
     Raises:
-        DataError: An item is not a text.
+        DataError: A part is not a text.
     """
     if isinstance(body.input, str):
         return [body.input]
-    texts: list[str | Pair] = []
-    for part in body.input:
-        if isinstance(part, TextPart) and part.text is None:
-            raise DataError("an input has no text; send only inputs with a text")
-        texts.append(part if isinstance(part, str) else str(part.text))
-    return texts
+    parts = [item for item in body.input if isinstance(item, TextPart)]
+    if any(part.text is None for part in parts):
+        raise DataError("an input has no text; send only inputs with a text")
+    joined = ["\n\n".join(str(part.text) for part in parts)] if parts else []
+    return [*(item for item in body.input if isinstance(item, str)), *joined]
 
 
 def ranked(prediction: Prediction, *, top_k: int | None = None) -> list[dict[str, Any]]:

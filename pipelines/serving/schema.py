@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Probability = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1, strict=True)]
 
 
 class Pair(BaseModel):
@@ -33,7 +33,7 @@ class PredictRequest(BaseModel):
 
     inputs: list[str | Pair] = Field(min_length=1)
     thresholds: Probability | list[Probability] | dict[str, Probability] | None = None
-    windows: bool = False
+    windows: Annotated[bool, Field(strict=True)] = False
 
 
 class WindowEvidence(BaseModel):

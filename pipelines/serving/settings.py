@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +10,9 @@ from typing import Literal
 from pipelines.errors import SettingsError
 from pipelines.fields import check_range, check_types, parse_range
 from pipelines.settings import EarlyExit
+
+NO_KEY = {hashlib.sha256(text).hexdigest() for text in (b"", b"\n", b"\r\n", b" ")}
+"""Hashes of what a shell has if the variable of a key is not set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,15 @@ class ServeSettings:
                 raise SettingsError(
                     "api_keys takes SHA-256 hashes in hex, one per key, as printed by: printf %s KEY | sha256sum"
                 )
+            if key.removeprefix("sha256:") in NO_KEY:
+                raise SettingsError(
+                    "api_keys has the SHA-256 of an empty key; is the variable with the key set? "
+                    "A key can be made with: openssl rand -hex 32"
+                )
+        if self.name is not None and self.name.strip("/ ") != self.name.strip():
+            raise SettingsError(f"name={self.name!r} begins or ends with a slash, and it is part of paths")
+        if self.name is not None and not self.name.strip():
+            raise SettingsError("name is empty; leave it out for the name of the model folder")
         for origin in self.cors_allow_origins:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise SettingsError(

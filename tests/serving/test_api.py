@@ -12,7 +12,7 @@ import pytest
 
 from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.serving import predictor
-from pipelines.serving.auth import check_exposure
+from pipelines.serving.auth import check_exposure, is_admitted
 from pipelines.serving.settings import ServeSettings
 from tests.serving.keys import KEYS
 
@@ -125,7 +125,12 @@ def test_missing_or_wrong_key_is_401(api):
         assert answer.json() == {"error": "the API key is missing or wrong; send Authorization: Bearer KEY",
                                  "error_type": "unauthorized"}  # fmt: skip
         assert answer.headers["www-authenticate"] == "Bearer"
-    for headers in ({"authorization": f"bearer {KEYS[0]}"}, {"x-api-key": KEYS[0]}):
+    of_another = {"authorization": "Bearer hf_other"}
+    for headers in (
+        {"authorization": f"bearer {KEYS[0]}"},
+        {"x-api-key": KEYS[0]},
+        {**of_another, "x-api-key": KEYS[0]},
+    ):
         assert api.post("/v1/predict", json=body, headers=headers).status_code == 200
     for path, status in (("/health", 200), ("/livez", 200), ("/readyz", 200), ("/info", 401), ("/docs", 401)):
         assert api.get(path, headers={}).status_code == status
@@ -142,6 +147,24 @@ def test_public_host_needs_keys():
         check_exposure(ServeSettings(**settings))
     with pytest.raises(SettingsError, match="api_keys takes SHA-256"):
         ServeSettings(api_keys=("my-key",))
+
+
+@pytest.mark.parametrize("empty", [b"", b"\n", b"\r\n", b" "])
+def test_no_key_is_no_key(empty):
+    """`printf %s "$KEY" | sha256sum` prints a hash also if the variable is not set."""
+    key_hash = hashlib.sha256(empty).hexdigest()
+    with pytest.raises(SettingsError, match="SHA-256 of an empty key"):
+        ServeSettings(api_keys=(f"sha256:{key_hash}",))
+    for headers in ({}, {"x-api-key": ""}, {"authorization": "Bearer"}, {"authorization": "Bearer  "}):
+        assert not is_admitted(headers, [key_hash])
+
+
+def test_keys_outside_ascii():
+    key_hash = hashlib.sha256("schlüssel".encode()).hexdigest()
+    for sent in ("schlüssel".encode(), "schlüssel".encode("latin-1")):
+        assert is_admitted({"x-api-key": sent.decode("latin-1")}, [key_hash])
+        assert is_admitted({"authorization": f"Bearer {sent.decode('latin-1')}"}, [key_hash])
+    assert not is_admitted({"x-api-key": "schl?ssel"}, [key_hash])
 
 
 def test_health_readiness_info_and_docs(api, spam_folder):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import zlib
 
 import httpx
 import pytest
@@ -125,12 +126,17 @@ def test_compressed_bodies(api, scores):
     body = json.dumps({"inputs": TEXTS[1]}).encode()
     assert send(gzip.compress(body)).json() == scores[1]
     assert send(gzip.compress(body[:50]) + gzip.compress(body[50:])).json() == scores[1]
+    assert send(gzip.compress(body), "x-gzip").json() == scores[1]
     assert send(body, "identity").json() == scores[1]
+    raw = zlib.compressobj(wbits=-15)
+    for content in (zlib.compress(body), raw.compress(body) + raw.flush()):
+        assert send(content, "deflate").json() == scores[1]
+    assert send(zlib.compress(b" " * 50_000_000), "deflate").status_code == 413
     for content in (b"", b"no gzip", gzip.compress(body)[:-9], gzip.compress(body) + b"more"):
         assert send(content).status_code == 422
     bomb = send(gzip.compress(b" " * 50_000_000))
     assert (bomb.status_code, bomb.json()["error_type"]) == (413, "too_large")
-    for encoding in ("br", "deflate", "gzip, gzip", "zstd"):
+    for encoding in ("br", "gzip, gzip", "zstd"):
         assert send(body, encoding).status_code == 415
 
 
@@ -205,7 +211,8 @@ def test_options_are_honoured_or_refused(api, multilabel):
 
 def test_pages_of_other_origins(folders):
     preflight = {"origin": "https://app.example", "access-control-request-method": "POST",
-                 "access-control-request-headers": "content-type,authorization"}  # fmt: skip
+                 "access-control-request-private-network": "true",
+                 "access-control-request-headers": "authorization,x-stainless-os,x-request-id"}  # fmt: skip
     values = {"model": str(folders["binary"].path), "dtype": "float32", "device": "cpu", "api_keys": []}
     for origins, allowed in (
         ((), None),
@@ -218,9 +225,11 @@ def test_pages_of_other_origins(folders):
             assert answer.headers.get("access-control-allow-origin") == allowed
             if allowed:
                 assert answer.status_code == 200
-                assert "POST" in answer.headers["access-control-allow-methods"]
+                assert answer.headers["access-control-allow-methods"] == "GET, HEAD, POST"
             elif not origins:
                 assert answer.status_code == 405
+            else:
+                assert (answer.status_code, answer.json()["error_type"]) == (400, "origin")
             for body, status in (({"inputs": ["a"]}, 200), ({"inputs": 3}, 422)):
                 answer = client.post("/v1/predict", json=body, headers={"origin": "https://app.example"})
                 assert answer.status_code == status
@@ -270,3 +279,157 @@ def test_every_refusal_has_the_error_schema(api):
 def test_origins_that_can_never_match_are_refused(origin):
     with pytest.raises(SettingsError, match="is no origin"):
         ServeSettings(cors_allow_origins=("https://app.example", origin))
+
+
+OPTIONS = [{"raw_scores": True}, {"activation": False}, {"use_activation": False}, {"softmax": False},
+           {"function_to_apply": "none"}, {"function_to_apply": "sigmoid"}, {"top_k": 0}, {"top_k": "2"},
+           {"candidate_labels": ["x", "y"]}]  # fmt: skip
+BODIES = [("/predict", {"inputs": "a"}), ("/", {"inputs": "a"}), ("/models/spam", {"inputs": "a"}),
+          ("/classify", {"input": "a"}), ("/v1/moderations", {"input": "a"}), ("/vertex", {"instances": ["a"]}),
+          ("/v1/models/spam:predict", {"instances": ["a"]}),
+          ("/v2/models/spam/infer", {"inputs": [{"name": "text", "datatype": "BYTES", "data": ["a"]}]})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_that_change_scores_are_never_ignored(api, path, body, options):
+    places = [{**body, "parameters": options}]
+    if not path.startswith("/v2"):
+        places.append({**body, **options})
+    if "instances" in body:
+        places.append({"instances": [{"inputs": "a", **options}]})
+    assert api.post(path, json=body).status_code == 200
+    for content in places:
+        answer = api.post(path, json=content)
+        assert answer.status_code == 422, content
+        assert next(iter(options)) in answer.json()["error"]
+
+
+def test_number_of_labels_wherever_it_stands(api, scores):
+    for body in ({"top_k": 1}, {"parameters": {"top_k": 1}}):
+        assert api.post("/predict", json={"inputs": [[text] for text in TEXTS], **body}).json() == [
+            row[:1] for row in scores
+        ]
+    answer = api.post("/vertex", json={"instances": [{"inputs": TEXTS[1], "top_k": 1}]})
+    assert answer.json() == {"predictions": [scores[1][:1]]}
+
+
+def test_pairs_of_every_client(folders):
+    client = ApiClient(ServeJob.parse({"model": str(folders["multiclass"].path), "dtype": "float32", "device": "cpu"}))
+    try:
+        pair = {"text": "a", "text_pair": "b"}
+        (expected,) = client.post("/predict", json={"inputs": [["a", "b"]]}).json()
+        assert client.post("/predict", json={"inputs": pair}).json() == expected
+        assert client.post("/predict", json={"inputs": [pair, pair]}).json() == [expected] * 2
+        for instance in (pair, {"inputs": pair}, {"inputs": [["a", "b"]]}):
+            assert client.post("/vertex", json={"instances": [instance]}).json() == {"predictions": [expected]}
+        answer = client.post("/vertex", json={"instances": [{"inputs": [["a"], ["b"]]}]})
+        assert (answer.status_code, "2 inputs" in answer.json()["error"]) == (422, True)
+    finally:
+        client.close()
+
+
+def test_outputs_that_are_asked_for(api):
+    tensor = {"name": "text", "shape": [2, 1], "datatype": "BYTES", "data": [["a"], ["b"]]}
+
+    def infer(*outputs):
+        return api.post("/v2/models/spam/infer", json={"inputs": [tensor], "outputs": list(outputs)})
+
+    assert [output["name"] for output in infer({"name": "label"}).json()["outputs"]] == ["label"]
+    assert len(infer().json()["outputs"]) == 4
+    for outputs in ({"name": "nope"}, {"name": "scores", "parameters": {"classification": 1}}, {}, "scores"):
+        assert infer(outputs).status_code == 400
+
+
+@pytest.mark.parametrize("thresholds", [True, "0.9", [True], ["0.1"], {"spam": True}, {"spam": "1"}])
+def test_thresholds_are_numbers(api, thresholds):
+    answer = api.predict(inputs=["a"], thresholds=thresholds)
+    assert answer.status_code == 422
+    assert "body.thresholds: must be a number from 0 to 1" in answer.json()["error"]
+
+
+def test_flags_are_booleans_and_no_thresholds_are_none(api):
+    for windows in ("off", 1, "true"):
+        assert api.predict(inputs=["a"], windows=windows).status_code == 422
+    assert api.predict(inputs=["a"], thresholds={}).json() == api.predict(inputs=["a"]).json()
+
+
+def test_parts_of_a_moderation_are_one_input(api):
+    parts = [{"type": "text", "text": TEXTS[0]}, {"type": "text", "text": TEXTS[1]}]
+    found = api.post("/v1/moderations", json={"input": parts}).json()["results"]
+    assert found == api.post("/v1/moderations", json={"input": "\n\n".join(TEXTS)}).json()["results"]
+    assert len(api.post("/v1/moderations", json={"input": TEXTS}).json()["results"]) == 2
+
+
+def test_names_with_a_slash(spam_folder):
+    values = {"model": str(spam_folder.path), "dtype": "float32", "device": "cpu", "name": "org/model"}
+    client = ApiClient(ServeJob.parse(values))
+    try:
+        tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}
+        for path in ("/v1/models/org/model", "/v1/models/org%2Fmodel", "/v2/models/org/model",
+                     "/v2/models/org/model/ready", "/v2/models/org/model/versions/1",
+                     "/v2/models/org/model/versions/1/ready"):  # fmt: skip
+            assert client.get(path).status_code == 200, path
+        assert client.get("/v2/models/org/model/ready").json()["name"] == "org/model"
+        assert client.post("/v1/models/org/model:predict", json={"instances": ["a"]}).status_code == 200
+        for part in ("", "/versions/1"):
+            answer = client.post(f"/v2/models/org/model{part}/infer", json={"inputs": [tensor]})
+            assert answer.json()["model_name"] == "org/model"
+        assert client.get("/v1/models/org").status_code == 404
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("name", ["", " ", "/a", "a/"])
+def test_names_that_no_path_can_have(name):
+    with pytest.raises(SettingsError, match="name"):
+        ServeSettings(name=name)
+
+
+def test_paths(api, scores):
+    assert api.post("/predict/", json={"inputs": TEXTS[1]}).json() == scores[1]
+    assert api.request("GET", "/ping/", headers={}).status_code == 200
+    assert api.request("PUT", "/", json={}).headers["allow"] == "GET, HEAD, POST"
+    assert api.post("/nowhere", content=b"x").status_code == 404, "not what is said of a body without a type"
+    assert api.post("/vertex?name=other", json={"instances": ["a"]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("accepted", "encoding"),
+    [("gzip", "gzip"), ("GZIP;q=0.5, br", "gzip"), ("gzip;q=0", None), ("gzip; q=0.0", None), ("notgzip", None),
+     ("br, deflate", None), ("*;q=0, gzip", "gzip")],
+)  # fmt: skip
+def test_answers_are_compressed_for_those_who_accept_it(api, accepted, encoding):
+    answer = api.get("/openapi.json", headers={**api.headers, "accept-encoding": accepted})
+    assert answer.headers.get("content-encoding") == encoding
+    assert answer.json()["info"]["title"] == "pipelines"
+
+
+@pytest.mark.parametrize("value", ["1_0", "0x10", "1e999", "\u0661"])
+def test_times_are_plain_numbers(api, value):
+    headers = {**api.headers, "x-request-timeout-seconds": value.encode()}
+    assert api.post("/predict", json={"inputs": "a"}, headers=headers).status_code == 422
+
+
+def test_schema_has_keys_and_tensors(api):
+    schema = api.get("/openapi.json").json()
+    assert set(schema["components"]["securitySchemes"]) == {"bearer", "key"}
+    assert "requestBody" in schema["paths"]["/v2/models/{name}/infer"]["post"]
+    assert list(schema["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
+    for path, methods in schema["paths"].items():
+        for route in methods.values():
+            assert all(one["in"] == "path" for one in route.get("parameters", [])), path
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [("/predict", {"instances": ["a"]}, "goes to /vertex"), ("/vertex", {"inputs": "a"}, "goes to /predict"),
+     ("/predict", {"inputs": 3}, 'must be a text, a pair {"text": "...", "text_pair": "..."}, or a list'),
+     ("/vertex", {"instances": ["a", {"text": "a", "id": 7}]}, "body.instances.1: must be a list of texts, of pairs"),
+     ("/classify", {"input": {"a": 1}}, "must be a text or a list of texts")],
+)  # fmt: skip
+def test_refused_bodies_say_what_is_right(api, path, body, words):
+    answer = api.post(path, json=body)
+    assert answer.status_code == 422
+    assert words in answer.json()["error"]
+    assert ";" not in answer.json()["error"].replace("; the body takes", "").replace("; a body like", ""), "one problem"

@@ -1,5 +1,7 @@
 """`pipelines serve --local`: the same application in one process, over a real socket, without Ray."""
 
+import asyncio
+import contextlib
 import gzip
 import http.client
 import json
@@ -12,9 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+import uvicorn
 
 from pipelines.cli import main
 from pipelines.model.scorer import Scorer
+from pipelines.serving import connections
 from pipelines.settings import ComputeSettings
 from tests.jobs import free_port, start_command, wait_until
 
@@ -160,6 +164,96 @@ def test_clients_that_leave_stop_nobody(server):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(content)
     assert server.ask("POST", "/v1/predict", {"inputs": ["still there"]})[0] == 200
+
+
+def test_work_for_a_client_that_left_is_dropped(server):
+    def counted(pattern):
+        return sum(map(float, re.findall(pattern, server.ask("GET", "/metrics")[1].decode(), re.M)))
+
+    left, tokens = (
+        r'^ray_pipelines_requests_total.*status="499".* ([0-9.e+]+)$',
+        r"^ray_pipelines_tokens_total.* ([0-9.e+]+)$",
+    )
+    before, tokens_before = counted(left), counted(tokens)
+    body = json.dumps({"inputs": ["word " * 50_000] * 12}).encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(post(body))
+        wait_until(lambda: counted(tokens) > tokens_before, seconds=60)
+    wait_until(lambda: counted(left) == before + 1, seconds=30)
+    server.ask("POST", "/v1/predict", {"inputs": ["after the pass that was running"]})
+    at_once = counted(tokens)
+    time.sleep(1)
+    assert counted(tokens) == at_once
+
+
+@pytest.mark.parametrize(
+    "start", [b"GET /ping HTTP/1.1\r\n", post(b"", "transfer-encoding: chunked", length=False) + b"0\r\n"]
+)
+def test_headers_and_trailers_have_a_limit(server, start):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(start)
+        with contextlib.suppress(ConnectionError):
+            for number in range(2000):
+                connection.sendall(b"x-%d: " % number + b"y" * 8000 + b"\r\n")
+            raise AssertionError("16 MB of headers were taken")
+    assert server.ask("GET", "/ping")[0] == 200
+
+
+def test_one_endless_header_is_refused(server):
+    ((status, body, headers),) = raw(server, b"GET /ping HTTP/1.1\r\nx: " + b"y" * 70_000)
+    assert (status, headers["connection"]) == (431, "close")
+    assert json.loads(body) == {"error": "the headers have more than 65536 bytes", "error_type": "validation"}
+
+
+def test_headers_have_a_time(monkeypatch):
+    """Without the process, because the time is long."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
+
+    async def run():
+        async def application(scope, receive, send):
+            await send({"type": "http.response.start", "status": 204, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        port = free_port()
+        server = uvicorn.Server(uvicorn.Config(application, http=connections.Connection, port=port, log_config=None))
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        for sent in (b"", b"GET /ping HTTP/1.1\r\nx: y\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(sent)
+            answer = await asyncio.wait_for(reader.read(), 10)
+            assert answer.startswith(b"HTTP/1.1 408"), "and the connection is closed"
+            writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(3):
+            writer.write(b"GET /ping HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert (await reader.readline()).startswith(b"HTTP/1.1 204")
+            while (await reader.readline()).strip():
+                pass
+            await asyncio.sleep(0.3)
+        writer.close()
+        server.should_exit = True
+        await serving
+
+    asyncio.run(run())
+
+
+def test_what_is_not_http_has_the_error_schema(server):
+    ((status, body, _),) = raw(server, b"\x16\x03\x01" + bytes(100))
+    assert (status, json.loads(body)["error"]) == (400, "the request is not valid HTTP")
+    upgrade = b"GET /nowhere HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
+    ((status, body, _),) = raw(server, upgrade)
+    assert (status, json.loads(body)["error_type"]) == (404, "route")
+
+
+def test_requests_have_ids_and_are_logged(server):
+    ((_, _, headers),) = raw(server, post(BODY, "x-request-id: my-id-1"))
+    assert headers["x-request-id"] == "my-id-1"
+    line = re.compile(r"^POST /v1/predict 200 in \d+ ms, id my-id-1$", re.M)
+    wait_until(lambda: line.search(server.log.read_text()), seconds=10)
+    ((_, _, headers),) = raw(server, post(BODY, 'x-request-id: a" status=500'))
+    assert re.fullmatch(r"[0-9a-f]{32}", headers["x-request-id"]), "it could forge fields of a log line"
 
 
 def test_second_server_on_the_port_is_refused(server, spam_folder, capsys):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from pipelines.serving import middleware
+from pipelines.serving import bodies
 from pipelines.serving.middleware import Guard
 
 
@@ -30,8 +30,8 @@ def ask(messages, *, headers=(), limit=10, answer=None, counts=None):
         if answer is not None:
             raise answer
         read.append((await receive())["body"])
-        assert (await receive())["type"] == "http.disconnect", "messages after the body are passed on"
         await send({"type": "http.response.start", "status": 204, "headers": []})
+        assert (await receive())["type"] == "http.disconnect", "messages after the body are passed on"
 
     async def receive():
         return left.pop(0)
@@ -150,7 +150,7 @@ def test_bodies_that_take_too_long_and_too_much_memory(monkeypatch):
     async def run():
         assert (await Server(body_timeout_s=0.05).ask(b"1", None))[0] == 408
         server = Server()
-        monkeypatch.setattr(middleware, "MOST_BODY_BYTES", 10**6)
+        monkeypatch.setattr(bodies, "MOST_BODY_BYTES", 10**6)
         slow = [asyncio.create_task(server.ask(b"x" * 300_000, None)) for _ in range(6)]
         await asyncio.sleep(0.05)
         assert [task.done() for task in slow] == [True] * 3 + [False] * 3, "the oldest are given up"

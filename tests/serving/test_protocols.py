@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipelines.errors import DataError
-from pipelines.serving.inference_protocol import answered, texts_of_tensors
+from pipelines.serving.inference_protocol import TensorRequest, answered, read_tensors
 from pipelines.serving.protocols import (
     InferenceRequest,
     ModerationRequest,
@@ -21,6 +22,8 @@ from pipelines.serving.protocols import (
 from pipelines.serving.schema import Pair, Prediction, Usage
 from pipelines.settings import DecisionSettings
 
+ASKED = TensorRequest(None, [], (), {})
+
 
 @given(st.binary(max_size=200), st.one_of(st.none(), st.text(max_size=5), st.integers(0, 250).map(str)))
 @example(b'{"inputs":[{"name":"text","datatype":"BYTES","parameters":{"binary_data_size":4}}]}\xff\xff\xff\xff', "83")
@@ -30,22 +33,22 @@ from pipelines.settings import DecisionSettings
 @example(b"{}", "9" * 5000)
 def test_malformed_tensors_raise_data_error(body, header_length):
     with contextlib.suppress(DataError):
-        texts_of_tensors(body, header_length)
+        read_tensors(body, header_length)
 
 
 def test_tensors_of_every_kind():
     many = Prediction(labels=["b"], scores={"a": 0.1, "b": 0.9}, num_tokens=1, num_windows=2, truncated=False)
     decision = DecisionSettings(kind="multilabel", labels=("a", "b"))
-    outputs = {output["name"]: output for output in answered([many, many], decision, "m", None)["outputs"]}
+    outputs = {output["name"]: output for output in answered([many, many], decision, "m", ASKED)["outputs"]}
     assert outputs["held"] == {"name": "held", "datatype": "BOOL", "shape": [2, 2], "data": [False, True] * 2}
     value = Prediction(value=2.5, scores={"value": 2.5}, num_tokens=1, num_windows=1, truncated=False)
-    answer = answered([value], DecisionSettings(kind="regression"), "m", "7")
+    answer = answered([value], DecisionSettings(kind="regression"), "m", replace(ASKED, request_id="7"))
     assert answer["id"] == "7"
     assert {"name": "value", "datatype": "FP32", "shape": [1], "data": [2.5]} in answer["outputs"]
     pairs = {
         "inputs": [{"name": name, "datatype": "BYTES", "shape": [1], "data": [name]} for name in ("text", "text_pair")]
     }
-    assert texts_of_tensors(json.dumps(pairs).encode(), None)[1] == [Pair(text="text", text_pair="text_pair")]
+    assert read_tensors(json.dumps(pairs).encode(), None).inputs == [Pair(text="text", text_pair="text_pair")]
 
 
 def prediction(**more):
@@ -85,6 +88,6 @@ def test_ids_that_cannot_be_repeated_are_refused(request_id):
     tensor = {"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a"]}
     body = json.dumps({"id": request_id, "inputs": [tensor]}).encode()
     with pytest.raises(DataError, match="`id` must be a string"):
-        texts_of_tensors(body, None)
+        read_tensors(body, None)
     for right in ("x-1", "", "ü 😀", None):
-        assert texts_of_tensors(json.dumps({"id": right, "inputs": [tensor]}).encode(), None)[0] == right
+        assert read_tensors(json.dumps({"id": right, "inputs": [tensor]}).encode(), None).request_id == right
