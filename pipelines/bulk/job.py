@@ -85,8 +85,8 @@ class CheckedJob:
     """Version of the table that is the input, if it is a table."""
     run: str = ""
     """Id of the run in the output folder, once this folder is open."""
-    retry: int = 0
-    """If units with errors are scored again: how often this was done, once the folder is open."""
+    change: int = 0
+    """If units with errors are scored again: the number of changes of the run, once the folder is open."""
 
     @property
     def decision(self) -> DecisionSettings:
@@ -156,7 +156,7 @@ class CheckedJob:
             prefix=job.score.prefix,
             replicas_per_node=replicas_per_node,
             via_serve=job.score.via_serve,
-            retry=self.retry,
+            change=self.change,
             early_exit=job.score.early_exit,
         )
 

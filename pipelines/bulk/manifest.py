@@ -27,7 +27,7 @@ TABLES = "_tables.json"
 """File with the names of the tables that have, or soon will have, the run's files."""
 RUN_METADATA = b"pipelines.run"
 """Key in a scored file's schema metadata. The value is the id of the run."""
-RETRY_METADATA = b"pipelines.retry"
+CHANGE_METADATA = b"pipelines.change"
 """The same, for files that `--retry-errors` wrote: 1 for the first time, and so on."""
 BEFORE = {"early_exit": "off", "engine": "auto"}
 """Settings that earlier versions did not have, with the values of their runs."""
@@ -155,6 +155,21 @@ def check_run(location: str, run: str) -> None:
         raise JobError(
             f"another job has {'replaced' if now else 'removed'} the run in {shown(location)} while this one was "
             f"working; start this job again with another --output"
+        )
+
+
+def check_unchanged(location: str, change: int) -> None:
+    """Check that a job that knows this number of changes may still replace files of its run.
+
+    Raises:
+        JobError: Another job has changed the run since, or files of the run are part of a table.
+    """
+    if read_manifest(location).changes > change:
+        raise JobError(f"another job has changed the run in {shown(location)} while this one was working; start again")
+    if is_in_table(location):
+        raise JobError(
+            f"another job has added the files in {shown(location)} to a table ({TABLES} names it) while this one was "
+            f"working: they stay as they are"
         )
 
 

@@ -24,10 +24,10 @@ from pipelines.bulk.manifest import MANIFEST, RUN_METADATA
 from pipelines.bulk.run_folder import (
     COUNTS_METADATA,
     SUMMARY,
-    commit_unit,
     read_counts,
     read_metadata,
     read_scored_metadata,
+    with_counts,
 )
 from pipelines.bulk.summary import Counts, count_table, sum_counts, summarize
 from pipelines.decisions.columns import (
@@ -47,7 +47,16 @@ from pipelines.model_folder import ModelFolder, read_model_folder
 from pipelines.progress import Progress
 from pipelines.settings import NEVER, DecisionSettings
 from pipelines.storage.listing import list_files
-from pipelines.storage.locations import commit_json, filesystem_of, list_names, make_folder, read_json, retried, shown
+from pipelines.storage.locations import (
+    commit_json,
+    commit_table,
+    filesystem_of,
+    list_names,
+    make_folder,
+    read_json,
+    retried,
+    shown,
+)
 
 THREADS = 8
 HASHED_METADATA = b"pipelines.hashed_thresholds"
@@ -258,4 +267,4 @@ def _relabel_file(scored: str, path: str, *, output: str, new: NewLabels) -> Non
         rows_filtered=before.rows_filtered,
         seconds=before.seconds,
     )
-    commit_unit(output, posixpath.basename(path), table, counts, replaces=True)
+    commit_table(output, posixpath.basename(path), with_counts(table, counts))

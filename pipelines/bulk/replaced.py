@@ -26,15 +26,16 @@ def remove_replaced_rows(run: Run, decision: DecisionSettings, *, prefix: str = 
     """Remove the rows of replaced files from the units that were finished before. Yields the counts of what is left."""
 
     def clean(unit: WorkUnit) -> Counts | None:
-        return _clean(run.location, unit, decision, prefix)
+        return _clean(run, unit, decision, prefix)
 
     before = [unit for unit in run.with_replaced_rows() if unit.output_name in run.finished or not unit.spans]
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         yield from (counts for counts in pool.map(clean, before) if counts is not None)
 
 
-def _clean(location: str, unit: WorkUnit, decision: DecisionSettings, prefix: str) -> Counts | None:
+def _clean(run: Run, unit: WorkUnit, decision: DecisionSettings, prefix: str) -> Counts | None:
     """Return the counts of the unit's file without replaced rows, or None if there is nothing left of it."""
+    location = run.location
     if not unit.spans:
         remove(location, unit.output_name)
         return None
@@ -52,4 +53,4 @@ def _clean(location: str, unit: WorkUnit, decision: DecisionSettings, prefix: st
         values_lost=counts.values_lost,
         seconds=counts.seconds,
     )
-    return commit_unit(location, unit.output_name, left, counts, replaces=True)
+    return commit_unit(location, unit.output_name, left, counts, change=run.manifest.changes)

@@ -24,14 +24,15 @@ from fsspec import AbstractFileSystem
 from pipelines.bulk.changes import check_change, check_gone, compare_input
 from pipelines.bulk.manifest import (
     BEFORE,
+    CHANGE_METADATA,
     MANIFEST,
-    RETRY_METADATA,
     RUN_METADATA,
     Generation,
     Manifest,
     RunIdentity,
     check_not_in_table,
     check_run,
+    check_unchanged,
     fingerprint_of,
     is_in_table,
     listing_of,
@@ -75,8 +76,8 @@ class Run:
     finished: frozenset[str]
     files_gone: int = 0
     """Number of input files that do not exist any more. Their scored rows are kept."""
-    retry: int = 0
-    """If units with errors are scored again: how often this was done."""
+    change: int = 0
+    """If units with errors are scored again: the number of changes of the run, this one included."""
 
     @property
     def num_units(self) -> int:
@@ -233,7 +234,7 @@ def without_errors(run: Run, mark: str) -> Run:
     run = replace(run, manifest=changed)
     check_same_run(run)
     remove(run.location, SUMMARY)  # it does not fit the files any more
-    return replace(run, finished=run.finished - bad, retry=changed.retries)
+    return replace(run, finished=run.finished - bad, change=changed.changes)
 
 
 def read_counts(location: str, names: Sequence[str]) -> list[Counts]:
@@ -273,9 +274,7 @@ def read_scored_metadata(filesystem: AbstractFileSystem, path: str) -> dict[byte
     return metadata
 
 
-def commit_unit(
-    location: str, name: str, table: pa.Table, counts: Counts, *, replaces: bool = False, retry: int = 0
-) -> Counts:
+def commit_unit(location: str, name: str, table: pa.Table, counts: Counts, *, change: int = 0) -> Counts:
     """Write a unit's scored file atomically, with its counts in the footer.
 
     A file that is there already stays, because two processes may score a unit, and a table may have the file. If the
@@ -286,33 +285,37 @@ def commit_unit(
         name: Name of the file.
         table: Its rows.
         counts: Their counts.
-        replaces: A file that is there is replaced.
-        retry: Above 0: the same, but only if it has a lower number.
+        change: Above 0: a file that is there is replaced, if an earlier change of the run has written it. This is the
+            number of changes of the run that the job knows.
 
     Returns:
         The counts of the file that is there now.
 
     Raises:
-        JobError: Another job has replaced the run.
+        JobError: Another job has replaced the run; or, if a file would be replaced, changed it or added it to a table.
     """
-    metadata = {**(table.schema.metadata or {}), COUNTS_METADATA: json.dumps(counts.to_json())}
-    run = metadata.get(RUN_METADATA, b"")
-    if retry:
-        metadata[RETRY_METADATA] = str(retry)
-    table = table.replace_schema_metadata(metadata)
-    if not replaces and not retry:
+    run = (table.schema.metadata or {}).get(RUN_METADATA, b"")
+    table = with_counts(table, counts, {CHANGE_METADATA: str(change)} if change else None)
+    if not change:
         check_run(location, run.decode())
         with suppress(FileExistsError):
             commit_table(location, name, table, is_new=True)
             return counts
-    if not replaces:
-        existing = _metadata_of_part(location, name)
-        is_of_run = existing.get(RUN_METADATA, b"") == run and COUNTS_METADATA in existing
-        if is_of_run and int(existing.get(RETRY_METADATA, 0)) >= retry:  # by a worker thought dead, or a later start
-            return Counts.from_json(json.loads(existing[COUNTS_METADATA]))
+    existing = _metadata_of_part(location, name)
+    is_of_run = existing.get(RUN_METADATA, b"") == run and COUNTS_METADATA in existing
+    if is_of_run and int(existing.get(CHANGE_METADATA, 0)) >= change:  # by a worker thought dead, or a later start
+        return Counts.from_json(json.loads(existing[COUNTS_METADATA]))
     check_run(location, run.decode())  # at the last moment: the file may be that of a later run
+    if change:
+        check_unchanged(location, change)
     commit_table(location, name, table)
     return counts
+
+
+def with_counts(table: pa.Table, counts: Counts, metadata: Mapping[bytes, str] | None = None) -> pa.Table:
+    """Return the rows of a unit with their counts, and more if given, in their schema metadata."""
+    own = {COUNTS_METADATA: json.dumps(counts.to_json()), **(metadata or {})}
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), **own})
 
 
 def _metadata_of_part(location: str, name: str) -> dict[bytes, bytes]:

@@ -90,7 +90,7 @@ def run_job(
                 "another job writes to this folder (%s): both do the same work, and the result is correct",
                 mark.others[0],
             )
-        checked = replace(checked, run=run.manifest.run, retry=run.retry)
+        checked = replace(checked, run=run.manifest.run, change=run.change)
         if is_new and seconds_here(checked) > MOST_SECONDS:  # once: a row may kill the process that reads it
             say_sizes(checked)
         try:

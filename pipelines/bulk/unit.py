@@ -41,8 +41,8 @@ class ReplicaSetup:
     via_serve: str | None = None
     """Name of a Serve application that scores instead. The replica then has no model of its own."""
     early_exit: EarlyExit = "off"
-    retry: int = 0
-    """If units are scored again, so that their files replace those that are there: how often this was done."""
+    change: int = 0
+    """If units are scored again, so that their files replace those that are there: the number of changes of the run."""
 
 
 class DocumentScorer(Protocol):
@@ -83,7 +83,7 @@ class UnitScorer:
             seconds={"read": stats.read_seconds, "tokenize": stats.tokenize_seconds, "forward": forward_seconds},
         )
         started = time.perf_counter()
-        counts = commit_unit(self._setup.output, unit.output_name, scored, counts, retry=self._setup.retry)
+        counts = commit_unit(self._setup.output, unit.output_name, scored, counts, change=self._setup.change)
         return replace(counts, seconds={**counts.seconds, "write": time.perf_counter() - started})
 
     def _results(self, number: int, documents: Documents) -> tuple[pa.Table, float]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipelines.bulk import finished, replaced, run_folder
 from pipelines.bulk import score as score_module
 from pipelines.bulk import unit as unit_module
-from pipelines.bulk.manifest import known_files
+from pipelines.bulk.manifest import add_table, known_files
 from pipelines.bulk.score import score_here as score
 from pipelines.errors import JobError, OutputError, SettingsError
 from pipelines.model.scorer import Scorer
@@ -297,14 +297,49 @@ def test_late_workers_of_a_retry_change_nothing(run, emails):
     table = pq.read_table(part)
     (counts,) = run_folder.read_counts(str(out), [part.name])
 
-    def writer_of_the_file(name, retry):
+    def writer_of_the_file(name, change):
         marked = table.replace_schema_metadata({**table.schema.metadata, b"by": name})
-        run_folder.commit_unit(str(out), part.name, marked, counts, retry=retry)
+        run_folder.commit_unit(str(out), part.name, marked, counts, change=change)
         return pq.read_schema(part).metadata[b"by"]
 
     assert writer_of_the_file(b"second", 2) == b"second"
     assert writer_of_the_file(b"late", 2) == writer_of_the_file(b"later", 1) == b"second"
     assert writer_of_the_file(b"third", 3) == b"third"
+
+
+@pytest.mark.parametrize("meanwhile", ["replace", "append", "table"])
+def test_a_retry_that_slept_replaces_nothing_that_was_changed_since(run, emails, monkeypatch, tmp_path, meanwhile):
+    """Its unit has rows of two files. While it sleeps before its commit, another job is done with the folder."""
+    source, out, start = run
+    for number, name in enumerate("ab"):
+        write(emails, source, f"{name}.parquet", 10 * number, 3)
+    monkeypatch.setattr(Scorer, "score_documents", lambda *_: 1 / 0)
+    assert start().rows_in_error == 6
+    monkeypatch.undo()
+    monkeypatch.setattr(run_folder, "others_of", lambda *_: [])
+    commit, states = unit_module.commit_unit, []
+
+    def late(location, name, *rest, **how):
+        if not states:
+            states.append(None)
+            if meanwhile == "table":
+                add_table(location, "delta:/somewhere")
+            else:
+                write(emails, source, "b.parquet" if meanwhile == "replace" else "c.parquet", 30, 2)
+                start(**({} if meanwhile == "replace" else {"append": True}))
+            states[0] = content_of(out)
+        return commit(location, name, *rest, **how)
+
+    monkeypatch.setattr(unit_module, "commit_unit", late)
+    with pytest.raises(JobError, match=r"while this one was\s+working"):
+        start(retry_errors=True)
+    assert content_of(out) == states[0]
+    if meanwhile == "replace":
+        assert {name: len(rows) for name, rows in rows_of(out).items()} == {"a.parquet": 3, "b.parquet": 2}
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("part-*")}
 
 
 def test_rows_that_were_read_before_their_file_changed_do_not_come_back(run, spam_folder, emails, monkeypatch):
@@ -353,7 +388,7 @@ def test_late_workers_of_a_replaced_run_change_nothing(run, spam_folder, emails)
     score(score_job(spam_folder, source, out, unit_bytes=20_000, overwrite=True))
     (new,) = out.glob("part-*")
     assert new != part
-    for how in ({}, {"retry": 9}, {"replaces": True}):
+    for how in ({}, {"change": 9}):
         with pytest.raises(JobError, match="another job has replaced the run"):
             run_folder.commit_unit(str(out), part.name, table, counts, **how)
     part.write_bytes(content)  # it had looked at the run before it was replaced

@@ -230,7 +230,7 @@ class BulkHistory:
         setup = checked.replica_setup()
         table = table.replace_schema_metadata(dict(setup.metadata))
         counts = replace(count_table(table, DECISION), rows_in=len(rows), seconds={"forward": self.dice.random()})
-        return commit_unit(setup.output, unit.output_name, table, counts, retry=setup.retry)
+        return commit_unit(setup.output, unit.output_name, table, counts, change=setup.change)
 
     def _error(self, file, row):
         is_bad = self.is_flaky and (row + int(file.version)) % 4 == 0
