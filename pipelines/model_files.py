@@ -96,7 +96,7 @@ def local_folder(location: str) -> Path:
 
 def cache_folder() -> Path:
     """Return the folder of this machine's copies and conversions of models: in $XDG_CACHE_HOME, by default ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ray-text-classification"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ray-text-classification"
 
 
 def _from_hub(name: str) -> Path:

@@ -263,7 +263,10 @@ def _finished(
 def _quantized(
     graph: Any, details: OpenVinoDetails, reference: _Reference, compute: ComputeSettings
 ) -> tuple[Any, Dtype]:
-    """Return the first quantized model that keeps the contract, or the last, and the dtype of what is not quantized."""
+    """Return the first quantized model that keeps the contract, or the last, and the dtype of what is not quantized.
+
+    This is float32 if the contract was measured with it: a processor with bfloat16 must not use that either.
+    """
     template, compared = reference.scorer.tokenizer.template, itertools.count(1)
 
     def validate(model: Engine, documents: Sequence[int]) -> tuple[float, list[float]]:
@@ -291,12 +294,12 @@ def _quantized(
             model = OpenVinoModel.compile(candidate, details, template, replace(compute, dtype=rest))
             scores = reference.scored_by(model)
             if reference.excess(scores) <= 1:
-                return candidate, rest
+                return candidate, model.rest
             logger.info(
                 "int8, with dtype=%s for the rest, changes labels of %s of %s documents: more must stay in float",
                 rest, reference.changed_D(scores).sum(), reference.good_D.sum(),
             )  # fmt: skip
-    return candidate, rest
+    return candidate, model.rest
 
 
 def _converted(folder: ModelFolder, template: Template) -> tuple[Any, OpenVinoDetails]:

@@ -44,7 +44,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GRAPH, WEIGHTS, DETAILS = OPENVINO_FILES
 REFUSED = "refused.json"
-CONVERSION = 3
+MASK = 3
+"""Number of the input of an attention that is its mask."""
+LOWEST_SCORE = -1e30
+"""Score of what a token must not attend to. In bfloat16 too it is finite."""
+CONVERSION = 4
 """Number of the way in which models are converted. It is part of the cache's keys."""
 MOST_KEPT = 8
 """Number of models in the cache. The one that was not used for the longest time is removed first."""
@@ -79,7 +83,10 @@ def converted(folder: ModelFolder, template: Template, *, must: bool = False) ->
         CannotConvertError: The model does not run in OpenVINO, or not in the same way.
         ModelFolderError: The model cannot be opened.
     """
-    place = cache_folder() / "openvino" / _key(folder)
+    try:
+        place = cache_folder() / "openvino" / _key(folder)
+    except RuntimeError as error:
+        raise CannotConvertError(f"this user has no home folder for its cache ({error}); set XDG_CACHE_HOME") from error
     if not _is_complete(place) or (must and (place / REFUSED).is_file()):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +127,8 @@ def write_model(model: Any, details: OpenVinoDetails, path: Path) -> None:
 
 def _key(folder: ModelFolder) -> str:
     versions = [importlib.metadata.version(name) for name in ("openvino", "torch", "transformers")]
-    identity = json.dumps([folder.weights_hash, versions, CONVERSION])
+    longest_checked = max(folder.windows.max_length or 0, LONGEST_CHECKED)
+    identity = json.dumps([folder.weights_hash, versions, CONVERSION, longest_checked])
     return hashlib.sha256(identity.encode()).hexdigest()[:24]
 
 
@@ -199,8 +207,8 @@ def convert(model: WindowModel, *, longest: int = 0) -> Any:
     if model.padding_side is None or config.is_encoder_decoder:
         raise CannotConvertError(f"{model.model_type} cannot run windows of different lengths in one padded batch")
     limit = (model.row_limit or sys.maxsize) - model.template.num_special_tokens(pair=False)
-    usual = [length for length in (7, 33, 4, 130, LONGEST_CHECKED) if length <= limit]
-    batches = [usual or [limit], *([[min(longest, limit)]] if longest > LONGEST_CHECKED else [])]
+    usual = list(dict.fromkeys(min(length, limit) for length in (7, LONGEST_CHECKED, 33, 4, 130)))
+    batches = [usual, *([[min(longest, limit)]] if longest > LONGEST_CHECKED else [])]
     try:
         graph = _traced(model)
         compiled = OpenVinoModel.compile(graph, details_of(model), model.template, ComputeSettings(dtype="float32"))
@@ -249,8 +257,25 @@ def _traced(model: WindowModel) -> Any:
     with warnings.catch_warnings(), quiet_transformers(), torch.inference_mode(), _without_cache(model.module.config):
         warnings.simplefilter("ignore")  # of the tracer, about each condition on a size
         graph = openvino().convert_model(Logits(model.module), example_input=inputs)
+    _with_finite_masks(graph)
     keep_first_token(graph)
     return graph
+
+
+def _with_finite_masks(graph: Any) -> None:
+    """Replace the masks of attention that are booleans by numbers.
+
+    A token of the padding that is further from the text than a sliding window reaches attends to nothing. OpenVINO
+    computes NaN for it if the mask has booleans, and the next layer spreads that.
+    """
+    ops, boolean = importlib.import_module(f"{openvino().__name__}.opset13"), openvino().Type.boolean
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() == "ScaledDotProductAttention" and node.get_input_size() > MASK:
+            mask = node.input(MASK).get_source_output()
+            if mask.get_element_type() == boolean:
+                numbers = ops.select(mask, np.float32(0), np.float32(LOWEST_SCORE))
+                node.input(MASK).replace_source_output(numbers.output(0))
+    graph.validate_nodes_and_infer_types()
 
 
 @contextmanager

@@ -11,9 +11,11 @@ import functools
 import os
 import queue
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,7 +103,14 @@ class OpenVinoModel(Engine):
     name = "openvino"
 
     def __init__(
-        self, compiled: Any, details: OpenVinoDetails, template: Template, *, dtype: str, batch_tokens: int
+        self,
+        compiled: Any,
+        details: OpenVinoDetails,
+        template: Template,
+        *,
+        dtype: str,
+        batch_tokens: int,
+        source: tuple[Any, ComputeSettings] | None = None,
     ) -> None:
         """Take a model that OpenVINO has compiled.
 
@@ -111,7 +120,9 @@ class OpenVinoModel(Engine):
             template: Special tokens and padding of the tokenizer.
             dtype: The number format for which it was compiled.
             batch_tokens: Maximum number of tokens in one forward pass.
+            source: What it was compiled of and for, to compile it again in another process.
         """
+        self._source = source
         self.template, self.details, self.batch_tokens = template, details, batch_tokens
         self._dtype = dtype
         streams = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
@@ -150,7 +161,22 @@ class OpenVinoModel(Engine):
             if is_out_of_memory(error):
                 raise
             raise ModelFolderError(f"OpenVINO cannot compile it: {first_line(error)}; use engine=torch") from error
-        return cls(compiled, details, template, dtype=dtype, batch_tokens=compute.batch_tokens)
+        source = (graph, compute)
+        return cls(compiled, details, template, dtype=dtype, batch_tokens=compute.batch_tokens, source=source)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the model as its files, from which another process compiles it again."""
+        if self._source is None:
+            raise TypeError("this model has no files, so it cannot be pickled; open its folder in the other process")
+        graph, compute = self._source
+        if isinstance(graph, str):
+            files = (Path(graph).read_bytes(), Path(graph).with_suffix(".bin").read_bytes())
+        else:
+            with tempfile.TemporaryDirectory() as scratch:
+                place = Path(scratch) / "model.xml"
+                openvino().save_model(graph, str(place), compress_to_fp16=False)
+                files = (place.read_bytes(), place.with_suffix(".bin").read_bytes())
+        return _compiled_again, (*files, self.details, self.template, compute)
 
     @property
     def num_labels(self) -> int:
@@ -176,6 +202,11 @@ class OpenVinoModel(Engine):
     def dtype_name(self) -> str:
         """Number format of the forward pass. int8 if weights are quantized."""
         return self.details.dtype or self._dtype
+
+    @property
+    def rest(self) -> Dtype:
+        """The setting dtype with which other processors compute what is not quantized in this format, or exacter."""
+        return "float32" if self._dtype == "float32" else "auto"
 
     @property
     def device_name(self) -> str:
@@ -208,6 +239,13 @@ class OpenVinoModel(Engine):
             return
         for _ in self._pool.map(run_batch, batches):
             pass
+
+
+def _compiled_again(
+    graph: bytes, weights: bytes, details: OpenVinoDetails, template: Template, compute: ComputeSettings
+) -> OpenVinoModel:
+    """Compile a model that was pickled. It stays as it is in memory, so that it can be pickled again."""
+    return OpenVinoModel.compile(core().read_model(graph, weights), details, template, compute)
 
 
 def processor_name() -> str:

@@ -84,14 +84,14 @@ SKIPPED = {
 """Families that are not tried, with the reason."""
 
 
-def tiny_classifier(family):
+def tiny_classifier(family, **changes):
     """A random classifier with three labels. Decoders get no pad_token_id, as their usual configs."""
     config_class = CONFIG_MAPPING[family]
     usual = config_class()
     values = {name: value for name, value in SIZES.items() if hasattr(usual, name)}
     values |= {"bos_token_id": 2, "eos_token_id": 3, "num_labels": 3, "pad_token_id": 0}
     values |= {"decoder_start_token_id": 0} if usual.is_encoder_decoder else {}
-    values |= {**OWN_SHAPES.get(family, {}), **SHAPES.get(family, {})}
+    values |= {**OWN_SHAPES.get(family, {}), **SHAPES.get(family, {}), **changes}
     if family == "xlnet":  # has no such limit, and rejects the option
         del values["max_position_embeddings"]
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pipelines.errors import ModelFolderError, SettingsError
 from pipelines.model import loading, openvino_files
 from pipelines.model.openvino_files import CannotConvertError, convert, converted, details_of
 from pipelines.model.openvino_model import OpenVinoModel, openvino
+from pipelines.model.probes import probe_rows
 from pipelines.model.scorer import Scorer
 from pipelines.model.weights import set_pad_token
 from pipelines.model.window_model import WindowModel
@@ -38,8 +40,8 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "ray-text-classification" / "openvino"
 
 
-def padded_model(family):
-    module = tiny_classifier(family)
+def padded_model(family, **changes):
+    module = tiny_classifier(family, **changes)
     set_pad_token(module.config, 0)
     return WindowModel(module, TEMPLATE, PADDED)
 
@@ -56,6 +58,43 @@ def test_logits_are_those_of_single_windows(family):
     np.testing.assert_allclose(found, expected, atol=1e-4 * max(1, np.abs(expected).max()))
     narrow = OpenVinoModel.compile(graph, details, TEMPLATE, ComputeSettings(dtype="bfloat16")).logits(cut)
     assert np.abs(narrow - expected).max() < 0.15 * np.ptp(expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("modernbert", {"num_hidden_layers": 4, "local_attention": 16, "global_attn_every_n_layers": 3}),
+        ("mistral", {"num_hidden_layers": 3, "sliding_window": 16, "max_position_embeddings": 512}),
+    ],
+)
+def test_padding_beyond_a_sliding_window_changes_nothing(family, changes):
+    """A token of the padding that sees no token at all must not spread to the others."""
+    model = padded_model(family, **changes)
+    rows = probe_rows(model, (3, 100, 30))
+    found = OpenVinoModel.compile(convert(model), details_of(model), TEMPLATE, PADDED)
+    alone = np.concatenate([model.run(rows.take(np.array([place]))) for place in range(3)])
+    np.testing.assert_allclose(found.run(rows), alone, atol=1e-4 * max(1, np.abs(alone).max()))
+
+
+def test_long_windows_are_compared_whatever_the_positions(monkeypatch):
+    compared = []
+
+    def noted(model, lengths=(7, 7, 4)):
+        compared.extend(lengths)
+        return probe_rows(model, lengths)
+
+    monkeypatch.setattr("pipelines.model.probes.probe_rows", noted)
+    convert(padded_model("bert", max_position_embeddings=300))
+    assert max(compared) == 298, "all 300 positions, with two special tokens"
+
+
+def test_models_can_be_pickled(spam_folder):
+    texts = ["free money " * 50, "see you at noon"]
+    scorer = Scorer.load(spam_folder, compute=OPENVINO)
+    expected = scorer.predict(texts)
+    for _ in range(2):  # a model that was pickled can be pickled again
+        scorer = pickle.loads(pickle.dumps(scorer))
+        assert scorer.predict(texts).equals(expected)
 
 
 @pytest.mark.parametrize(
