@@ -86,25 +86,40 @@ def fit_calibration(method: CalibrationMethod, found: WindowLogits, decision: De
 
 
 def fit_temperature(found: WindowLogits, decision: DecisionSettings) -> float:
-    """Find the temperature that minimizes the log loss, on finer and finer grids from LOWEST to HIGHEST."""
+    """Find the temperature that minimizes the log loss, on finer and finer grids from LOWEST to HIGHEST.
+
+    Each target counts as wrong with a chance of 1 / (D + 2), as in Platt's method. Otherwise scores would become 0 or 1
+    if all documents are right.
+    """
+    doubt = 1 / (len(found.targets) + 2)
     low, high = np.log(LOWEST), np.log(HIGHEST)
     best = 0.0
     for _ in range(3):
         grid = np.linspace(low, high, 25)
-        losses = [log_loss(found, decision, Calibration(float(np.exp(point)))) for point in grid]
+        losses = [log_loss(found, decision, Calibration(float(np.exp(point))), doubt=doubt) for point in grid]
         place = int(np.argmin(losses))
         best, low, high = grid[place], grid[max(place - 1, 0)], grid[min(place + 1, len(grid) - 1)]
     return float(np.exp(best))
 
 
-def log_loss(found: WindowLogits, decision: DecisionSettings, calibration: Calibration) -> float:
-    """Return the mean negative log probability of the true labels, from merged scores."""
+def log_loss(found: WindowLogits, decision: DecisionSettings, calibration: Calibration, *, doubt: float = 0.0) -> float:
+    """Return the mean negative log probability of the true labels, from merged scores.
+
+    Args:
+        found: Logits and targets of labelled documents.
+        decision: Decision settings.
+        calibration: The calibration of the scores.
+        doubt: Chance that a target is wrong, and any other one right.
+    """
     scores_DL, _ = merged_scores(found.logits_WL, found.offsets, decision, calibration)
     if decision.kind == "multilabel":
-        chances = np.where(found.targets == 1, scores_DL, 1 - scores_DL)
+        right = np.where(found.targets == 1, scores_DL, 1 - scores_DL)
+        wrong = 1 - right
     else:
-        chances = scores_DL[np.arange(len(found.targets)), found.targets.astype(np.int64)]
-    return float(-np.log(np.maximum(chances, LEAST)).mean())
+        is_target_DL = np.eye(scores_DL.shape[1], dtype=bool)[found.targets.astype(np.int64)]
+        right, wrong = scores_DL[is_target_DL], scores_DL[~is_target_DL]
+    losses = [-np.log(np.maximum(chances, LEAST)).mean() for chances in (right, wrong)]
+    return float((1 - doubt) * losses[0] + doubt * losses[1])
 
 
 def calibration_error(

@@ -131,6 +131,8 @@ class _Reference:
     scores: DocumentScores
     metric: str
     options: QuantizeOptions
+    fingerprint: str = ""
+    """Of the labelled input."""
 
     def scored_by(self, model: Engine, index_W: NDArray[np.int64] | None = None) -> DocumentScores:
         """Score the documents with another model. With index_W, only these windows: the others keep their logits."""
@@ -324,7 +326,7 @@ def _reference(
     if not good_D.any():
         raise DataError(f"{labelled.source} has no row with a text that can be scored")
     metric = options.metric_of(folder.decision)
-    return _Reference(scorer, documents, cut, labelled.targets, good_D, scores, metric, options)
+    return _Reference(scorer, documents, cut, labelled.targets, good_D, scores, metric, options, labelled.fingerprint)
 
 
 def _compared(
@@ -353,6 +355,13 @@ def _compared(
 def _check_contract(result: QuantizeResult, reference: _Reference) -> None:
     """Raise JobError unless the contract holds and something is quantized."""
     options = reference.options
+    if options.max_label_changes and result.documents < (enough := math.ceil(1 / options.max_label_changes)):
+        logger.warning(
+            "%s documents say little about --max-label-changes %g: at least %s would be needed to see one change",
+            f"{result.documents:,}", options.max_label_changes, f"{enough:,}",
+        )  # fmt: skip
+    if result.metric_before is None or len(np.unique(reference.targets[reference.good_D], axis=0)) < 2:
+        logger.warning("all documents have the same target, so %s says nothing about the int8 model", result.metric)
     share = result.label_changes / result.documents
     drop = reference.drop(result.metric_before, result.metric_after)
     problems = []
@@ -393,6 +402,7 @@ def _seal(folder: ModelFolder, result: QuantizeResult, reference: _Reference, sc
             folder,
             metrics=result.metrics,
             histograms=histograms,
+            measured={"documents": result.documents, "fingerprint": reference.fingerprint},
             guarantees={},
             early_exit={},
             quantization=quantization,

@@ -57,6 +57,16 @@ def test_fit_temperature_recovers_known_value():
         fit_calibration("temperature", one_window_each(logits_WL[:, :1], targets), REGRESSION)
 
 
+@pytest.mark.parametrize("count", [3, 60, 500])
+def test_documents_that_are_all_right_do_not_make_all_scores_the_same(count):
+    gaps = np.linspace(1, 4, count, dtype=np.float32)
+    sign = np.where(np.arange(count) % 2, 1, -1)
+    found = one_window_each(np.stack([-gaps * sign, gaps * sign], axis=1) / 2, (sign > 0).astype(int))
+    scores = activate(found.logits_WL, "binary", Calibration(fit_temperature(found, BINARY)))
+    assert len(np.unique(scores[:, 1])) > 0.9 * count, "they keep their order"
+    assert 0.5 < scores.max() < 1
+
+
 @pytest.mark.parametrize(
     ("decision", "known"),
     [

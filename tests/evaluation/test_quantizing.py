@@ -17,10 +17,11 @@ from pipelines.classification import ClassificationModel
 from pipelines.cli import main
 from pipelines.errors import JobError, ModelFolderError, OutputError, SettingsError
 from pipelines.evaluation import quantizing
+from pipelines.evaluation.labelled import labelled_input
 from pipelines.evaluation.quantizing import QuantizeOptions, _Reference
 from pipelines.model.openvino_model import OpenVinoModel
 from pipelines.model_folder import read_model_folder, seal
-from pipelines.settings import ComputeSettings
+from pipelines.settings import ComputeSettings, DataSettings
 from tests import tiny
 
 pytest.importorskip("nncf", reason="in the quantize extra")
@@ -81,6 +82,10 @@ def test_every_kind_becomes_an_int8_folder_that_is_scored_and_evaluated(labelled
         opened = read_model_folder(new)
         assert opened.quantization["label_changes"] == result.label_changes
         assert opened.decision == read_model_folder(folder).decision
+        assert opened.measured == {
+            "documents": 120,
+            "fingerprint": labelled_input(data, DataSettings(), opened.decision).fingerprint,
+        }
         assert not list(new.glob("*.safetensors"))
         scorer = pipelines.Scorer.load(new)
         assert scorer.model.dtype_name == "int8"
