@@ -16,6 +16,7 @@ import itertools
 import json
 import posixpath
 import zlib
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -138,7 +139,7 @@ def read_whole(filesystem: AbstractFileSystem, path: str, kind: Format, *, texts
     """Read all rows of a file. Parameters and errors are those of `scan`."""
     found = scan(filesystem, path, kind, texts=texts)
     schema = pa.schema([(column.name, known_type(column.type)) for column in found.schema])
-    reader = TextReader(filesystem, schema)
+    reader = TextReader(filesystem, schema, keep_bytes_of=texts)
     groups = [
         reader.read(path, kind, found.schema, (number, start), (0, rows))
         for number, (start, rows) in enumerate(zip(found.group_starts, found.group_rows, strict=True))
@@ -154,9 +155,20 @@ def read_whole(filesystem: AbstractFileSystem, path: str, kind: Format, *, texts
 class TextReader:
     """Reads ranges of rows. A range that follows the previous one is read on from there."""
 
-    def __init__(self, filesystem: AbstractFileSystem, schema: pa.Schema, texts: Collection[str] = ()) -> None:
-        """Create a reader of columns with their types, of which `texts` must be strings in the file."""
+    def __init__(
+        self,
+        filesystem: AbstractFileSystem,
+        schema: pa.Schema,
+        texts: Collection[str] = (),
+        *,
+        keep_bytes_of: Collection[str] = (),
+    ) -> None:
+        """Create a reader of columns with their types, of which `texts` must be strings in the file.
+
+        Strings of other columns that are not valid Unicode are lost, except in `keep_bytes_of`.
+        """
         self.filesystem, self._schema, self._texts = filesystem, schema, set(texts)
+        self._raw = set(keep_bytes_of)
         self._key: tuple[str, int] | None = None
         self._file: _File | None = None
         self._source: _Source | None = None
@@ -220,9 +232,8 @@ class TextReader:
             if name in self._texts and not pa.types.is_list(found):
                 columns[name] = texts_of(values, errors)
                 continue
-            columns[name], count = column_of(
-                values, found if name in self._texts else column.type, is_csv=kind != "json"
-            )
+            wanted = found if name in self._texts else column.type
+            columns[name], count = column_of(values, wanted, is_csv=kind != "json", keeps_bytes=name in self._raw)
             if count:
                 lost[name] = count
         return TextRows(pa.table(columns) if columns else pa.table({"": [None] * len(rows)}), errors, lost)
@@ -335,19 +346,26 @@ class _JsonLines:
 
 
 class _CsvRows:
-    """CSV with a header. Texts in quotes may contain line breaks. Empty lines are no rows."""
+    """CSV with a header. Texts in quotes may contain line breaks. Empty lines are no rows.
+
+    A line whose quotes are not those of CSV does not take the next lines with it: they are read again on their own. In
+    tab-separated files, such quotes are characters like others. In CSV they may be escaped by backslashes, as by Spark.
+    """
 
     def __init__(self, file: _File, delimiter: str | None) -> None:
         """Read the header. If delimiter is None, it is the one that the header has most often."""
         csv.field_size_limit(max(csv.field_size_limit(), MOST_ROW_BYTES))
         self.position = 0
-        lines = file.lines(0)
-        first = next(lines, b"").removeprefix(UTF8_MARK)
+        self._lines, self._again, self._of_row = file.lines(0), deque[bytes](), list[bytes]()
+        self._number = 0
+        first = next(self._lines, b"").removeprefix(UTF8_MARK)
         header = first.decode("utf-8", "surrogateescape")
         if "\r" in header.rstrip("\r\n"):
             raise ValueError("its lines end with CR alone; convert its line breaks to LF")
-        delimiter = delimiter or max(DELIMITERS, key=lambda mark: header.count(mark))
-        self._reader = csv.reader(self._decoded(itertools.chain([first], lines)), delimiter=delimiter, strict=True)
+        self._delimiter = delimiter or max(DELIMITERS, key=lambda mark: header.count(mark))
+        self._is_tsv = delimiter == "\t"
+        self._again.append(first)
+        self._reader = self._new_reader()
         try:
             names = next(self._reader, [])
         except csv.Error as error:
@@ -357,26 +375,62 @@ class _CsvRows:
         if twice:
             raise ValueError(f"its header has several columns named {twice[0]!r}; rename them")
 
-    def _decoded(self, lines: Iterator[bytes]) -> Iterator[str]:
-        for line in lines:
+    def _new_reader(self) -> Any:
+        return csv.reader(self._decoded(), delimiter=self._delimiter, strict=True)
+
+    def _decoded(self) -> Iterator[str]:
+        while (line := self._again.popleft() if self._again else next(self._lines, b"")) != b"":
             self.position += len(line)
+            self._number += 1
+            self._of_row.append(line)
             yield line.decode("utf-8", "surrogateescape")
 
     def raw_rows(self) -> Iterator[tuple[int, list[str] | str]]:
         """Yield the fields of each row, or why they cannot be read."""
         while True:
-            start = self._reader.line_num + 1
+            self._of_row = []
+            start = self._number + 1
             try:
                 fields = next(self._reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                if "end of data" in str(error) or "larger than" in str(error):  # the rest of the file is in one field
-                    raise ValueError(f"a quote that opens in line {start} is never closed ({error})") from error
-                yield self.position, f"the row is not valid CSV ({error})"
-                continue
-            if fields:
-                yield self.position, fields
+                is_endless = "end of data" in str(error) or "larger than" in str(error)
+                if is_endless and not self._is_tsv:  # the rest of the file is in one field
+                    raise ValueError(
+                        f"a quote that opens in line {start} is never closed ({error}); close it, double quotes inside "
+                        f"of texts, or convert the file to Parquet"
+                    ) from error
+                found = self._first_line_alone(f"the row is not valid CSV ({error})")
+            else:
+                is_merged = self._is_tsv and len(self._of_row) > 1 and all(map(self._has_all_fields, self._of_row))
+                found = self._first_line_alone("") if is_merged else fields
+            if found:
+                yield self.position, found
+
+    def _has_all_fields(self, line: bytes) -> bool:
+        return line.count(b"\t") == len(self.names) - 1
+
+    def _first_line_alone(self, problem: str) -> list[str] | str:
+        """Return the fields of the first line of the row that was read, or the problem. Its other lines come again."""
+        first, *others = self._of_row
+        self._again.extendleft(reversed(others))
+        self.position -= sum(map(len, others))
+        self._number -= len(others)
+        self._reader = self._new_reader()
+        text = first.decode("utf-8", "surrogateescape").rstrip("\r\n")
+        if self._is_tsv:
+            fields = text.split("\t")
+        elif '\\"' not in text:
+            return problem
+        else:
+            try:
+                (fields,) = csv.reader(
+                    [text], delimiter=self._delimiter, escapechar="\\", doublequote=False, strict=True
+                )
+            except (csv.Error, ValueError):
+                return problem
+        return fields if len(fields) == len(self.names) else problem or fields
 
     def parse(self, raw: list[str] | str) -> Row:
         """Return the fields by the names of the header."""

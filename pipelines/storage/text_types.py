@@ -120,18 +120,24 @@ def _strings(values: list[Any]) -> pa.Array:
     return string_array(values)
 
 
+def _is_valid(value: Any) -> bool:
+    """Whether a value has no lone surrogate, of JSON or of bytes that are not UTF-8."""
+    return not isinstance(value, str) or value.isascii() or not any("\ud800" <= one <= "\udfff" for one in value)
+
+
 def _has_bytes(text: str) -> bool:
     """Whether a text has bytes that were not UTF-8, as "surrogateescape" marks them."""
     return any("\udc80" <= character <= "\udcff" for character in text)
 
 
-def column_of(values: list[Any], kind: pa.DataType, *, is_csv: bool) -> tuple[pa.Array, int]:
+def column_of(values: list[Any], kind: pa.DataType, *, is_csv: bool, keeps_bytes: bool = False) -> tuple[pa.Array, int]:
     """Convert values to a type.
 
     Args:
         values: Values as JSON or CSV has them. In CSV, an empty value is null, except in a string column.
         kind: The type of the column.
         is_csv: Whether the values are those of CSV, which are all strings.
+        keeps_bytes: Whether strings that are not valid Unicode stay as they are.
 
     Returns:
         The values, and how many of them do not fit the type and are null.
@@ -139,7 +145,12 @@ def column_of(values: list[Any], kind: pa.DataType, *, is_csv: bool) -> tuple[pa
     if is_csv and not _is_string(kind):
         values = [_parsed(value, kind) for value in values]
     try:
-        return (_strings(values) if _is_string(kind) else pa.array(values, kind)), 0
+        if not _is_string(kind):
+            return pa.array(values, kind), 0
+        if keeps_bytes:
+            return _strings(values), 0
+        valid = [value if value is None or _is_valid(value) else None for value in values]
+        return string_array(valid), valid.count(None) - values.count(None)
     except (pa.ArrowException, OverflowError, TypeError, ValueError, DataError):
         pieces = [_one(value, kind) for value in values]
     found = pa.concat_arrays(pieces) if pieces else pa.nulls(0, kind)
@@ -178,7 +189,7 @@ def _one(value: Any, kind: pa.DataType) -> pa.Array:
     """Return one value in a type, or null if it does not fit."""
     shaped = _shaped(value, kind)
     if _is_string(kind):
-        return _strings([shaped])
+        return string_array([shaped if _is_valid(shaped) else None])
     with suppress(pa.ArrowException, OverflowError, TypeError, ValueError):
         return pa.array([shaped], kind)
     with suppress(pa.ArrowException, OverflowError, TypeError, ValueError):

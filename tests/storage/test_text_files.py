@@ -283,3 +283,41 @@ def test_files_in_an_object_store(suffix):
     rows = list(read_units(location, split_into_units(files, unit_bytes=3000), together(files), text_columns=["text"]))
     assert sum(len(part.table) for part in rows) == 1001
     assert not any(error for part in rows for error in part.errors)
+
+
+def test_stray_quotes_in_tab_separated_files_are_characters(tmp_path):
+    file = tmp_path / "a.tsv"
+    lines = ['1\tplain one\tham', '2\t"Go away\tspam', '3\tthree\tham', '4\tfour\tspam', '5\t"Stop it\tham',
+             '6\tsix\tham', '7\t"in quotes"\tham', '8\t"two', 'lines"\tham', '9\tsay ""\tspam', '10\t"last']  # fmt: skip
+    file.write_text("\n".join(["id\ttext\tlabel", *lines]) + "\n")
+    found = read(file, texts=["text"])
+    assert found.table["id"].to_pylist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, None]
+    assert [error is None for error in found.errors] == [True] * 9 + [False], "10 has two fields"
+    assert found.table["label"].to_pylist()[:9] == ["ham", "spam", "ham", "spam", "ham", "ham", "ham", "ham", "spam"]
+
+
+def test_quotes_escaped_by_backslashes(tmp_path):
+    """As Spark writes CSV by default."""
+    file = tmp_path / "a.csv"
+    file.write_text('id,text\n1,"say \\"hi\\" now"\n2,"size 5\\""\n3,"other text"\n4,"a ""b"""\n5,"x"y\n6,six\n')
+    found = read(file, texts=["text"])
+    assert found.table["id"].to_pylist() == [1, 2, 3, 4, None, 6]
+    assert [error is None for error in found.errors] == [True, True, True, True, False, True]
+
+
+def test_carried_values_that_are_not_unicode_are_lost_and_counted(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_bytes("text,note\nhello,été\nbye,fine\n".encode("latin-1"))
+    found = read(file, texts=["text"])
+    found.table.validate(full=True)
+    assert found.table["note"].to_pylist() == [None, "fine"]
+    assert found.values_lost == {"note": 1}
+    file = tmp_path / "a.jsonl"
+    file.write_text(
+        '{"text": "a", "x": "\\ud800", "deep": {"y": ["\\udfff"]}}\n{"text": "b", "x": "fine", "deep": null}\n'
+    )
+    found = read(file, texts=["text"])
+    found.table.validate(full=True)
+    assert found.table["x"].to_pylist() == [None, "fine"]
+    assert found.values_lost == {"x": 1}
+    assert found.table["deep"].to_pylist() == ['{"y": ["\\udfff"]}', None], "as JSON, with its escape"
