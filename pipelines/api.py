@@ -322,7 +322,7 @@ def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) 
     from pipelines.decisions.columns import check_output_columns, output_fields
     from pipelines.model.scorer import Scorer
     from pipelines.model_folder import read_model_folder, with_columns_of_training
-    from pipelines.storage.columns import check_text_column, with_fields
+    from pipelines.storage.columns import check_text_column, with_fields, with_missing_texts
 
     remembered = with_columns_of_training(_path(model), settings, ("text_column", "text_pair_column"))
     known = {*table.column_names}
@@ -335,6 +335,7 @@ def _score_table(model: Location, table: pa.Table, settings: Mapping[str, Any]) 
                 f"{field.name}={value!r} is for files; for a table in memory there are {', '.join(TABLE_SETTINGS)}"
             )
     texts = data.text_columns
+    table = with_missing_texts(table, texts)
     for name in texts:
         check_text_column(table.schema, name, where="the table")
     names = table.column_names

@@ -98,6 +98,13 @@ def _label_names(config: Mapping[str, Any], where: str) -> tuple[str, ...]:
     names = config.get("id2label")
     if names and not (isinstance(names, dict) and all(str(number).isdecimal() for number in names)):
         raise ModelFolderError(f"{where}: id2label in config.json must map the ids 0, 1, ... to names, not {names!r}")
+    if names and sorted(map(int, names)) != list(range(len(names))):
+        raise ModelFolderError(
+            f"{where}: id2label in config.json must name the ids 0 to {len(names) - 1} once each, not "
+            f"{', '.join(sorted(map(str, names)))}"
+        )
+    if names and not all(name is not None and str(name).strip() for name in names.values()):
+        raise ModelFolderError(f"{where}: id2label in config.json has a label without a name: {names!r}")
     if names:
         return tuple(str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0])))
     return tuple(f"LABEL_{number}" for number in range(int(config.get("num_labels") or config.get("_num_labels") or 2)))

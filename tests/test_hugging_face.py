@@ -92,7 +92,8 @@ def test_binary_classifier_can_be_tuned(tmp_path, emails):
     {"id2label": {"1": "B", "0": "A"}},
     {"num_labels": 2},
     {},
-    {"id2label": {"10": "k", "2": "c", "1": "b", "0": "a"}, "problem_type": "single_label_classification"},
+    {"id2label": {str(number): "abcdefghijk"[number] for number in (10, *range(10))},
+     "problem_type": "single_label_classification"},
 ])  # fmt: skip
 def test_decision_of_config(config):
     decision, is_guess = decision_of(config, where="x")
@@ -101,8 +102,8 @@ def test_decision_of_config(config):
         "binary" if len(config.get("id2label", "ab")) < 3 else "multiclass"
     )
     assert (decision.kind, is_guess) == (expected, False)
-    if len(decision.labels) == 4:
-        assert decision.labels == ("a", "b", "c", "k")
+    if len(decision.labels) == 11:
+        assert decision.labels == tuple("abcdefghijk")
     elif decision.labels and config.get("id2label"):
         assert decision.labels == ("A", "B")[: len(decision.labels)]
 
@@ -366,3 +367,15 @@ def test_padding_token_in_a_text(tmp_path, emails):
     with torch.no_grad():
         expected = [module(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0].numpy() for text in texts]
     np.testing.assert_allclose(scorer.predict(texts)["scores"].to_pylist(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [({"1": "b", "2": "a"}, "must name the ids 0 to 1 once each, not 1, 2"), ({"0": "a", "2": "b"}, "not 0, 2"),
+     ({"0": "a", "00": "b"}, "once each"), ({"0": "", "1": "b"}, "without a name"),
+     ({"0": None, "1": "b"}, "without a name")],
+)  # fmt: skip
+def test_label_names_that_do_not_fit_the_logits(names, message):
+    with pytest.raises(ModelFolderError, match=message):
+        decision_of({"id2label": names}, where="folder")
+    assert decision_of({"id2label": {"1": "b", "0": "a"}}, where="folder")[0].labels == ("a", "b")

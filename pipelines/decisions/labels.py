@@ -262,6 +262,7 @@ def _reject_missing(column: pa.ChunkedArray) -> None:
     values, rows = column, None
     if not column.null_count and _is_list(column.type):
         values, rows = pc.list_flatten(column), pc.list_parent_indices(column)
+    _reject_bytes(values, rows)
     missing = values.is_null()
     if _is_string(values.type):
         missing = pc.or_kleene(missing, pc.equal(pc.utf8_trim_whitespace(values), ""))
@@ -272,6 +273,21 @@ def _reject_missing(column: pa.ChunkedArray) -> None:
     what = "no label" if rows is None else "an empty label"
     count = len(positions) if rows is None else len(np.unique(rows.to_numpy(zero_copy_only=False)[positions]))
     raise DataError(f"{count} rows have {what} (the first is row {row}); drop or label them")
+
+
+def _reject_bytes(values: pa.ChunkedArray, rows: pa.ChunkedArray | None) -> None:
+    """Raise DataError if a label is not valid UTF-8: files of some writers have such strings."""
+    if not _is_string(values.type):
+        return
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid:
+        for place, value in enumerate(values.cast(pa.large_binary()).to_pylist()):
+            try:
+                (value or b"").decode()
+            except UnicodeDecodeError as error:
+                row = place if rows is None else rows[place].as_py()
+                raise DataError(f"row {row}: the label is not valid UTF-8; convert the file to UTF-8") from error
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -35,7 +35,7 @@ from pipelines.settings import (
     EarlyExit,
     WindowSettings,
 )
-from pipelines.storage.columns import string_array, text_column_problem
+from pipelines.storage.columns import string_array, text_column_problem, with_missing_texts
 from pipelines.storage.tables import as_table
 from pipelines.text.pretrained import load_tokenizer
 from pipelines.text.tokenization import CutDocuments, Documents, Tokenizer, Tokens, cut_documents
@@ -340,6 +340,10 @@ class Scorer:
 
 def _texts_in(texts: Any) -> pa.Table:
     """Return texts in memory as a table with the column text, and text_pair for pairs."""
+    if isinstance(texts, pa.Array | pa.ChunkedArray):
+        return _text_columns(pa.table({"text": texts}))
+    if isinstance(texts, pa.RecordBatchReader):
+        return _text_columns(texts.read_all())
     if isinstance(texts, Mapping) or hasattr(texts, "columns") or hasattr(texts, "column_names"):
         return _text_columns(as_table(texts))
     if isinstance(texts, str):
@@ -360,16 +364,14 @@ def _texts_in(texts: Any) -> pa.Table:
 
 def _text_columns(table: pa.Table) -> pa.Table:
     """Return the columns text and, if there is one, text_pair of a table."""
+    names = [name for name in ("text", "text_pair") if name in table.column_names]
+    table = with_missing_texts(table, names)
     problem = text_column_problem(table.schema, "text")
     if problem is not None:
         raise DataError(
             f"the table {problem}; rename the column of the texts to 'text', or give the column itself, or name it: "
             "pipelines.score(MODEL, TABLE, text_column=NAME)"
         )
-    names = [name for name in ("text", "text_pair") if name in table.column_names]
-    for name in names:
-        if table[name].null_count == len(table):  # pandas stores no texts as floats
-            table = table.set_column(table.column_names.index(name), name, pa.nulls(len(table)))
     return table.select(names)
 
 

@@ -67,12 +67,13 @@ def text_column_problem(schema: pa.Schema, name: str) -> str | None:
 
 def type_at(schema: pa.Schema, name: str) -> pa.DataType | None:
     """Return the type of a column, or of a field in a struct column (`meta.text`). None if there is none."""
-    if name in schema.names:
-        return schema.field(schema.names.index(name)).type
+    if places := schema.get_all_field_indices(name):  # an index; a search through the names would be quadratic
+        return schema.field(places[0]).type
     top, *path = name.split(".")
-    if not path or top not in schema.names:
+    places = schema.get_all_field_indices(top)
+    if not path or not places:
         return None
-    kind = schema.field(schema.names.index(top)).type
+    kind = schema.field(places[0]).type
     for part in path:
         if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
             return None
@@ -92,6 +93,15 @@ def with_fields(table: pa.Table, names: Sequence[str]) -> pa.Table:
         if name not in known and type_at(table.schema, name) is not None:
             top, *path = name.split(".")
             table = table.append_column(name, pc.struct_field(table.column(top), path))
+    return table
+
+
+def with_missing_texts(table: pa.Table, names: Sequence[str]) -> pa.Table:
+    """Return a table whose text columns without any text have no type: pandas stores them as floats."""
+    for name in names:
+        places = table.schema.get_all_field_indices(name)
+        if len(places) == 1 and table.column(places[0]).null_count == len(table):
+            table = table.set_column(places[0], name, pa.nulls(len(table)))
     return table
 
 

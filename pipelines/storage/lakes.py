@@ -17,6 +17,8 @@ from pipelines.errors import DataError, OutputError, SettingsError
 from pipelines.storage.locations import DELTA, ICEBERG, filesystem_of, shown, store_errors
 
 DELTA_LOG = "_delta_log"
+HUDI = ".hoodie"
+"""Folders in the tables of other formats, which hold their logs."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.errors import DataError, SettingsError
-from pipelines.storage.lakes import DELTA_LOG
+from pipelines.storage.lakes import DELTA_LOG, HUDI
 from pipelines.storage.locations import filesystem_of, retried, shown, store_errors
 from pipelines.storage.text_files import format_of, is_plain_json
 
@@ -184,7 +184,7 @@ def first_bytes(filesystem: AbstractFileSystem, name: str) -> bytes:
 
 
 def _refuse_tables(found: Mapping[str, dict[str, Any]], root: str, filesystem: AbstractFileSystem) -> None:
-    """Raise DataError if files are in a Delta or Iceberg table."""
+    """Raise DataError if files are in a Delta, Hudi or Iceberg table."""
     folders = {posixpath.dirname(name) for name in found} | {_fixed(root, filesystem)}
     if isinstance(filesystem, LocalFileSystem):  # links lead to other folders
         folders |= {os.path.realpath(folder) for folder in folders}
@@ -194,6 +194,12 @@ def _refuse_tables(found: Mapping[str, dict[str, Any]], root: str, filesystem: A
         tables = [folder for folder in pool.map(lambda folder: _table_at(filesystem, folder), sorted(above)) if folder]
     tables += [posixpath.dirname(folder) for folder in folders if posixpath.basename(folder) == DELTA_LOG]
     tables += [posixpath.dirname(posixpath.dirname(name)) for name in found if _is_iceberg(name)]
+    tables += [name.partition(f"/{HUDI}/")[0] for name in found if f"/{HUDI}/" in name]
+    if tables and filesystem.isdir(posixpath.join(tables[0], HUDI)):
+        raise DataError(
+            f"{tables[0]} is a Hudi table: some of its files are older versions of others, so they are not read one by "
+            "one; write its rows to Parquet first, for example with spark.read.format('hudi')"
+        )
     if tables:
         raise DataError(
             f"{tables[0]} is a Delta or Iceberg table: some of its files may be deleted ones, so they are not read one "
@@ -223,9 +229,9 @@ def _parents(folder: str) -> list[str]:
 
 
 def _table_at(filesystem: AbstractFileSystem, folder: str) -> str | None:
-    """Return the folder if it is a Delta or an Iceberg table."""
+    """Return the folder if it is a Delta, Hudi or Iceberg table."""
     try:
-        if filesystem.isdir(posixpath.join(folder, DELTA_LOG)):
+        if any(filesystem.isdir(posixpath.join(folder, name)) for name in (DELTA_LOG, HUDI)):
             return folder
         metadata = posixpath.join(folder, "metadata")
         if filesystem.isdir(metadata) and any(_is_iceberg(name) for name in filesystem.ls(metadata, detail=False)):

@@ -334,7 +334,7 @@ def cast_values(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedA
     if pa.types.is_large_string(kind):  # a text column, whose invalid bytes become errors of the row later
         column = as_strings(column)
     try:
-        return column.cast(kind), 0
+        return _cast(column, kind), 0
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         pass
     try:
@@ -343,6 +343,13 @@ def cast_values(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedA
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # no numbers: value by value
         found = pa.chunked_array([_cast_value(column.slice(row, 1), kind) for row in range(len(column))], kind)
     return found, found.null_count - column.null_count
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Cast as Arrow does, but integers to decimals by their values: Arrow asks for all digits of the integer type."""
+    if pa.types.is_decimal(kind) and pa.types.is_integer(column.type):
+        return column.cast(pa.decimal256(76, kind.scale)).cast(kind)
+    return column.cast(kind)
 
 
 def _cast_numbers(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
@@ -357,7 +364,7 @@ def _cast_numbers(column: pa.ChunkedArray, kind: pa.DataType) -> tuple[pa.Chunke
 def _cast_value(value: pa.ChunkedArray, kind: pa.DataType) -> pa.Array:
     """Return one value in another type, or null if it does not fit."""
     try:
-        return value.cast(kind).combine_chunks()
+        return _cast(value, kind).combine_chunks()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return pa.nulls(1, kind)
 

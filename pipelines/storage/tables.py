@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.errors import DataError, first_line
 from pipelines.storage.columns import string_array
+
+logger = logging.getLogger(__name__)
 
 
 def is_location(data: Any) -> bool:
@@ -58,8 +62,9 @@ def _as_table(data: Any) -> pa.Table:
     if hasattr(data, "iloc") and hasattr(data, "columns"):  # pandas: the index does not become a column
         try:
             return pa.Table.from_pandas(data, preserve_index=False)
-        except UnicodeEncodeError:  # a lone surrogate
-            return pa.table({str(name): _array(data[name]) for name in data.columns})
+        except (pa.ArrowException, UnicodeEncodeError, TypeError, ValueError):  # column by column
+            names = [str(name) for name in data.columns]
+            return pa.table([_pandas_column(data.iloc[:, place], name) for place, name in enumerate(names)], names)
     if is_read_later(data):
         raise DataError(f"{type(data).__name__} is read only later: collect it first, as a frame or a list of rows")
     if hasattr(data, "with_format") and not isinstance(getattr(data, "column_names", None), dict):
@@ -70,6 +75,22 @@ def _as_table(data: Any) -> pa.Table:
         f"{type(data).__name__} is not a table: give an Arrow table, a pandas or polars frame, a mapping of columns, "
         "or a list of rows"
     )
+
+
+def _pandas_column(series: Any, name: str) -> pa.Array:
+    """Convert a column of a pandas frame. Values of several types, or of none that Arrow has, become texts."""
+    try:
+        found = pa.array(series, from_pandas=True)
+        return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+    except UnicodeEncodeError:  # a lone surrogate
+        return string_array(series)
+    except (pa.ArrowException, TypeError, ValueError):
+        logger.warning(
+            "column %r has values of several types, or of one that Arrow does not have: it is read as text", name
+        )
+        missing = series.isna().tolist()
+        values = series.tolist()
+        return string_array([None if gone else str(value) for gone, value in zip(missing, values, strict=True)])
 
 
 def _without_views(table: pa.Table) -> pa.Table:
@@ -88,6 +109,15 @@ def _with_class_names(table: pa.Table, features: Mapping[str, Any]) -> pa.Table:
         if names and pa.types.is_integer(table.schema.field(name).type):
             ids = pc.if_else(pc.greater_equal(table[name], 0), table[name], None)  # -1: no label
             table = table.set_column(place, name, pa.chunked_array([pa.array(names).take(ids.combine_chunks())]))
+        names_in_list = getattr(getattr(feature, "feature", None), "names", None)
+        if names_in_list and table.num_rows:
+            lists = pa.concat_arrays(table[name].chunks)
+            lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+            offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+            named = pa.ListArray.from_arrays(
+                offsets, pa.array(names_in_list).take(lists.flatten()), mask=lists.is_null()
+            )
+            table = table.set_column(place, name, pa.chunked_array([named]))
     return table
 
 

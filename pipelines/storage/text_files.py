@@ -367,7 +367,7 @@ class _CsvRows:
         self._again.append(first)
         self._reader = self._new_reader()
         try:
-            names = next(self._reader, [])
+            names: list[str] = next(self._reader, [])
         except csv.Error as error:
             raise ValueError(f"its header is not valid CSV: {error}") from error
         self.names: Sequence[str] = [name or f"unnamed_{place}" for place, name in enumerate(names)]

@@ -30,7 +30,7 @@ from pipelines.text.tokenization import Documents, Tokenizer, Tokens, concat_doc
 
 UNIT, NAME, TABLE = "unit", "name", "table"
 """Columns of `TokenizedUnit.to_row`: the unit's number, its output name, and its table in Arrow's stream format."""
-IDS, PAIR_IDS, ERROR = "__ids", "__pair_ids", "__error"
+IDS, PAIR_IDS, ERROR = "__pipelines_ids__", "__pipelines_pair_ids__", "__pipelines_error__"
 """Columns of a tokenized table: token ids, token ids of the second text, and why a row cannot be scored."""
 STATS_METADATA = b"pipelines.stats"
 """Key in a tokenized table's schema metadata. The value is its `TokenizeStats`, as JSON."""

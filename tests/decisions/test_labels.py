@@ -195,3 +195,15 @@ def test_odd_labels_are_named():
     assert odd_labels(("Washington", "Washington, D.C."), "multiclass") == [], "a comma alone is no mark"
     (several,) = odd_labels(("link", "link;money", "money"), "multiclass")
     assert several.startswith("1 labels, such as 'link;money', look like several")
+
+
+@pytest.mark.parametrize(("kind", "wrap"), [("binary", False), ("multilabel", True)])
+def test_labels_that_are_not_utf8_are_refused(kind, wrap):
+    """Files of some writers have Latin-1 in their strings."""
+    values = pa.array([b"ham", b"\xe9t\xe9", b"spam"], pa.binary()).view(pa.string())
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), values)
+    column = pa.chunked_array([lists if wrap else values])
+    with pytest.raises(DataError, match="row 1: the label is not valid UTF-8; convert the file to UTF-8"):
+        find_labels([column], kind)
+    with pytest.raises(DataError, match="row 1: the label is not valid UTF-8"):
+        encode_labels(column, DecisionSettings(kind=kind, labels=("ham", "spam")))

@@ -3,6 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -10,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pipelines.errors import ModelFolderError, SettingsError
+import pipelines
+from pipelines.errors import DataError, ModelFolderError, SettingsError
 from pipelines.model.scorer import Scorer
 from pipelines.model_folder import read_model_folder, seal, write_pipeline_file
 from pipelines.settings import Calibration, ComputeSettings
@@ -170,3 +172,35 @@ def test_threads_match_serial_calls(folders, emails):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda text: scorer.predict([text])["scores"].to_pylist()[0], texts * 6))
     np.testing.assert_allclose(found, expected * 6, atol=1e-6)
+
+
+def test_texts_of_every_arrow_type(spam_folder):
+    scorer = Scorer.load(spam_folder, compute=FLOAT32)
+    texts = ["free money", None, "see you"]
+    expected = scorer.predict(texts)
+    strings = pa.array(texts, pa.string())
+    columns = [strings, strings.cast(pa.large_string()), strings.cast(pa.string_view()), strings.dictionary_encode(),
+               strings.cast(pa.binary()), pa.chunked_array([strings[:1], strings[1:]]),
+               pa.chunked_array([strings.dictionary_encode()])]  # fmt: skip
+    for column in columns:
+        assert scorer.predict(column).equals(expected), column.type
+    table = pa.table({"text": strings})
+    assert scorer.predict(table.to_reader()).equals(expected)
+    assert scorer.predict(pa.nulls(2))["error"].to_pylist() == ["the text is null"] * 2
+    with pytest.raises(DataError, match="type int64, not string"):
+        scorer.predict(pa.array([1, 2]))
+
+
+SETTINGS = {"dtype": "float32", "device": "cpu"}
+
+
+def test_frames_with_odd_columns_and_without_texts(spam_folder, log_lines):
+    scorer = Scorer.load(spam_folder, compute=FLOAT32)
+    frame = pd.DataFrame({"text": ["free money", "see you"], "o": pd.Series([1, "a"], dtype=object), "z": [1j, 2j]})
+    assert scorer.predict(frame).equals(scorer.predict(frame["text"]))
+    scored = pipelines.score(spam_folder.path, frame, **SETTINGS)
+    assert scored["o"].to_pylist() == ["1", "a"]
+    assert any("column 'o' has values of several types" in line for line in log_lines)
+    missing = pd.DataFrame({"text": [float("nan")] * 2})
+    for found in (scorer.predict(missing), pipelines.score(spam_folder.path, missing, **SETTINGS)):
+        assert found["error"].to_pylist() == ["the text is null"] * 2

@@ -225,6 +225,10 @@ def test_names_of_classes():
     )
     found = datasets.Dataset.from_dict({"text": list("abc"), "label": [1, 0, -1]}, features=features)
     assert as_table(found)["label"].to_pylist() == ["spam", "ham", None]
+    several = datasets.List(datasets.ClassLabel(names=["joy", "anger"]))
+    features = datasets.Features({"text": datasets.Value("string"), "label": several})
+    found = datasets.Dataset.from_dict({"text": list("abc"), "label": [[0], [1, 0], []]}, features=features)
+    assert as_table(found)["label"].to_pylist() == [["joy"], ["anger", "joy"], []]
     for kind in (pl.Enum(["spam", "ham"]), pl.Categorical()):
         frame = pl.DataFrame({"text": list("ab"), "label": pl.Series(["ham", "spam"], dtype=kind)})
         assert read_rows(frame).labels == ["ham", "spam"]

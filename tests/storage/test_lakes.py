@@ -148,3 +148,15 @@ def test_iceberg_files_without_ids_follow_the_name_mapping(tmp_path, emails, cat
         change.remove_properties("schema.name-mapping.default")
     with pytest.raises(DataError, match=r"has no ids of columns, and .* has no schema\.name-mapping\.default"):
         read_footers("iceberg:prod.mail.raw", ["body"])
+
+
+def test_hudi_tables_are_refused(tmp_path):
+    """Its folder has the older versions of its files, too."""
+    (tmp_path / "t" / ".hoodie").mkdir(parents=True)
+    (tmp_path / "t" / ".hoodie" / "hoodie.properties").write_text("hoodie.table.name=t")
+    (tmp_path / "t" / "day=1").mkdir()
+    for name in ("f1-0_0-1-1_20240101.parquet", "f1-0_0-2-2_20240102.parquet"):
+        pq.write_table(pa.table({"text": ["a"]}), tmp_path / "t" / "day=1" / name)
+    for place in ("t", "t/day=1", "t/*/*.parquet", "."):
+        with pytest.raises(DataError, match=r"is a Hudi table: .* write its rows to Parquet first"):
+            read_footers(str(tmp_path / place), ["text"])

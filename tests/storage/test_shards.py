@@ -1,3 +1,4 @@
+import decimal
 import os
 import shutil
 import zipfile
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from pipelines.errors import DataError, ModelFolderError, OutputError
 from pipelines.model_files import local_folder
 from pipelines.storage import footers, locations, shards
+from pipelines.storage.columns import type_at
 from pipelines.storage.listing import list_files
 from pipelines.storage.rows import read_tables, read_units, together
 
@@ -391,3 +393,20 @@ def test_units_have_a_limited_number_of_rows(groups):
     rows = np.add.reduceat(units.spans[:, 4] - units.spans[:, 3], units.offsets[:-1])
     assert rows.max() <= shards.MOST_UNIT_ROWS
     assert rows.sum() == sum(groups) == units.num_rows
+
+
+def test_integers_beside_decimals_keep_their_values(tmp_path):
+    numbers = [pa.array([decimal.Decimal("1.25"), None], pa.decimal128(10, 2)), pa.array([7, -(2**40)], pa.int64()),
+               pa.array([3, 2**50], pa.uint64())]  # fmt: skip
+    for number, values in enumerate(numbers):
+        pq.write_table(pa.table({"text": ["a", "b"], "x": values}), tmp_path / f"{number}.parquet")
+    files = footers.read_footers(str(tmp_path), ["text"])
+    found = list(read_units(str(tmp_path), shards.split_into_units(files), together(files), text_columns=["text"]))
+    values = [value for rows in found for value in rows.table["x"].to_pylist()]
+    assert values == [decimal.Decimal("1.25"), None, 7, -(2**40), 3, 2**50]
+    assert not any(rows.values_lost for rows in found)
+
+
+def test_fields_are_found_without_a_search_through_all_names():
+    schema = pa.schema([(f"c{number}", pa.int64()) for number in range(20_000)])
+    assert all(type_at(schema, name) == pa.int64() for name in schema.names), "quadratic: 20 s"

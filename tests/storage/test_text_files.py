@@ -288,7 +288,8 @@ def test_files_in_an_object_store(suffix):
 def test_stray_quotes_in_tab_separated_files_are_characters(tmp_path):
     file = tmp_path / "a.tsv"
     lines = ['1\tplain one\tham', '2\t"Go away\tspam', '3\tthree\tham', '4\tfour\tspam', '5\t"Stop it\tham',
-             '6\tsix\tham', '7\t"in quotes"\tham', '8\t"two', 'lines"\tham', '9\tsay ""\tspam', '10\t"last']  # fmt: skip
+             '6\tsix\tham', '7\t"in quotes"\tham', '8\t"two', 'lines"\tham',
+             '9\tsay ""\tspam', '10\t"last']  # fmt: skip
     file.write_text("\n".join(["id\ttext\tlabel", *lines]) + "\n")
     found = read(file, texts=["text"])
     assert found.table["id"].to_pylist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, None]
