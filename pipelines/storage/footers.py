@@ -6,7 +6,7 @@ Sizes of row groups are estimates of what their columns take in memory, because 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -160,7 +160,25 @@ def _of_table(file: InputFile, snapshot: Snapshot, location: str) -> InputFile:
         raise DataError(
             f"the column {new!r} of {location} has the name {old!r} in {file.url}; rewrite the table's data files first"
         )
-    return replace(file, schema=pa.schema([column for column in schema if names.get(column.name) is not None]))
+    kept = pa.schema([column for column in schema if names.get(column.name) is not None])
+    for column in kept:
+        for part in _parts_of(column.type):
+            own = (part.metadata or {}).get(b"PARQUET:field_id")
+            if own is not None and snapshot.column_names.get(int(own)) != part.name:
+                raise DataError(
+                    f"the field {part.name!r} of the column {column.name!r} in {file.url} has another name in "
+                    f"{location}, or is not there any more; rewrite the table's data files first"
+                )
+    return replace(file, schema=kept)
+
+
+def _parts_of(kind: pa.DataType) -> Iterator[pa.Field]:
+    """Yield the fields of the structs in a type."""
+    for number in range(kind.num_fields):
+        part = kind.field(number)
+        if pa.types.is_struct(kind):
+            yield part
+        yield from _parts_of(part.type)
 
 
 def _scanned(

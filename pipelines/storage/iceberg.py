@@ -74,10 +74,42 @@ def _live_files(location: str, table: Any, found: Any) -> Snapshot:
         {"name": str(filesystem._strip_protocol(_url(file.file_path))), "size": int(file.file_size_in_bytes)}
         for file in files
     ]
-    columns = {column.field_id: column.name for column in table.schema().fields}
+    schema = table.schema()
+    columns = {number: schema.find_field(number).name for number in schema.field_ids}
     mapping = table.name_mapping()
     ids = {name: one.field_id for one in mapping or () if one.field_id is not None for name in one.names}
-    return Snapshot(str(found.snapshot_id), filesystem, entries, column_names=columns, column_ids=ids)
+    partitions = {entry["name"]: _partitions_of(table, file) for entry, file in zip(entries, files, strict=True)}
+    defined = {name: kind for part in partitions.values() for name, (_, kind) in part.items()}
+    return Snapshot(
+        str(found.snapshot_id),
+        filesystem,
+        entries,
+        {path: {name: value for name, (value, _) in part.items()} for path, part in partitions.items()},
+        pa.schema(list(defined.items())),
+        column_names=columns,
+        column_ids=ids,
+    )
+
+
+def _partitions_of(table: Any, file: Any) -> dict[str, tuple[str | None, pa.DataType]]:
+    """Return the values and types of the columns by which a file is partitioned as they are.
+
+    The files of tables that came from Hive do not contain these columns.
+    """
+    from pyiceberg.io.pyarrow import schema_to_pyarrow
+    from pyiceberg.transforms import IdentityTransform
+
+    found = {}
+    for place, field in enumerate(table.specs()[file.spec_id].fields):
+        column = table.schema().find_field(field.source_id) if field.source_id in table.schema().field_ids else None
+        if column is not None and isinstance(field.transform, IdentityTransform):
+            kind = schema_to_pyarrow(column.field_type)
+            value = pa.scalar(file.partition[place])  # of a date or time: the number of days or microseconds
+            stored = {pa.int32(): pa.int32(), pa.date32(): pa.int32()}.get(kind, value.type)
+            typed = value.cast(stored).cast(kind)
+            text = typed.cast(pa.string()).as_py() if typed.is_valid else None
+            found[column.name] = (text, kind)
+    return found
 
 
 class IcebergOutput:

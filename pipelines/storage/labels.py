@@ -43,7 +43,8 @@ def read_label_column(location: str, data: DataSettings) -> LabelColumn:
         for name in data.text_columns:
             check_text_column(file.schema, name, where=file.url)
         for name in data.target_columns:
-            check_label_column(file.schema, name, where=file.url)
+            if name not in file.partitions:  # label=ham/ in the path
+                check_label_column(file.schema, name, where=file.url)
     units = split_into_units(files, limit=data.limit)
     if not len(units):
         raise DataError(f"{shown(location)} has no rows")

@@ -6,9 +6,15 @@ import uuid
 
 import deltalake
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from pyiceberg.types import StringType
+from pyiceberg.manifest import DataFile, DataFileContent, FileFormat
+from pyiceberg.partitioning import PartitionField, PartitionSpec
+from pyiceberg.schema import Schema
+from pyiceberg.transforms import IdentityTransform
+from pyiceberg.typedef import Record
+from pyiceberg.types import DateType, IntegerType, NestedField, StringType
 
 import pipelines
 from pipelines.bulk.score import score_here as score
@@ -160,3 +166,58 @@ def test_hudi_tables_are_refused(tmp_path):
     for place in ("t", "t/day=1", "t/*/*.parquet", "."):
         with pytest.raises(DataError, match=r"is a Hudi table: .* write its rows to Parquet first"):
             read_footers(str(tmp_path / place), ["text"])
+
+
+def test_iceberg_partitions_that_the_files_do_not_contain(tmp_path, catalog):
+    """As in tables that Spark's procedures make of Hive tables."""
+    schema = Schema(NestedField(1, "text", StringType()), NestedField(2, "kind", StringType()),
+                    NestedField(3, "day", DateType()), NestedField(4, "n", IntegerType()))  # fmt: skip
+    spec = PartitionSpec(*(PartitionField(number, 998 + number, IdentityTransform(), name)
+                           for number, name in ((2, "kind"), (3, "day"), (4, "n"))))  # fmt: skip
+    mapping = json.dumps([{"field-id": 1, "names": ["text"]}])
+    catalog.create_namespace("n")
+    properties = {"schema.name-mapping.default": mapping}
+    table = catalog.create_table("n.hive", schema, partition_spec=spec, properties=properties)
+    days = (datetime.date(2026, 1, 2) - datetime.date(1970, 1, 1)).days
+    with table.transaction() as change, change.update_snapshot().fast_append() as update:
+        for number, values in enumerate([("spam", days, 7), (None, None, None)]):
+            file = tmp_path / f"{number}.parquet"
+            pq.write_table(pa.table({"text": [f"text {number}"]}), file)
+            update.append_data_file(DataFile.from_args(
+                content=DataFileContent.DATA, file_path=f"file://{file}", file_format=FileFormat.PARQUET,
+                partition=Record(*values), record_count=1, file_size_in_bytes=file.stat().st_size, column_sizes={},
+                value_counts={}, null_value_counts={}, nan_value_counts={}, lower_bounds={}, upper_bounds={},
+                split_offsets=None, equality_ids=None, sort_order_id=None, spec_id=0,
+            ))  # fmt: skip
+    found = rows_of("iceberg:prod.n.hive").sort_by("text").select(["text", "kind", "day", "n"])
+    assert found.to_pylist() == [
+        {"text": "text 0", "kind": "spam", "day": datetime.date(2026, 1, 2), "n": 7},
+        {"text": "text 1", "kind": None, "day": None, "n": None},
+    ]
+    assert (found.schema.field("day").type, found.schema.field("n").type) == (pa.date32(), pa.int32())
+
+
+@pytest.mark.parametrize("change", ["rename", "delete"])
+def test_iceberg_fields_that_are_renamed_or_gone_are_refused(catalog, change):
+    catalog.create_namespace("n")
+    rows = pa.table({"text": ["a"], "m": [{"a": "x", "deep": [{"z": "secret"}]}]})
+    table = catalog.create_table("n.nested", rows.schema)
+    table.append(rows)
+    assert rows_of("iceberg:prod.n.nested")["m"].to_pylist() == rows["m"].to_pylist()
+    with table.update_schema() as update:
+        if change == "rename":
+            update.rename_column(("m", "a"), "b")
+        else:
+            update.delete_column(("m", "deep", "element", "z"))
+            update.add_column(("m", "deep", "element", "y"), StringType())
+    with pytest.raises(DataError, match=r"the field '[az]' of the column 'm' .* rewrite the table's data files first"):
+        read_footers("iceberg:prod.n.nested", ["text"])
+
+
+def test_labels_may_be_partitions(spam_folder, tmp_path, emails):
+    for label in ("ham", "spam"):
+        (tmp_path / f"label={label}").mkdir()
+        rows = emails.filter(pc.equal(emails["label"], label)).slice(0, 5).select(["text"])
+        pq.write_table(rows, tmp_path / f"label={label}" / "a.parquet")
+    found = pipelines.evaluate(spam_folder.path, tmp_path, **FLOAT32)
+    assert (found.rows, found.metrics["tp"] + found.metrics["fn"]) == (10, 5)
