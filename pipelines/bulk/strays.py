@@ -53,7 +53,8 @@ def leave(run: Run) -> None:
 
 def sweep(location: str, mark: str) -> None:
     """Remove incomplete files and marks of killed jobs. Does nothing while another job uses the folder."""
+    names = list_names(location)  # before the look at others: what a job brings that begins now stays
     if not others_of(location, mark):
-        for name in list_names(location):
+        for name in names:
             if name.startswith((".part-", "._", "_running-")) and name != mark:
                 remove(location, name)

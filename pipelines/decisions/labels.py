@@ -291,12 +291,14 @@ def _reject_bytes(values: pa.ChunkedArray, rows: pa.ChunkedArray | None) -> None
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return the column with dictionaries decoded, and views of strings as strings.
+    """Return the column with dictionaries decoded, views of strings as strings, and decimals as floats.
 
     Lists without a value type (all empty) become lists of strings.
     """
     if pa.types.is_string_view(column.type):
         return column.cast(pa.large_string())
+    if pa.types.is_decimal(column.type):  # numbers of databases
+        return column.cast(pa.float64())
     if _is_list(column.type) and pa.types.is_string_view(column.type.value_type):
         return column.cast(pa.large_list(pa.large_string()))
     if pa.types.is_dictionary(column.type):

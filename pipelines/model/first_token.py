@@ -115,11 +115,11 @@ def _axis_before(node: Any, axis: int, rank: int) -> int | None:
     if kind == "Transpose":
         return values[axis]
     if kind == "Reshape" and attributes["special_zero"] and axis < min(rank, len(values)):
-        before = list(node.get_input_partial_shape(0))[: axis + 1]
+        before = list(node.get_input_partial_shape(0))[:axis]
         kept = (
             new == 0 or (old.is_static and new == old.get_length()) for new, old in zip(values, before, strict=False)
         )
-        return axis if all(kept) else None
+        return axis if all(kept) and values[axis] == 0 else None  # a length would be that of all positions
     return None
 
 

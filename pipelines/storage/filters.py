@@ -11,6 +11,7 @@ Values are compared in the type of their column: 0.1 equals a float32 that was s
 from __future__ import annotations
 
 import ast
+import datetime
 import io
 import itertools
 import operator
@@ -87,7 +88,7 @@ def check_filter(text: str, schema: pa.Schema) -> None:
     """
     expression, columns = parse_filter(text, schema)
     try:
-        schema.empty_table().filter(expression)
+        pa.table({name: pa.nulls(1, schema.field(name).type) for name in columns}).filter(expression)
     except pa.ArrowException as error:
         types = ", ".join(f"{name} is {schema.field(name).type}" for name in columns)
         raise SettingsError(f"--filter {text!r} does not fit the types of the columns ({types})") from error
@@ -203,6 +204,8 @@ class _Parser:
         kind = self._schema.field(self._name(name)).type
         numbers = [value for value in constants if _is_number(value)]
         is_exact = all(float(value).is_integer() for value in numbers)
+        if pa.types.is_float16(kind):  # Arrow cannot compare them
+            column, kind = column.cast(pa.float32()), pa.float32()
         if pa.types.is_integer(kind) and len(numbers) == len([value for value in constants if value is not None]):
             if not is_exact or (kind == pa.uint64() and any(value < 0 for value in numbers)):
                 column, kind = column.cast(pa.float64(), safe=False), pa.float64()
@@ -211,8 +214,8 @@ class _Parser:
                 column = column.cast(kind)
         try:
             return column, [None if value is None else _in_type(value, kind) for value in constants]
-        except (pa.ArrowException, TypeError, OverflowError) as error:
-            example = "; write it as a string, such as '2026-01-31'" if pa.types.is_temporal(kind) else ""
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+            example = _example_of(kind)
             shown = ", ".join(map(ast.unparse, values))
             raise SettingsError(
                 f"--filter {self._text!r}: {shown} does not fit the types of the columns ({self._name(name)} is "
@@ -259,6 +262,19 @@ def _constant(node: ast.expr) -> Any:
     return ...
 
 
+def _example_of(kind: pa.DataType) -> str:
+    """Return how a value of a temporal type is written, to complete a message."""
+    if pa.types.is_time(kind):
+        return "; write it as a string, such as '03:15:00'"
+    if pa.types.is_timestamp(kind) and kind.tz is not None:
+        return "; write it as a string with a zone, such as '2026-01-31T12:00:00Z' or '2026-01-31T12:00:00+01:00'"
+    if pa.types.is_timestamp(kind):
+        return "; write it as a string without a zone, such as '2026-01-31' or '2026-01-31T12:00:00'"
+    if pa.types.is_duration(kind):
+        return "; durations cannot be compared: keep the column as numbers"
+    return "; write it as a string, such as '2026-01-31'" if pa.types.is_temporal(kind) else ""
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -270,6 +286,8 @@ def _in_type(value: Any, kind: pa.DataType) -> pa.Scalar:
     if isinstance(value, str):
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_temporal(kind)):
             raise TypeError(value)
+        if pa.types.is_time(kind):
+            return pa.scalar(datetime.time.fromisoformat(value), kind)
         return pa.scalar(value).cast(kind)
     if pa.types.is_integer(kind):
         return pa.scalar(int(value), kind)

@@ -78,7 +78,7 @@ def _live_files(location: str, table: Any, found: Any) -> Snapshot:
     columns = {number: schema.find_field(number).name for number in schema.field_ids}
     mapping = table.name_mapping()
     ids = {name: one.field_id for one in mapping or () if one.field_id is not None for name in one.names}
-    partitions = {entry["name"]: _partitions_of(table, file) for entry, file in zip(entries, files, strict=True)}
+    partitions = {str(entry["name"]): _partitions_of(table, file) for entry, file in zip(entries, files, strict=True)}
     defined = {name: kind for part in partitions.values() for name, (_, kind) in part.items()}
     return Snapshot(
         str(found.snapshot_id),

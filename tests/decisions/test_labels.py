@@ -207,3 +207,12 @@ def test_labels_that_are_not_utf8_are_refused(kind, wrap):
         find_labels([column], kind)
     with pytest.raises(DataError, match="row 1: the label is not valid UTF-8"):
         encode_labels(column, DecisionSettings(kind=kind, labels=("ham", "spam")))
+
+
+def test_decimals_are_numbers():
+    """As databases export them."""
+    column = pa.chunked_array([pa.array([Decimal("1.50"), Decimal("2.00")], pa.decimal128(4, 2))])
+    assert encode_labels(column, DecisionSettings(kind="regression")).tolist() == [1.5, 2.0]
+    whole = pa.chunked_array([pa.array([Decimal(0), Decimal(1)], pa.decimal128(4, 2))])
+    assert find_labels([whole], "binary") == ("0", "1")
+    assert encode_labels(whole, DecisionSettings(kind="binary", labels=("0", "1"))).tolist() == [0, 1]

@@ -1,8 +1,9 @@
 """Row filters."""
 
-from datetime import datetime
+from datetime import datetime, time
 from decimal import Decimal
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -147,3 +148,39 @@ def test_fractions_in_a_list_of_integers():
     assert kept_rows(table, f"n in [{2**53}, 2.5, 3.0]").to_pylist() == [True, False, False, True]
     assert kept_rows(table, f"n not in [{2**53}, 2.5]").to_pylist() == [False, True, False, True]
     assert kept_rows(table, "n in [2.5]").to_pylist() == [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "filters"),
+    [
+        (pa.timestamp("us", "UTC"), ["2026-01-02", "2026-01-03", "2026-01-04"],
+         ["x >= '2026-01-03T00:00:00Z'", "x >= '2026-01-03 00:00Z'", "x >= '2026-01-03T01:00:00+01:00'"]),
+        (pa.timestamp("ms", "Europe/Berlin"), ["2026-01-01T22:00:00", "2026-01-02T23:00:00", "2026-01-03T23:00:00"],
+         ["x >= '2026-01-02T23:00:00Z'"]),
+        (pa.timestamp("ns"), ["2026-01-02", "2026-01-03", "2026-01-04"], ["x >= '2026-01-03'"]),
+        (pa.time32("s"), ["02:59:59", "03:00:00", "23:00:00"], ["x >= '03:00:00'", "x >= '03:00'"]),
+        (pa.time64("us"), ["02:59:59", "03:00:00", "23:00:00"], ["x >= '03:00:00.000000'"]),
+    ],
+)  # fmt: skip
+def test_times_are_written_as_people_write_them(kind, values, filters):
+    if pa.types.is_time(kind):
+        column = pa.array([time.fromisoformat(value) for value in values], kind)
+    else:
+        plain = pa.array(values).cast(pa.timestamp(kind.unit))
+        column = plain if kind.tz is None else plain.cast(pa.timestamp(kind.unit, "UTC")).cast(kind)
+    table = pa.table({"x": column})
+    for text in filters:
+        check_filter(text, table.schema)
+        assert kept_rows(table, text).to_pylist() == [False, True, True], text
+
+
+def test_what_does_not_fit_is_found_before_work():
+    schema = pa.schema([("ts", pa.timestamp("us")), ("tz", pa.timestamp("us", "UTC")), ("h", pa.float16()),
+                        ("d", pa.duration("s")), ("t", pa.time32("s"))])  # fmt: skip
+    for text, remedy in (("ts >= '2026-01-03T00:00:00Z'", "without a zone"), ("t >= 'noon'", "such as '03:15:00'"),
+                         ("tz >= '2026-01-03'", "with a zone, such as '2026-01-31T12:00:00Z'"),
+                         ("d > '1'", "keep the column as numbers"), ("ts > tz", "does not fit the types")):  # fmt: skip
+        with pytest.raises(SettingsError, match=remedy):
+            check_filter(text, schema)
+    halves = pa.table({"h": pa.array(np.array([0.5, 2.0], np.float16))})
+    assert kept_rows(halves, "h > 1").to_pylist() == [False, True]
