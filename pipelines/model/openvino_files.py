@@ -201,11 +201,17 @@ def convert(model: WindowModel, *, longest: int = 0) -> Any:
         CannotConvertError: The model cannot be converted, or has other logits in OpenVINO.
     """
     from pipelines.model.probes import FAILURES, probe_rows  # loads torch
+    from pipelines.model.weights import longrope_turn
 
     failures: tuple[type[Exception], ...] = (*FAILURES, *_conversion_failures(), ModelFolderError)
     config: Any = model.module.config
     if model.padding_side is None or config.is_encoder_decoder:
         raise CannotConvertError(f"{model.model_type} cannot run windows of different lengths in one padded batch")
+    turn = longrope_turn(config)
+    if turn is not None and (longest or model.row_limit or sys.maxsize) > turn:
+        raise CannotConvertError(
+            f"{model.model_type} reads windows of more than {turn} tokens in another way (longrope)"
+        )
     limit = (model.row_limit or sys.maxsize) - model.template.num_special_tokens(pair=False)
     usual = list(dict.fromkeys(min(length, limit) for length in (7, LONGEST_CHECKED, 33, 4, 130)))
     batches = [usual, *([[min(longest, limit)]] if longest > LONGEST_CHECKED else [])]

@@ -361,3 +361,20 @@ def first_position(module: nn.Module) -> int:
         if name.endswith("position_embeddings") and isinstance(child, nn.Embedding):
             return 0 if child.padding_idx is None else child.padding_idx + 1
     return 0
+
+
+def longrope_turn(config: Any) -> int | None:
+    """Return the number of tokens from which on all rows of a batch are read as long ones. None for most models.
+
+    So do models with longrope, such as Phi-3: they have other frequencies for rows that are longer than those of the
+    pretraining.
+    """
+    text_config = config.get_text_config()
+    found: Any = getattr(text_config, "rope_parameters", None) or {}
+    of_layers = [found, *(part for part in found.values() if isinstance(part, dict))]
+    lengths = [
+        part.get("original_max_position_embeddings") or getattr(text_config, "original_max_position_embeddings", None)
+        for part in of_layers
+        if part.get("rope_type") == "longrope"
+    ]
+    return min((int(length) for length in lengths if length), default=None)

@@ -40,6 +40,7 @@ from pipelines.model.probes import (
 from pipelines.model.weights import (
     OPENING_ERRORS,
     load_module,
+    longrope_turn,
     pad_token_of,
     row_limit,
     safe_config,
@@ -216,7 +217,8 @@ class WindowModel(Engine):
         """Return a number for each window. Windows with the same number can be in one padded batch.
 
         If padding would change the logits, only windows of equal length share a batch. Encoder-decoders of transformers
-        refuse a batch whose rows have different numbers of end tokens.
+        refuse a batch whose rows have different numbers of end tokens. Models with longrope read all rows of a batch as
+        long ones if one is.
         """
         length_W = rows.length_W
         group_W = np.zeros_like(length_W) if self.padding_side else length_W
@@ -225,6 +227,8 @@ class WindowModel(Engine):
             is_end_T = np.isin(rows.ids, config.eos_token_id)
             num_ends_W = np.add.reduceat(is_end_T.astype(np.int64), rows.offsets[:-1])
             group_W = group_W * (num_ends_W.max() + 1) + num_ends_W
+        if (turn := longrope_turn(config)) is not None:
+            group_W = 2 * group_W + (length_W > turn)
         return group_W
 
     def run_padded(self, rows: InputRows, *, side: Side | None, row_length: int = 0) -> Tensor:

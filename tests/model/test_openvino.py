@@ -76,6 +76,20 @@ def test_padding_beyond_a_sliding_window_changes_nothing(family, changes):
     np.testing.assert_allclose(found.run(rows), alone, atol=1e-4 * max(1, np.abs(alone).max()))
 
 
+def test_longrope_reads_short_windows_as_short_ones_beside_long_ones():
+    """transformers chooses the frequencies of a batch by its longest row, and OpenVINO keeps those of one length."""
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4,
+            "long_factor": [1.0, 2.0, 4.0, 8.0], "original_max_position_embeddings": 64}  # fmt: skip
+    positions = {"max_position_embeddings": 512, "original_max_position_embeddings": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 32}
+    model = padded_model("phi3", rope_parameters=rope, **positions, **heads)
+    rows = probe_rows(model, (5, 200, 60, 30, 100))
+    alone = np.concatenate([model.run(rows.take(np.array([place]))) for place in range(5)])
+    np.testing.assert_allclose(model.run(rows), alone, atol=1e-5)
+    with pytest.raises(CannotConvertError, match="windows of more than 64 tokens in another way"):
+        convert(model, longest=512)
+
+
 def test_long_windows_are_compared_whatever_the_positions(monkeypatch):
     compared = []
 
