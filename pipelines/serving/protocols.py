@@ -173,18 +173,19 @@ def texts_of_instances(body: InstancesRequest, *, reads_pairs: bool | None = Non
 
 
 def texts_of_moderation(body: ModerationRequest) -> list[str | Pair]:
-    """Return the texts of a request. A list of parts is one input, as OpenAI reads it.
+    """Return the texts of a request.
 
     Raises:
-        DataError: A part is not a text.
+        DataError: An item is not a text.
     """
     if isinstance(body.input, str):
         return [body.input]
-    parts = [item for item in body.input if isinstance(item, TextPart)]
-    if any(part.text is None for part in parts):
-        raise DataError("an input has no text; send only inputs with a text")
-    joined = ["\n\n".join(str(part.text) for part in parts)] if parts else []
-    return [*(item for item in body.input if isinstance(item, str)), *joined]
+    texts: list[str | Pair] = []
+    for part in body.input:
+        if isinstance(part, TextPart) and part.text is None:
+            raise DataError("an input has no text; send only inputs with a text")
+        texts.append(part if isinstance(part, str) else str(part.text))
+    return texts
 
 
 def ranked(prediction: Prediction, *, top_k: int | None = None) -> list[dict[str, Any]]:

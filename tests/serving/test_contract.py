@@ -354,13 +354,6 @@ def test_flags_are_booleans_and_no_thresholds_are_none(api):
     assert api.predict(inputs=["a"], thresholds={}).json() == api.predict(inputs=["a"]).json()
 
 
-def test_parts_of_a_moderation_are_one_input(api):
-    parts = [{"type": "text", "text": TEXTS[0]}, {"type": "text", "text": TEXTS[1]}]
-    found = api.post("/v1/moderations", json={"input": parts}).json()["results"]
-    assert found == api.post("/v1/moderations", json={"input": "\n\n".join(TEXTS)}).json()["results"]
-    assert len(api.post("/v1/moderations", json={"input": TEXTS}).json()["results"]) == 2
-
-
 def test_names_with_a_slash(spam_folder):
     values = {"model": str(spam_folder.path), "dtype": "float32", "device": "cpu", "name": "org/model"}
     client = ApiClient(ServeJob.parse(values))
