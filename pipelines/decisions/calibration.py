@@ -86,12 +86,17 @@ def fit_calibration(method: CalibrationMethod, found: WindowLogits, decision: De
 
 
 def fit_temperature(found: WindowLogits, decision: DecisionSettings) -> float:
-    """Find the temperature that minimizes the log loss, on finer and finer grids from LOWEST to HIGHEST.
+    """Find the temperature that minimizes the log loss.
 
-    Each target counts as wrong with a chance of 1 / (D + 2), as in Platt's method. Otherwise scores would become 0 or 1
-    if all documents are right.
+    If all documents are right, the log loss has no minimum: all scores would become 0 or 1. Then each target counts as
+    wrong with a chance of 1 / (D + 2), as in Platt's method.
     """
-    doubt = 1 / (len(found.targets) + 2)
+    best = _best_temperature(found, decision, doubt=0.0)
+    return best if best > 1.01 * LOWEST else _best_temperature(found, decision, doubt=1 / (len(found.targets) + 2))
+
+
+def _best_temperature(found: WindowLogits, decision: DecisionSettings, *, doubt: float) -> float:
+    """Search on finer and finer grids from LOWEST to HIGHEST."""
     low, high = np.log(LOWEST), np.log(HIGHEST)
     best = 0.0
     for _ in range(3):
