@@ -301,13 +301,13 @@ def commit_unit(location: str, name: str, table: pa.Table, counts: Counts, *, ch
         with suppress(FileExistsError):
             commit_table(location, name, table, is_new=True)
             return counts
-    existing = _metadata_of_part(location, name)
+    if change:
+        check_unchanged(location, change)
+    existing = _metadata_of_part(location, name)  # after that: a later change has a higher number
     is_of_run = existing.get(RUN_METADATA, b"") == run and COUNTS_METADATA in existing
     if is_of_run and int(existing.get(CHANGE_METADATA, 0)) >= change:  # by a worker thought dead, or a later start
         return Counts.from_json(json.loads(existing[COUNTS_METADATA]))
     check_run(location, run.decode())  # at the last moment: the file may be that of a later run
-    if change:
-        check_unchanged(location, change)
     commit_table(location, name, table)
     return counts
 

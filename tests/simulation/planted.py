@@ -48,7 +48,7 @@ FAULTS = {
     "replaced-run-replaces": (RUN_FOLDER, "    check_run(location, run.decode())  # at the last", "    # at the last"),
     "late-retry-replaces": (RUN_FOLDER, "        check_unchanged(location, change)\n", "        pass\n"),
     "last-retry-wins": (RUN_FOLDER, "if is_of_run and int(existing.get(CHANGE_METADATA, 0)) >= change:", "if is_of_run and not change:"),
-    "last-writer-wins": (RUN_FOLDER, "    existing = _metadata_of_part(location, name)\n", "    existing = {}\n"),
+    "last-writer-wins": (RUN_FOLDER, "    existing = _metadata_of_part(location, name)  #", "    existing = {}  #"),
     "overwrite-removes-everything": (RUN_FOLDER, 'return [name for name in names if OUTPUT_NAME.fullmatch(name) or name.startswith((".part-", "._"))] + lists', "return [name for name in names if name not in (MANIFEST, mark)]"),
     "overwrite-removes-first": (RUN_FOLDER, "            manifest = _with_generation(location, manifest, files, unit_bytes, snapshot=snapshot)\n", "            manifest = _with_generation(location, manifest, files, unit_bytes, snapshot=snapshot)\n            for name in set(earlier) - {manifest.generations[0].listing}:\n                remove(location, name)\n"),
     "names-of-all-runs": (RUN_FOLDER, 'run = manifest.run if manifest.names_of_run else ""', 'run = ""'),
