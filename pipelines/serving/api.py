@@ -275,7 +275,7 @@ def _inference_protocol_routes(predictor: Predictor) -> APIRouter:
         check_name(name)
         content = await request.body()
         asked = _read(lambda body: read_tensors(body, request.headers.get(HEADER_LENGTH)), content)
-        _labels_wanted(predictor, asked.parameters)
+        _labels_wanted(predictor, *asked.options)
         _read(lambda names: check_outputs(names, predictor.decision), asked.outputs)
         predictions, _ = await predictor.predict(asked.inputs)
         return JSONResponse(answered(predictions, predictor.decision, predictor.name, asked))

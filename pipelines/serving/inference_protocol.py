@@ -39,7 +39,8 @@ class TensorRequest:
     inputs: list[str | Pair]
     outputs: tuple[str, ...]
     """Names of the tensors that are wanted. Empty: all."""
-    parameters: Mapping[str, Any]
+    options: tuple[Mapping[str, Any], ...]
+    """Parameters of the request and of its tensors."""
 
 
 def read_tensors(body: bytes, header_length: str | None) -> TensorRequest:
@@ -84,10 +85,11 @@ def read_tensors(body: bytes, header_length: str | None) -> TensorRequest:
     request_id = request.get("id")
     if request_id is not None and not (isinstance(request_id, str) and request_id.isprintable()):
         raise DataError("`id` must be a string without control characters and lone surrogates")
-    parameters = request.get("parameters")
-    if not isinstance(parameters, dict | None):
+    names = _outputs_of(request)
+    options = [part.get("parameters") or {} for part in (request, *tensors, *(request.get("outputs") or []))]
+    if not all(isinstance(part, dict) for part in options):
         raise DataError("`parameters` must be an object")
-    return TensorRequest(request_id, found, _outputs_of(request), parameters or {})
+    return TensorRequest(request_id, found, names, tuple(options))
 
 
 def _outputs_of(request: dict[str, Any]) -> tuple[str, ...]:

@@ -31,8 +31,10 @@ class ForeignRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     def options(self) -> dict[str, Any]:
-        """Return the fields that are not declared."""
-        return dict(self.model_extra or {})
+        """Return the fields that are not declared, and those in Hugging Face's `options`."""
+        found = dict(self.model_extra or {})
+        inner = found.get("options")
+        return {**inner, **found} if isinstance(inner, dict) else found
 
 
 class InferenceRequest(ForeignRequest):
@@ -109,6 +111,8 @@ def labels_wanted(kind: Kind, *levels: Mapping[str, Any] | None) -> int | None:
                 raise DataError(f"function_to_apply must be {FUNCTIONS[kind]} for this model, which is of kind {kind}")
             if name in ("candidate_labels", "hypothesis_template") and value is not None:
                 raise DataError(f"{name} is for zero-shot models; this one was trained on its own labels: see /info")
+            if name == "return_all_scores" and value is False:  # Hugging Face's older name for top_k=1
+                found = 1
             if name == "top_k" and value is not None:
                 if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                     raise DataError("top_k is a number of labels, at least 1")

@@ -401,7 +401,8 @@ class _CsvRows:
                         f"a quote that opens in line {start} is never closed ({error}); close it, double quotes inside "
                         f"of texts, or convert the file to Parquet"
                     ) from error
-                found = self._first_line_alone(f"the row is not valid CSV ({error})")
+                problem = f"the row is not valid CSV ({error})"
+                found = self._with_backslashes(self._of_row) or self._first_line_alone(problem)
             else:
                 is_merged = self._is_tsv and len(self._of_row) > 1 and all(map(self._has_all_fields, self._of_row))
                 found = self._first_line_alone("") if is_merged else fields
@@ -418,19 +419,21 @@ class _CsvRows:
         self.position -= sum(map(len, others))
         self._number -= len(others)
         self._reader = self._new_reader()
-        text = first.decode("utf-8", "surrogateescape").rstrip("\r\n")
-        if self._is_tsv:
-            fields = text.split("\t")
-        elif '\\"' not in text:
-            return problem
-        else:
-            try:
-                (fields,) = csv.reader(
-                    [text], delimiter=self._delimiter, escapechar="\\", doublequote=False, strict=True
-                )
-            except (csv.Error, ValueError):
-                return problem
+        if not self._is_tsv:
+            return self._with_backslashes([first]) or problem
+        fields = first.decode("utf-8", "surrogateescape").rstrip("\r\n").split("\t")
         return fields if len(fields) == len(self.names) else problem or fields
+
+    def _with_backslashes(self, lines: Sequence[bytes]) -> list[str]:
+        """Return the fields of one row whose quotes are escaped by backslashes. Empty if it is not such a row."""
+        if self._is_tsv or not any(b'\\"' in line for line in lines):
+            return []
+        texts = [line.decode("utf-8", "surrogateescape") for line in lines]
+        try:
+            (fields,) = csv.reader(texts, delimiter=self._delimiter, escapechar="\\", doublequote=False, strict=True)
+        except (csv.Error, ValueError):
+            return []
+        return fields if len(fields) == len(self.names) else []
 
     def parse(self, raw: list[str] | str) -> Row:
         """Return the fields by the names of the header."""

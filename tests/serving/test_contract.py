@@ -294,8 +294,12 @@ BODIES = [("/predict", {"inputs": "a"}), ("/", {"inputs": "a"}), ("/models/spam"
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options_that_change_scores_are_never_ignored(api, path, body, options):
     places = [{**body, "parameters": options}]
-    if not path.startswith("/v2"):
-        places.append({**body, **options})
+    if path.startswith("/v2"):
+        (tensor,) = body["inputs"]
+        places.append({"inputs": [{**tensor, "parameters": options}]})
+        places.append({**body, "outputs": [{"name": "scores", "parameters": options}]})
+    else:
+        places += [{**body, **options}, {**body, "options": options}]
     if "instances" in body:
         places.append({"instances": [{"inputs": "a", **options}]})
     assert api.post(path, json=body).status_code == 200
@@ -306,7 +310,7 @@ def test_options_that_change_scores_are_never_ignored(api, path, body, options):
 
 
 def test_number_of_labels_wherever_it_stands(api, scores):
-    for body in ({"top_k": 1}, {"parameters": {"top_k": 1}}):
+    for body in ({"top_k": 1}, {"parameters": {"top_k": 1}}, {"parameters": {"return_all_scores": False}}):
         assert api.post("/predict", json={"inputs": [[text] for text in TEXTS], **body}).json() == [
             row[:1] for row in scores
         ]

@@ -22,7 +22,7 @@ from pipelines.serving.protocols import (
 from pipelines.serving.schema import Pair, Prediction, Usage
 from pipelines.settings import DecisionSettings
 
-ASKED = TensorRequest(None, [], (), {})
+ASKED = TensorRequest(None, [], (), ())
 
 
 @given(st.binary(max_size=200), st.one_of(st.none(), st.text(max_size=5), st.integers(0, 250).map(str)))

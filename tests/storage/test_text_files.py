@@ -300,10 +300,13 @@ def test_stray_quotes_in_tab_separated_files_are_characters(tmp_path):
 def test_quotes_escaped_by_backslashes(tmp_path):
     """As Spark writes CSV by default."""
     file = tmp_path / "a.csv"
-    file.write_text('id,text\n1,"say \\"hi\\" now"\n2,"size 5\\""\n3,"other text"\n4,"a ""b"""\n5,"x"y\n6,six\n')
+    file.write_text(
+        'id,text\n1,"say \\"hi\\" now"\n2,"size 5\\""\n3,"other text"\n4,"a ""b"""\n5,"x"y\n6,six\n7,"a\n\\"b\\" c"\n'
+    )
     found = read(file, texts=["text"])
-    assert found.table["id"].to_pylist() == [1, 2, 3, 4, None, 6]
-    assert [error is None for error in found.errors] == [True, True, True, True, False, True]
+    assert found.table["id"].to_pylist() == [1, 2, 3, 4, None, 6, 7]
+    assert [error is None for error in found.errors] == [True, True, True, True, False, True, True]
+    assert found.table["text"].to_pylist()[-1] == 'a\n"b" c'
 
 
 def test_carried_values_that_are_not_unicode_are_lost_and_counted(tmp_path):
