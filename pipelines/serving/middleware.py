@@ -13,6 +13,7 @@ import math
 import re
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -206,8 +207,9 @@ class _Connection:
             await send(message)
 
         async def watch() -> None:
-            await self.receive()
-            if not self._is_answered:
+            with suppress(Exception):  # of a proxy that is gone: then Ray Serve ends the request itself
+                await self.receive()
+            if self._is_gone.is_set() and not self._is_answered:
                 running.cancel()
 
         watching = asyncio.create_task(watch())
